@@ -1,0 +1,1 @@
+"""The compiler's front half: the graph, its capture, the passes and the interpreter."""

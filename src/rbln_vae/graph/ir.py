@@ -1,0 +1,642 @@
+"""The intermediate representation, and the one place that says what each operation is.
+
+A `Graph` is a list of operations over named values, each assigned once. It holds
+channels, weights and attributes, but no batch and no spatial size: shapes follow from
+an input when a plan is made, so that one graph serves every resolution.
+
+All values are images `(N, C, H, W)`, except between `View` operations, where captured
+attention works on pixels in a row until a pass recognises it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+Value: TypeAlias = str
+"""The name of a tensor that an operation makes; each name is assigned once."""
+
+Shape: TypeAlias = tuple[int, ...]
+Shapes: TypeAlias = Mapping[Value, Shape]
+Weights: TypeAlias = Mapping[str, torch.Tensor]
+
+ACTIVATIONS = ("silu", "gelu", "mish", "relu")
+"""The activation functions that diffusers allows in an AutoencoderKL."""
+
+PROBE_SIZE = 4096
+"""Height and width of the input on which `Graph.verify` infers shapes."""
+
+_VALUE = {"role": "value"}
+_WEIGHT = {"role": "weight"}
+
+
+class GraphError(ValueError):
+    """A graph that breaks a rule of the representation."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise GraphError(message)
+
+
+def _require_weight(weights: Weights, name: str, shape: Shape) -> None:
+    _require(name in weights, f"weight {name!r} is missing")
+    found = tuple(weights[name].shape)
+    _require(found == shape, f"weight {name!r} has shape {found}, its operation needs {shape}")
+
+
+def _rank(shapes: Shapes, value: Value, rank: int) -> Shape:
+    shape = shapes[value]
+    _require(len(shape) == rank, f"{value!r} has shape {shape}, expected {rank} axes")
+    return shape
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Group normalisation with its affine weights, then an activation or none.
+
+    Mean and variance are those of a whole image's group of channels.
+    """
+
+    groups: int
+    eps: float
+    weight: str = field(metadata=_WEIGHT)
+    bias: str = field(metadata=_WEIGHT)
+    activation: str | None = None
+
+    def check(self, channels: int, weights: Weights) -> None:
+        _require(
+            self.groups > 0 and channels % self.groups == 0,
+            f"{channels} channels don't make {self.groups} groups",
+        )
+        _require(0 <= self.eps < math.inf, f"a norm with eps {self.eps}")
+        _require_weight(weights, self.weight, (channels,))
+        _require_weight(weights, self.bias, (channels,))
+        if self.activation is not None:
+            _require(self.activation in ACTIVATIONS, f"unknown activation {self.activation!r}")
+
+    def __str__(self) -> str:
+        return f"{self.groups} groups" + (f" then {self.activation}" if self.activation else "")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What every operation has: the value that it makes, those it reads, and its weights."""
+
+    output: Value
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        """The shape of the output; raises `GraphError` where inputs or weights don't fit."""
+        raise NotImplementedError
+
+    def flops(self, shapes: Shapes, weights: Weights) -> int:
+        """Floating-point operations of one run; a product and its sum are two.
+
+        Only products of matrices count: everything else is bound by memory.
+        """
+        return 0
+
+    @property
+    def kind(self) -> str:
+        """The name under which it is stored and printed."""
+        return type(self).__name__
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """The values that it reads, in the order of its fields."""
+        return tuple(_names(self, "value"))
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of its weights, in the order of its fields."""
+        return tuple(_names(self, "weight"))
+
+    def reading(self, renamed: Mapping[Value, Value]) -> Operation:
+        """The same operation with its input values renamed."""
+        changes: dict[str, Any] = {
+            f.name: renamed[getattr(self, f.name)]
+            for f in dataclasses.fields(self)
+            if f.metadata.get("role") == "value" and getattr(self, f.name) in renamed
+        }
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def __str__(self) -> str:
+        return f"%{self.output} = {self.kind}({', '.join('%' + i for i in self.inputs)})"
+
+
+def _names(node: Any, role: str) -> Iterator[str]:
+    for f in dataclasses.fields(node):
+        item = getattr(node, f.name)
+        if isinstance(item, Norm):
+            yield from _names(item, role)
+        elif f.metadata.get("role") == role and item is not None:
+            yield item
+
+
+@dataclass(frozen=True)
+class Conv2d(Operation):
+    """A convolution with zero padding, and what passes fuse into it.
+
+    In order: `norm` is applied to the input, the result is padded (with zeros, after
+    the norm) and convolved, `residual` is added. With `upsample` the input is first
+    doubled in each direction by nearest neighbour; `weight` then holds four 2x2 kernels
+    `(row phase, column phase, out, in, 2, 2)` instead of one `(out, in, height, width)`.
+    """
+
+    input: Value = field(metadata=_VALUE)
+    weight: str = field(metadata=_WEIGHT)
+    bias: str | None = field(metadata=_WEIGHT)
+    stride: int = 1
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Zeros above, below, left and right."""
+    upsample: bool = False
+    norm: Norm | None = None
+    residual: Value | None = field(default=None, metadata=_VALUE)
+
+    def kernel(self, weights: Weights) -> Shape:
+        """`(out, in, height, width)` of one kernel."""
+        _require(self.weight in weights, f"weight {self.weight!r} is missing")
+        shape = tuple(weights[self.weight].shape)
+        if not self.upsample:
+            _require(len(shape) == 4, f"weight {self.weight!r} has shape {shape}, not four axes")
+            return shape
+        _require(
+            len(shape) == 6 and shape[:2] == shape[4:] == (2, 2),
+            f"weight {self.weight!r} has shape {shape}, not four 2x2 phases",
+        )
+        return shape[2:]
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        batch, channels, height, width = _rank(shapes, self.input, 4)
+        out, into, rows, columns = self.kernel(weights)
+        _require(into == channels, f"{channels} channels meet a kernel for {into}")
+        if self.bias is not None:
+            _require_weight(weights, self.bias, (out,))
+        if self.norm is not None:
+            self.norm.check(channels, weights)
+        _require(self.stride >= 1, f"stride {self.stride}")
+        _require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
+        result: Shape
+        if self.upsample:
+            _require(
+                self.stride == 1 and self.padding == (1, 1, 1, 1),
+                "a convolution with upsampling needs stride 1 and padding 1",
+            )
+            result = (batch, out, 2 * height, 2 * width)
+        else:
+            above, below, left, right = self.padding
+            tall = (height + above + below - rows) // self.stride + 1
+            wide = (width + left + right - columns) // self.stride + 1
+            _require(
+                tall > 0 and wide > 0,
+                f"{height}x{width} is too small for a {rows}x{columns} kernel",
+            )
+            result = (batch, out, tall, wide)
+        if self.residual is not None:
+            found = shapes[self.residual]
+            _require(found == result, f"residual {self.residual!r} is {found}, not {result}")
+        return result
+
+    def flops(self, shapes: Shapes, weights: Weights) -> int:
+        _, into, rows, columns = self.kernel(weights)
+        return 2 * math.prod(shapes[self.output]) * into * rows * columns
+
+    def __str__(self) -> str:
+        text = super().__str__() + f" {self.weight}"
+        if self.stride != 1:
+            text += f", stride {self.stride}"
+        if any(self.padding):
+            text += f", padding {self.padding}"
+        if self.upsample:
+            text += ", upsample"
+        return text + (f", norm {self.norm}" if self.norm else "")
+
+
+@dataclass(frozen=True)
+class GroupNorm(Operation):
+    """Group normalisation of an image, or of its pixels in a row `(N, C, H * W)`."""
+
+    input: Value = field(metadata=_VALUE)
+    norm: Norm
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        shape = shapes[self.input]
+        _require(len(shape) >= 3, f"{self.input!r} has shape {shape}, expected (N, C, …)")
+        self.norm.check(shape[1], weights)
+        return shape
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.norm}"
+
+
+@dataclass(frozen=True)
+class Activation(Operation):
+    """An activation function, element by element: one of `ACTIVATIONS`."""
+
+    input: Value = field(metadata=_VALUE)
+    function: str
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        _require(self.function in ACTIVATIONS, f"unknown activation {self.function!r}")
+        return shapes[self.input]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.function}"
+
+
+@dataclass(frozen=True)
+class Add(Operation):
+    """The sum of two values of one shape."""
+
+    left: Value = field(metadata=_VALUE)
+    right: Value = field(metadata=_VALUE)
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        left, right = shapes[self.left], shapes[self.right]
+        _require(left == right, f"{left} and {right} can't be added")
+        return left
+
+
+@dataclass(frozen=True)
+class Scale(Operation):
+    """Multiplication by a constant."""
+
+    input: Value = field(metadata=_VALUE)
+    factor: float
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        return shapes[self.input]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} by {self.factor}"
+
+
+@dataclass(frozen=True)
+class Identity(Operation):
+    """A copy: what is left of clones, casts and dropout in a model that doesn't train."""
+
+    input: Value = field(metadata=_VALUE)
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        return shapes[self.input]
+
+
+@dataclass(frozen=True)
+class Upsample(Operation):
+    """Nearest-neighbour doubling of height and width."""
+
+    input: Value = field(metadata=_VALUE)
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        batch, channels, height, width = _rank(shapes, self.input, 4)
+        return (batch, channels, 2 * height, 2 * width)
+
+
+@dataclass(frozen=True)
+class Pad(Operation):
+    """Zeros above, below, left and right of an image."""
+
+    input: Value = field(metadata=_VALUE)
+    padding: tuple[int, int, int, int]
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        batch, channels, height, width = _rank(shapes, self.input, 4)
+        _require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
+        above, below, left, right = self.padding
+        return (batch, channels, height + above + below, width + left + right)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.padding}"
+
+
+@dataclass(frozen=True)
+class Linear(Operation):
+    """A matrix product over the last axis, as captured from attention."""
+
+    input: Value = field(metadata=_VALUE)
+    weight: str = field(metadata=_WEIGHT)
+    bias: str | None = field(metadata=_WEIGHT)
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        shape = shapes[self.input]
+        _require(self.weight in weights, f"weight {self.weight!r} is missing")
+        found = tuple(weights[self.weight].shape)
+        _require(
+            len(found) == 2 and found[1] == shape[-1],
+            f"weight {self.weight!r} has shape {found}, its input {shape}",
+        )
+        if self.bias is not None:
+            _require_weight(weights, self.bias, found[:1])
+        return (*shape[:-1], found[0])
+
+    def flops(self, shapes: Shapes, weights: Weights) -> int:
+        return 2 * math.prod(shapes[self.output]) * shapes[self.input][-1]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.weight}"
+
+
+@dataclass(frozen=True)
+class View(Operation):
+    """The same elements, in the same order, under other axes.
+
+    An axis is a number, or `"n"`, `"h"`, `"w"` or `"hw"` of the image `like`, whose
+    sizes alone are read.
+    """
+
+    input: Value = field(metadata=_VALUE)
+    axes: tuple[int | str, ...]
+    like: Value = field(metadata=_VALUE)
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        batch, _, height, width = _rank(shapes, self.like, 4)
+        sizes = {"n": batch, "h": height, "w": width, "hw": height * width}
+        for axis in self.axes:
+            _require(isinstance(axis, int) or axis in sizes, f"unknown axis {axis!r}")
+        result = tuple(a if isinstance(a, int) else sizes[a] for a in self.axes)
+        _require(
+            math.prod(result) == math.prod(shapes[self.input]),
+            f"{shapes[self.input]} can't be viewed as {result}",
+        )
+        return result
+
+    def __str__(self) -> str:
+        return f"%{self.output} = View(%{self.input}) as ({', '.join(map(str, self.axes))})"
+
+
+@dataclass(frozen=True)
+class Transpose(Operation):
+    """Two axes exchanged."""
+
+    input: Value = field(metadata=_VALUE)
+    first: int
+    second: int
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        shape = list(shapes[self.input])
+        first, second = self.first, self.second
+        _require(
+            0 <= first < len(shape) and 0 <= second < len(shape), f"axes {first} and {second}"
+        )
+        shape[first], shape[second] = shape[second], shape[first]
+        return tuple(shape)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} axes {self.first} and {self.second}"
+
+
+@dataclass(frozen=True)
+class DotProductAttention(Operation):
+    """`softmax(q kᵀ · scale) v` over `(N, heads, pixels, channels)`, as captured."""
+
+    query: Value = field(metadata=_VALUE)
+    key: Value = field(metadata=_VALUE)
+    value: Value = field(metadata=_VALUE)
+    scale: float
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        query = _rank(shapes, self.query, 4)
+        key, value = _rank(shapes, self.key, 4), _rank(shapes, self.value, 4)
+        _require(query == key and key[:3] == value[:3], f"attention over {query}, {key}, {value}")
+        return value
+
+    def flops(self, shapes: Shapes, weights: Weights) -> int:
+        batch, heads, pixels, channels = shapes[self.query]
+        return 2 * batch * heads * pixels**2 * (channels + shapes[self.value][3])
+
+
+@dataclass(frozen=True)
+class Attention(Operation):
+    """Attention of every pixel of an image to every other.
+
+    `query`, `key` and `value` are images; channels are split into `heads`. `residual`
+    is added to the result.
+    """
+
+    query: Value = field(metadata=_VALUE)
+    key: Value = field(metadata=_VALUE)
+    value: Value = field(metadata=_VALUE)
+    heads: int
+    scale: float
+    residual: Value | None = field(default=None, metadata=_VALUE)
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        query, key, value = (_rank(shapes, v, 4) for v in (self.query, self.key, self.value))
+        _require(query == key, f"query {query} and key {key} differ")
+        _require(query[0] == value[0] and query[2:] == value[2:], f"{query} meets value {value}")
+        _require(
+            self.heads > 0 and query[1] % self.heads == value[1] % self.heads == 0,
+            f"{query[1]} and {value[1]} channels don't make {self.heads} heads",
+        )
+        if self.residual is not None:
+            found = shapes[self.residual]
+            _require(found == value, f"residual {self.residual!r} is {found}, not {value}")
+        return value
+
+    def flops(self, shapes: Shapes, weights: Weights) -> int:
+        batch, channels, height, width = shapes[self.query]
+        return 2 * batch * (height * width) ** 2 * (channels + shapes[self.value][1])
+
+
+OPERATIONS: Mapping[str, type[Operation]] = types.MappingProxyType(
+    {kind.__name__: kind for kind in Operation.__subclasses__()}
+)
+"""Every operation by the name under which it is stored."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A part of a model: an image goes in, an image comes out.
+
+    Attributes:
+        name: The part: `"encoder"` or `"decoder"`.
+        input: The name of the input value.
+        input_channels: Its channels.
+        output: The value that is the result.
+        operations: In an order in which every value is made before it is read.
+        weights: The tensors that operations name, float32.
+    """
+
+    name: str
+    input: Value
+    input_channels: int
+    output: Value
+    operations: tuple[Operation, ...]
+    weights: Mapping[str, torch.Tensor]
+
+    FORMAT_VERSION: ClassVar[int] = 1
+
+    def infer_shapes(self, input_shape: Iterable[int]) -> dict[Value, Shape]:
+        """The shape of every value for one input.
+
+        Args:
+            input_shape: `(N, input_channels, H, W)`.
+
+        Raises:
+            GraphError: Where the operations don't fit each other or the input; it names
+                the operation.
+        """
+        shapes: dict[Value, Shape] = {self.input: tuple(input_shape)}
+        for operation in self.operations:
+            try:
+                shapes[operation.output] = operation.infer(shapes, self.weights)
+            except GraphError as error:
+                raise GraphError(f"{operation.kind} {operation.output!r}: {error}") from None
+        return shapes
+
+    def flops(self, input_shape: Iterable[int]) -> int:
+        """Floating-point operations of one run on an input of that shape."""
+        shapes = self.infer_shapes(input_shape)
+        return sum(operation.flops(shapes, self.weights) for operation in self.operations)
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of the result."""
+        return self.infer_shapes((1, self.input_channels, PROBE_SIZE, PROBE_SIZE))[self.output][1]
+
+    def consumers(self) -> dict[Value, list[Operation]]:
+        """The operations that read each value, in order."""
+        readers: dict[Value, list[Operation]] = {self.input: []}
+        for operation in self.operations:
+            readers[operation.output] = []
+            for value in dict.fromkeys(operation.inputs):
+                readers[value].append(operation)
+        return readers
+
+    def last_uses(self) -> dict[Value, int]:
+        """For each value, the index of the last operation that reads it."""
+        last = {value: i for i, o in enumerate(self.operations) for value in o.inputs}
+        last[self.output] = len(self.operations)
+        return last
+
+    def verify(self) -> Graph:
+        """Check every rule of the representation.
+
+        Returns:
+            The graph itself, so that a pass can end with it.
+
+        Raises:
+            GraphError: A value is assigned twice, read before it is made or made for
+                nothing; a weight is missing, unused or of another shape; shapes don't fit.
+        """
+        _require(self.input_channels > 0, f"an input of {self.input_channels} channels")
+        made = {self.input}
+        read = {self.output}
+        for operation in self.operations:
+            for value in operation.inputs:
+                _require(value in made, f"{operation.kind} reads {value!r} before it is made")
+            _require(operation.output not in made, f"{operation.output!r} is made twice")
+            made.add(operation.output)
+            read.update(operation.inputs)
+        _require(self.output in made, f"the output {self.output!r} is never made")
+        _require(made - read <= {self.input}, f"made for nothing: {sorted(made - read)}")
+        used = {name for operation in self.operations for name in operation.weights}
+        unused = sorted(self.weights.keys() - used)
+        _require(not unused, f"weights that no operation uses: {unused}")
+        shapes = self.infer_shapes((1, self.input_channels, PROBE_SIZE, PROBE_SIZE))
+        _rank(shapes, self.output, 4)
+        return self
+
+    def to_json(self) -> str:
+        """The graph without its weights, as JSON (the format is in docs/artifact.md)."""
+        return json.dumps(
+            {
+                "version": self.FORMAT_VERSION,
+                "name": self.name,
+                "input": self.input,
+                "input_channels": self.input_channels,
+                "output": self.output,
+                "operations": [
+                    {"kind": operation.kind, **dataclasses.asdict(operation)}
+                    for operation in self.operations
+                ],
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str, weights: Mapping[str, torch.Tensor]) -> Graph:
+        """Rebuild and verify a graph.
+
+        Args:
+            text: What `to_json` gave.
+            weights: The tensors that it names.
+
+        Raises:
+            GraphError: The text isn't a graph of this version, or doesn't fit the weights.
+        """
+        try:
+            stored = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise GraphError(f"the graph isn't JSON: {error}") from None
+        _require(isinstance(stored, dict), "the graph isn't a JSON object")
+        version = stored.pop("version", None)
+        _require(version == cls.FORMAT_VERSION, f"graph version {version!r}, not 1")
+        operations = stored.pop("operations", None)
+        _require(isinstance(operations, list), "the graph has no list of operations")
+        graph = _build(
+            cls,
+            {
+                **stored,
+                "operations": tuple(_operation(item) for item in operations),
+                "weights": weights,
+            },
+        )
+        return typing.cast(Graph, graph).verify()
+
+    def __str__(self) -> str:
+        lines = [f"graph {self.name}(%{self.input}: {self.input_channels} channels)"]
+        lines += [f"  {operation}" for operation in self.operations]
+        return "\n".join([*lines, f"  return %{self.output}"])
+
+
+def _operation(stored: Any) -> Operation:
+    _require(isinstance(stored, dict), f"an operation isn't an object: {stored!r}")
+    fields = dict(stored)
+    kind = fields.pop("kind", None)
+    _require(isinstance(kind, str) and kind in OPERATIONS, f"unknown operation {kind!r}")
+    return typing.cast(Operation, _build(OPERATIONS[kind], fields))
+
+
+def _build(cls: type[Any], stored: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass from JSON, each field checked against its type."""
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    _require(
+        stored.keys() == names,
+        f"{cls.__name__} has the fields {sorted(names)}, found {sorted(stored)}",
+    )
+    return cls(**{name: _decode(hints[name], stored[name], name) for name in names})
+
+
+def _decode(hint: Any, item: Any, name: str) -> Any:
+    if typing.get_origin(hint) is types.UnionType:
+        if item is None and type(None) in typing.get_args(hint):
+            return None
+        choices = [a for a in typing.get_args(hint) if a is not type(None)]
+        for choice in choices[:-1]:
+            if isinstance(item, choice):
+                return item
+        return _decode(choices[-1], item, name)
+    if hint is Norm:
+        _require(isinstance(item, dict), f"{name} is {item!r}, expected an object")
+        return _build(Norm, item)
+    if typing.get_origin(hint) is tuple and isinstance(item, list):
+        element = typing.get_args(hint)[0]
+        return tuple(_decode(element, each, name) for each in item)
+    if hint is float and type(item) is int:
+        return float(item)
+    wanted = typing.get_origin(hint) or hint
+    _require(
+        isinstance(item, wanted) and not (isinstance(item, bool) and wanted is not bool),
+        f"{name} is {item!r}, expected {getattr(wanted, '__name__', wanted)}",
+    )
+    return item
