@@ -31,8 +31,8 @@ Weights: TypeAlias = Mapping[str, torch.Tensor]
 ACTIVATIONS = ("silu", "gelu", "mish", "relu")
 """The activation functions that diffusers allows in an AutoencoderKL."""
 
-PROBE_SIZE = 4096
-"""Height and width of the input on which `Graph.verify` infers shapes."""
+PROBE_SHAPE = (3, 4096, 5120)
+"""Batch, height and width of the input on which `Graph.verify` infers shapes."""
 
 _VALUE = {"role": "value"}
 _WEIGHT = {"role": "weight"}
@@ -497,10 +497,15 @@ class Graph:
         shapes = self.infer_shapes(input_shape)
         return sum(operation.flops(shapes, self.weights) for operation in self.operations)
 
+    def probe_shapes(self) -> dict[Value, Shape]:
+        """The shape of every value for an input whose batch, height and width all differ."""
+        batch, height, width = PROBE_SHAPE
+        return self.infer_shapes((batch, self.input_channels, height, width))
+
     @property
     def output_channels(self) -> int:
         """Channels of the result."""
-        return self.infer_shapes((1, self.input_channels, PROBE_SIZE, PROBE_SIZE))[self.output][1]
+        return self.probe_shapes()[self.output][1]
 
     def consumers(self) -> dict[Value, list[Operation]]:
         """The operations that read each value, in order."""
@@ -541,7 +546,7 @@ class Graph:
         used = {name for operation in self.operations for name in operation.weights}
         unused = sorted(self.weights.keys() - used)
         _require(not unused, f"weights that no operation uses: {unused}")
-        shapes = self.infer_shapes((1, self.input_channels, PROBE_SIZE, PROBE_SIZE))
+        shapes = self.probe_shapes()
         _rank(shapes, self.output, 4)
         return self
 

@@ -1,0 +1,204 @@
+"""Runs a Graph in plain torch: the oracle of every other target, and the target `reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import singledispatchmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ir import (
+    Activation,
+    Add,
+    Attention,
+    Conv2d,
+    DotProductAttention,
+    Graph,
+    GroupNorm,
+    Identity,
+    Linear,
+    Norm,
+    Operation,
+    Pad,
+    Scale,
+    Transpose,
+    Upsample,
+    Value,
+    View,
+)
+
+OnOperation = Callable[[int, Operation], None]
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+    "relu": F.relu,
+}
+
+
+class Interpreter:
+    """A graph with its weights on one device and in one dtype, ready to run.
+
+    Several threads may run one interpreter at once.
+
+    Args:
+        graph: What to run.
+        dtype: In what to compute; statistics of norms and sums of products are float32
+            or better in any case.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.graph = graph
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._last_use = graph.last_uses()
+        self._weights = {
+            name: _fast_layout(weight.to(self.device, dtype))
+            for name, weight in graph.weights.items()
+        }
+
+    @torch.no_grad()
+    def run(self, image: Tensor, before: OnOperation | None = None) -> Tensor:
+        """Run the graph.
+
+        Args:
+            image: `(N, input_channels, H, W)`, any floating dtype, device and strides.
+            before: Called with the index and the operation before each one; what it
+                raises ends the run.
+
+        Returns:
+            The result, contiguous, in the interpreter's dtype and on its device.
+
+        Raises:
+            GraphError: The image doesn't fit the graph.
+        """
+        self.graph.infer_shapes(image.shape)
+        values = {self.graph.input: _fast_layout(image.to(self.device, self.dtype))}
+        for index, operation in enumerate(self.graph.operations):
+            if before is not None:
+                before(index, operation)
+            values[operation.output] = self._evaluate(operation, values)
+            for value in {*operation.inputs, self.graph.input}:
+                if self._last_use.get(value, -1) <= index:
+                    values.pop(value, None)
+        result = values[self.graph.output].contiguous()
+        # The caller may write to what it gets, so it is never what the caller gave.
+        return result.clone() if result.data_ptr() == image.data_ptr() else result
+
+    @singledispatchmethod
+    def _evaluate(self, operation: Operation, values: Mapping[Value, Tensor]) -> Tensor:
+        raise NotImplementedError(f"no rule for {operation.kind}")
+
+    @_evaluate.register
+    def _(self, operation: Conv2d, values: Mapping[Value, Tensor]) -> Tensor:
+        image = values[operation.input]
+        if operation.norm is not None:
+            image = self._normalise(image, operation.norm)
+        weight = self._weights[operation.weight]
+        bias = None if operation.bias is None else self._weights[operation.bias]
+        if operation.upsample:
+            result = _upsampled_convolution(image, weight, bias)
+        else:
+            above, below, left, right = operation.padding
+            if above == below and left == right:
+                result = F.conv2d(image, weight, bias, operation.stride, (above, left))
+            else:
+                padded = F.pad(image, (left, right, above, below))
+                result = F.conv2d(padded, weight, bias, operation.stride)
+        return result if operation.residual is None else result + values[operation.residual]
+
+    @_evaluate.register
+    def _(self, operation: GroupNorm, values: Mapping[Value, Tensor]) -> Tensor:
+        return self._normalise(values[operation.input], operation.norm)
+
+    @_evaluate.register
+    def _(self, operation: Activation, values: Mapping[Value, Tensor]) -> Tensor:
+        return _ACTIVATIONS[operation.function](values[operation.input])
+
+    @_evaluate.register
+    def _(self, operation: Add, values: Mapping[Value, Tensor]) -> Tensor:
+        return values[operation.left] + values[operation.right]
+
+    @_evaluate.register
+    def _(self, operation: Scale, values: Mapping[Value, Tensor]) -> Tensor:
+        return values[operation.input] * operation.factor
+
+    @_evaluate.register
+    def _(self, operation: Identity, values: Mapping[Value, Tensor]) -> Tensor:
+        return values[operation.input]
+
+    @_evaluate.register
+    def _(self, operation: Upsample, values: Mapping[Value, Tensor]) -> Tensor:
+        return F.interpolate(values[operation.input], scale_factor=2.0, mode="nearest")
+
+    @_evaluate.register
+    def _(self, operation: Pad, values: Mapping[Value, Tensor]) -> Tensor:
+        above, below, left, right = operation.padding
+        return F.pad(values[operation.input], (left, right, above, below))
+
+    @_evaluate.register
+    def _(self, operation: Linear, values: Mapping[Value, Tensor]) -> Tensor:
+        bias = None if operation.bias is None else self._weights[operation.bias]
+        return F.linear(values[operation.input], self._weights[operation.weight], bias)
+
+    @_evaluate.register
+    def _(self, operation: View, values: Mapping[Value, Tensor]) -> Tensor:
+        shapes = {v: tuple(values[v].shape) for v in operation.inputs}
+        return values[operation.input].reshape(operation.infer(shapes, {}))
+
+    @_evaluate.register
+    def _(self, operation: Transpose, values: Mapping[Value, Tensor]) -> Tensor:
+        return values[operation.input].transpose(operation.first, operation.second)
+
+    @_evaluate.register
+    def _(self, operation: DotProductAttention, values: Mapping[Value, Tensor]) -> Tensor:
+        query, key, value = (values[v] for v in operation.inputs)
+        return F.scaled_dot_product_attention(query, key, value, scale=operation.scale)
+
+    @_evaluate.register
+    def _(self, operation: Attention, values: Mapping[Value, Tensor]) -> Tensor:
+        query, key, value = (
+            _pixels_by_head(values[v], operation.heads)
+            for v in (operation.query, operation.key, operation.value)
+        )
+        result = F.scaled_dot_product_attention(query, key, value, scale=operation.scale)
+        image = result.transpose(2, 3).reshape(values[operation.value].shape)
+        return image if operation.residual is None else image + values[operation.residual]
+
+    def _normalise(self, image: Tensor, norm: Norm) -> Tensor:
+        weight, bias = self._weights[norm.weight], self._weights[norm.bias]
+        result = F.group_norm(image, norm.groups, weight, bias, norm.eps)
+        return result if norm.activation is None else _ACTIVATIONS[norm.activation](result)
+
+
+def _fast_layout(tensor: Tensor) -> Tensor:
+    """Channels last, in which torch convolves faster, for what has four axes."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _pixels_by_head(image: Tensor, heads: int) -> Tensor:
+    """`(N, C, H, W)` as `(N, heads, H * W, C / heads)`."""
+    return image.reshape(image.shape[0], heads, image.shape[1] // heads, -1).transpose(2, 3)
+
+
+def _upsampled_convolution(image: Tensor, phases: Tensor, bias: Tensor | None) -> Tensor:
+    """Nearest doubling and a 3x3 convolution, as four 2x2 convolutions of the small image."""
+    batch, _, height, width = image.shape
+    result = image.new_empty((batch, phases.shape[2], 2 * height, 2 * width)).contiguous(
+        memory_format=torch.channels_last
+    )
+    for row in (0, 1):
+        for column in (0, 1):
+            padded = F.pad(image, (1 - column, column, 1 - row, row))
+            weight = _fast_layout(phases[row, column])
+            result[:, :, row::2, column::2] = F.conv2d(padded, weight, bias)
+    return result

@@ -1,0 +1,422 @@
+"""Rewrites of a Graph, one function each, every one exact up to float32 rounding.
+
+`optimise` runs them in order. Set `RBLN_VAE_DEBUG=1` to print the graph after each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .ir import (
+    Activation,
+    Add,
+    Attention,
+    Conv2d,
+    DotProductAttention,
+    Graph,
+    GroupNorm,
+    Identity,
+    Linear,
+    Operation,
+    Pad,
+    Scale,
+    Transpose,
+    Upsample,
+    Value,
+    View,
+)
+
+Pass = Callable[[Graph], Graph]
+
+
+def optimise(graph: Graph) -> Graph:
+    """Run every pass.
+
+    Args:
+        graph: As captured.
+
+    Returns:
+        A graph that computes the same, with fewer operations and fewer multiplications.
+    """
+    for rewrite in PASSES:
+        graph = rewrite(graph)
+        if os.environ.get("RBLN_VAE_DEBUG"):
+            print(f"after {rewrite.__name__}:\n{graph}\n", file=sys.stderr)
+    return graph
+
+
+def drop_no_ops(graph: Graph) -> Graph:
+    """Drop what does nothing: copies, multiplication by 1, views and transposes undone."""
+    shapes = graph.probe_shapes()
+    renamed: dict[Value, Value] = {}
+    made: dict[Value, Operation] = {}
+    for original in graph.operations:
+        operation = original.reading(renamed)
+        if isinstance(operation, (View, Transpose)):
+            operation = _onto_its_source(operation, made)
+        if _does_nothing(operation, made, shapes):
+            source = operation.inputs[0]
+            if isinstance(operation, Transpose):
+                source = made[source].inputs[0]
+            renamed[operation.output] = source
+        else:
+            made[operation.output] = operation
+    output = renamed.get(graph.output, graph.output)
+    return _rebuild(graph, made.values(), output=output)
+
+
+def _onto_its_source(operation: Operation, made: Mapping[Value, Operation]) -> Operation:
+    """A view of a view, as one view of what the first one viewed."""
+    before = made.get(operation.inputs[0])
+    if isinstance(operation, View) and isinstance(before, View):
+        return dataclasses.replace(operation, input=before.input)
+    return operation
+
+
+def _does_nothing(
+    operation: Operation,
+    made: Mapping[Value, Operation],
+    shapes: Mapping[Value, tuple[int, ...]],
+) -> bool:
+    match operation:
+        case Identity():
+            return True
+        case Scale(factor=factor):
+            return factor == 1.0
+        case View():
+            return shapes[operation.output] == shapes[operation.input]
+        case Transpose():
+            before = made.get(operation.input)
+            return isinstance(before, Transpose) and (
+                {before.first, before.second} == {operation.first, operation.second}
+            )
+    return False
+
+
+@dataclass(frozen=True)
+class _Arranged:
+    """An image whose pixels stand under other axes, such as `("n", "hw", "c")`."""
+
+    image: Value
+    axes: tuple[str, ...]
+    heads: int = 1
+
+
+class _NotRecognised(Exception):
+    """Axes moved in a way that is not that of attention."""
+
+
+def recognise_attention(graph: Graph) -> Graph:
+    """Replace attention over pixels in a row by one operation on images.
+
+    It follows how views and transposes arrange each image, and applies what is done to
+    the arranged pixels to the image itself: a linear layer becomes a 1x1 convolution, a
+    norm stays a norm. A graph that moves axes in another way is left as it is.
+    """
+    try:
+        return _on_images(graph)
+    except _NotRecognised:
+        return graph
+
+
+_IMAGE = ("n", "c", "h", "w")
+_CHANNELS_FIRST = ("n", "c", "hw")
+_CHANNELS_LAST = ("n", "hw", "c")
+_SPLIT = ("n", "hw", "heads", "d")
+_BY_HEAD = ("n", "heads", "hw", "d")
+
+
+def _on_images(graph: Graph) -> Graph:
+    shapes = graph.probe_shapes()
+    arranged: dict[Value, _Arranged] = {}
+    weights = dict(graph.weights)
+    operations: list[Operation] = []
+
+    def find(value: Value) -> _Arranged:
+        return arranged.get(value, _Arranged(value, _IMAGE))
+
+    for operation in graph.operations:
+        output = operation.output
+        sources = [find(value) for value in operation.inputs]
+        first = sources[0]
+        match operation:
+            case View(axes=axes):
+                arranged[output] = _viewed(first, axes, shapes[operation.input])
+                continue
+            case Transpose():
+                swapped = list(first.axes)
+                one, two = operation.first, operation.second
+                swapped[one], swapped[two] = swapped[two], swapped[one]
+                arranged[output] = dataclasses.replace(first, axes=tuple(swapped))
+                continue
+            case Linear() if first.axes == _CHANNELS_LAST:
+                matrix = weights[operation.weight]
+                if matrix.dim() == 2:
+                    weights[operation.weight] = matrix[:, :, None, None]
+                result: Operation = Conv2d(output, first.image, operation.weight, operation.bias)
+            case GroupNorm() if first.axes in (_CHANNELS_FIRST, _IMAGE):
+                result = dataclasses.replace(operation, input=first.image)
+            case DotProductAttention(scale=scale):
+                if any(s.axes != _BY_HEAD for s in sources):
+                    raise _NotRecognised
+                query, key, value = (s.image for s in sources)
+                result = Attention(output, query, key, value, first.heads, scale)
+            case Activation() | Add() | Scale() | Identity():
+                if any(s.axes != first.axes or s.heads != first.heads for s in sources):
+                    raise _NotRecognised
+                result = operation.reading({v: find(v).image for v in operation.inputs})
+            case _:
+                if any(s.axes != _IMAGE for s in sources):
+                    raise _NotRecognised
+                result = operation.reading({v: find(v).image for v in operation.inputs})
+        operations.append(result)
+        if first.axes != _IMAGE:
+            arranged[output] = dataclasses.replace(first, image=output)
+    end = find(graph.output)
+    if end.axes != _IMAGE:
+        raise _NotRecognised
+    return _rebuild(graph, operations, output=end.image, weights=weights)
+
+
+def _viewed(source: _Arranged, axes: tuple[int | str, ...], shape: tuple[int, ...]) -> _Arranged:
+    match source.axes, axes:
+        case ("n", "c", "h", "w"), ("n", int(), "hw"):
+            return _Arranged(source.image, _CHANNELS_FIRST)
+        case ("n", "c", "hw"), ("n", int(channels), "h", "w") if channels == shape[1]:
+            return _Arranged(source.image, _IMAGE)
+        case ("n", "hw", "c"), ("n", "hw", int(heads), int()):
+            return _Arranged(source.image, _SPLIT, heads)
+        case ("n", "hw", "heads", "d"), ("n", "hw", int()):
+            return _Arranged(source.image, _CHANNELS_LAST)
+    raise _NotRecognised
+
+
+def fold_value_projection(graph: Graph) -> Graph:
+    """Multiply the output projection of attention into its value projection.
+
+    Rows of a softmax sum to one, so `(P (x Vᵀ + v)) Oᵀ + o = P (x (O V)ᵀ + O v + o)`.
+    """
+    made = {operation.output: operation for operation in graph.operations}
+    consumers = graph.consumers()
+    weights = dict(graph.weights)
+    replaced: dict[Value, Operation | None] = {}
+    for attention in graph.operations:
+        if not isinstance(attention, Attention) or attention.heads != 1:
+            continue
+        value = made.get(attention.value)
+        readers = consumers[attention.output]
+        if not (
+            attention.residual is None
+            and _is_pointwise(value, graph)
+            and consumers[attention.value] == [attention]
+            and len(readers) == 1
+            and _is_pointwise(readers[0], graph)
+        ):
+            continue
+        assert isinstance(value, Conv2d) and isinstance(readers[0], Conv2d)
+        out = readers[0]
+        if value.residual is not None or out.norm is not None:
+            continue
+        folded, bias = f"{value.weight}.folded", f"{value.weight}.folded_bias"
+        weights[folded], weights[bias] = _product(out, value, weights)
+        replaced[value.output] = dataclasses.replace(value, weight=folded, bias=bias)
+        replaced[attention.output] = None
+        replaced[out.output] = dataclasses.replace(
+            attention, output=out.output, residual=out.residual
+        )
+    operations = [replaced.get(o.output, o) for o in graph.operations]
+    return _rebuild(graph, [o for o in operations if o is not None], weights=weights)
+
+
+def _is_pointwise(operation: Operation | None, graph: Graph) -> bool:
+    return (
+        isinstance(operation, Conv2d)
+        and not operation.upsample
+        and operation.stride == 1
+        and not any(operation.padding)
+        and operation.kernel(graph.weights)[2:] == (1, 1)
+    )
+
+
+def _product(
+    second: Conv2d, first: Conv2d, weights: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of one 1x1 convolution that does what two do."""
+    outer = weights[second.weight].double().flatten(1)
+    inner = weights[first.weight].double().flatten(1)
+    bias = torch.zeros(outer.shape[0], dtype=torch.float64)
+    if first.bias is not None:
+        bias = bias + outer @ weights[first.bias].double()
+    if second.bias is not None:
+        bias = bias + weights[second.bias].double()
+    return (outer @ inner)[:, :, None, None].float(), bias.float()
+
+
+def fold_upsample(graph: Graph) -> Graph:
+    """Fold nearest doubling into the 3x3 convolution after it.
+
+    Each output pixel then sees 2x2 pixels of the small image, under one of four kernels
+    with summed taps: 4/9 of the multiplications.
+    """
+    made = {operation.output: operation for operation in graph.operations}
+    consumers = graph.consumers()
+    weights = dict(graph.weights)
+    operations: list[Operation] = []
+    for operation in graph.operations:
+        source = made.get(operation.inputs[0])
+        if (
+            isinstance(operation, Conv2d)
+            and isinstance(source, Upsample)
+            and consumers[source.output] == [operation]
+            and operation.kernel(weights)[2:] == (3, 3)
+            and operation.stride == 1
+            and operation.padding == (1, 1, 1, 1)
+            and operation.norm is None
+        ):
+            folded = f"{operation.weight}.phases"
+            weights[folded] = _phases(weights[operation.weight])
+            operation = dataclasses.replace(
+                operation, input=source.input, weight=folded, upsample=True
+            )
+        operations.append(operation)
+    return _rebuild(graph, operations, weights=weights)
+
+
+def _phases(weight: torch.Tensor) -> torch.Tensor:
+    """`(out, in, 3, 3)` to `(row phase, column phase, out, in, 2, 2)`.
+
+    An even row 2i reads rows 2i-1, 2i, 2i+1 of the doubled image, which are rows i-1, i,
+    i of the small one; an odd row reads i, i, i+1.
+    """
+    gather = torch.tensor(
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64
+    )  # (phase, small tap, tap)
+    phases = torch.einsum("oikl,pak,qbl->pqoiab", weight.double(), gather, gather)
+    return phases.float().contiguous()
+
+
+def fold_pad(graph: Graph) -> Graph:
+    """Make zeros around an image a part of the convolution that reads them."""
+    made = {operation.output: operation for operation in graph.operations}
+    operations: list[Operation] = []
+    for operation in graph.operations:
+        source = made.get(operation.inputs[0])
+        if (
+            isinstance(operation, Conv2d)
+            and isinstance(source, Pad)
+            and operation.norm is None
+            and not operation.upsample
+        ):
+            above, below, left, right = (
+                a + b for a, b in zip(operation.padding, source.padding, strict=True)
+            )
+            operation = dataclasses.replace(
+                operation, input=source.input, padding=(above, below, left, right)
+            )
+        operations.append(operation)
+    return _rebuild(graph, operations)
+
+
+def fuse_norm(graph: Graph) -> Graph:
+    """Fuse group norm and the activation after it into the convolutions that read them."""
+    consumers = graph.consumers()
+    norms: dict[Value, GroupNorm] = {}
+    operations: list[Operation] = []
+    for operation in graph.operations:
+        match operation:
+            case GroupNorm():
+                norms[operation.output] = operation
+            case Activation() if (source := norms.get(operation.input)) is not None:
+                if source.norm.activation is None and consumers[source.output] == [operation]:
+                    norm = dataclasses.replace(source.norm, activation=operation.function)
+                    operation = GroupNorm(operation.output, source.input, norm)
+                    norms[operation.output] = operation
+            case Conv2d(norm=None) if (source := norms.get(operation.input)) is not None:
+                if operation.residual != operation.input and all(
+                    isinstance(reader, Conv2d) and reader.norm is None
+                    for reader in consumers[source.output]
+                ):
+                    operation = dataclasses.replace(
+                        operation, input=source.input, norm=source.norm
+                    )
+        operations.append(operation)
+    return _rebuild(graph, operations)
+
+
+def fuse_residual(graph: Graph) -> Graph:
+    """Fuse an addition into the convolution or attention that makes one of its operands."""
+    made = {operation.output: operation for operation in graph.operations}
+    consumers = graph.consumers()
+    operations = list(graph.operations)
+    for add in graph.operations:
+        if not isinstance(add, Add) or add.left == add.right:
+            continue
+        candidates = [
+            operation
+            for value in (add.left, add.right)
+            if isinstance(operation := made.get(value), (Conv2d, Attention))
+            and operation.residual is None
+            and consumers[value] == [add]
+            and value != graph.output
+        ]
+        if not candidates:
+            continue
+        # The one with the most taps, so that a shortcut is made first and its input freed.
+        producer = max(candidates, key=lambda operation: _taps(operation, graph))
+        other = add.left if producer.output == add.right else add.right
+        fused = dataclasses.replace(producer, output=add.output, residual=other)
+        operations[operations.index(add)] = fused
+        operations.remove(producer)
+        made[add.output] = fused
+    return _rebuild(graph, operations)
+
+
+def _taps(operation: Operation, graph: Graph) -> int:
+    if not isinstance(operation, Conv2d):
+        return 1
+    rows, columns = operation.kernel(graph.weights)[2:]
+    return rows * columns
+
+
+def _rebuild(
+    graph: Graph,
+    operations: Iterable[Operation],
+    *,
+    output: Value | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Graph:
+    """The graph with other operations, less those and the weights that nothing needs now."""
+    result = graph.output if output is None else output
+    needed = {result}
+    kept: list[Operation] = []
+    for operation in reversed(list(operations)):
+        if operation.output in needed:
+            needed.update(operation.inputs)
+            kept.append(operation)
+    kept.reverse()
+    used = {name for operation in kept for name in operation.weights}
+    available = graph.weights if weights is None else weights
+    return dataclasses.replace(
+        graph,
+        output=result,
+        operations=tuple(kept),
+        weights={name: weight for name, weight in available.items() if name in used},
+    ).verify()
+
+
+PASSES: tuple[Pass, ...] = (
+    drop_no_ops,
+    recognise_attention,
+    fold_value_projection,
+    fold_upsample,
+    fold_pad,
+    fuse_norm,
+    fuse_residual,
+)
+"""The passes in the order in which `optimise` runs them."""
