@@ -63,7 +63,7 @@ def compiled(source, tmp_path_factory) -> Path:
 def photo(tmp_path) -> Path:
     """A photograph whose sides are no multiples of anything."""
     path = tmp_path / "photo.png"
-    Image.fromarray(data.astronaut()[60:107, 180:241]).save(path)
+    Image.fromarray(data.astronaut()[60:137, 160:291]).save(path)
     return path
 
 
@@ -227,11 +227,11 @@ def test_reconstruct_compiles_a_diffusers_model_in_memory(source, photo, tmp_pat
 @pytest.mark.parametrize(
     ("fit", "size", "shown"),
     [
-        ("crop", None, "46x60"),
-        ("resize", None, "48x60"),
+        ("crop", None, "76x130"),
+        ("resize", None, "76x132"),
         ("resize", "16x24", "16x24"),
         ("crop", "16", "16x16"),
-        ("pad", "16", "12x16"),
+        ("pad", "16", "9x16"),
     ],
 )
 def test_reconstruct_fits_a_picture_as_asked(compiled, photo, tmp_path, fit, size, shown) -> None:
@@ -286,7 +286,7 @@ def test_encode_writes_the_mean_and_where_it_comes_from(compiled, vae, photo, tm
     done(run("encode", photo, "--model", compiled, "--output", tmp_path, "--fit", "resize"))
     path = tmp_path / "photo.safetensors"
     latents = load_file(path)["latents"]
-    image = load_image(photo).resize((60, 48), Image.Resampling.LANCZOS)
+    image = load_image(photo).resize((132, 76), Image.Resampling.LANCZOS)
     with torch.no_grad():
         expected = vae.encode(to_tensor(image)).latent_dist.mode()
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
@@ -296,15 +296,14 @@ def test_encode_writes_the_mean_and_where_it_comes_from(compiled, vae, photo, tm
     assert metadata["model"] == str(compiled)
     assert metadata["drawn"] == "mean"
     assert float(metadata["scaling_factor"]) == vae.config.scaling_factor
-    assert json.loads(metadata["fitting"])["original"] == [47, 61]
+    assert json.loads(metadata["fitting"])["original"] == [77, 131]
 
 
 def test_encode_draws_by_a_seed(compiled, photo, tmp_path) -> None:
     drawn = {}
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        done(
-            run("encode", photo, "-m", compiled, "-o", tmp_path / name, "--sample", "--seed", seed)
-        )
+        there = tmp_path / name
+        done(run("encode", photo, "-m", compiled, "-o", there, "--sample", "--seed", seed))
         drawn[name] = load_file(there / "photo.safetensors")["latents"]
     assert torch.equal(drawn["a"], drawn["b"])
     assert not torch.equal(drawn["a"], drawn["c"])
@@ -314,10 +313,10 @@ def test_decode_gives_a_picture_of_the_original_size(compiled, vae, photo, tmp_p
     done(run("encode", photo, "-m", compiled, "-o", tmp_path))
     done(run("decode", tmp_path / "photo.safetensors", "-m", compiled, "-o", tmp_path))
     picture = np.asarray(load_image(tmp_path / "photo.decoded.png")).astype(int)
-    assert picture.shape == (47, 61, 3)
+    assert picture.shape == (77, 131, 3)
     with torch.no_grad():
         expected = vae.decode(load_file(tmp_path / "photo.safetensors")["latents"]).sample
-    assert abs(picture - np.asarray(to_image(expected))[:47, :61]).max() <= 1
+    assert abs(picture - np.asarray(to_image(expected))[:77, :131]).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 8), (1, 4, 6, 8)])

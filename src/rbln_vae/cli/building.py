@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import typer
-from diffusers import AutoencoderKL
 
 from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
 from .._engine import cpu_features
@@ -18,7 +17,16 @@ from ..config import check_image_size
 from ..images import Fitting, format_size, load_image, parse_size, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
 from ..targets.base import all_targets
-from .models import given, open_model, open_reference
+from .models import (
+    decoded,
+    encoded,
+    given,
+    image_size,
+    in_channels,
+    open_model,
+    open_reference,
+    scale_factor,
+)
 from .terminal import err, out, table, working
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
@@ -45,15 +53,15 @@ def compile_model(
             **given(**loading),
         )
         compiled.save_pretrained(directory)
-    _print_parts(directory, compiled.rbln_config.image_size)
+    _print_parts(directory, image_size(compiled.rbln_config))
     out().print(f"compiled to {directory} in {time.perf_counter() - start:.1f} s")
 
 
 def inspect_model(directory: Path, size: str | None, graph: bool) -> None:
     """Print the parts of a compiled model, what it was compiled from, and its graphs."""
     config = RBLNAutoencoderKLConfig.load(directory)
-    pixels = config.image_size if size is None else parse_size(size)
-    check_image_size(pixels, config.vae_scale_factor)
+    pixels = image_size(config) if size is None else parse_size(size)
+    check_image_size(pixels, scale_factor(config))
     parts = _print_parts(directory, pixels)
     facts = table("compiled model", str(directory))
     for name, value in config.compiled_options().items():
@@ -72,7 +80,7 @@ def inspect_model(directory: Path, size: str | None, graph: bool) -> None:
 def _print_parts(directory: Path, pixels: tuple[int, int]) -> list[Artifact]:
     """Print a table of the parts of a compiled model, with the work for one image."""
     config = RBLNAutoencoderKLConfig.load(directory)
-    names = ["encoder", "decoder"] if config.uses_encoder is not False else ["decoder"]
+    names = ["encoder", "decoder"] if config.uses_encoder else ["decoder"]
     files = [directory / f"{name}{SUFFIX}" for name in names]
     parts = [read_artifact(file) for file in files]
     rows = table(
@@ -87,7 +95,7 @@ def _print_parts(directory: Path, pixels: tuple[int, int]) -> list[Artifact]:
     for file, part in zip(files, parts, strict=True):
         sides = pixels
         if part.graph.name == "decoder":
-            factor = int(config.vae_scale_factor)
+            factor = scale_factor(config)
             sides = (pixels[0] // factor, pixels[1] // factor)
         flops = part.graph.flops((1, part.graph.input_channels, *sides))
         rows.add_row(
@@ -121,18 +129,17 @@ def verify_model(
 
     results = table("", "PSNR dB", "largest error", "relative L2")
     worst = 0.0
-    with torch.no_grad():
-        for name, found, expected in _outcomes(compiled, reference, sample):
-            # The peak of moments has no fixed range; that of pixels is 2.
-            peak = 2.0 if name == "pixels" else float(expected.max() - expected.min())
-            error = relative_l2(found, expected)
-            results.add_row(
-                name,
-                f"{psnr(found, expected, peak):.2f}",
-                f"{largest_error(found, expected):.3g}",
-                f"{error:.3g}",
-            )
-            worst = max(worst, error) if error == error else float("inf")
+    for name, found, expected in _outcomes(compiled, reference, sample):
+        # The peak of moments has no fixed range; that of pixels is 2.
+        peak = 2.0 if name == "pixels" else float(expected.max() - expected.min())
+        error = relative_l2(found, expected)
+        results.add_row(
+            name,
+            f"{psnr(found, expected, peak):.2f}",
+            f"{largest_error(found, expected):.3g}",
+            f"{error:.3g}",
+        )
+        worst = max(worst, error) if error == error else float("inf")
     out().print(results)
     if worst > limit:
         err().print(
@@ -145,33 +152,33 @@ def verify_model(
 def _sample(config: RBLNAutoencoderKLConfig, size: str | None, image: Path | None) -> torch.Tensor:
     """What to compare on: a picture fitted to the size, or noise."""
     wanted = None if size is None else parse_size(size)
-    multiple = int(config.vae_scale_factor)
+    multiple = scale_factor(config)
     if image is not None:
         picture = load_image(image)
         original = (picture.height, picture.width)
         fitting = Fitting.plan(original, multiple=multiple, size=wanted)
         return to_tensor(fitting.apply(picture))
-    pixels = wanted or config.image_size
+    pixels = wanted or image_size(config)
     check_image_size(pixels, multiple)
-    shape = (1, config.in_channels, *pixels)
+    shape = (1, in_channels(config), *pixels)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def _outcomes(
-    compiled: RBLNAutoencoderKL, reference: AutoencoderKL, sample: torch.Tensor
+    compiled: RBLNAutoencoderKL, reference: torch.nn.Module, sample: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """What each part gives and what it should; both decode the same latents."""
     with working("Encoding in diffusers …"):
-        expected = reference.encode(sample).latent_dist
-    if compiled.rbln_config.uses_encoder is not False:
+        expected = encoded(reference, sample)
+    if compiled.rbln_config.uses_encoder:
         with working("Encoding …"):
-            found = compiled.encode(sample).latent_dist
+            found = encoded(compiled, sample)
         yield "moments", found.parameters, expected.parameters
     latents = expected.mode()
     with working("Decoding in diffusers …"):
-        pixels = reference.decode(latents).sample
+        pixels = decoded(reference, latents)
     with working("Decoding …"):
-        result = compiled.decode(latents).sample
+        result = decoded(compiled, latents)
     yield "pixels", result, pixels
 
 

@@ -1,14 +1,19 @@
-"""Models by the name that a user gives."""
+"""Models by the name that a user gives, and what the commands ask of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from diffusers import AutoencoderKL
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from .. import RBLNAutoencoderKL, demo_model
+from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig, demo_model
+from ..config import CONFIG_NAME
+from ..errors import RBLNArtifactError
 from .terminal import working
+
+Option = TypeVar("Option")
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -31,7 +36,7 @@ def open_model(name: str | None, settings: Mapping[str, Any], **loading: Any) ->
         )
 
 
-def open_reference(name: str, **loading: Any) -> AutoencoderKL:
+def open_reference(name: str, **loading: Any) -> torch.nn.Module:
     """The same model in diffusers and float32, ready to run.
 
     Args:
@@ -40,4 +45,32 @@ def open_reference(name: str, **loading: Any) -> AutoencoderKL:
     """
     with working(f"Loading {name} in diffusers …"):
         model = RBLNAutoencoderKL._load_original(name, **given(**loading))
-    return cast(AutoencoderKL, model.float().eval())
+    return cast(torch.nn.Module, model).float().eval()
+
+
+def encoded(
+    vae: RBLNAutoencoderKL | torch.nn.Module, sample: torch.Tensor
+) -> DiagonalGaussianDistribution:
+    """The distribution of latents of a sample, by a model of either kind."""
+    with torch.no_grad():
+        return cast(DiagonalGaussianDistribution, cast(Any, vae).encode(sample).latent_dist)
+
+
+def decoded(vae: RBLNAutoencoderKL | torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """The sample that latents stand for, by a model of either kind."""
+    with torch.no_grad():
+        return cast(torch.Tensor, cast(Any, vae).decode(latents).sample)
+
+
+def image_size(config: RBLNAutoencoderKLConfig) -> tuple[int, int]:
+    """Height and width that a compiled model is tuned for."""
+    return _known("sample_size", config.sample_size)
+
+
+def scale_factor(config: RBLNAutoencoderKLConfig) -> int:
+    """Pixels per latent cell of a compiled model."""
+    if config.vae_scale_factor is None:
+        raise RBLNArtifactError(
+            "the configuration has no vae_scale_factor; compile the model again"
+        )
+    return int(config.vae_scale_factor)

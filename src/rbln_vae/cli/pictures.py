@@ -28,7 +28,7 @@ from ..images import (
     to_tensor,
 )
 from ..metrics import SSIM_WINDOW, psnr, ssim
-from .models import open_model
+from .models import decoded, encoded, in_channels, open_model, scale_factor
 from .terminal import for_each, out, table
 
 LATENTS = "latents"
@@ -54,9 +54,9 @@ def reconstruct(
         original, fitting = fitted(path)
         sample = to_tensor(original)
         start = time.perf_counter()
-        latents = model.encode(sample).latent_dist.mode()
+        latents = encoded(model, sample).mode()
         middle = time.perf_counter()
-        result = model.decode(latents).sample.clamp(-1, 1)
+        result = decoded(model, latents).clamp(-1, 1)
         end = time.perf_counter()
 
         # Padding is easy to reconstruct, and nobody's picture.
@@ -97,7 +97,7 @@ def encode(
     def work(path: Path) -> tuple[str, ...]:
         original, fitting = fitted(path)
         start = time.perf_counter()
-        distribution = model.encode(to_tensor(original)).latent_dist
+        distribution = encoded(model, to_tensor(original))
         if seed is None:
             latents = distribution.mode()
         else:
@@ -139,7 +139,7 @@ def decode(
     def work(path: Path) -> tuple[str, ...]:
         latents, fitting = read_latents(path)
         start = time.perf_counter()
-        image = to_image(model.decode(latents).sample)
+        image = to_image(decoded(model, latents))
         end = time.perf_counter()
         if fitting is not None:
             image = fitting.undo(image)
@@ -194,12 +194,12 @@ def _open_for_images(
     wanted = None if size is None else parse_size(size)
     model = open_model(name, settings, **loading)
     config = model.rbln_config
-    if config.in_channels != 3:
+    if in_channels(config) != 3:
         raise ValueError(
-            f"pictures have 3 channels, and this model takes {config.in_channels}; use it from "
+            f"pictures have 3 channels, and this model takes {in_channels(config)}; use it from "
             "Python, with tensors"
         )
-    multiple = int(config.vae_scale_factor)
+    multiple = scale_factor(config)
     if wanted is not None:
         check_image_size(wanted, multiple)
 
