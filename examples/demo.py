@@ -72,7 +72,7 @@ def main() -> None:
         {
             "original": original,
             f"reconstruction, {quality:.1f} dB": shown,
-            "error ×8": error_image(original, shown, gain=8),
+            "error x8": error_image(original, shown, gain=8),
         }
     ).save(picture)
 

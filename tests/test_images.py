@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -301,8 +302,6 @@ def test_a_fitting_is_for_one_size() -> None:
 
 @pytest.mark.parametrize("mode", FIT_MODES)
 def test_a_fitting_is_stored_and_read(mode: FitMode) -> None:
-    import json
-
     fitting = Fitting.plan((30, 50), multiple=8, mode=mode)
     assert Fitting.from_dict(json.loads(json.dumps(fitting.to_dict()))) == fitting
 

@@ -69,8 +69,16 @@ def image_size(config: RBLNAutoencoderKLConfig) -> tuple[int, int]:
 
 def scale_factor(config: RBLNAutoencoderKLConfig) -> int:
     """Pixels per latent cell of a compiled model."""
-    if config.vae_scale_factor is None:
-        raise RBLNArtifactError(
-            "the configuration has no vae_scale_factor; compile the model again"
-        )
-    return int(config.vae_scale_factor)
+    return int(_known("vae_scale_factor", config.vae_scale_factor))
+
+
+def in_channels(config: RBLNAutoencoderKLConfig) -> int:
+    """Channels of the images of a compiled model."""
+    return _known("in_channels", config.in_channels)
+
+
+def _known(name: str, value: Option | None) -> Option:
+    """An option that compiling fills in, so that only a file changed by hand lacks it."""
+    if value is None:
+        raise RBLNArtifactError(f"{CONFIG_NAME} has no {name}; compile the model again")
+    return value
