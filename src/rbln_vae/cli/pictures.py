@@ -66,7 +66,7 @@ def reconstruct(
               written[path])  # fmt: skip
         similarity = ssim(result, sample) if min(height, width) >= SSIM_WINDOW else None
         return (
-            str(path),
+            path.name,
             format_size((height, width)),
             f"{psnr(result, sample):.2f}",
             "-" if similarity is None else f"{similarity:.4f}",
@@ -115,7 +115,7 @@ def encode(
         with atomic_path(written[path]) as temporary:
             save_file({LATENTS: latents.contiguous()}, temporary, metadata)
         return (
-            str(path),
+            path.name,
             format_size(fitting.original),
             format_size(latents.shape),
             _milliseconds(end - start),
@@ -145,7 +145,7 @@ def decode(
             image = fitting.undo(image)
         _save(image, written[path])
         return (
-            str(path),
+            path.name,
             format_size(latents.shape),
             format_size((image.height, image.width)),
             _milliseconds(end - start),
