@@ -92,17 +92,19 @@ class InterpreterRuntime:
         clock.check()
         return result.to(image.device, image.dtype)
 
+    def memory_needed(self, shape: Shape) -> int:
+        return peak_elements(self._interpreter.graph, shape) * self._interpreter.dtype.itemsize
+
     def _check_memory(self, shape: Shape) -> None:
         limit = self._options.memory_limit
         if limit is None:
             return
-        graph = self._interpreter.graph
-        needed = peak_elements(graph, shape) * self._interpreter.dtype.itemsize
+        needed = self.memory_needed(shape)
         if needed > limit:
             raise MemoryError(
-                f"A run of the {graph.name} on {'x'.join(map(str, shape))} needs {needed} bytes "
-                f"for activations, and memory_limit is {limit}. Raise the limit, or run a smaller "
-                "batch or image."
+                f"A run of the {self._interpreter.graph.name} on {'x'.join(map(str, shape))} needs "
+                f"{needed} bytes for activations, and memory_limit is {limit}. Raise the limit, or "
+                "run a smaller batch or image."
             )
 
 

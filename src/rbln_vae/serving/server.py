@@ -1,0 +1,134 @@
+"""The service on uvicorn: sockets, timeouts of connections, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from . import logs
+
+_HEAD_SECONDS = 10.0
+"""In which the head of a request must arrive."""
+_STALL_SECONDS = 30.0
+"""How long a client may leave an answer unread."""
+_REST_SECONDS = 5.0
+"""How long a body is still received, and thrown away, that was answered before its end."""
+_KEEP_ALIVE_SECONDS = 30
+_MOST_HEAD = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and how it ends.
+
+    Attributes:
+        host: The interface.
+        port: The port; 0 takes a free one.
+        grace: Seconds that admitted requests get to finish after SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grace: float = 120.0
+
+
+def make_server(app: FastAPI, address: Address) -> uvicorn.Server:
+    """A server for the application, which `run` starts."""
+    logs.configure()
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=address.host,
+            port=address.port,
+            http=GuardedProtocol,
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(address.grace),
+            h11_max_incomplete_event_size=_MOST_HEAD,
+        )
+    )
+
+
+class GuardedProtocol(H11Protocol):
+    """A connection that ends when its client stalls, in either direction.
+
+    The time of a body is the application's concern: it knows how long a body may be.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._abort_after(_HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._abort_after(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        waiting = self.conn.their_state is h11.IDLE
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            if waiting:
+                self._abort_after(None)
+        elif waiting and self._timer is None:
+            # Part of the head of a further request.
+            self._abort_after(_HEAD_SECONDS)
+
+    def on_response_complete(self) -> None:
+        unread = self.conn.their_state is h11.SEND_BODY
+        self._abort_after(_REST_SECONDS if unread else None)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._abort_after(_STALL_SECONDS)
+
+    def resume_writing(self) -> None:
+        self._abort_after(None)
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        content = {"code": "invalid_http", "message": msg, "request_id": ""}
+        body = json.dumps(content).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _abort_after(self, seconds: float | None) -> None:
+        """End the connection then, unless this is called again before."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if seconds is not None:
+            self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+
+def default_memory_limit() -> int:
+    """Half of the memory that this process may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # There may be no control group, or one without a limit ("max").
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total // 2
