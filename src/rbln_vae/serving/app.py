@@ -58,7 +58,7 @@ class Limits:
 class Problem(BaseModel):
     """An answer that isn't the result."""
 
-    code: str = Field(description="; ".join(f"{k} ({v})" for k, v in CODES.items()))
+    code: str = Field(description="It never changes.", json_schema_extra={"x-codes": dict(CODES)})
     message: str = Field(description="What was expected, what came, and what to do.")
     request_id: str = Field(description="Under which the server's log has it.")
 
@@ -134,18 +134,16 @@ def create_app(backend: Backend, limits: Limits | None = None) -> FastAPI:
         "default": {"model": Problem, "description": "Anything else; `code` says what."}
     }
 
+    @app.post("/", include_in_schema=False)
+    @app.post(
+        "/decode",
+        response_class=Response,
+        responses={200: {"content": {**results, **images}}, **problems},
+        openapi_extra={"requestBody": {"content": tensor, "required": True}},
+    )
     async def decode(request: Request, query: Annotated[DecodeQuery, Query()]) -> Response:
-        """Turn a latent into an image."""
+        """Turn a latent into an image; `POST /` is the same."""
         return await service.decode(request, query)
-
-    for path in ("/decode", "/"):
-        app.post(
-            path,
-            operation_id="decode" if path == "/decode" else "decode_at_root",
-            response_class=Response,
-            responses={200: {"content": {**results, **images}}, **problems},
-            openapi_extra={"requestBody": {"content": tensor, "required": True}},
-        )(decode)
 
     @app.post(
         "/encode",
