@@ -35,7 +35,9 @@ from rbln_vae.graph.ir import (
 PARTS = ("encoder", "decoder")
 
 
-def tiny_vae(channels: tuple[int, ...] = (8, 16), *, seed: int = 0, **changes: Any) -> AutoencoderKL:
+def tiny_vae(
+    channels: tuple[int, ...] = (8, 16), *, seed: int = 0, **changes: Any
+) -> AutoencoderKL:
     """A small AutoencoderKL, in which each layer's output has a natural spread.
 
     The weights that diffusers starts from give flat images and inert attention, which would
@@ -119,7 +121,9 @@ def graph_of_every_kind() -> Graph:
         Conv2d("conv", "pad", "first", "shift", padding=(0, 1, 0, 0)),
         GroupNorm("norm", "conv", Norm(4, 1e-5, "scale", "shift")),
         Activation("mish", "norm", "mish"),
-        Conv2d("residual", "mish", "second", None, padding=(1, 1, 1, 1), norm=norm, residual="conv"),
+        Conv2d(
+            "residual", "mish", "second", None, padding=(1, 1, 1, 1), norm=norm, residual="conv"
+        ),
         View("rows", "residual", ("n", 8, "hw"), "residual"),
         Transpose("columns", "rows", 1, 2),
         Linear("linear", "columns", "matrix", "shift"),

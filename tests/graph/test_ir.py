@@ -148,9 +148,7 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         "needs stride 1 and padding 1",
     ),
     "upsampling with a stride": (
-        small_graph(
-            conv(upsample=True, padding=(1, 1, 1, 1), stride=2), weight=(2, 2, 4, 4, 2, 2)
-        ),
+        small_graph(conv(upsample=True, padding=(1, 1, 1, 1), stride=2), weight=(2, 2, 4, 4, 2, 2)),
         "needs stride 1 and padding 1",
     ),
     "groups that don't divide the channels": (
@@ -174,9 +172,7 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         "weight 'scale' has shape (3,)",
     ),
     "a fused norm with a wrong activation": (
-        small_graph(
-            conv(norm=changed(NORM, activation="tanh")), weight=(4, 4, 1, 1), **SHAPES
-        ),
+        small_graph(conv(norm=changed(NORM, activation="tanh")), weight=(4, 4, 1, 1), **SHAPES),
         "unknown activation 'tanh'",
     ),
     "an unknown activation": (small_graph(Activation("y", "x", "")), "unknown activation ''"),
@@ -446,7 +442,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "half of it": (graph_of_every_kind().to_json()[:99], "isn't JSON"),
     "a list": ([], "isn't a JSON object"),
     "null": (None, "isn't a JSON object"),
-    "a number with too many digits": ("9" * 10_000, ""),
+    "a number with too many digits": ("9" * 10_000, "isn't JSON"),
     "no version": (without("version"), "version None"),
     "a newer version": (replaced(("version",), 2), "version 2"),
     "a version that is a boolean": (replaced(("version",), True), "version True"),
@@ -498,14 +494,14 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     ),
     "an axis that is a boolean": (
         replaced(("operations", 5, "axes"), ["n", 8, True, "hw"]),
-        "expected",
+        "expected str",
     ),
     "an axis that is a float": (
         replaced(("operations", 5, "axes"), ["n", 8.0, "hw"]),
         "expected",
     ),
     "an axis that is a list": (replaced(("operations", 5, "axes"), ["n", [8], "hw"]), "expected"),
-    "brackets in brackets": ("[" * DEEP + "]" * DEEP, ""),
+    "brackets in brackets": ("[" * DEEP + "]" * DEEP, "isn't JSON"),
     "brackets for operations": (
         json.dumps(replaced(("operations",), "@")).replace('"@"', "[" * 900 + "]" * 900),
         "isn't an object",
@@ -525,9 +521,7 @@ def test_from_json_refuses(name: str) -> None:
     "path", [("version",), ("name",), ("operations", 0), ("operations", 0, "padding")], ids=str
 )
 @pytest.mark.parametrize("brackets", ["[]", '{"a":}'])
-def test_nesting_of_any_depth_is_refused(
-    depth: int, path: tuple[Any, ...], brackets: str
-) -> None:
+def test_nesting_of_any_depth_is_refused(depth: int, path: tuple[Any, ...], brackets: str) -> None:
     bomb = brackets[:-1] * depth + "0" + brackets[-1] * depth
     text = json.dumps(replaced(path, "@")).replace('"@"', bomb)
     with pytest.raises(GraphError):
@@ -542,7 +536,9 @@ ANYTHING = st.recursive(
     | st.floats()
     | st.sampled_from(["x", "n", "h", "hw", "silu", "Conv2d", "conv", "first", "", "\ud800"])
     | st.text(max_size=4),
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=4), children),
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=4), children)
+    ),
     max_leaves=4,
 )
 PLACES = [path for path in paths(stored_graph()) if path]
@@ -563,9 +559,7 @@ def test_a_graph_with_anything_anywhere_is_valid_or_refused(
 
 @settings(max_examples=300)
 @given(start=st.integers(0, 3000), length=st.integers(0, 20), text=st.text(max_size=6))
-def test_text_with_a_piece_replaced_is_valid_or_refused(
-    start: int, length: int, text: str
-) -> None:
+def test_text_with_a_piece_replaced_is_valid_or_refused(start: int, length: int, text: str) -> None:
     whole = graph_of_every_kind().to_json()
     try:
         loaded(whole[:start] + text + whole[start + length :])
@@ -578,11 +572,11 @@ def test_from_json_refuses_weights_that_do_not_fit(name: str) -> None:
     graph = graph_of_every_kind()
     for other in (
         {k: v for k, v in graph.weights.items() if k != name},
-        {**graph.weights, name: graph.weights[name][..., :-1]},
+        {**graph.weights, name: graph.weights[name].flatten()[:-1]},
         {**graph.weights, name: graph.weights[name][None]},
         {**graph.weights, name + "2": graph.weights[name]},
     ):
-        with pytest.raises(GraphError, match="weight|kernel|channels"):
+        with pytest.raises(GraphError):
             Graph.from_json(graph.to_json(), other)
 
 
@@ -591,9 +585,7 @@ def test_from_json_refuses_weights_that_do_not_fit(name: str) -> None:
 
 def test_printing_shows_every_operation_on_a_line() -> None:
     graph = small_graph(
-        Conv2d(
-            "y", "x", "weight", None, 2, (0, 1, 0, 1), norm=changed(NORM, activation="silu")
-        ),
+        Conv2d("y", "x", "weight", None, 2, (0, 1, 0, 1), norm=changed(NORM, activation="silu")),
         Attention("z", "y", "y", "y", 1, 0.5),
         weight=(4, 4, 3, 3),
         **SHAPES,
