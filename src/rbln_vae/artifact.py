@@ -115,9 +115,7 @@ def read_artifact(path: Path) -> Artifact:
         raise RBLNArtifactError(
             f"{path} is not valid: {error}. Compile the model again."
         ) from error
-    return Artifact(
-        graph, texts["target"], texts["dtype"], source, texts["library_version"], path
-    )
+    return Artifact(graph, texts["target"], texts["dtype"], source, texts["library_version"], path)
 
 
 def _checked_description(path: Path) -> dict[str, Any]:
@@ -163,9 +161,7 @@ def _description(header: bytes, path: Path) -> dict[str, Any]:
     return dict(description)
 
 
-def _check_sum(
-    data: mmap.mmap, header: bytes, description: Mapping[str, Any], path: Path
-) -> None:
+def _check_sum(data: mmap.mmap, header: bytes, description: Mapping[str, Any], path: Path) -> None:
     found = description.get("checksum")
     place = header.find(_checksum_field(found)) if isinstance(found, str) else -1
     if place < 0 or _digest(data, 8 + place) != found:

@@ -304,7 +304,9 @@ class RBLNModelConfig:
         Raises:
             ValueError: As the constructor.
         """
-        reject_unknown(changes, self._option_names(), f"option of {type(self).__name__}", ValueError)
+        reject_unknown(
+            changes, self._option_names(), f"option of {type(self).__name__}", ValueError
+        )
         return type(self)(**{**self.given_options(), **changes})
 
     def compiled_options(self) -> dict[str, Any]:

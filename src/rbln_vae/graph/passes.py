@@ -342,9 +342,7 @@ def fuse_norm(graph: Graph) -> Graph:
                     isinstance(reader, Conv2d) and reader.norm is None
                     for reader in consumers[source.output]
                 ):
-                    operation = dataclasses.replace(
-                        operation, input=source.input, norm=source.norm
-                    )
+                    operation = dataclasses.replace(operation, input=source.input, norm=source.norm)
         operations.append(operation)
     return _rebuild(graph, operations)
 

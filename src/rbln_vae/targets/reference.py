@@ -48,7 +48,9 @@ class InterpreterTarget(Target):
             )
         return artifact
 
-    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> InterpreterRuntime:
+    def create_runtime(
+        self, compiled: CompiledModel, options: RuntimeOptions
+    ) -> InterpreterRuntime:
         assert isinstance(compiled, Artifact)
         device = self.default_device() if options.device is None else options.device
         if torch.device(str(device)).type != torch.device(str(self.default_device())).type:
