@@ -47,7 +47,7 @@ from rbln_vae.graph.ir import (
     Upsample,
     View,
 )
-from rbln_vae.graph.passes import optimise
+from rbln_vae.graph.passes import drop_no_ops, optimise
 
 NORM = Norm(2, 1e-6, "scale", "shift")
 SHAPES = {"scale": (4,), "shift": (4,)}
@@ -363,7 +363,8 @@ def test_a_graph_is_the_same_whatever_size_it_was_exported_at(
     monkeypatch.setattr(capture_module, "EXAMPLE_HEIGHT", 64 * 37)
     monkeypatch.setattr(capture_module, "EXAMPLE_WIDTH", 64 * 41)
     again = RBLNAutoencoderKL._capture(tiny_vae(), part)
-    assert again.to_json() == captured(part).to_json()
+    # Diffusers makes large images contiguous, and the pass drops that.
+    assert drop_no_ops(again).to_json() == drop_no_ops(captured(part)).to_json()
     assert again.weights.keys() == captured(part).weights.keys()
 
 
