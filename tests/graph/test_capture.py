@@ -228,9 +228,9 @@ class Attends(nn.Module):
         self.options = options
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(2).transpose(1, 2).unflatten(2, (1, 4)).transpose(1, 2)
+        rows = x.flatten(2).transpose(1, 2).reshape(x.shape[0], -1, 1, 4).transpose(1, 2)
         result = F.scaled_dot_product_attention(rows, rows, rows, **self.options)
-        return result.transpose(1, 2).flatten(2).transpose(1, 2).reshape(x.shape)
+        return result.transpose(1, 2).reshape(x.shape[0], -1, 4).transpose(1, 2).reshape(x.shape)
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
