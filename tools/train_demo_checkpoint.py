@@ -123,8 +123,10 @@ def train(steps: int, rate: float, output: Path) -> None:
     warm_up = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1, (step + 1) / warm_up)
-        * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))),
+        lambda step: (
+            min(1, (step + 1) / warm_up)
+            * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        ),
     )
     start, recent = time.monotonic(), 0.0
     for step in range(steps):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,14 +10,20 @@ import torch
 from torch import Tensor
 
 from . import hub
-from .config import RBLNModelConfig, check_image_size, positive_int, reject_unknown
+from .config import (
+    RBLNModelConfig,
+    boolean,
+    check_image_size,
+    positive_int,
+    positive_number,
+    reject_unknown,
+)
 from .errors import RBLNCompileError, RBLNRuntimeError
 from .graph.capture import capture
 from .graph.ir import Graph
 from .model import RBLNModel
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
@@ -30,18 +35,6 @@ def _image_size(value: object) -> tuple[int, int]:
     if len(sides) != 2:
         raise ValueError("expected an int, or (height, width)")
     return positive_int(sides[0]), positive_int(sides[1])
-
-
-def _factor(value: object) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
-        raise ValueError("expected a positive number")
-    return int(value) if value == int(value) else float(value)
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("expected True, False or None")
-    return value
 
 
 class RBLNAutoencoderKLConfig(RBLNModelConfig):
@@ -75,8 +68,8 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
         **RBLNModelConfig._CHECKS,
         "batch_size": positive_int,
         "sample_size": _image_size,
-        "uses_encoder": _boolean,
-        "vae_scale_factor": _factor,
+        "uses_encoder": boolean,
+        "vae_scale_factor": positive_number,
         "in_channels": positive_int,
         "latent_channels": positive_int,
     }
@@ -316,7 +309,7 @@ class RBLNAutoencoderKL(RBLNModel):
             return capture(_Decoder(vae), part, vae.config.latent_channels)
 
     @classmethod
-    def _load_original(cls, model_id: str, **kwargs: Any) -> AutoencoderKL:
+    def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
         from diffusers import AutoencoderKL
 
         if kwargs.setdefault("use_safetensors", True) is not True:
@@ -325,22 +318,20 @@ class RBLNAutoencoderKL(RBLNModel):
             )
         if hub.is_single_file(model_id):
             kwargs.pop("use_safetensors")
-            single: AutoencoderKL = AutoencoderKL.from_single_file(model_id, **kwargs)
-            return single
+            return AutoencoderKL.from_single_file(model_id, **kwargs)
         found = AutoencoderKL.load_config(model_id, **hub.options(kwargs)).get("_class_name")
         if found not in (None, cls.original_class_name):
             raise RBLNCompileError(
                 f"{model_id} holds a {found}, and {cls.__name__} compiles an "
                 f"{cls.original_class_name}. Name a VAE, or the subfolder that holds one."
             )
-        loaded: AutoencoderKL = AutoencoderKL.from_pretrained(model_id, **kwargs)
-        return loaded
+        return AutoencoderKL.from_pretrained(model_id, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class _Encoder(torch.nn.Module):
     """Image to moments, under the names that the weights have in the whole model."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder = vae.encoder
         self.quant_conv = vae.quant_conv
@@ -353,7 +344,7 @@ class _Encoder(torch.nn.Module):
 class _Decoder(torch.nn.Module):
     """Latent to image, under the names that the weights have in the whole model."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.decoder = vae.decoder
         self.post_quant_conv = vae.post_quant_conv
@@ -364,7 +355,7 @@ class _Decoder(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def _standard_attention(vae: AutoencoderKL) -> Iterator[None]:
+def _standard_attention(vae: Any) -> Iterator[None]:
     """Capture attention in one form, whatever processors the model was given.
 
     All processors of diffusers compute the same function from the same weights.
@@ -373,9 +364,10 @@ def _standard_attention(vae: AutoencoderKL) -> Iterator[None]:
 
     modules = [m for m in vae.modules() if isinstance(m, Attention)]
     before = [m.processor for m in modules]
+    standard: Any = AttnProcessor2_0()  # type: ignore[no-untyped-call]
     try:
         for module in modules:
-            module.processor = AttnProcessor2_0()
+            module.processor = standard
         yield
     finally:
         for module, processor in zip(modules, before, strict=True):

@@ -29,7 +29,8 @@ Device = int | str
 ConfigType = TypeVar("ConfigType", bound="RBLNModelConfig")
 
 
-def _boolean(value: object) -> bool:
+def boolean(value: object) -> bool:
+    """The value, which must be `True` or `False`."""
     if not isinstance(value, bool):
         raise TypeError("expected True or False")
     return value
@@ -42,10 +43,14 @@ def positive_int(value: object) -> int:
     return int(value)
 
 
-def _seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
-        raise ValueError("expected a positive number of seconds (`float('inf')` for no limit)")
-    return value if isinstance(value, int) else float(value)
+def positive_number(value: object) -> int | float:
+    """The value as an `int` if it is whole, else as a `float`; it must be positive."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError("expected a number")
+    number = float(value)
+    if not number > 0:
+        raise ValueError("expected a positive number")
+    return int(number) if number.is_integer() else number
 
 
 def _device(value: object) -> Device:
@@ -112,7 +117,8 @@ class RBLNModelConfig:
         npu: The RBLN chip to compile for, such as `"RBLN-CA22"`.
         num_devices: Devices that share one model.
         tensor_parallel_size: Another name of `num_devices`.
-        timeout: Seconds that one run may take before a `TimeoutError`.
+        timeout: Seconds that one run may take before a `TimeoutError`; `float("inf")` is no
+            limit.
         dtype: `"float32"`, `"bfloat16"` or a torch dtype; `None` is what is best on the
             target.
         target: `"cpu"`, `"cuda"`, `"rbln"` or `"reference"`; `None` is `rbln` where an
@@ -145,13 +151,13 @@ class RBLNModelConfig:
     """Options of a run: not stored, and free to differ from load to load."""
 
     _CHECKS: ClassVar[dict[str, Callable[[object], Any]]] = {
-        "create_runtimes": _boolean,
+        "create_runtimes": boolean,
         "device": _device,
         "device_map": _device_map,
-        "activate_profiler": _boolean,
+        "activate_profiler": boolean,
         "npu": _text,
         "num_devices": positive_int,
-        "timeout": _seconds,
+        "timeout": positive_number,
         "dtype": _dtype,
         "target": _target,
         "num_threads": positive_int,
@@ -242,7 +248,7 @@ class RBLNModelConfig:
             name
             for kind in cls.__mro__
             if kind is not object
-            for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            for name, parameter in inspect.signature(kind).parameters.items()
             if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
 

@@ -58,11 +58,9 @@ class RBLNModel(ABC):
         config: Mapping[str, Any],
         rbln_config: RBLNModelConfig,
     ) -> None:
-        from diffusers.configuration_utils import FrozenDict
-
         if not rbln_config.is_frozen():
             raise ValueError("rbln_config must be frozen: use from_pretrained or from_model.")
-        self.config: Any = FrozenDict(config)
+        self.config = _frozen(config)
         self.rbln_config = rbln_config
         self.compiled_models = dict(compiled_models)
         self._target = get_target(str(rbln_config.target))
@@ -92,7 +90,7 @@ class RBLNModel(ABC):
 
     @classmethod
     @abstractmethod
-    def _load_original(cls, model_id: str, **kwargs: Any) -> torch.nn.Module:
+    def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
         """Load the diffusers model from a directory, a hub id or a single file."""
 
     # Making one
@@ -403,6 +401,13 @@ class RBLNModel(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"
+
+
+def _frozen(config: Mapping[str, Any]) -> Any:
+    """The configuration as diffusers gives it: a mapping whose keys are attributes too."""
+    from diffusers.configuration_utils import FrozenDict
+
+    return FrozenDict(config)  # type: ignore[no-untyped-call]
 
 
 def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,6 +9,8 @@ from .reference import InterpreterRuntime, InterpreterTarget
 
 
 class CudaTarget(InterpreterTarget):
+    """NVIDIA GPUs."""
+
     name = "cuda"
     description = "an NVIDIA GPU, by PyTorch's kernels"
 

@@ -11,6 +11,8 @@ from .base import CompiledModel, CompileOptions, Runtime, RuntimeOptions, Target
 
 
 class RblnTarget(Target):
+    """RBLN NPUs; every shape is fixed when compiling."""
+
     name = "rbln"
     description = "an RBLN NPU, by Rebellions' compiler"
     static_shapes = True
@@ -23,7 +25,7 @@ class RblnTarget(Target):
                 "as https://docs.rbln.ai says (it needs an account there), or use target='cpu'."
             )
         return (
-            f"this version of rbln-vae doesn't compile for the NPU. Use target='cpu', or "
+            "this version of rbln-vae doesn't compile for the NPU. Use target='cpu', or "
             "optimum-rbln."
         )
 

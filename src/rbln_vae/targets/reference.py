@@ -182,6 +182,8 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 class ReferenceTarget(InterpreterTarget):
+    """The interpreter itself."""
+
     name = "reference"
     description = "the graph in plain torch on the CPU: the oracle of the other targets"
 

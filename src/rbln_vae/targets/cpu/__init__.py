@@ -6,6 +6,8 @@ from ..reference import InterpreterTarget
 
 
 class CpuTarget(InterpreterTarget):
+    """This machine's processor."""
+
     name = "cpu"
     description = "this machine's processor"
 
