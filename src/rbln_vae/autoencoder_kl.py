@@ -37,6 +37,13 @@ def _image_size(value: object) -> tuple[int, int]:
     return positive_int(sides[0]), positive_int(sides[1])
 
 
+def _scale_factor(value: object) -> int:
+    factor = positive_number(value)
+    if not isinstance(factor, int):
+        raise ValueError("expected a positive whole number")
+    return factor
+
+
 class RBLNAutoencoderKLConfig(RBLNModelConfig):
     """What an `RBLNAutoencoderKL` is compiled for.
 
@@ -69,7 +76,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
         "batch_size": positive_int,
         "sample_size": _image_size,
         "uses_encoder": boolean,
-        "vae_scale_factor": positive_number,
+        "vae_scale_factor": _scale_factor,
         "in_channels": positive_int,
         "latent_channels": positive_int,
     }
@@ -78,7 +85,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
     batch_size: int
     sample_size: tuple[int, int] | None
     uses_encoder: bool | None
-    vae_scale_factor: int | float | None
+    vae_scale_factor: int | None
     in_channels: int | None
     latent_channels: int | None
 
@@ -124,7 +131,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
                 "from the rbln_config of a compiled model."
             )
         height, width = self.sample_size
-        return int(height // self.vae_scale_factor), int(width // self.vae_scale_factor)
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
 
 
 class RBLNAutoencoderKL(RBLNModel):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import hub
 from .artifact import SUFFIX
-from .config import CONFIG_NAME, RBLNModelConfig, reject_unknown
+from .config import CONFIG_NAME, RBLNModelConfig, override, reject_unknown
 from .errors import RBLNArtifactError, RBLNRuntimeError
 from .files import atomic_directory
 from .graph.ir import Graph
@@ -192,7 +192,7 @@ class RBLNModel(ABC):
     def _wanted(cls, rbln_config: Config, options: Mapping[str, Any]) -> RBLNModelConfig:
         """The configuration that the caller asks for, not frozen."""
         if rbln_config is None or isinstance(rbln_config, Mapping):
-            return cls.config_class(**{**(rbln_config or {}), **options})
+            return cls.config_class(**override(rbln_config or {}, options))
         if not isinstance(rbln_config, cls.config_class):
             raise TypeError(
                 f"rbln_config must be a dict or a {cls.config_class.__name__}, and is a "
