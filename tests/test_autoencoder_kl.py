@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,7 @@ def test_attention_prefers_some_pixels_to_others(part):
 @st.composite
 def architectures(draw: st.DrawFn) -> dict[str, Any]:
     groups = draw(st.sampled_from([1, 2, 4]))
-    blocks = draw(st.integers(1, 4))
+    blocks = draw(st.sampled_from([1, 2, 2, 3]))
     channels = [groups * draw(st.sampled_from([2, 3, 4])) for _ in range(blocks)]
     attention = draw(st.sampled_from([False, False, True]))
     down = [f"{'Attn' if attention and i == 0 else ''}DownEncoderBlock2D" for i in range(blocks)]
@@ -592,9 +593,8 @@ def test_the_reference_is_as_good_as_any_target():
 
 def test_bfloat16_is_no_worse_than_that_of_diffusers():
     vae = make_vae(block_out_channels=(16, 32), layers_per_block=2)
-    ours, theirs = compile_vae(vae, dtype="bfloat16"), make_vae(
-        block_out_channels=(16, 32), layers_per_block=2
-    ).to(torch.bfloat16)
+    ours = compile_vae(vae, dtype="bfloat16")
+    theirs = copy.deepcopy(vae).to(torch.bfloat16)
     assert ours.dtype is torch.bfloat16
     for run, x in ((moments, image(4, 64, 64)), (pixels, latent(4, 32, 32))):
         expected = run(vae, x)

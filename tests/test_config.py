@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbln_vae import (
@@ -328,6 +328,7 @@ def test_what_was_saved_is_loaded_but_for_the_options_of_a_run(tmp_path):
         assert getattr(loaded, name) == (default if name in RUN_OPTIONS else read), name
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(
     batch_size=st.integers(1, 64),
     sample_size=st.tuples(st.integers(1, 99), st.integers(1, 99)),
