@@ -278,11 +278,13 @@ class RBLNAutoencoderKL(RBLNModel):
 
     @classmethod
     def _resolve(cls, rbln_config: RBLNAutoencoderKLConfig, config: Mapping[str, Any]) -> None:
-        size = config.get("sample_size")
+        blocks = config.get("block_out_channels")
+        if not isinstance(blocks, (list, tuple)) or not blocks:
+            raise ValueError(f"block_out_channels={blocks!r} of the model is no list of channels.")
         own = {
             "in_channels": config.get("in_channels"),
             "latent_channels": config.get("latent_channels"),
-            "vae_scale_factor": 2 ** (len(config.get("block_out_channels", ())) - 1),
+            "vae_scale_factor": 2 ** (len(blocks) - 1),
         }
         for name, value in own.items():
             chosen = getattr(rbln_config, name)
@@ -295,7 +297,10 @@ class RBLNAutoencoderKL(RBLNModel):
         if rbln_config.uses_encoder is None:
             rbln_config.uses_encoder = True
         if rbln_config.sample_size is None:
-            rbln_config.sample_size = size
+            rbln_config.sample_size = config.get("sample_size")
+        for name in (*own, "sample_size"):
+            if getattr(rbln_config, name) is None:
+                raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
 
     @classmethod
     def _parts(cls, rbln_config: RBLNAutoencoderKLConfig) -> dict[str, tuple[int, int, int, int]]:
