@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         found = self._found(name, revision)

@@ -390,8 +390,8 @@ def test_an_output_is_never_used_again():
     for seed in (4, 5):
         default_compiled()(image(seed=seed))
     assert len({tensor.data_ptr() for tensor in kept}) == len(kept)
-    for tensor, copy in zip(kept, copies, strict=True):
-        assert torch.equal(tensor, copy)
+    for tensor, copied in zip(kept, copies, strict=True):
+        assert torch.equal(tensor, copied)
     for posterior, mean in zip(posteriors, means, strict=True):
         assert torch.equal(posterior.mean, mean)
 
@@ -495,7 +495,7 @@ def test_what_is_no_tensor_is_an_error(method, value):
 
 
 def test_a_tensor_without_data_is_an_error():
-    with pytest.raises(ValueError, match="dense tensor with data, and is .* on meta"):
+    with pytest.raises(ValueError, match=r"dense tensor with data, and is .* on meta"):
         default_compiled().decode(latent().to("meta"))
 
 
@@ -532,9 +532,9 @@ def static(monkeypatch) -> RBLNAutoencoderKL:
 
 
 def test_a_static_target_takes_the_compiled_shape(static):
-    assert relative_l2(pixels(static, latent(2, 8, 12)), pixels(default_vae(), latent(2, 8, 12))) < (
-        TOLERANCE
-    )
+    assert relative_l2(
+        pixels(static, latent(2, 8, 12)), pixels(default_vae(), latent(2, 8, 12))
+    ) < (TOLERANCE)
     assert moments(static, image(2, 16, 24)).shape == (2, 8, 8, 12)
 
 
@@ -583,7 +583,9 @@ def test_the_number_of_threads_is_an_option_of_the_model_alone(number):
 def test_a_model_without_runtimes_says_how_to_load_it():
     vae = compile_vae(default_vae(), create_runtimes=False)
     for run, x in ((vae.encode, image()), (vae.decode, latent()), (vae, image())):
-        with pytest.raises(RBLNRuntimeError, match=r"create_runtimes=False.*save_pretrained.*'cpu'"):
+        with pytest.raises(
+            RBLNRuntimeError, match=r"create_runtimes=False.*save_pretrained.*'cpu'"
+        ):
             run(x)
 
 
