@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import captured, evaluate, graph_of_every_kind, paths, picture, small_graph
+from graphs import captured, evaluate, graph_of_every_kind, paths, small_graph
 from safetensors.torch import save_file
+from vaes import noise
 
 from rbln_vae.artifact import Artifact, read_artifact
 from rbln_vae.errors import RBLNArtifactError
@@ -89,7 +90,7 @@ def test_what_is_written_comes_back(tmp_path: Path, graph: Callable[[], Graph], 
     again = read_artifact(tmp_path / "part.rbln")
     assert_equal(again, made)
     assert again.path == tmp_path / "part.rbln"
-    image = picture(1, made.graph.input_channels, 8, 8)
+    image = noise(1, made.graph.input_channels, 8, 8)
     assert torch.equal(evaluate(again.graph, image), evaluate(made.graph, image))
 
 
