@@ -24,7 +24,7 @@ const std::vector<Kernels>& built() {
       join(Isa::kAvx2, DType::kFloat32, avx2::conv2d, avx2::attention),
       join(Isa::kAvx512, DType::kFloat32, avx512::conv2d, avx512::attention),
       join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention),
-      join(Isa::kAmxBf16, DType::kBFloat16, amx_bf16::conv2d, amx_bf16::attention),
+      // AMX join(Isa::kAmxBf16, DType::kBFloat16, amx_bf16::conv2d, amx_bf16::attention),
 #endif
   };
   return list;
