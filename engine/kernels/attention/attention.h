@@ -196,11 +196,11 @@ class Attention {
       g.b = b + panel * panel_step;
       g.panels = smaller(Simd::kMaxPanels, panels - panel);
       for (Index chunk = 0; chunk < chunks; ++chunk) {
-        // Divided evenly where a product is one row, else into whole rows.
+        // Divided evenly, or into as many whole tiles as there are.
         const Index begin =
-            Simd::kMaxRows == 1 ? count_ * chunk / chunks : chunk * kTogether;
-        const Index end = Simd::kMaxRows == 1 ? count_ * (chunk + 1) / chunks
-                                              : smaller(begin + kTogether, count_);
+            Simd::kWholeTiles ? chunk * kTogether : count_ * chunk / chunks;
+        const Index end = Simd::kWholeTiles ? smaller(begin + kTogether, count_)
+                                            : count_ * (chunk + 1) / chunks;
         g.rows = ceil_div(end - begin, Simd::kMaxPixels);
         g.pixels = g.rows > 1 ? Simd::kMaxPixels : end - begin;
         g.a = a + begin * kBlock;

@@ -16,59 +16,154 @@
 
 namespace rbln_vae {
 
-// Where an instruction set keeps the sums of one product, and the running statistics.
+// What is done with the sums of a product: bias and residual are added, the result is
+// stored, and the statistics of its channels are kept. It can be done a few pixels at a
+// time, so that an instruction set whose products run beside its vectors overlaps them.
 template <class Simd>
-struct ConvSums {
-  alignas(64) float c[Simd::kMaxPanels * Simd::kMaxRows * Simd::kMaxPixels * kPanel];
-};
-
-// Statistics of one panel of channels over a tile. Values are taken relative to the
-// tile's first pixel, so that a mean far from zero costs no precision.
-template <class Simd>
-class PanelStatistics {
- public:
+class Epilogue {
+  using T = typename Simd::T;
   using Vector = typename Simd::Vector;
 
-  void begin() { empty_ = true; }
+ public:
+  // Sums of `rows` x `pixels` outputs whose first is (y, x), for `panels` panels.
+  struct Job {
+    const float* sums;  // [panels][rows][pitch][16]
+    Index pitch;
+    Index panel;
+    Index panels;
+    Index rows;
+    Index pixels;
+    T* output;          // of the first pixel, in the block of the first panel
+    const T* residual;  // likewise, or null
+    Index pixel_step;   // elements from one output pixel to the next
+    Index row_step;
+    Index block_step;
+    bool first;  // of the tile, for these panels
+    bool last;
+  };
 
-  void add_row(const Vector* values, Index count) {
-    if (empty_) {
-      Simd::store(shift_, values[0]);
-      for (Index i = 0; i < kPanel; ++i) sum_[i] = square_[i] = 0.0;
-      empty_ = false;
-    }
-    const Vector shift = Simd::load(shift_);
-    Vector sum = Simd::set(0.0f);
-    Vector square = Simd::set(0.0f);
-    for (Index i = 0; i < count; ++i) {
-      const Vector d = Simd::subtract(values[i], shift);
-      sum = Simd::add(sum, d);
-      square = Simd::multiply_add(d, d, square);
-    }
-    alignas(64) float sums[kPanel], squares[kPanel];
-    Simd::store(sums, sum);
-    Simd::store(squares, square);
-    for (Index i = 0; i < kPanel; ++i) {
-      sum_[i] += sums[i];
-      square_[i] += squares[i];
+  Epilogue(const ConvStep& s, float* partials, Index points)
+      : s_(s), partials_(partials), points_(points) {}
+
+  // The job before must be finished.
+  void start(const Job& job) {
+    job_ = job;
+    p_ = row_ = pixel_ = 0;
+    left_ = job.panels * job.rows * job.pixels;
+  }
+
+  Index left() const { return left_; }
+
+  void advance(Index count) {
+    while (count > 0 && left_ > 0) {
+      const Index now = smaller(count, job_.pixels - pixel_);
+      do_pixels(now);
+      count -= now;
+      left_ -= now;
+      pixel_ += now;
+      if (pixel_ < job_.pixels) continue;
+      end_row();
+      pixel_ = 0;
+      if (++row_ < job_.rows) continue;
+      if (job_.last && partials_ != nullptr) end_panel();
+      row_ = 0;
+      ++p_;
     }
   }
 
-  // The mean of each channel, and the sum of squared distances from it.
-  void finish(Index count, float* means, float* squares) const {
+  void finish() { advance(left_); }
+
+ private:
+  // Statistics of a panel. Values are taken relative to the tile's first pixel, so that a
+  // mean far from zero costs no precision.
+  struct Statistics {
+    alignas(64) float shift[kPanel];
+    alignas(64) float row_sum[kPanel];
+    alignas(64) float row_square[kPanel];
+    alignas(64) double sum[kPanel];
+    alignas(64) double square[kPanel];
+  };
+
+  void do_pixels(Index count) {
+    const Index panel = job_.panel + p_;
+    const Index at = panel / 2 * job_.block_step - job_.panel / 2 * job_.block_step +
+                     row_ * job_.row_step + pixel_ * job_.pixel_step + panel % 2 * kPanel;
+    const float* sums =
+        job_.sums + ((p_ * job_.rows + row_) * job_.pitch + pixel_) * kPanel;
+    T* to = job_.output + at;
+    const T* residual = job_.residual == nullptr ? nullptr : job_.residual + at;
+    const Vector bias = Simd::load(s_.bias + panel * kPanel);
+    // The rest of a block that has no channels must read as zero.
+    const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();
+    const bool count_in = partials_ != nullptr;
+    Statistics& statistics = statistics_[p_];
+    Vector shift = bias, sum = bias, square = bias;
+    if (count_in) {
+      if (job_.first && row_ == 0 && pixel_ == 0) {
+        Vector v = Simd::add(Simd::load(sums), bias);
+        if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual));
+        Simd::store(statistics.shift, v);
+        for (Index i = 0; i < kPanel; ++i) statistics.sum[i] = statistics.square[i] = 0.0;
+      }
+      if (pixel_ == 0) {
+        Simd::store(statistics.row_sum, Simd::set(0.0f));
+        Simd::store(statistics.row_square, Simd::set(0.0f));
+      }
+      shift = Simd::load(statistics.shift);
+      sum = Simd::load(statistics.row_sum);
+      square = Simd::load(statistics.row_square);
+    }
+    for (Index i = 0; i < count; ++i) {
+      Vector v = Simd::add(Simd::load(sums + i * kPanel), bias);
+      if (residual != nullptr) {
+        v = Simd::add(v, Simd::load_elements(residual + i * job_.pixel_step));
+      }
+      Simd::store_elements(to + i * job_.pixel_step, v);
+      if (pad) Simd::store_elements(to + i * job_.pixel_step + kPanel, Simd::set(0.0f));
+      if (count_in) {
+        const Vector distance = Simd::subtract(v, shift);
+        sum = Simd::add(sum, distance);
+        square = Simd::multiply_add(distance, distance, square);
+      }
+    }
+    if (count_in) {
+      Simd::store(statistics.row_sum, sum);
+      Simd::store(statistics.row_square, square);
+    }
+  }
+
+  // Sums of a row are added up in double precision.
+  void end_row() {
+    if (partials_ == nullptr) return;
+    Statistics& statistics = statistics_[p_];
     for (Index i = 0; i < kPanel; ++i) {
-      const double mean = sum_[i] / static_cast<double>(count);
-      const double rest = square_[i] - sum_[i] * mean;
-      means[i] = static_cast<float>(shift_[i] + mean);
+      statistics.sum[i] += static_cast<double>(statistics.row_sum[i]);
+      statistics.square[i] += static_cast<double>(statistics.row_square[i]);
+    }
+  }
+
+  // The mean of each channel over the tile, and the sum of squared distances from it.
+  void end_panel() {
+    const Statistics& statistics = statistics_[p_];
+    float* means = partials_ + (job_.panel + p_) * kPanel;
+    float* squares = means + s_.panels() * kPanel;
+    for (Index i = 0; i < kPanel; ++i) {
+      const double mean = statistics.sum[i] / static_cast<double>(points_);
+      const double rest = statistics.square[i] - statistics.sum[i] * mean;
+      means[i] = static_cast<float>(static_cast<double>(statistics.shift[i]) + mean);
       squares[i] = static_cast<float>(rest < 0 ? 0 : rest);
     }
   }
 
- private:
-  bool empty_ = true;
-  alignas(64) float shift_[kPanel];
-  alignas(64) double sum_[kPanel];
-  alignas(64) double square_[kPanel];
+  const ConvStep& s_;
+  float* partials_;  // of the tile, or null
+  Index points_;     // outputs of the tile, by channel
+  Job job_ = {};
+  Index p_ = 0;
+  Index row_ = 0;
+  Index pixel_ = 0;
+  Index left_ = 0;
+  Statistics statistics_[Simd::kMaxPanels];
 };
 
 template <class Simd>
@@ -116,10 +211,17 @@ class Conv2d {
     const Index groups = ceil_div(panels, Simd::kMaxPanels);
     const Index first = groups * split_ / s_.splits;
     const Index last = groups * (split_ + 1) / s_.splits;
+    float* partials = nullptr;
+    if (s_.partials != kNone) {
+      partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
+                 image_tile_ * 2 * panels * kPanel;
+    }
+    Epilogue<Simd> epilogue(s_, partials, height_ * width_ * s_.phases());
     for (Index group = first; group < last; ++group) {
       const Index panel = group * Simd::kMaxPanels;
-      convolve(panel, smaller(Simd::kMaxPanels, panels - panel));
+      convolve(panel, smaller(Simd::kMaxPanels, panels - panel), epilogue);
     }
+    epilogue.finish();
     Simd::leave();
   }
 
@@ -202,7 +304,7 @@ class Conv2d {
   }
 
   // All pixels of the tile for a few panels.
-  void convolve(Index panel, Index panels) {
+  void convolve(Index panel, Index panels, Epilogue<Simd>& epilogue) {
     const Index phases = s_.phases();
     const Index blocks = s_.input.blocks();
     const Index taps = s_.taps();
@@ -210,8 +312,28 @@ class Conv2d {
     // Strides that no kernel is made for are done pixel by pixel.
     const Index most = s_.stride <= 2 ? Simd::kMaxPixels : 1;
     const Index chunks = ceil_div(width_, most);
+    const Index together = Simd::rows_at_once(smaller(width_, most));
     Index offsets[kMaxTaps];
-    for (Index p = 0; p < panels; ++p) statistics_[p].begin();
+    Gemm<T> g;
+    g.row_step = s_.stride * pitch_ * kBlock;
+    g.pixel_step = s_.stride * kBlock;
+    g.taps = offsets;
+    g.tap_count = taps;
+    g.blocks = blocks;
+    g.plane = plane_;
+    g.last_channels = s_.input.channels - (blocks - 1) * kBlock;
+    g.panel_step = panel_step;
+    g.panels = panels;
+
+    const Index scale = s_.upsample ? 2 : 1;
+    typename Epilogue<Simd>::Job job;
+    job.panel = panel;
+    job.panels = panels;
+    job.pixel_step = scale * kBlock;
+    job.row_step = scale * s_.output.width * kBlock;
+    job.block_step = s_.output.pixels() * kBlock;
+    const Index first_block = n_ * s_.output.blocks() + panel / 2;
+
     for (Index phase = 0; phase < phases; ++phase) {
       const Index down = phase / 2;
       const Index right = phase % 2;
@@ -220,77 +342,45 @@ class Conv2d {
         const Index dx = tap % s_.kernel_width + right;
         offsets[tap] = (dy * pitch_ + dx) * kBlock;
       }
-      Gemm<T> g;
-      g.row_step = s_.stride * pitch_ * kBlock;
-      g.pixel_step = s_.stride * kBlock;
-      g.taps = offsets;
-      g.tap_count = taps;
-      g.blocks = blocks;
-      g.plane = plane_;
-      g.last_channels = s_.input.channels - (blocks - 1) * kBlock;
       g.b = static_cast<const T*>(s_.weights) + panel * panel_step +
             phase * blocks * taps * kPanelBlock;
-      g.panel_step = panel_step;
-      g.panels = panels;
-      g.c = sums_.c;
-      for (Index row = 0; row < height_; row += Simd::kMaxRows) {
-        g.rows = smaller(Simd::kMaxRows, height_ - row);
+      for (Index row = 0; row < height_; row += together) {
+        g.rows = smaller(together, height_ - row);
         for (Index chunk = 0; chunk < chunks; ++chunk) {
-          const Index column = width_ * chunk / chunks;
-          g.pixels = width_ * (chunk + 1) / chunks - column;
+          // Divided evenly, or into as many whole tiles as there are.
+          const Index column = Simd::kWholeTiles ? chunk * most : width_ * chunk / chunks;
+          const Index end = Simd::kWholeTiles ? smaller(column + most, width_)
+                                              : width_ * (chunk + 1) / chunks;
+          g.pixels = end - column;
           g.a = scratch_ + row * g.row_step + column * g.pixel_step;
-          Simd::gemm(g);
-          for (Index p = 0; p < panels; ++p) {
-            for (Index r = 0; r < g.rows; ++r) {
-              store(panel, p, sums_.c + (p * Simd::kMaxRows + r) * Simd::kMaxPixels * kPanel,
-                    y_ + row + r, x_ + column, g.pixels, phase);
-            }
+          g.c = sums_[turn_];
+          const Index y = (y_ + row) * scale + down;
+          const Index x = (x_ + column) * scale + right;
+          const Index at =
+              (first_block * s_.output.pixels() + y * s_.output.width + x) * kBlock;
+          job.sums = g.c;
+          job.pitch = Simd::sums_pitch(g.pixels);
+          job.rows = g.rows;
+          job.pixels = g.pixels;
+          job.output = image(s_.output.offset) + at;
+          job.residual = s_.residual == kNone ? nullptr : image(s_.residual) + at;
+          job.first = phase == 0 && row == 0 && chunk == 0;
+          job.last = phase + 1 == phases && row + g.rows == height_ && chunk + 1 == chunks;
+          if constexpr (Simd::kOverlaps) {
+            // The sums of the product before are stored while this one runs.
+            const Index share = ceil_div(epilogue.left(), blocks * taps);
+            Simd::gemm(g, [&] { epilogue.advance(share); });
+            epilogue.finish();
+            epilogue.start(job);
+            turn_ ^= 1;
+          } else {
+            Simd::gemm(g);
+            epilogue.start(job);
+            epilogue.finish();
           }
         }
       }
     }
-    if (s_.partials != kNone) {
-      const Index width = s_.panels() * kPanel;
-      float* partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
-                        image_tile_ * 2 * width;
-      for (Index p = 0; p < panels; ++p) {
-        float* means = partials + (panel + p) * kPanel;
-        statistics_[p].finish(height_ * width_ * phases, means, means + width);
-      }
-    }
-  }
-
-  // Adds bias and residual to a row of sums, stores it and counts it in the statistics.
-  void store(Index first_panel, Index p, const float* c, Index y, Index x, Index pixels,
-             Index phase) {
-    const Index panel = first_panel + p;
-    const Index step = s_.upsample ? 2 : 1;
-    if (s_.upsample) {
-      y = 2 * y + phase / 2;
-      x = 2 * x + phase % 2;
-    }
-    const Index plane = n_ * s_.output.blocks() + panel / 2;
-    const Index at =
-        ((plane * s_.output.height + y) * s_.output.width + x) * kBlock + panel % 2 * kPanel;
-    T* to = image(s_.output.offset) + at;
-    const T* residual = s_.residual == kNone ? nullptr : image(s_.residual) + at;
-    const Vector bias = Simd::load(s_.bias + panel * kPanel);
-    Vector values[Simd::kMaxPixels];
-    for (Index i = 0; i < pixels; ++i) {
-      Vector v = Simd::add(Simd::load(c + i * kPanel), bias);
-      if (residual != nullptr) {
-        v = Simd::add(v, Simd::load_elements(residual + i * step * kBlock));
-      }
-      Simd::store_elements(to + i * step * kBlock, v);
-      values[i] = v;
-    }
-    if (panel % 2 == 0 && panel + 1 == s_.panels()) {
-      // The rest of the block has no channels, and must read as zero.
-      for (Index i = 0; i < pixels; ++i) {
-        Simd::store_elements(to + i * step * kBlock + kPanel, Simd::set(0.0f));
-      }
-    }
-    if (s_.partials != kNone) statistics_[p].add_row(values, pixels);
   }
 
   const ConvStep& s_;
@@ -305,8 +395,10 @@ class Conv2d {
   Index pitch_;
   Index plane_;
   T* scratch_;
-  ConvSums<Simd> sums_;
-  PanelStatistics<Simd> statistics_[Simd::kMaxPanels];
+  // Two where the sums of one product are stored during the next.
+  Index turn_ = 0;
+  alignas(64) float sums_[Simd::kOverlaps ? 2 : 1]
+                         [Simd::kMaxPanels * Simd::kMaxRows * Simd::kMaxPixels * kPanel];
 };
 
 template <class Simd>

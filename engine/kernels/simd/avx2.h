@@ -14,6 +14,12 @@ struct Float32 {
   static constexpr Index kMaxPixels = 6;
   static constexpr Index kMaxPanels = 1;
 
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
+
   struct Pair {
     __m256 low, high;
   };

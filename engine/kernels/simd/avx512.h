@@ -52,6 +52,12 @@ struct Float32 : Vectors {
   static constexpr Index kMaxPixels = 14;
   static constexpr Index kMaxPanels = 2;
 
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
+
   static Vector load_elements(const float* p) { return load(p); }
   static void store_elements(float* p, Vector v) { store(p, v); }
 

@@ -44,6 +44,12 @@ struct BFloat16Products : Vectors {
   static constexpr Index kMaxPixels = 14;
   static constexpr Index kMaxPanels = 2;
 
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
+
   static void enter() {}
   static void leave() {}
 

@@ -23,8 +23,8 @@ constexpr Index kPanelBlock = kBlock * kPanel;
 //       a[block * plane + taps[tap] + row * row_step + pixel * pixel_step + k]
 //     * b[panel * panel_step + (block * tap_count + tap) * 512 + (k, n)]
 //
-// The strides of c are kMaxRows and kMaxPixels of the instruction set. All steps count
-// elements. Only the first `last_channels` of the last block are summed: the others
+// Rows of c are sums_pitch(pixels) of the instruction set apart, panels `rows` of them.
+// All steps count elements. Only the first `last_channels` of the last block are summed: the others
 // are zero.
 template <class T>
 struct Gemm {

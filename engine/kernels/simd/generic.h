@@ -15,6 +15,12 @@ struct GenericSimd {
   static constexpr Index kMaxPixels = 4;
   static constexpr Index kMaxPanels = 1;
 
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
+
   struct Vector {
     float lane[kPanel];
   };
