@@ -131,7 +131,7 @@ class _Capture:
             raise RBLNCompileError(f"The {self.name} gives no valid graph: {error}") from error
 
     def _result(self, node: torch.fx.Node) -> Value:
-        results = [r for r in torch.utils._pytree.tree_leaves(node.args[0])]
+        results = torch.utils._pytree.tree_leaves(node.args[0])
         if len(results) != 1 or results[0] not in self.values:
             raise RBLNCompileError(
                 f"The {self.name} must give one image, and gives {len(results)} results."
@@ -176,7 +176,7 @@ class _Capture:
         """The name of an argument that must be a weight, which is copied in float32."""
         if not isinstance(node, torch.fx.Node) or node.name not in self.weight_names:
             raise GraphError(f"expected a weight of the model, found {node}")
-        name = self.weight_names[node.name]
+        name = str(self.weight_names[node.name])
         if name not in self.weights:
             source = self.program.state_dict.get(name, self.program.constants.get(name))
             if not isinstance(source, torch.Tensor):
@@ -320,10 +320,11 @@ def _dropout(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) 
 
 
 def _upsample(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
-    source = a.get("input", a.get("self"))
+    source: torch.fx.Node = a["input"] if "input" in a else a["self"]
     before, after = source.meta["val"].shape, node.meta["val"].shape
     _expect(
-        after[2:] == (2 * before[2], 2 * before[3]), "only doubling of height and width is supported"
+        after[2:] == (2 * before[2], 2 * before[3]),
+        "only doubling of height and width is supported",
     )
     return Upsample(value, c.value(source))
 

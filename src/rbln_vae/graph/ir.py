@@ -383,9 +383,7 @@ class Transpose(Operation):
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         shape = list(shapes[self.input])
         first, second = self.first, self.second
-        _require(
-            0 <= first < len(shape) and 0 <= second < len(shape), f"axes {first} and {second}"
-        )
+        _require(0 <= first < len(shape) and 0 <= second < len(shape), f"axes {first} and {second}")
         shape[first], shape[second] = shape[second], shape[first]
         return tuple(shape)
 

@@ -47,7 +47,7 @@ def optimise(graph: Graph) -> Graph:
     for rewrite in PASSES:
         graph = rewrite(graph)
         if os.environ.get("RBLN_VAE_DEBUG"):
-            print(f"after {rewrite.__name__}:\n{graph}\n", file=sys.stderr)
+            sys.stderr.write(f"after {rewrite.__name__}:\n{graph}\n\n")
     return graph
 
 
@@ -108,7 +108,7 @@ class _Arranged:
     heads: int = 1
 
 
-class _NotRecognised(Exception):
+class _NotRecognisedError(Exception):
     """Axes moved in a way that is not that of attention."""
 
 
@@ -121,7 +121,7 @@ def recognise_attention(graph: Graph) -> Graph:
     """
     try:
         return _on_images(graph)
-    except _NotRecognised:
+    except _NotRecognisedError:
         return graph
 
 
@@ -164,23 +164,23 @@ def _on_images(graph: Graph) -> Graph:
                 result = dataclasses.replace(operation, input=first.image)
             case DotProductAttention(scale=scale):
                 if any(s.axes != _BY_HEAD for s in sources):
-                    raise _NotRecognised
+                    raise _NotRecognisedError
                 query, key, value = (s.image for s in sources)
                 result = Attention(output, query, key, value, first.heads, scale)
             case Activation() | Add() | Scale() | Identity():
                 if any(s.axes != first.axes or s.heads != first.heads for s in sources):
-                    raise _NotRecognised
+                    raise _NotRecognisedError
                 result = operation.reading({v: find(v).image for v in operation.inputs})
             case _:
                 if any(s.axes != _IMAGE for s in sources):
-                    raise _NotRecognised
+                    raise _NotRecognisedError
                 result = operation.reading({v: find(v).image for v in operation.inputs})
         operations.append(result)
         if first.axes != _IMAGE:
             arranged[output] = dataclasses.replace(first, image=output)
     end = find(graph.output)
     if end.axes != _IMAGE:
-        raise _NotRecognised
+        raise _NotRecognisedError
     return _rebuild(graph, operations, output=end.image, weights=weights)
 
 
@@ -194,7 +194,7 @@ def _viewed(source: _Arranged, axes: tuple[int | str, ...], shape: tuple[int, ..
             return _Arranged(source.image, _SPLIT, heads)
         case ("n", "hw", "heads", "d"), ("n", "hw", int()):
             return _Arranged(source.image, _CHANNELS_LAST)
-    raise _NotRecognised
+    raise _NotRecognisedError
 
 
 def fold_value_projection(graph: Graph) -> Graph:
@@ -342,9 +342,7 @@ def fuse_norm(graph: Graph) -> Graph:
                     isinstance(reader, Conv2d) and reader.norm is None
                     for reader in consumers[source.output]
                 ):
-                    operation = dataclasses.replace(
-                        operation, input=source.input, norm=source.norm
-                    )
+                    operation = dataclasses.replace(operation, input=source.input, norm=source.norm)
         operations.append(operation)
     return _rebuild(graph, operations)
 

@@ -1,0 +1,66 @@
+# `make demo` and `make test` are complete by themselves: the first run makes .venv and
+# installs into it, later ones do so again only if what is installed has changed.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# Build environments that pip makes for itself read this too.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+INSTALLED := $(VENV)/.installed
+ENGINE := $(shell find engine -type f)
+
+.PHONY: help install demo test test-all check format clean distclean
+
+help:
+	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
+	@echo "make test       run the tests, but for the slow ones"
+	@echo "make test-all   run all tests"
+	@echo "make check      lint, formatting and types"
+	@echo "make format     format the Python sources"
+	@echo "make clean      remove what was built; distclean removes $(VENV) too"
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(RUN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(RUN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)
+	$(RUN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED)
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+	$(RUN)/mypy
+
+format: $(INSTALLED)
+	$(RUN)/ruff check --fix
+	$(RUN)/ruff format
+
+# Editable: a change of a Python source needs no new install.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(ENGINE) | $(RUN)/pip
+	$(RUN)/python -m pip install --editable '.[dev]'
+	@touch $@
+
+$(RUN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig as s; \
+	  open(os.path.join(s.get_path("include"), "Python.h")).close()' 2>/dev/null || { \
+	  echo "Python.h is missing; on Debian: apt install python3-dev" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "No virtual environment could be made; on Debian: apt install python3-venv" >&2; \
+	  exit 1; }
+
+clean:
+	rm -rf build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

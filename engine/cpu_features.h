@@ -1,0 +1,34 @@
+// What the processor and the operating system together let a program use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace rbln_vae {
+
+// Each flag is set only if the processor has the instructions and the operating system
+// keeps their registers over a task switch. On a processor that isn't x86 all are false.
+struct CpuFeatures {
+  bool sse4_2 = false;
+  bool avx = false;
+  bool f16c = false;
+  bool fma = false;
+  bool avx2 = false;
+  bool avx512f = false;
+  bool avx512bw = false;
+  bool avx512dq = false;
+  bool avx512vl = false;
+  bool avx512_bf16 = false;
+  bool avx512_fp16 = false;
+  bool amx_tile = false;
+  bool amx_bf16 = false;
+};
+
+// The features of this machine. The first call asks the processor, and on Linux asks
+// the kernel for the right to use AMX tiles, which holds for the whole process.
+const CpuFeatures& cpu_features();
+
+// The names of the features that are present, in the order of the struct.
+std::vector<std::string> names(const CpuFeatures& features);
+
+}  // namespace rbln_vae

@@ -1,0 +1,195 @@
+"""The `.rbln` file: a graph and its weights in a safetensors file (see docs/artifact.md).
+
+It holds data alone, no code, and says what it is: a format version, the target, and a
+checksum over every byte, checked before anything else is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import RBLNArtifactError
+from .files import atomic_path
+from .graph.ir import Graph, GraphError
+from .version import __version__
+
+FORMAT = "rbln_vae"
+FORMAT_VERSION = 1
+SUFFIX = ".rbln"
+
+_NO_CHECKSUM = "0" * 64
+_LARGEST_HEADER = 100_000_000  # the limit that safetensors itself sets
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One compiled part of a model, in memory or mapped from a file.
+
+    Attributes:
+        graph: What it computes, with its weights.
+        target: The name of the target that it was compiled for.
+        dtype: In what it computes: `"float32"` or `"bfloat16"`.
+        source: What it was compiled from: the model's id or class, and `sha256` of the
+            weights.
+        version: The version of the package that compiled it.
+        path: The file, if it was loaded from one.
+    """
+
+    graph: Graph
+    target: str
+    dtype: str
+    source: Mapping[str, str] = field(default_factory=dict)
+    version: str = __version__
+    path: Path | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the file, atomically: a crash leaves the old one or none.
+
+        Args:
+            path: Where to; its directory must exist.
+
+        Raises:
+            RBLNArtifactError: It can't be written, for example on a full disk.
+        """
+        description = {
+            "format_version": FORMAT_VERSION,
+            "checksum": _NO_CHECKSUM,
+            "library_version": self.version,
+            "target": self.target,
+            "dtype": self.dtype,
+            "source": dict(self.source),
+            "graph": json.loads(self.graph.to_json()),
+        }
+        # One key, since the order of several is not kept: equal models give equal files.
+        metadata = {FORMAT: json.dumps(description, separators=(",", ":"))}
+        weights = {name: weight.contiguous() for name, weight in self.graph.weights.items()}
+        try:
+            with atomic_path(path) as temporary:
+                save_file(weights, temporary, metadata)
+                _seal(temporary)
+        except (OSError, SafetensorError) as error:
+            raise RBLNArtifactError(
+                f"{path} can't be written: {error}. Nothing was left half-written; make room or "
+                "choose another directory."
+            ) from error
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Map a `.rbln` file, after checking every byte of it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The artifact; its weights are views of the file.
+
+    Raises:
+        RBLNArtifactError: The file is missing, is no `.rbln` file, is of a newer format, is
+            damaged, or its graph is not valid; nothing of it has been used then.
+    """
+    description = _checked_description(path)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        graph = Graph.from_json(json.dumps(description["graph"]), weights)
+        texts = {name: description[name] for name in ("target", "dtype", "library_version")}
+        source = description["source"]
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise GraphError("target, dtype and version must be texts")
+        if not isinstance(source, dict) or texts["dtype"] not in ("float32", "bfloat16"):
+            raise GraphError("the description is not that of a compiled model")
+        if any(weight.dtype != torch.float32 for weight in weights.values()):
+            raise GraphError("weights must be float32")
+    except (GraphError, KeyError, SafetensorError, OSError) as error:
+        raise RBLNArtifactError(
+            f"{path} is not valid: {error}. Compile the model again."
+        ) from error
+    return Artifact(graph, texts["target"], texts["dtype"], source, texts["library_version"], path)
+
+
+def _checked_description(path: Path) -> dict[str, Any]:
+    """The description in the header, once version and checksum are right."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            header = _header(data, path)
+            description = _description(header, path)
+            _check_sum(data, header, description, path)
+            return description
+    except FileNotFoundError:
+        raise RBLNArtifactError(
+            f"There is no {path}. The compiled model is incomplete: save it again."
+        ) from None
+    except (OSError, ValueError) as error:  # mmap refuses an empty file with a ValueError
+        raise RBLNArtifactError(f"{path} can't be read: {error}.") from error
+
+
+def _header(data: mmap.mmap, path: Path) -> bytes:
+    if len(data) >= 8:
+        (length,) = struct.unpack("<Q", data[:8])
+        if length <= min(len(data) - 8, _LARGEST_HEADER):
+            return data[8 : 8 + length]
+    raise RBLNArtifactError(
+        f"{path} is damaged or not a file of rbln-vae: it has no header. Compile the model again."
+    )
+
+
+def _description(header: bytes, path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(json.loads(header)["__metadata__"][FORMAT])
+        version = description["format_version"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise RBLNArtifactError(
+            f"{path} is damaged or not a file of rbln-vae: its header doesn't describe a compiled "
+            "model. Compile the model again; a diffusers model is compiled with export=True."
+        ) from None
+    if version != FORMAT_VERSION:
+        raise RBLNArtifactError(
+            f"{path} has format version {version!r}, and this version of rbln-vae ({__version__}) "
+            f"reads version {FORMAT_VERSION}. Upgrade rbln-vae, or compile the model again."
+        )
+    return dict(description)
+
+
+def _check_sum(data: mmap.mmap, header: bytes, description: Mapping[str, Any], path: Path) -> None:
+    found = description.get("checksum")
+    place = header.find(_checksum_field(found)) if isinstance(found, str) else -1
+    if place < 0 or _digest(data, 8 + place) != found:
+        raise RBLNArtifactError(
+            f"{path} is damaged: its checksum doesn't match its content. Copy it again from where "
+            "it came, or compile the model again."
+        )
+
+
+def _checksum_field(checksum: str) -> bytes:
+    """How the checksum stands in the header, as JSON within JSON."""
+    return f'\\"checksum\\":\\"{checksum}\\"'.encode()
+
+
+def _digest(data: mmap.mmap, place: int) -> str:
+    """SHA-256 of the file, with zeros where the checksum itself stands."""
+    start = place + len(_checksum_field("")) - 2
+    with memoryview(data) as view:
+        digest = hashlib.sha256(view[:start])
+        digest.update(_NO_CHECKSUM.encode())
+        digest.update(view[start + len(_NO_CHECKSUM) :])
+    return digest.hexdigest()
+
+
+def _seal(path: Path) -> None:
+    """Compute the checksum of a file written without one, and put it in."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+        place = data.find(_checksum_field(_NO_CHECKSUM))
+        start = place + len(_checksum_field("")) - 2
+        data[start : start + len(_NO_CHECKSUM)] = _digest(data, place).encode()
+        data.flush()

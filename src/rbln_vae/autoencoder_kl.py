@@ -1,0 +1,374 @@
+"""`RBLNAutoencoderKL` and its configuration: what is special to a VAE."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import hub
+from .config import (
+    RBLNModelConfig,
+    boolean,
+    check_image_size,
+    positive_int,
+    positive_number,
+    reject_unknown,
+)
+from .errors import RBLNCompileError, RBLNRuntimeError
+from .graph.capture import capture
+from .graph.ir import Graph
+from .model import RBLNModel
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+    from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+ENCODER, DECODER = "encoder", "decoder"
+
+
+def _image_size(value: object) -> tuple[int, int]:
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2:
+        raise ValueError("expected an int, or (height, width)")
+    return positive_int(sides[0]), positive_int(sides[1])
+
+
+class RBLNAutoencoderKLConfig(RBLNModelConfig):
+    """What an `RBLNAutoencoderKL` is compiled for.
+
+    Args:
+        batch_size: The batch that the model is compiled for. Targets that take every shape
+            (`cpu`, `cuda`, `reference`) are tuned for it, others take no other.
+        sample_size: Size of the image in pixels, an `int` for both sides or `(height,
+            width)`; `None` is the model's own.
+        uses_encoder: Whether the encoder is compiled too. `False` compiles the decoder
+            alone; `None` compiles both.
+        vae_scale_factor: Pixels per latent cell in a direction; `None` takes it from the
+            model, `2 ** (len(block_out_channels) - 1)`.
+        in_channels: Channels of the image; `None` takes them from the model.
+        latent_channels: Channels of the latent; `None` takes them from the model.
+        **kwargs: The options of `RBLNModelConfig`.
+
+    Raises:
+        ValueError: `batch_size` is not a positive integer, `sample_size` is not a multiple
+            of `vae_scale_factor`, or a name is unknown; the message names the nearest valid
+            sizes or the nearest name.
+
+    Example:
+        >>> config = RBLNAutoencoderKLConfig(sample_size=512, vae_scale_factor=8)
+        >>> config.image_size, config.latent_sample_size
+        ((512, 512), (64, 64))
+    """
+
+    _CHECKS: ClassVar[dict[str, Any]] = {
+        **RBLNModelConfig._CHECKS,
+        "batch_size": positive_int,
+        "sample_size": _image_size,
+        "uses_encoder": boolean,
+        "vae_scale_factor": positive_number,
+        "in_channels": positive_int,
+        "latent_channels": positive_int,
+    }
+    _DEFAULTS: ClassVar[dict[str, Any]] = {**RBLNModelConfig._DEFAULTS, "batch_size": 1}
+
+    batch_size: int
+    sample_size: tuple[int, int] | None
+    uses_encoder: bool | None
+    vae_scale_factor: int | float | None
+    in_channels: int | None
+    latent_channels: int | None
+
+    def __init__(
+        self,
+        batch_size: int | None = None,
+        sample_size: int | tuple[int, int] | None = None,
+        uses_encoder: bool | None = None,
+        vae_scale_factor: float | None = None,
+        in_channels: int | None = None,
+        latent_channels: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._set(
+            batch_size=batch_size,
+            sample_size=sample_size,
+            uses_encoder=uses_encoder,
+            vae_scale_factor=vae_scale_factor,
+            in_channels=in_channels,
+            latent_channels=latent_channels,
+        )
+
+    def _check_together(self) -> None:
+        if self.sample_size is not None and self.vae_scale_factor is not None:
+            check_image_size(self.sample_size, self.vae_scale_factor)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """`(height, width)` of the image in pixels."""
+        return self.sample_size
+
+    @property
+    def latent_sample_size(self) -> tuple[int, int]:
+        """`(height, width)` of the latent.
+
+        Raises:
+            ValueError: The size or the scale factor is not known yet.
+        """
+        if self.sample_size is None or self.vae_scale_factor is None:
+            raise ValueError(
+                "latent_sample_size needs sample_size and vae_scale_factor. Give both, or read it "
+                "from the rbln_config of a compiled model."
+            )
+        height, width = self.sample_size
+        return int(height // self.vae_scale_factor), int(width // self.vae_scale_factor)
+
+
+class RBLNAutoencoderKL(RBLNModel):
+    """A compiled `AutoencoderKL`, which stands wherever that of diffusers stands.
+
+    The *encoder* turns an image into a distribution of latents, the *decoder* a latent into
+    an image. Results keep the dtype and the device of what came in.
+
+    Example:
+        >>> vae = RBLNAutoencoderKL.from_pretrained(
+        ...     demo_model(), export=True, rbln_sample_size=512
+        ... )  # doctest: +SKIP
+        >>> latent = vae.encode(image).latent_dist.mode()  # doctest: +SKIP
+        >>> image = vae.decode(latent).sample  # doctest: +SKIP
+    """
+
+    config_class = RBLNAutoencoderKLConfig
+    original_class_name = "AutoencoderKL"
+
+    rbln_config: RBLNAutoencoderKLConfig
+
+    def encode(
+        self, x: Tensor, return_dict: bool = True, **kwargs: Any
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Turn images into distributions of latents.
+
+        Args:
+            x: Images `(N, in_channels, H, W)` in `[-1, 1]`, of any floating dtype and
+                strides. Height and width are multiples of the scale factor.
+            return_dict: Whether to return an output class or a tuple.
+            **kwargs: `generator` is accepted, and draws nothing.
+
+        Returns:
+            `AutoencoderKLOutput(latent_dist=…)`, or `(latent_dist,)`; `latent_dist` is
+            diffusers' `DiagonalGaussianDistribution` over `(N, latent_channels, H / f, W /
+            f)`. The latents are unscaled.
+
+        Raises:
+            ValueError: The shape or the device is wrong.
+            TypeError: It is no floating tensor, or a name is unknown.
+            RBLNRuntimeError: The encoder was not compiled, or there are no runtimes.
+            TimeoutError: The run took longer than `timeout`.
+            MemoryError: It would need more than `memory_limit`.
+
+        Example:
+            >>> latent = vae.encode(image).latent_dist.sample()  # doctest: +SKIP
+        """
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+        from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+        reject_unknown(kwargs, ["generator"], "argument of encode")
+        if not self.rbln_config.uses_encoder:
+            raise RBLNRuntimeError(
+                "This model has a decoder only (uses_encoder=False), so it can't encode. Compile "
+                "it again with rbln_uses_encoder=True."
+            )
+        self._check_input(x, "x", self.rbln_config.in_channels)
+        check_image_size((x.shape[2], x.shape[3]), self.rbln_config.vae_scale_factor or 1)
+        posterior = DiagonalGaussianDistribution(self._run(ENCODER, x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, z: Tensor, return_dict: bool = True, **kwargs: Any
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Turn latents into images.
+
+        Args:
+            z: Unscaled latents `(N, latent_channels, H, W)`, of any floating dtype and
+                strides.
+            return_dict: Whether to return an output class or a tuple.
+            **kwargs: `generator` is accepted, and draws nothing.
+
+        Returns:
+            `DecoderOutput(sample=…)`, or `(sample,)`: images `(N, out_channels, f * H, f *
+            W)`, about in `[-1, 1]`.
+
+        Raises:
+            ValueError: The shape or the device is wrong.
+            TypeError: It is no floating tensor, or a name is unknown.
+            RBLNRuntimeError: There are no runtimes.
+            TimeoutError: The run took longer than `timeout`.
+            MemoryError: It would need more than `memory_limit`.
+
+        Example:
+            >>> image = vae.decode(latent / vae.config.scaling_factor).sample
+            ... # doctest: +SKIP
+        """
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        reject_unknown(kwargs, ["generator"], "argument of decode")
+        self._check_input(z, "z", self.rbln_config.latent_channels)
+        sample = self._run(DECODER, z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode images and decode them again.
+
+        Args:
+            sample: Images, as `encode` takes them.
+            sample_posterior: Whether to draw the latent, or to take the mode.
+            return_dict: Whether to return an output class or a tuple.
+            generator: Where to draw from.
+
+        Returns:
+            As `decode`.
+
+        Raises:
+            ValueError, TypeError, RBLNRuntimeError: As `encode`.
+        """
+        (posterior,) = self.encode(sample, return_dict=False)
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    __call__ = forward
+
+    @staticmethod
+    def _check_input(tensor: Tensor, name: str, channels: int | None) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, and is a {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} must be a floating tensor, and is {tensor.dtype}. Convert it, for images "
+                "in 0…255 by x / 127.5 - 1."
+            )
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} must be a dense tensor with data, and is {tensor.layout} on "
+                f"{tensor.device}."
+            )
+        shape = tuple(tensor.shape)
+        if len(shape) != 4 or shape[1] != channels or 0 in shape:
+            raise ValueError(
+                f"{name} must have the shape (N, {channels}, H, W) with no empty axis, and has "
+                f"{shape}."
+            )
+
+    # What RBLNModel asks
+
+    @classmethod
+    def _resolve(cls, rbln_config: RBLNAutoencoderKLConfig, config: Mapping[str, Any]) -> None:
+        size = config.get("sample_size")
+        own = {
+            "in_channels": config.get("in_channels"),
+            "latent_channels": config.get("latent_channels"),
+            "vae_scale_factor": 2 ** (len(config.get("block_out_channels", ())) - 1),
+        }
+        for name, value in own.items():
+            chosen = getattr(rbln_config, name)
+            if chosen not in (None, value):
+                raise ValueError(
+                    f"{name}={chosen} is in conflict with the model, which has {value}. Leave it "
+                    "out."
+                )
+            setattr(rbln_config, name, value)
+        if rbln_config.uses_encoder is None:
+            rbln_config.uses_encoder = True
+        if rbln_config.sample_size is None:
+            rbln_config.sample_size = size
+
+    @classmethod
+    def _parts(cls, rbln_config: RBLNAutoencoderKLConfig) -> dict[str, tuple[int, int, int, int]]:
+        assert rbln_config.sample_size and rbln_config.in_channels and rbln_config.latent_channels
+        batch = rbln_config.batch_size
+        parts = {DECODER: (batch, rbln_config.latent_channels, *rbln_config.latent_sample_size)}
+        if rbln_config.uses_encoder:
+            image = (batch, rbln_config.in_channels, *rbln_config.sample_size)
+            return {ENCODER: image, **parts}
+        return parts
+
+    @classmethod
+    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
+        vae: Any = model
+        with _standard_attention(vae):
+            if part == ENCODER:
+                return capture(_Encoder(vae), part, vae.config.in_channels)
+            return capture(_Decoder(vae), part, vae.config.latent_channels)
+
+    @classmethod
+    def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
+        from diffusers import AutoencoderKL
+
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "use_safetensors must be True: other checkpoints can hold code, and are not loaded."
+            )
+        if hub.is_single_file(model_id):
+            kwargs.pop("use_safetensors")
+            return AutoencoderKL.from_single_file(model_id, **kwargs)
+        found = AutoencoderKL.load_config(model_id, **hub.options(kwargs)).get("_class_name")
+        if found not in (None, cls.original_class_name):
+            raise RBLNCompileError(
+                f"{model_id} holds a {found}, and {cls.__name__} compiles an "
+                f"{cls.original_class_name}. Name a VAE, or the subfolder that holds one."
+            )
+        return AutoencoderKL.from_pretrained(model_id, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class _Encoder(torch.nn.Module):
+    """Image to moments, under the names that the weights have in the whole model."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(x)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+
+class _Decoder(torch.nn.Module):
+    """Latent to image, under the names that the weights have in the whole model."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+        self.post_quant_conv = vae.post_quant_conv
+
+    def forward(self, z: Tensor) -> Tensor:
+        image: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return image
+
+
+@contextlib.contextmanager
+def _standard_attention(vae: Any) -> Iterator[None]:
+    """Capture attention in one form, whatever processors the model was given.
+
+    All processors of diffusers compute the same function from the same weights.
+    """
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    modules = [m for m in vae.modules() if isinstance(m, Attention)]
+    before = [m.processor for m in modules]
+    standard: Any = AttnProcessor2_0()  # type: ignore[no-untyped-call]
+    try:
+        for module in modules:
+            module.processor = standard
+        yield
+    finally:
+        for module, processor in zip(modules, before, strict=True):
+            module.processor = processor

@@ -1,0 +1,141 @@
+"""Finding and keeping models on disk and on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .artifact import SUFFIX
+from .config import CONFIG_NAME, reject_unknown
+from .errors import RBLNArtifactError
+
+_DOWNLOAD_OPTIONS = (
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+)
+_ORIGINAL_OPTIONS = (
+    "torch_dtype",
+    "use_safetensors",
+    "variant",
+    "low_cpu_mem_usage",
+    "device_map",
+    "proxies",
+    "config",
+    "original_config",
+    "disable_mmap",
+)
+"""What diffusers' loaders take and a compiled model, which has no weights to load, ignores."""
+
+
+def options(loader: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the loader's arguments that say where a file is."""
+    return {k: v for k, v in loader.items() if k in _DOWNLOAD_OPTIONS and v is not None}
+
+
+def check_loader_options(loader: Mapping[str, Any]) -> None:
+    """Raise a `TypeError` for a name that no Hugging Face loader knows."""
+    reject_unknown(loader, _DOWNLOAD_OPTIONS + _ORIGINAL_OPTIONS, "argument of from_pretrained")
+
+
+def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path | None:
+    """The directory of a compiled model, downloaded if it is on the hub.
+
+    Args:
+        model_id: A local path or a hub id.
+        subfolder: Where in it the model is.
+        **download: Arguments of `huggingface_hub.snapshot_download`.
+
+    Returns:
+        The directory, or `None` if what is there isn't a compiled model.
+
+    Raises:
+        OSError: There is nothing of that name.
+        ValueError: The path is a file of a kind that can't be loaded.
+    """
+    path = Path(model_id)
+    if path.is_dir():
+        return _compiled_directory(path / subfolder)
+    if path.is_file() or is_single_file(model_id):
+        if path.suffix == SUFFIX:
+            raise ValueError(f"{path} is one part of a model. Name its directory, {path.parent}.")
+        if not is_single_file(model_id):
+            raise ValueError(
+                f"{path} is not a .safetensors file. Other checkpoints can hold code, so they are "
+                "not loaded: convert it to .safetensors first."
+            )
+        return None
+    return _download(model_id, subfolder, download)
+
+
+def is_single_file(model_id: str) -> bool:
+    """Whether the name is that of one `.safetensors` checkpoint."""
+    return model_id.endswith(".safetensors")
+
+
+def _compiled_directory(directory: Path) -> Path | None:
+    if not directory.is_dir():
+        raise OSError(f"There is no directory {directory}.")
+    if (directory / CONFIG_NAME).exists():
+        return directory
+    parts = sorted(file.name for file in directory.glob(f"*{SUFFIX}"))
+    if parts:
+        raise RBLNArtifactError(
+            f"{directory} has {', '.join(parts)} but no {CONFIG_NAME}: the compiled model is "
+            "incomplete. Save it again."
+        )
+    return None
+
+
+def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Path | None:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    try:
+        hf_hub_download(model_id, prefix + CONFIG_NAME, **download)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise OSError(
+            f"{model_id!r} is neither a local directory nor a model on the hub that this machine "
+            f"can see ({type(error).__name__}). Check the name, and log in if it is private."
+        ) from error
+    patterns = [f"{prefix}*{SUFFIX}", f"{prefix}*.json"]
+    snapshot = snapshot_download(model_id, allow_patterns=patterns, **download)
+    return Path(snapshot) / subfolder
+
+
+def upload(
+    directory: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> str:
+    """Upload a directory as a model repository; gives the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=directory,
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+        delete_patterns=[f"*{SUFFIX}"],
+    )
+    return commit.pr_url or commit.commit_url

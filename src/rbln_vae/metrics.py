@@ -1,0 +1,114 @@
+"""How close two image tensors are: what is measured, and nothing of how it is shown."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+SSIM_WINDOW = 11
+"""Side in pixels of the window over which SSIM compares; the smallest image it takes."""
+
+_SSIM_SIGMA = 1.5
+_SSIM_K1, _SSIM_K2 = 0.01, 0.03
+
+
+def psnr(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) -> float:
+    """Peak signal-to-noise ratio in decibels; infinite where the tensors are equal.
+
+    Args:
+        image: Of any shape.
+        reference: Of the same shape.
+        data_range: The greatest value less the smallest that the data can take: 2 for
+            samples in `[-1, 1]`.
+
+    Raises:
+        ValueError: The shapes differ, or there is nothing to compare.
+    """
+    image, reference = _pair(image, reference)
+    error = float((image - reference).square().mean())
+    if math.isnan(error):
+        return math.nan
+    return 10 * math.log10(data_range**2 / error) if error else math.inf
+
+
+def ssim(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) -> float:
+    """Structural similarity: 1 where the images are equal, about 0 where unrelated.
+
+    The index of Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error
+    visibility to structural similarity" (2004): a Gaussian window of 11x11 with sigma 1.5,
+    where it lies wholly within the image; the mean over pixels, channels and batch.
+
+    Args:
+        image: `(N, C, H, W)`, at least 11x11.
+        reference: Of the same shape.
+        data_range: As in `psnr`.
+
+    Raises:
+        ValueError: The shapes differ, aren't images, or are smaller than the window.
+    """
+    image, reference = _pair(image, reference)
+    if image.ndim != 4 or min(image.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM compares images (N, C, H, W) of at least {SSIM_WINDOW}x{SSIM_WINDOW}, "
+            f"found {tuple(image.shape)}"
+        )
+    # One channel at a time bounds the memory, which is many times that of the input.
+    planes = zip(image.flatten(0, 1), reference.flatten(0, 1), strict=True)
+    values = [_ssim_plane(a, b, data_range) for a, b in planes]
+    return math.fsum(values) / len(values)
+
+
+def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Length of the difference over the length of the reference.
+
+    Raises:
+        ValueError: The shapes differ, or there is nothing to compare.
+    """
+    value, reference = _pair(value, reference)
+    error, length = float((value - reference).norm()), float(reference.norm())
+    if length:
+        return error / length
+    return math.inf if error else 0.0
+
+
+def largest_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """The greatest absolute difference of two elements.
+
+    Raises:
+        ValueError: The shapes differ, or there is nothing to compare.
+    """
+    value, reference = _pair(value, reference)
+    return float((value - reference).abs().max())
+
+
+def _pair(value: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in double precision, so that the measure adds no error of its own."""
+    if value.shape != reference.shape or not value.numel():
+        raise ValueError(
+            f"expected two tensors of one shape and not empty, found {tuple(value.shape)} "
+            f"and {tuple(reference.shape)}"
+        )
+    return value.detach().to("cpu", torch.float64), reference.detach().to("cpu", torch.float64)
+
+
+def _ssim_plane(a: torch.Tensor, b: torch.Tensor, data_range: float) -> float:
+    mean_a, mean_b = _blur(a), _blur(b)
+    variance_a = _blur(a * a) - mean_a**2
+    variance_b = _blur(b * b) - mean_b**2
+    covariance = _blur(a * b) - mean_a * mean_b
+    c1, c2 = (_SSIM_K1 * data_range) ** 2, (_SSIM_K2 * data_range) ** 2
+    index = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
+        (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    )
+    return float(index.mean())
+
+
+def _blur(plane: torch.Tensor) -> torch.Tensor:
+    """A plane `(H, W)` under the Gaussian window, one direction after the other."""
+    distance = torch.arange(SSIM_WINDOW, dtype=plane.dtype) - SSIM_WINDOW // 2
+    window = torch.exp(-0.5 * (distance / _SSIM_SIGMA) ** 2)
+    window /= window.sum()
+    down = F.conv2d(plane[None, None], window.view(1, 1, -1, 1))
+    return F.conv2d(down, window.view(1, 1, 1, -1))[0, 0]

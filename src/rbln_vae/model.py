@@ -1,0 +1,485 @@
+"""What every compiled model does, whatever its class: compile, save, load and run its parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import hub
+from .artifact import SUFFIX
+from .config import CONFIG_NAME, RBLNModelConfig, reject_unknown
+from .errors import RBLNArtifactError, RBLNRuntimeError
+from .files import atomic_directory
+from .graph.ir import Graph
+from .profiler import Profile
+from .targets.base import (
+    CompiledModel,
+    CompileOptions,
+    Runtime,
+    RuntimeOptions,
+    Target,
+    default_target,
+    get_target,
+)
+
+MODEL_CONFIG_NAME = "config.json"
+
+ModelType = TypeVar("ModelType", bound="RBLNModel")
+Config = RBLNModelConfig | Mapping[str, Any] | None
+
+
+class RBLNModel(ABC):
+    """A compiled model: its parts, its configurations and their runtimes.
+
+    Made by `from_pretrained` or `from_model`, not by its constructor.
+
+    Attributes:
+        config: The configuration of the original model, as diffusers gives it.
+        rbln_config: What the model was compiled for, frozen.
+        compiled_models: The compiled parts by name.
+    """
+
+    config_class: ClassVar[type[RBLNModelConfig]]
+    original_class_name: ClassVar[str]
+    """The diffusers class that is compiled."""
+
+    def __init__(
+        self,
+        compiled_models: Mapping[str, CompiledModel],
+        config: Mapping[str, Any],
+        rbln_config: RBLNModelConfig,
+    ) -> None:
+        if not rbln_config.is_frozen():
+            raise ValueError("rbln_config must be frozen: use from_pretrained or from_model.")
+        self.config = _frozen(config)
+        self.rbln_config = rbln_config
+        self.compiled_models = dict(compiled_models)
+        self._target = get_target(str(rbln_config.target))
+        self._runtimes: dict[str, Runtime] = {}
+        if rbln_config.create_runtimes:
+            self._runtimes = {
+                part: self._target.create_runtime(compiled, _runtime_options(rbln_config, part))
+                for part, compiled in self.compiled_models.items()
+            }
+
+    # What a subclass says of itself
+
+    @classmethod
+    @abstractmethod
+    def _resolve(cls, rbln_config: Any, config: Mapping[str, Any]) -> None:
+        """Fill what the configuration leaves open from that of the model, and check it."""
+
+    @classmethod
+    @abstractmethod
+    def _parts(cls, rbln_config: Any) -> dict[str, tuple[int, int, int, int]]:
+        """The parts that are compiled, and the input shape that each is compiled for."""
+
+    @classmethod
+    @abstractmethod
+    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
+        """The graph of one part."""
+
+    @classmethod
+    @abstractmethod
+    def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
+        """Load the diffusers model from a directory, a hub id or a single file."""
+
+    # Making one
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ModelType],
+        model_id: str | os.PathLike[str],
+        export: bool | None = False,
+        rbln_config: Config = None,
+        **kwargs: Any,
+    ) -> ModelType:
+        """Load a compiled model, or compile one of diffusers.
+
+        Args:
+            model_id: A hub id or a local directory, of a compiled model or of a diffusers
+                model; or a `.safetensors` file in the original layout.
+            export: `True` compiles a diffusers model, `False` loads a compiled one, `None`
+                decides by what it finds.
+            rbln_config: Options, as a dict or an instance of the configuration class.
+            **kwargs: Names that begin with `rbln_` are options and win over `rbln_config`.
+                The rest goes to the Hugging Face loader: `subfolder`, `revision`, `token`,
+                `cache_dir`, `force_download`, `local_files_only`, `torch_dtype`, …
+
+        Returns:
+            A model ready to run.
+
+        Raises:
+            ValueError: `export` doesn't fit what was found, or an option is wrong or not
+                the one that the model was compiled for.
+            OSError: There is no such model.
+            RBLNCompileError: The model can't be compiled.
+            RBLNArtifactError: The compiled model is damaged or incomplete.
+            RBLNTargetUnavailableError: This machine can't run the target.
+
+        Example:
+            >>> vae = RBLNAutoencoderKL.from_pretrained(
+            ...     "stabilityai/sdxl-vae", export=True, rbln_sample_size=1024
+            ... )  # doctest: +SKIP
+        """
+        options, loader = _split(kwargs)
+        wanted = cls._wanted(rbln_config, options)
+        compiled_directory = hub.find_compiled(str(model_id), **hub.options(loader))
+        if compiled_directory is not None:
+            if export:
+                raise ValueError(
+                    f"{model_id} is compiled already, and export=True compiles a diffusers model. "
+                    "Leave export out to load it."
+                )
+            hub.check_loader_options(loader)
+            return cls._load(compiled_directory, wanted)
+        if export is False:
+            raise ValueError(
+                f"{model_id} is not a compiled model: it has no {CONFIG_NAME}. Pass export=True to "
+                "compile it."
+            )
+        model = cls._load_original(str(model_id), **loader)
+        return cls._compile(model, wanted, str(model_id))
+
+    @classmethod
+    def from_model(
+        cls: type[ModelType],
+        model: torch.nn.Module,
+        *,
+        rbln_config: Config = None,
+        **kwargs: Any,
+    ) -> ModelType:
+        """Compile a loaded model.
+
+        Args:
+            model: The diffusers model; it is not changed, and not needed afterwards.
+            rbln_config: Options, as a dict or an instance of the configuration class.
+            **kwargs: Options with the prefix `rbln_`, which win over `rbln_config`.
+
+        Returns:
+            A model ready to run.
+
+        Raises:
+            TypeError: The model is of another class, or a name is unknown.
+            ValueError: An option is wrong or in conflict with the model.
+            RBLNCompileError: The model can't be compiled.
+            RBLNTargetUnavailableError: This machine can't run the target.
+
+        Example:
+            >>> vae = RBLNAutoencoderKL.from_model(pipe.vae, rbln_dtype="bfloat16")
+            ... # doctest: +SKIP
+        """
+        options, rest = _split(kwargs)
+        reject_unknown(rest, ["rbln_config"], f"argument of {cls.__name__}.from_model")
+        if type(model).__name__ != cls.original_class_name:
+            raise TypeError(
+                f"{cls.__name__} compiles an {cls.original_class_name}, and got a "
+                f"{type(model).__name__}."
+            )
+        name = getattr(model, "name_or_path", "") or cls.original_class_name
+        return cls._compile(model, cls._wanted(rbln_config, options), str(name))
+
+    @classmethod
+    def _wanted(cls, rbln_config: Config, options: Mapping[str, Any]) -> RBLNModelConfig:
+        """The configuration that the caller asks for, not frozen."""
+        if rbln_config is None or isinstance(rbln_config, Mapping):
+            return cls.config_class(**{**(rbln_config or {}), **options})
+        if not isinstance(rbln_config, cls.config_class):
+            raise TypeError(
+                f"rbln_config must be a dict or a {cls.config_class.__name__}, and is a "
+                f"{type(rbln_config).__name__}."
+            )
+        return rbln_config.copy(**options)
+
+    @classmethod
+    def _compile(
+        cls: type[ModelType], model: torch.nn.Module, rbln_config: RBLNModelConfig, name: str
+    ) -> ModelType:
+        config = dict(getattr(model, "config", {}))
+        target = _choose_target(rbln_config)
+        rbln_config.target = target.name
+        if rbln_config.dtype is None:
+            rbln_config.dtype = target.best_dtype()
+        cls._resolve(rbln_config, config)
+        parts = cls._parts(rbln_config)
+        _check_placement(rbln_config, target, parts)
+        if rbln_config.create_runtimes:
+            target.require()  # before the work, not after it
+        source = {
+            "model": Path(name).name if Path(name).exists() else name,
+            "class": type(model).__name__,
+            "sha256": _weights_hash(model),
+        }
+        compiled = {
+            part: target.compile(
+                cls._capture(model, part),
+                CompileOptions(
+                    shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices
+                ),
+            )
+            for part, shape in parts.items()
+        }
+        rbln_config.freeze()
+        return cls(compiled, config, rbln_config)
+
+    @classmethod
+    def _load(cls: type[ModelType], directory: Path, wanted: RBLNModelConfig) -> ModelType:
+        given = wanted.given_options()
+        run = {k: v for k, v in given.items() if k in RBLNModelConfig.RUNTIME_OPTIONS}
+        rbln_config = cls.config_class.load(directory, **run)
+        compiled_options = rbln_config.compiled_options()
+        for name, value in given.items():
+            if name not in run and compiled_options[name] != value:
+                raise ValueError(
+                    f"{name}={value!r} was asked for, and {directory} was compiled with "
+                    f"{name}={compiled_options[name]!r}. Leave it out, or compile the model again "
+                    "with export=True."
+                )
+        config = _model_config(directory, cls.original_class_name)
+        if rbln_config.target is None:
+            raise RBLNArtifactError(f"{directory / CONFIG_NAME} names no target. Compile again.")
+        target = get_target(rbln_config.target)
+        cls._resolve(rbln_config, config)
+        parts = cls._parts(rbln_config)
+        _check_placement(rbln_config, target, parts)
+        if rbln_config.create_runtimes:
+            target.require()
+        compiled = {part: target.load(directory / f"{part}{SUFFIX}") for part in parts}
+        cls._check_parts(compiled, rbln_config, directory)
+        rbln_config.freeze()
+        return cls(compiled, config, rbln_config)
+
+    @classmethod
+    def _check_parts(
+        cls, compiled: Mapping[str, Any], rbln_config: RBLNModelConfig, directory: Path
+    ) -> None:
+        """Raise if the loaded parts are not those that the configuration describes."""
+        shapes = cls._parts(rbln_config)
+        sources = {getattr(c, "source", {}).get("sha256") for c in compiled.values()}
+        for part, model in compiled.items():
+            graph = getattr(model, "graph", None)
+            if not isinstance(graph, Graph):
+                continue
+            if (
+                graph.name != part
+                or graph.input_channels != shapes[part][1]
+                or model.dtype != rbln_config.dtype
+                or len(sources) > 1
+            ):
+                raise RBLNArtifactError(
+                    f"{part}{SUFFIX} in {directory} doesn't belong to the files beside it: it "
+                    f"holds the {graph.name} of {model.source.get('model', 'another model')} for "
+                    f"{graph.input_channels} channels in {model.dtype}. Save the model again."
+                )
+
+    # Keeping one
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the compiled model; `from_pretrained` needs nothing else.
+
+        `config.json`, `rbln_config.json` and one `NAME.rbln` for each part take the place of
+        what the directory held of these in one step; its other files are kept.
+
+        Args:
+            save_directory: Made where missing.
+
+        Raises:
+            RBLNArtifactError: It can't be written; the directory is then what it was.
+            NotADirectoryError: It is a file.
+        """
+        directory = Path(save_directory)
+        replaced = (MODEL_CONFIG_NAME, CONFIG_NAME, f"*{SUFFIX}")
+        try:
+            with atomic_directory(directory, replaced) as temporary:
+                for part, compiled in self.compiled_models.items():
+                    compiled.save(temporary / f"{part}{SUFFIX}")
+                config = {k: v for k, v in self.config.items() if k != "_name_or_path"}
+                config["_class_name"] = self.original_class_name
+                text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+                (temporary / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
+                self.rbln_config.save(temporary)
+        except NotADirectoryError:
+            raise
+        except OSError as error:
+            raise RBLNArtifactError(
+                f"{directory} can't be written: {error}. It is what it was before."
+            ) from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload compiled model",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the compiled model to the Hugging Face Hub.
+
+        Args:
+            repo_id: `"user/name"`; made where missing.
+            private: Whether a new repository is private.
+            token: The access token; `None` takes the one that is logged in.
+            revision: The branch to upload to.
+            commit_message: What the commit says.
+            create_pr: Open a pull request instead of committing.
+
+        Returns:
+            The address of the commit or pull request.
+        """
+        with TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return hub.upload(
+                Path(directory),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    # Running one
+
+    def _run(self, part: str, image: Tensor) -> Tensor:
+        """Run a part on a checked image; the result has its dtype and device."""
+        if part not in self._runtimes:
+            raise RBLNRuntimeError(
+                "This model was compiled with create_runtimes=False, so it can't run. Save it with "
+                "save_pretrained(DIRECTORY) and load it with from_pretrained(DIRECTORY) on a "
+                f"machine that has the target {self.rbln_config.target!r}."
+            )
+        compiled_shape = self._parts(self.rbln_config)[part]
+        if self._target.static_shapes and tuple(image.shape) != compiled_shape:
+            raise ValueError(
+                f"The {part} was compiled for the shape {compiled_shape}, and got "
+                f"{tuple(image.shape)}. The target {self._target.name!r} takes no other: compile "
+                "the model again with rbln_batch_size and rbln_sample_size."
+            )
+        return self._runtimes[part].run(image.detach().cpu()).to(image.device)
+
+    def profile(self) -> Profile:
+        """The latest runs, operation by operation.
+
+        Raises:
+            RBLNRuntimeError: The model was loaded without `activate_profiler=True`.
+
+        Example:
+            >>> vae = RBLNAutoencoderKL.from_pretrained(
+            ...     "compiled-vae", rbln_activate_profiler=True
+            ... )  # doctest: +SKIP
+            >>> vae.decode(latent); print(vae.profile())  # doctest: +SKIP
+        """
+        if not self.rbln_config.activate_profiler:
+            raise RBLNRuntimeError(
+                "The profiler is not active. Load the model with rbln_activate_profiler=True."
+            )
+        runs = [run for runtime in self._runtimes.values() for run in runtime.profiles]
+        return Profile(sorted(runs, key=lambda run: run.start))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the model computes."""
+        found = getattr(torch, str(self.rbln_config.dtype))
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors come from and go to: the CPU, whatever the target."""
+        return torch.device("cpu")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rbln_config!r})"
+
+
+def _frozen(config: Mapping[str, Any]) -> Any:
+    """The configuration as diffusers gives it: a mapping whose keys are attributes too."""
+    from diffusers.configuration_utils import FrozenDict
+
+    return FrozenDict(config)  # type: ignore[no-untyped-call]
+
+
+def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The names that begin with `rbln_`, without it, and the others."""
+    prefix = "rbln_"
+    options = {k.removeprefix(prefix): v for k, v in kwargs.items() if k.startswith(prefix)}
+    return options, {k: v for k, v in kwargs.items() if not k.startswith(prefix)}
+
+
+def _choose_target(rbln_config: RBLNModelConfig) -> Target:
+    """The target that is named, or that the device or the chip implies."""
+    if rbln_config.target is not None:
+        return get_target(rbln_config.target)
+    device = rbln_config.device
+    if isinstance(device, int) or rbln_config.npu is not None or rbln_config.num_devices > 1:
+        return get_target("rbln")
+    if device is not None:
+        return get_target("cpu" if device == "cpu" else "cuda")
+    return default_target()
+
+
+def _check_placement(
+    rbln_config: RBLNModelConfig, target: Target, parts: Mapping[str, Any]
+) -> None:
+    """Raise if the target can't do what the configuration asks of it."""
+    name = target.name
+    if rbln_config.dtype not in target.dtypes:
+        raise ValueError(
+            f"dtype={rbln_config.dtype!r} is none of the target {name!r}, which computes in "
+            f"{' or '.join(target.dtypes)}."
+        )
+    if name != "rbln":
+        for option, value in (("npu", rbln_config.npu), ("num_devices", rbln_config.num_devices)):
+            if value not in (None, 1):
+                raise ValueError(f"{option}={value!r} is for target='rbln', not for {name!r}.")
+    reject_unknown(rbln_config.device_map or {}, parts, "compiled part in device_map", ValueError)
+
+
+def _runtime_options(rbln_config: RBLNModelConfig, part: str) -> RuntimeOptions:
+    return RuntimeOptions(
+        device=(rbln_config.device_map or {}).get(part, rbln_config.device),
+        num_threads=rbln_config.num_threads,
+        memory_limit=rbln_config.memory_limit,
+        timeout=rbln_config.timeout,
+        activate_profiler=rbln_config.activate_profiler,
+    )
+
+
+def _weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of the weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        tensor = weight.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _model_config(directory: Path, class_name: str) -> dict[str, Any]:
+    """The configuration of the original model that stands beside the compiled one."""
+    file = directory / MODEL_CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RBLNArtifactError(
+            f"There is no {file}. The compiled model is incomplete: save it again."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise RBLNArtifactError(f"{file} is not JSON ({error}). Save the model again.") from None
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != class_name:
+        raise RBLNArtifactError(
+            f"{file} is the configuration of {found!r}, expected {class_name!r}."
+        )
+    return dict(config)

@@ -1,0 +1,116 @@
+"""The times of each operation of a run, as a table and as a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import atomic_path
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a run.
+
+    Attributes:
+        name: The value that it made.
+        kind: The operation.
+        start: Seconds since the start of the run.
+        seconds: How long it took.
+        flops: Floating-point operations that it did.
+        bytes: Bytes that it read and wrote at the least: inputs, weights and output.
+    """
+
+    name: str
+    kind: str
+    start: float
+    seconds: float
+    flops: int
+    bytes: int
+
+    @property
+    def gflops_per_second(self) -> float:
+        return self.flops / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def gbytes_per_second(self) -> float:
+        return self.bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class RunProfile:
+    """One run of one part.
+
+    Attributes:
+        part: `"encoder"` or `"decoder"`.
+        input_shape: `(N, C, H, W)`.
+        start: Seconds since the epoch, when the run started.
+        steps: Its operations, in order.
+    """
+
+    part: str
+    input_shape: tuple[int, ...]
+    start: float
+    steps: tuple[Step, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The time of all steps."""
+        return sum(step.seconds for step in self.steps)
+
+    def __str__(self) -> str:
+        head = f"{self.part} of {'x'.join(map(str, self.input_shape))}: {self.seconds:.4f} s"
+        rows = [
+            f"{step.seconds * 1e3:10.3f} {100 * step.seconds / (self.seconds or 1):6.1f} "
+            f"{step.gflops_per_second:9.1f} {step.gbytes_per_second:8.1f}  "
+            f"{step.kind:<12} {step.name}"
+            for step in self.steps
+        ]
+        return "\n".join(
+            [head, f"{'ms':>10} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}  operation", *rows]
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The latest runs of a model; `print` shows one table a run."""
+
+    runs: Sequence[RunProfile]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.runs)) or "No run yet."
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the runs as a trace in the Chrome JSON format, which Perfetto opens.
+
+        Args:
+            path: The file, for example `"trace.json"`; open it at https://ui.perfetto.dev.
+        """
+        origin = min((run.start for run in self.runs), default=0.0)
+        events = [event for run in self.runs for event in _events(run, run.start - origin)]
+        with atomic_path(Path(path)) as temporary:
+            text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _events(run: RunProfile, offset: float) -> list[dict[str, Any]]:
+    """Complete events ("ph": "X") of the Trace Event Format, times in microseconds."""
+    shape = "x".join(map(str, run.input_shape))
+    whole = {"name": f"{run.part} {shape}", "ts": offset * 1e6, "dur": run.seconds * 1e6}
+    steps = [
+        {
+            "name": f"{step.kind} {step.name}",
+            "ts": (offset + step.start) * 1e6,
+            "dur": step.seconds * 1e6,
+            "args": {
+                "GFLOP/s": round(step.gflops_per_second, 1),
+                "GB/s": round(step.gbytes_per_second, 1),
+            },
+        }
+        for step in run.steps
+    ]
+    return [{"ph": "X", "pid": 1, "tid": 1, "cat": run.part, **event} for event in [whole, *steps]]

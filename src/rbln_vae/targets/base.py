@@ -1,0 +1,167 @@
+"""What a target is, and the list of them.
+
+A target compiles graphs, loads what it compiled, and makes runtimes, which run images.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from ..errors import RBLNTargetUnavailableError
+from ..graph.ir import Graph
+from ..profiler import RunProfile
+
+
+class CompiledModel(Protocol):
+    """One part of a model, compiled for a target."""
+
+    def save(self, path: Path) -> None:
+        """Write it to a `.rbln` file, atomically."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a graph is compiled for.
+
+    Attributes:
+        input_shape: `(N, C, H, W)` that the model is tuned for, or fixed to.
+        dtype: In what to compute; `None` is what is best on the target.
+        source: What the graph was captured from, kept in the file.
+        npu: The RBLN chip.
+        num_devices: Devices that share the model.
+    """
+
+    input_shape: tuple[int, int, int, int]
+    dtype: str | None = None
+    source: Mapping[str, str] = field(default_factory=dict)
+    npu: str | None = None
+    num_devices: int = 1
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a compiled part runs; see `RBLNModelConfig`."""
+
+    device: int | str | None = None
+    num_threads: int | None = None
+    memory_limit: int | None = None
+    timeout: float = 60
+    activate_profiler: bool = False
+
+
+class Runtime(Protocol):
+    """A compiled part on its device, ready to run; several threads may share it."""
+
+    def run(self, image: Tensor) -> Tensor:
+        """Run the part.
+
+        Args:
+            image: `(N, C, H, W)` on the CPU, of any floating dtype and strides; not
+                written to.
+
+        Returns:
+            A new tensor on the CPU, in the dtype of the input.
+
+        Raises:
+            TimeoutError: The run took longer than its timeout.
+            MemoryError: It would need more than its memory limit.
+        """
+
+    @property
+    def profiles(self) -> list[RunProfile]:
+        """The latest runs, if the profiler is active."""
+
+
+class Target(ABC):
+    """A kind of machine that models are compiled for."""
+
+    name: ClassVar[str]
+    """As given to `target=`."""
+    description: ClassVar[str]
+    """What it is, in a line."""
+    static_shapes: ClassVar[bool] = False
+    """Whether a compiled model takes only the shape that it was compiled for."""
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    """In what it can compute."""
+
+    @abstractmethod
+    def unavailable_reason(self) -> str | None:
+        """Why this machine can't run it and what to install; `None` if it can."""
+
+    @abstractmethod
+    def default_device(self) -> int | str:
+        """The device on which a model runs if none is named."""
+
+    @abstractmethod
+    def best_dtype(self) -> str:
+        """What is fastest here at an error that the model bears."""
+
+    @abstractmethod
+    def compile(self, graph: Graph, options: CompileOptions) -> CompiledModel:
+        """Set a captured graph up for the target.
+
+        Raises:
+            RBLNCompileError: The target can't run the graph.
+        """
+
+    @abstractmethod
+    def load(self, path: Path) -> CompiledModel:
+        """Read what a compiled model's `save` wrote.
+
+        Raises:
+            RBLNArtifactError: The file isn't one of this target, or is damaged.
+        """
+
+    @abstractmethod
+    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> Runtime:
+        """Put a compiled part on its device.
+
+        Raises:
+            RBLNTargetUnavailableError: This machine can't run it.
+            ValueError: The device isn't one of the target.
+        """
+
+    def require(self) -> None:
+        """Raise an `RBLNTargetUnavailableError` where this machine can't run the target."""
+        reason = self.unavailable_reason()
+        if reason is not None:
+            raise RBLNTargetUnavailableError(f"The target {self.name!r} can't run here: {reason}")
+
+
+_MODULES = {
+    "rbln": ".rbln",
+    "cpu": ".cpu",
+    "cuda": ".cuda",
+    "reference": ".reference",
+}
+
+
+def get_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"There is no target {name!r}; there are {', '.join(_MODULES)}.")
+    module = importlib.import_module(_MODULES[name], __package__)
+    target: Target = module.TARGET
+    return target
+
+
+def all_targets() -> list[Target]:
+    """Every target, whether it can run here or not."""
+    return [get_target(name) for name in _MODULES]
+
+
+def default_target() -> Target:
+    """`rbln` where an NPU is present, else `cpu`."""
+    rbln = get_target("rbln")
+    return rbln if rbln.unavailable_reason() is None else get_target("cpu")

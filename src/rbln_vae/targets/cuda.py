@@ -1,0 +1,43 @@
+"""The target `cuda`: the optimised graph on an NVIDIA GPU, by PyTorch's own kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import CompiledModel, RuntimeOptions
+from .reference import InterpreterRuntime, InterpreterTarget
+
+
+class CudaTarget(InterpreterTarget):
+    """NVIDIA GPUs."""
+
+    name = "cuda"
+    description = "an NVIDIA GPU, by PyTorch's kernels"
+
+    def unavailable_reason(self) -> str | None:
+        if torch.version.cuda is None:
+            return (
+                f"torch {torch.__version__} is built without CUDA. Install a CUDA build of torch "
+                "(https://pytorch.org/get-started), or use target='cpu'."
+            )
+        if not torch.cuda.is_available():
+            return (
+                "torch finds no NVIDIA GPU. Install NVIDIA's driver and check that nvidia-smi "
+                "lists a GPU, or use target='cpu'."
+            )
+        return None
+
+    def default_device(self) -> int | str:
+        return "cuda"
+
+    def best_dtype(self) -> str:
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+
+    def create_runtime(
+        self, compiled: CompiledModel, options: RuntimeOptions
+    ) -> InterpreterRuntime:
+        self.require()
+        return super().create_runtime(compiled, options)
+
+
+TARGET = CudaTarget()

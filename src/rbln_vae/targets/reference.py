@@ -1,0 +1,191 @@
+"""The target `reference`: the interpreter, in plain torch on the CPU."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..artifact import Artifact, read_artifact
+from ..errors import RBLNArtifactError
+from ..graph.interpreter import Interpreter
+from ..graph.ir import Graph, Operation, Shape, Value
+from ..graph.passes import optimise
+from ..profiler import RunProfile, Step
+from .base import CompiledModel, CompileOptions, RuntimeOptions, Target
+
+_PROFILES_KEPT = 100
+
+
+class InterpreterTarget(Target):
+    """A target that keeps the graph as it is and interprets it."""
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def default_device(self) -> int | str:
+        return "cpu"
+
+    def best_dtype(self) -> str:
+        return "float32"
+
+    def compile(self, graph: Graph, options: CompileOptions) -> Artifact:
+        dtype = options.dtype or self.best_dtype()
+        return Artifact(optimise(graph), self.name, dtype, options.source)
+
+    def load(self, path: Path) -> Artifact:
+        artifact = read_artifact(path)
+        if artifact.target != self.name:
+            raise RBLNArtifactError(
+                f"{path} was compiled for the target {artifact.target!r}, and the configuration "
+                f"beside it says {self.name!r}: they don't belong together. Save the model again."
+            )
+        return artifact
+
+    def create_runtime(
+        self, compiled: CompiledModel, options: RuntimeOptions
+    ) -> InterpreterRuntime:
+        assert isinstance(compiled, Artifact)
+        device = self.default_device() if options.device is None else options.device
+        if torch.device(str(device)).type != torch.device(str(self.default_device())).type:
+            raise ValueError(
+                f"device={device!r} is none of the target {self.name!r}, which runs on "
+                f"{self.default_device()!r}. Leave device out, or compile for another target."
+            )
+        return InterpreterRuntime(compiled, str(device), options)
+
+
+class InterpreterRuntime:
+    """Runs an artifact in the interpreter, within a time and a memory limit."""
+
+    def __init__(self, artifact: Artifact, device: str, options: RuntimeOptions) -> None:
+        self._interpreter = Interpreter(artifact.graph, getattr(torch, artifact.dtype), device)
+        self._options = options
+        self._profiles: collections.deque[RunProfile] = collections.deque(maxlen=_PROFILES_KEPT)
+
+    @property
+    def profiles(self) -> list[RunProfile]:
+        return list(self._profiles)
+
+    def run(self, image: Tensor) -> Tensor:
+        interpreter = self._interpreter
+        self._check_memory(image.shape)
+        clock = _Clock(self._options.timeout)
+        watch = _Stopwatch(interpreter) if self._options.activate_profiler else None
+
+        def before(index: int, operation: Operation) -> None:
+            clock.check()
+            if watch is not None:
+                watch.lap()
+
+        with _threads(self._options.num_threads):
+            result = interpreter.run(image, before)
+            if watch is not None:
+                watch.lap()
+                self._profiles.append(watch.profile(tuple(image.shape)))
+        clock.check()
+        return result.to(image.device, image.dtype)
+
+    def _check_memory(self, shape: Shape) -> None:
+        limit = self._options.memory_limit
+        if limit is None:
+            return
+        graph = self._interpreter.graph
+        needed = peak_elements(graph, shape) * self._interpreter.dtype.itemsize
+        if needed > limit:
+            raise MemoryError(
+                f"A run of the {graph.name} on {'x'.join(map(str, shape))} needs {needed} bytes "
+                f"for activations, and memory_limit is {limit}. Raise the limit, or run a smaller "
+                "batch or image."
+            )
+
+
+def peak_elements(graph: Graph, input_shape: Shape) -> int:
+    """The most elements of values that live at one time of a run."""
+    shapes = graph.infer_shapes(input_shape)
+    last = graph.last_uses()
+    live: dict[Value, int] = {graph.input: math.prod(input_shape)}
+    peak = live[graph.input]
+    for index, operation in enumerate(graph.operations):
+        live[operation.output] = math.prod(shapes[operation.output])
+        peak = max(peak, sum(live.values()))
+        live = {value: size for value, size in live.items() if last.get(value, -1) > index}
+    return peak
+
+
+class _Clock:
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.end = time.monotonic() + timeout
+
+    def check(self) -> None:
+        if time.monotonic() > self.end:
+            raise TimeoutError(
+                f"A run took longer than timeout={self.timeout} seconds and was given up; the "
+                "model can be used again. Give a longer timeout, or a smaller batch or image."
+            )
+
+
+class _Stopwatch:
+    """Times the operations of one run."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+        self.start = time.time()
+        self.laps: list[float] = []
+
+    def lap(self) -> None:
+        if self.interpreter.device.type == "cuda":
+            torch.cuda.synchronize(self.interpreter.device)
+        self.laps.append(time.perf_counter())
+
+    def profile(self, input_shape: Shape) -> RunProfile:
+        graph = self.interpreter.graph
+        shapes = graph.infer_shapes(input_shape)
+        steps = []
+        for operation, start, end in zip(
+            graph.operations, self.laps[:-1], self.laps[1:], strict=True
+        ):
+            moved = sum(math.prod(shapes[v]) for v in (*operation.inputs, operation.output))
+            moved += sum(graph.weights[name].numel() for name in operation.weights)
+            steps.append(
+                Step(
+                    operation.output,
+                    operation.kind,
+                    start - self.laps[0],
+                    end - start,
+                    operation.flops(shapes, graph.weights),
+                    moved * self.interpreter.dtype.itemsize,
+                )
+            )
+        return RunProfile(graph.name, input_shape, self.start, tuple(steps))
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Run torch's operations of this thread on a number of threads."""
+    before = torch.get_num_threads()
+    if number is None or number == before:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class ReferenceTarget(InterpreterTarget):
+    """The interpreter itself."""
+
+    name = "reference"
+    description = "the graph in plain torch on the CPU: the oracle of the other targets"
+
+
+TARGET = ReferenceTarget()
