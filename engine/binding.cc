@@ -59,20 +59,6 @@ Activation activation(const std::optional<std::string>& name) {
   throw nb::value_error(("unknown activation " + *name).c_str());
 }
 
-DType dtype(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "bfloat16") return DType::kBFloat16;
-  throw nb::value_error(("the engine has no kernels for " + name).c_str());
-}
-
-Isa isa(const std::string& wanted) {
-  for (const Isa each : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16,
-                         Isa::kAmxBf16}) {
-    if (wanted == name(each)) return each;
-  }
-  throw nb::value_error(("unknown instruction set " + wanted).c_str());
-}
-
 Tensor tensor(const AnyTensor& given, const Sizes& expected, const char* what) {
   Tensor result;
   result.data = given.data();

@@ -24,6 +24,8 @@ const std::vector<Kernels>& built() {
       join(Isa::kAvx2, DType::kFloat32, avx2::conv2d, avx2::attention),
       join(Isa::kAvx512, DType::kFloat32, avx512::conv2d, avx512::attention),
       join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention),
+#endif
+#if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
       join(Isa::kAmxBf16, DType::kBFloat16, amx_bf16::conv2d, amx_bf16::attention),
 #endif
   };
@@ -45,18 +47,18 @@ const char* name(Isa isa) {
 
 bool available(Isa isa) {
   const CpuFeatures& f = cpu_features();
-  const bool avx512 = f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
+  [[maybe_unused]] const bool avx512 = f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
   switch (isa) {
     case Isa::kGeneric: return true;
 #if defined(RBLN_VAE_X86_KERNELS)
     case Isa::kAvx2: return f.avx2 && f.fma;
     case Isa::kAvx512: return avx512;
     case Isa::kAvx512Bf16: return avx512 && f.avx512_bf16;
+#endif
 #if defined(RBLN_VAE_EMULATE_TILES)
     case Isa::kAmxBf16: return true;
-#else
+#elif defined(RBLN_VAE_X86_KERNELS)
     case Isa::kAmxBf16: return avx512 && f.avx512_bf16 && f.amx_tile && f.amx_bf16;
-#endif
 #endif
     default: return false;
   }

@@ -42,7 +42,9 @@ namespace avx512_bf16 {
 extern const Conv2dKernels conv2d;
 extern const AttentionKernels attention;
 }  // namespace avx512_bf16
+#endif
 
+#if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
 namespace amx_bf16 {
 extern const Conv2dKernels conv2d;
 extern const AttentionKernels attention;

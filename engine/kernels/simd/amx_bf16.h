@@ -79,7 +79,7 @@ struct Tiles : Vectors {
   // Products of one tile of weights with all tiles of the image; with each, a part of the
   // weights of a later turn is fetched.
   template <int kRows, int kAcross, int kTile = 0>
-  static void multiply(const T* a, Index row_step, Index pixel_step, const char* ahead) {
+  static void multiply_all(const T* a, Index row_step, Index pixel_step, const char* ahead) {
     constexpr int kSums = kRows * kAcross;
     load_tile<kImage>(a + kTile / kAcross * row_step + kTile % kAcross * kTileRows * pixel_step,
                       pixel_step * static_cast<Index>(sizeof(T)));
@@ -88,7 +88,7 @@ struct Tiles : Vectors {
     constexpr int kEnd = 16 * (kTile + 1) / kSums;
     for (int line = kBegin; line < kEnd; ++line) prefetch(ahead + line * kTileBytes);
     if constexpr (kTile + 1 < kSums) {
-      multiply<kRows, kAcross, kTile + 1>(a, row_step, pixel_step, ahead);
+      multiply_all<kRows, kAcross, kTile + 1>(a, row_step, pixel_step, ahead);
     }
   }
 
@@ -110,7 +110,7 @@ struct Tiles : Vectors {
       const T* plane = g.a + block * g.plane;
       for (Index tap = 0; tap < g.tap_count; ++tap) {
         load_tile<kWeights>(b, kTileBytes);
-        multiply<kRows, kAcross>(plane + g.taps[tap], row_step, pixel_step,
+        multiply_all<kRows, kAcross>(plane + g.taps[tap], row_step, pixel_step,
                                  reinterpret_cast<const char*>(b) + kAhead * kWeightBytes);
         b += kPanelBlock;
         meanwhile();
