@@ -69,37 +69,40 @@ class GuardedProtocol(H11Protocol):
     The time of a body is the application's concern: it knows how long a body may be.
     """
 
-    _timer: asyncio.TimerHandle | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head, self._rest, self._stall = (_Deadline(self) for _ in range(3))
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._abort_after(_HEAD_SECONDS)
+        self._head.start(_HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._abort_after(None)
+        for deadline in (self._head, self._rest, self._stall):
+            deadline.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         waiting = self.conn.their_state is h11.IDLE
         super().data_received(data)
+        if not waiting:
+            return
         if self.conn.their_state is not h11.IDLE:
-            if waiting:
-                self._abort_after(None)
-        elif waiting and self._timer is None:
-            # Part of the head of a further request.
-            self._abort_after(_HEAD_SECONDS)
+            self._head.cancel()
+        elif not self._head.running:
+            self._head.start(_HEAD_SECONDS)
 
     def on_response_complete(self) -> None:
-        unread = self.conn.their_state is h11.SEND_BODY
-        self._abort_after(_REST_SECONDS if unread else None)
+        if self.conn.their_state is h11.SEND_BODY:
+            self._rest.start(_REST_SECONDS)
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._abort_after(_STALL_SECONDS)
+        self._stall.start(_STALL_SECONDS)
 
     def resume_writing(self) -> None:
-        self._abort_after(None)
+        self._stall.cancel()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -116,13 +119,26 @@ class GuardedProtocol(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _abort_after(self, seconds: float | None) -> None:
-        """End the connection then, unless this is called again before."""
+
+class _Deadline:
+    """Ends a connection after a time, unless it is cancelled before."""
+
+    def __init__(self, connection: GuardedProtocol) -> None:
+        self._connection = connection
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._timer is not None
+
+    def start(self, seconds: float) -> None:
+        self.cancel()
+        self._timer = self._connection.loop.call_later(seconds, self._connection.transport.abort)
+
+    def cancel(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if seconds is not None:
-            self._timer = self.loop.call_later(seconds, self.transport.abort)
 
 
 def default_memory_limit() -> int:
