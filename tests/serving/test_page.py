@@ -66,7 +66,7 @@ def page(browser: Any, server: str, request: pytest.FixtureRequest) -> Iterator[
     context = browser.new_context(**getattr(request, "param", DESKTOP))
     opened, troubles, asked = context.new_page(), [], []
     opened.on("pageerror", lambda error: troubles.append(str(error)))
-    opened.on("console", lambda message: troubles.append(message.text))
+    opened.on("console", lambda said: said.type == "error" and troubles.append(said.text))
     opened.on("request", lambda sent: asked.append(sent.url))
     opened.goto(server)
     playwright.expect(opened.locator("#about")).to_contain_text("6 latent channels")

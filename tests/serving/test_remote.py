@@ -1,6 +1,4 @@
-"""The remote client of diffusers, as it is, against a real server: what it gets is what it
-would get from the model on its own machine.
-"""
+"""diffusers' own remote client gets from a real server what the model itself would give."""
 
 from __future__ import annotations
 
@@ -189,18 +187,16 @@ def test_pictures_of_other_kinds_are_encoded_as_colour(
 def test_an_error_reads_well(server: str) -> None:
     with pytest.raises(RuntimeError, match=r"'code': 'wrong_shape'.*got \(1, 5, 8, 8\)"):
         remote_decode(f"{server}/decode", noise(1, 5, 8, 8), do_scaling=False)
-    with pytest.raises(RuntimeError, match="'code': 'unknown_model'.*'flux', 'other'"):
+    with pytest.raises(RuntimeError, match=r"'code': 'unknown_model'.*'flux', 'other'"):
         remote_decode(f"{server}/?model=sdxl", noise(1, 4, 8, 8), do_scaling=False)
-    with pytest.raises(
-        RuntimeError, match="'code': 'wrong_shape'.*latents of one image|one by one"
-    ):
+    with pytest.raises(RuntimeError, match=r"'code': 'wrong_shape'.*one by one"):
         remote_decode(f"{server}/decode", noise(2, 4, 8, 8), do_scaling=False)
     with pytest.raises(RuntimeError, match="'code': 'wrong_shape'"):
         remote_encode(f"{server}/encode", noise(1, 3, 7, 8))
 
 
 def test_a_video_is_refused(server: str) -> None:
-    with pytest.raises(RuntimeError, match="'code': 'invalid_query'.*output_type"):
+    with pytest.raises(RuntimeError, match=r"'code': 'invalid_query'.*output_type"):
         remote_decode(f"{server}/decode", noise(1, 4, 8, 8), output_type="mp4", return_type="mp4")
 
 
