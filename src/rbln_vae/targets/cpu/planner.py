@@ -219,12 +219,12 @@ class _Planner:
     def plan(self) -> Plan:
         graph = self.graph
         source = self.image(graph.input)
-        self.emit("import_image", graph.input, "Import", dict(image=source), writes=[source])
+        self.emit("import_image", graph.input, "Import", {"image": source}, writes=[source])
         self.statistics_of(graph.input, None)
         for index, operation in enumerate(graph.operations):
             self.operation(index, operation)
         result = self.images[graph.output]
-        self.emit("export_image", graph.output, "Export", dict(image=result), reads=[result])
+        self.emit("export_image", graph.output, "Export", {"image": result}, reads=[result])
         arena = place(self.buffers)
         return Plan(
             self.shapes[graph.input],
@@ -427,7 +427,7 @@ class _Planner:
         packed_values = self.buffer(
             f"{operation.output} values", matrices * -(-of_head[1] // PANEL)
         )
-        packed = dict(heads=heads, packed_keys=packed_keys, packed_values=packed_values)
+        packed = {"heads": heads, "packed_keys": packed_keys, "packed_values": packed_values}
         self.emit(
             "attention_pack",
             operation.output,
@@ -514,31 +514,29 @@ class _Planner:
                 "statistics",
                 value,
                 "Statistics",
-                dict(input=image, tile=tile, partials=buffer),
+                {"input": image, "tile": tile, "partials": buffer},
                 reads=[image],
                 writes=[buffer],
             )
         for norm in norms:
             blocks = -(-image.channels // BLOCK)
-            coefficients = self.buffer(
-                f"{value} coefficients", self.batch * 2 * blocks * BLOCK * 4
-            )
+            coefficients = self.buffer(f"{value} coefficients", self.batch * 2 * blocks * BLOCK * 4)
             self.coefficients[value, norm] = coefficients
             self.emit(
                 "norm",
                 value,
                 "Norm",
-                dict(
-                    channels=image.channels,
-                    groups=norm.groups,
-                    eps=norm.eps,
-                    partials=statistics.buffer,
-                    partial_channels=statistics.channels,
-                    grid=statistics.grid,
-                    tile=statistics.tile,
-                    points=statistics.points,
-                    coefficients=coefficients,
-                ),
+                {
+                    "channels": image.channels,
+                    "groups": norm.groups,
+                    "eps": norm.eps,
+                    "partials": statistics.buffer,
+                    "partial_channels": statistics.channels,
+                    "grid": statistics.grid,
+                    "tile": statistics.tile,
+                    "points": statistics.points,
+                    "coefficients": coefficients,
+                },
                 reads=[statistics.buffer],
                 writes=[coefficients],
                 weights={"weight": norm.weight, "bias": norm.bias},
@@ -589,14 +587,12 @@ class Convolution:
         pixel = -(-self.inputs // BLOCK) * BLOCK * machine.element_bytes
         enough = max(256, height * width // 16)
         best, best_cost = (1, 1), math.inf
-        for parts in range(1, width + 1):
-            columns = -(-width // parts)
-            if columns > 16:
-                columns = -(-columns // 16) * 16
-            columns = min(columns, width)
+        for wanted in (width, 512, 256, 192, 128, 96, 64, 48, 32, 16):
+            if wanted > width:
+                continue
+            columns = -(-width // -(-width // wanted))
+            columns = min(width, -(-columns // 16) * 16)
             across = self.read((1, columns))[1] * pixel
-            if parts > 1 and columns < 16:
-                break
             rows = machine.scratch_bytes // across
             taken = self.read((1, 1))[0] if not self.upsample else 3
             rows = (rows - taken) // self.stride + 1
