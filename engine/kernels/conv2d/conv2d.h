@@ -279,27 +279,31 @@ class Conv2d {
     }
     switch (s_.reading.activation) {
       case Activation::kSilu:
-        for (Index i = 0; i < 2 * pixels; ++i) {
-          const Vector x = Simd::load_elements(from + i * kPanel);
-          const Vector y = Simd::multiply_add(x, scale[i % 2], shift[i % 2]);
-          Simd::store_elements(to + i * kPanel, Simd::silu(y));
-        }
+        each_half(from, to, pixels, [&](const Vector& x, Index half) {
+          return Simd::silu(Simd::multiply_add(x, scale[half], shift[half]));
+        });
         break;
       case Activation::kNone:
-        for (Index i = 0; i < 2 * pixels; ++i) {
-          const Vector x = Simd::load_elements(from + i * kPanel);
-          Simd::store_elements(to + i * kPanel,
-                               Simd::multiply_add(x, scale[i % 2], shift[i % 2]));
-        }
+        each_half(from, to, pixels, [&](const Vector& x, Index half) {
+          return Simd::multiply_add(x, scale[half], shift[half]);
+        });
         break;
       default:
-        for (Index i = 0; i < 2 * pixels; ++i) {
-          const Vector x = Simd::load_elements(from + i * kPanel);
+        each_half(from, to, pixels, [&](const Vector& x, Index half) {
           alignas(64) float lanes[kPanel];
-          Simd::store(lanes, Simd::multiply_add(x, scale[i % 2], shift[i % 2]));
+          Simd::store(lanes, Simd::multiply_add(x, scale[half], shift[half]));
           for (float& lane : lanes) lane = activate(s_.reading.activation, lane);
-          Simd::store_elements(to + i * kPanel, Simd::load(lanes));
-        }
+          return Simd::load(lanes);
+        });
+    }
+  }
+
+  // Applies a function of 16 channels to all pixels of a block.
+  template <class Function>
+  static void each_half(const T* from, T* to, Index pixels, Function&& function) {
+    for (Index i = 0; i < pixels; ++i, from += kBlock, to += kBlock) {
+      Simd::store_elements(to, function(Simd::load_elements(from), 0));
+      Simd::store_elements(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
     }
   }
 

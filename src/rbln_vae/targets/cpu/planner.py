@@ -74,6 +74,33 @@ class Machine:
         return 1_200_000 if self.isa == "amx_bf16" else 560_000
 
 
+    @property
+    def costs(self) -> Costs:
+        return COSTS.get(self.isa, Costs(24, 6, 8))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What else a convolution does, in products of two numbers that take as long.
+
+    Attributes:
+        norm: Norm and activation of an element.
+        copy: Copying one.
+        weights: Fetching a weight that isn't in the L2 cache.
+    """
+
+    norm: float
+    copy: float
+    weights: float
+
+
+COSTS: Mapping[str, Costs] = {
+    "avx512_bf16": Costs(48, 12, 16),
+    "amx_bf16": Costs(256, 64, 100),
+}
+"""By instruction set: the faster its products are, the more everything else costs."""
+
+
 @dataclass(eq=False)
 class Buffer:
     """A range of the arena, and the steps from the first to the last that need it."""
@@ -570,11 +597,11 @@ class Convolution:
     def tiles(self, tile: tuple[int, int]) -> int:
         return math.prod(-(-size // part) for size, part in zip(self.grid, tile, strict=True))
 
-    def load_cost(self, tile: tuple[int, int]) -> float:
+    def load_cost(self, tile: tuple[int, int], costs: Costs) -> float:
         """Loading a tile's input, in the units of `product_cost`."""
-        rows, columns = self.read(tile)
-        # Norm and activation of an element cost about as much as this many products.
-        return rows * columns * self.inputs * (24 if self.normed else 4)
+        return math.prod(self.read(tile)) * self.inputs * (
+            costs.norm if self.normed else costs.copy
+        )
 
     def product_cost(self, tile: tuple[int, int]) -> float:
         phases = 4 if self.upsample else 1
@@ -585,7 +612,8 @@ class Convolution:
         """Height and width of the tiles: the least overhead that fits the cache."""
         height, width = self.grid
         pixel = -(-self.inputs // BLOCK) * BLOCK * machine.element_bytes
-        enough = max(256, height * width // 16)
+        # Tiles for some threads, whose number isn't known here; more are made by splits.
+        enough = max(256, height * width // 8)
         best, best_cost = (1, 1), math.inf
         for wanted in (width, 512, 256, 192, 128, 96, 64, 48, 32, 16):
             if wanted > width:
@@ -611,8 +639,8 @@ class Convolution:
                 else even * columns
             )
             filled = self.product_cost(tile) * padded / (even * columns)
-            weights = self.product_cost((1, 1)) * 8
-            cost = (filled + self.load_cost(tile) + weights) * self.tiles(tile)
+            weights = self.product_cost((1, 1)) * machine.costs.weights
+            cost = (filled + self.load_cost(tile, machine.costs) + weights) * self.tiles(tile)
             if self.read(tile)[0] * across > machine.scratch_bytes:
                 cost *= 1.5
             if cost < best_cost:
@@ -627,7 +655,7 @@ class Convolution:
         for splits in range(1, min(groups, 4 * machine.threads) + 1):
             rounds = -(-tiles * splits // machine.threads)
             part = self.product_cost(tile) * -(-groups // splits) / groups
-            cost = rounds * (self.load_cost(tile) + part)
+            cost = rounds * (self.load_cost(tile, machine.costs) + part)
             if cost < best_cost * 0.97:
                 best, best_cost = splits, cost
         return best
