@@ -667,7 +667,7 @@ def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int,
     The keys decide in what order sums are made, and so don't depend on the threads.
     """
     together = machine.rows * machine.pixels
-    most = 192 if machine.isa == "amx_bf16" else 56
+    most = 192 if machine.isa == "amx_bf16" else 112
     queries = max(together, most // together * together)
     # Smaller items where there would be too few of them.
     while queries > together and matrices * -(-pixels // queries) < 3 * machine.threads:
