@@ -34,7 +34,7 @@ if [ -n "$library" ]; then
   # the interpreter's own leaks are not ours.
   LD_PRELOAD=$("${CXX:-c++}" -print-file-name="$library")
   export LD_PRELOAD
-  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+  export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
   export TSAN_OPTIONS="suppressions=$PWD/tools/thread_sanitizer.txt halt_on_error=1"
 fi
-PYTHONPATH="$build/package:tests" exec "$PYTHON" -m pytest tests/targets/cpu "$@"
+PYTHONPATH="$build/package:tests" exec "$PYTHON" -m pytest "${@:-tests/targets/cpu}"

@@ -9,6 +9,7 @@ from cases import ATTENTIONS, CONVOLUTIONS, AttentionCase, ConvCase
 from rbln_vae import _engine
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.targets.cpu import runtime
+from rbln_vae.targets.cpu.planner import Convolution
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 
 try:
@@ -79,3 +80,18 @@ def test_emulated_tiles_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     expected = run(case, "generic", "bfloat16", monkeypatch)
     limit = 0.03 if isinstance(case, AttentionCase) and case.sharp > 1 else 0.008
     assert difference(run(case, "amx_bf16", "bfloat16", monkeypatch), expected) < limit
+
+
+@pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.height * c.width > 60], ids=str)
+def test_tiles_of_one_item_follow_each_other(
+    case: ConvCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if emulated is not None:
+        monkeypatch.setattr(runtime, "_engine", emulated)
+    isa = "amx_bf16" if emulated is not None else BFLOAT16[-1] if BFLOAT16 else "generic"
+    monkeypatch.setattr(
+        Convolution, "tile", lambda self, _: (min(4, self.grid[0]), min(19, self.grid[1]))
+    )
+    alone = run(case, isa, "bfloat16", monkeypatch)
+    monkeypatch.setattr(Convolution, "together", lambda *_: 3)
+    assert torch.equal(run(case, isa, "bfloat16", monkeypatch), alone)
