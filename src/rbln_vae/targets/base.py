@@ -125,7 +125,6 @@ class Target(ABC):
 
         Raises:
             RBLNTargetUnavailableError: This machine can't run it.
-            ValueError: The device isn't one of the target.
         """
 
     def require(self) -> None:

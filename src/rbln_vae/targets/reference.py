@@ -58,11 +58,6 @@ class InterpreterTarget(Target):
     ) -> InterpreterRuntime:
         assert isinstance(compiled, Artifact)
         device = self.default_device() if options.device is None else options.device
-        if torch.device(str(device)).type != torch.device(str(self.default_device())).type:
-            raise ValueError(
-                f"device={device!r} is none of the target {self.name!r}, which runs on "
-                f"{self.default_device()!r}. Leave device out, or compile for another target."
-            )
         return InterpreterRuntime(compiled, str(device), options)
 
 

@@ -520,9 +520,7 @@ class _Planner:
             )
         for norm in norms:
             blocks = -(-image.channels // BLOCK)
-            coefficients = self.buffer(
-                f"{value} coefficients", self.batch * 2 * blocks * BLOCK * 4
-            )
+            coefficients = self.buffer(f"{value} coefficients", self.batch * 2 * blocks * BLOCK * 4)
             self.coefficients[value, norm] = coefficients
             self.emit(
                 "norm",

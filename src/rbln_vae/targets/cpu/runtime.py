@@ -141,9 +141,7 @@ class CpuRuntime:
             source = source.to(torch.float32)
         result = torch.empty(plan.output_shape, dtype=source.dtype)
         start = time.time()
-        times = self._executor.run(
-            native, source, result, self.timeout, self._profiles is not None
-        )
+        times = self._executor.run(native, source, result, self.timeout, self._profiles is not None)
         if self._profiles is not None:
             self._profiles.append(self._profile(plan, start, times))
         return result.to(image.dtype)
@@ -180,17 +178,13 @@ class CpuRuntime:
                 f"An input of {'x'.join(map(str, plan.input_shape))} needs "
                 f"{plan.arena_bytes:,} bytes for activations."
             )
-        native = _engine.Plan(
-            self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape
-        )
+        native = _engine.Plan(self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape)
         for step in plan.steps:
             weights = {name: self._packed[weight] for name, weight in step.weights.items()}
             getattr(native, step.call)(**step.arguments, **weights)
         return native
 
-    def _profile(
-        self, plan: Plan, start: float, times: list[tuple[float, float]]
-    ) -> RunProfile:
+    def _profile(self, plan: Plan, start: float, times: list[tuple[float, float]]) -> RunProfile:
         steps = tuple(
             StepTime(step.name, step.kind, begin, end - begin, step.flops, step.bytes)
             for step, (begin, end) in zip(plan.steps, times, strict=True)
