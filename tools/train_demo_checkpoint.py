@@ -136,21 +136,9 @@ def train(steps: int, rate: float, seed: int, output: Path) -> None:
     linear_start(model, crops.batch(START_CROPS, 64).contiguous())
     model = model.to(memory_format=torch.channels_last)
     average = copy.deepcopy(model)
-<<<<<<< HEAD
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    warm_up = 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1, (step + 1) / warm_up)
-            * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        ),
-    )
-=======
     save(average, crops, output)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: relative_rate(step, steps))
->>>>>>> checkpoint
     start, recent = time.monotonic(), 0.0
     for step in range(steps):
         size, count = next(phase[1:] for phase in PHASES if step < phase[0] * steps)

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from ..errors import RBLNTargetUnavailableError
-from ..graph.ir import Graph
+from ..graph.ir import Graph, Shape
 from ..profiler import RunProfile
 
 
@@ -132,6 +132,23 @@ class Target(ABC):
         reason = self.unavailable_reason()
         if reason is not None:
             raise RBLNTargetUnavailableError(f"The target {self.name!r} can't run here: {reason}")
+
+
+def timed_out(timeout: float) -> TimeoutError:
+    """The error of a run that took longer than its timeout."""
+    return TimeoutError(
+        f"A run took longer than timeout={timeout} seconds and was given up; the model can be "
+        "used again. Give a longer timeout, or a smaller batch or image."
+    )
+
+
+def over_memory_limit(part: str, shape: Shape, needed: int, limit: int) -> MemoryError:
+    """The error of a run that would need more memory than its limit."""
+    return MemoryError(
+        f"A run of the {part} on {'x'.join(map(str, shape))} needs {needed} bytes for "
+        f"activations, and memory_limit is {limit}. Raise the limit, or run a smaller batch or "
+        "image."
+    )
 
 
 _MODULES = {

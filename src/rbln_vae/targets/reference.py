@@ -18,7 +18,14 @@ from ..graph.interpreter import Interpreter
 from ..graph.ir import Graph, Operation, Shape, Value
 from ..graph.passes import optimise
 from ..profiler import RunProfile, Step
-from .base import CompiledModel, CompileOptions, RuntimeOptions, Target
+from .base import (
+    CompiledModel,
+    CompileOptions,
+    RuntimeOptions,
+    Target,
+    over_memory_limit,
+    timed_out,
+)
 
 _PROFILES_KEPT = 100
 
@@ -99,11 +106,7 @@ class InterpreterRuntime:
         graph = self._interpreter.graph
         needed = peak_elements(graph, shape) * self._interpreter.dtype.itemsize
         if needed > limit:
-            raise MemoryError(
-                f"A run of the {graph.name} on {'x'.join(map(str, shape))} needs {needed} bytes "
-                f"for activations, and memory_limit is {limit}. Raise the limit, or run a smaller "
-                "batch or image."
-            )
+            raise over_memory_limit(graph.name, tuple(shape), needed, limit)
 
 
 def peak_elements(graph: Graph, input_shape: Shape) -> int:
@@ -126,10 +129,7 @@ class _Clock:
 
     def check(self) -> None:
         if time.monotonic() > self.end:
-            raise TimeoutError(
-                f"A run took longer than timeout={self.timeout} seconds and was given up; the "
-                "model can be used again. Give a longer timeout, or a smaller batch or image."
-            )
+            raise timed_out(self.timeout)
 
 
 class _Stopwatch:
