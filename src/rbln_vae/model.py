@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from .config import CONFIG_NAME, RBLNModelConfig, reject_unknown
 from .errors import RBLNArtifactError, RBLNRuntimeError
 from .files import atomic_directory
 from .graph.ir import Graph
+from .module_members import ModuleMembers
 from .profiler import Profile
 from .targets.base import (
     CompiledModel,
@@ -37,7 +38,7 @@ ModelType = TypeVar("ModelType", bound="RBLNModel")
 Config = RBLNModelConfig | Mapping[str, Any] | None
 
 
-class RBLNModel(ABC):
+class RBLNModel(ModuleMembers):
     """A compiled model: its parts, its configurations and their runtimes.
 
     Made by `from_pretrained` or `from_model`, not by its constructor.
@@ -398,6 +399,19 @@ class RBLNModel(ABC):
     def device(self) -> torch.device:
         """Where tensors come from and go to: the CPU, whatever the target."""
         return torch.device("cpu")
+
+    def _devices(self) -> list[int | str]:
+        devices = (_runtime_options(self.rbln_config, p).device for p in self.compiled_models)
+        own = self._target.default_device()
+        return list(dict.fromkeys(own if device is None else device for device in devices))
+
+    def register_to_config(self, **options: Any) -> None:
+        """Change the configuration, as pipelines do that correct an old `scaling_factor`.
+
+        Args:
+            **options: Keys of `config` and their new values; none changes what is compiled.
+        """
+        self.config = _frozen({**self.config, **options})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"
