@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from rbln_vae.images import (
     FitMode,
     Fitting,
     error_image,
+    format_size,
     load_image,
+    parse_size,
     side_by_side,
     to_image,
     to_tensor,
@@ -280,7 +283,7 @@ def test_a_crop_is_undone_at_the_scale_of_the_original() -> None:
 
 
 def test_a_size_that_is_no_multiple_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="multiples of 8, found 60x64; the nearest are 56x64 or"):
+    with pytest.raises(ValueError, match="height 56 or 64 and width 64"):
         Fitting.plan((9, 9), multiple=8, size=(60, 64))
 
 
@@ -299,8 +302,6 @@ def test_a_fitting_is_for_one_size() -> None:
 
 @pytest.mark.parametrize("mode", FIT_MODES)
 def test_a_fitting_is_stored_and_read(mode: FitMode) -> None:
-    import json
-
     fitting = Fitting.plan((30, 50), multiple=8, mode=mode)
     assert Fitting.from_dict(json.loads(json.dumps(fitting.to_dict()))) == fitting
 
@@ -313,6 +314,20 @@ def test_what_is_not_a_fitting_is_an_error(change) -> None:
     stored = Fitting.plan((30, 50), multiple=8).to_dict() | change
     with pytest.raises(ValueError, match="expected a"):
         Fitting.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", (512, 512)), ("512x768", (512, 768)), ("8X16", (8, 16))]
+)
+def test_a_size_is_written_height_first(text, size) -> None:
+    assert parse_size(text) == size
+    assert parse_size(format_size(size)) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "8x0", "-8", "8.5", "8x8x8", "big"])
+def test_what_is_no_size_is_an_error(text) -> None:
+    with pytest.raises(ValueError, match="such as 512 or 512x768"):
+        parse_size(text)
 
 
 # Pictures of results

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from .config import check_image_size
+
 Size: TypeAlias = tuple[int, int]
 """Height and width in pixels."""
 
@@ -173,7 +175,7 @@ class Fitting:
             size = _nearest(original, multiple, mode)
             scaled = size if mode == "resize" else original
         else:
-            _require_multiples(size, multiple)
+            check_image_size(size, multiple)
             scaled = _scaled(original, size, mode)
         height, width = (max(0, s - t) // 2 for s, t in zip(scaled, size, strict=True))
         return cls(mode, original, scaled, (height, width), size)
@@ -266,18 +268,6 @@ def _scaled(original: Size, size: Size, mode: FitMode) -> Size:
     return height, width
 
 
-def _require_multiples(size: Size, multiple: int) -> None:
-    if all(side > 0 and side % multiple == 0 for side in size):
-        return
-    below = tuple(max(1, side // multiple) * multiple for side in size)
-    above = tuple(max(1, -(-side // multiple)) * multiple for side in size)
-    options = " or ".join(dict.fromkeys(map(format_size, (below, above))))
-    raise ValueError(
-        f"both sides must be multiples of {multiple}, found {format_size(size)}; "
-        f"the nearest are {options}"
-    )
-
-
 def _require_size(image: Image.Image, size: Size) -> None:
     found = (image.height, image.width)
     if found != size:
@@ -294,6 +284,18 @@ def _resize(image: Image.Image, size: Size) -> Image.Image:
 def format_size(size: Sequence[int]) -> str:
     """A size as people write it, height first: `"512x768"`."""
     return "x".join(map(str, size))
+
+
+def parse_size(text: str) -> Size:
+    """A size as people write it: `"512"` for both sides, or `"512x768"`, height first.
+
+    Raises:
+        ValueError: It isn't one or two positive numbers.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"expected a size in pixels, such as 512 or 512x768, found {text!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 def error_image(image: Image.Image, other: Image.Image, gain: float = 8) -> Image.Image:

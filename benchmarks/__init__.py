@@ -1,0 +1,1 @@
+"""Benchmarks: every contender in a process of its own, in turn, on the same inputs."""

@@ -1,0 +1,169 @@
+"""Those who run the model: this package and its peers, each behind the same two calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STABLE_DIFFUSION = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+}
+"""The VAE of Stable Diffusion 1 and 2."""
+
+
+def make_model(directory: Path, architecture: dict[str, Any] = STABLE_DIFFUSION) -> None:
+    """Save a model with random weights, the same each time."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**architecture).save_pretrained(directory)
+
+
+def make_input(part: str, size: int) -> torch.Tensor:
+    """The input of a part for an image of `size` pixels a side: random, the same each time."""
+    generator = torch.Generator().manual_seed(size)
+    if part == "encode":
+        return torch.rand(1, 3, size, size, generator=generator) * 2 - 1
+    return torch.randn(1, 4, size // 8, size // 8, generator=generator)
+
+
+class Contender(ABC):
+    """One way to run a part of the model; lives in a process of its own."""
+
+    def __init__(self, directory: Path, part: str, size: int, threads: int) -> None:
+        self.directory, self.part, self.size, self.threads = directory, part, size, threads
+        torch.set_num_threads(threads)
+        self.input = make_input(part, size)
+        self.prepare()
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Load and compile."""
+
+    @abstractmethod
+    def run(self) -> torch.Tensor:
+        """One run on `self.input`."""
+
+
+class Ours(Contender):
+    dtype = "bfloat16"
+
+    def prepare(self) -> None:
+        from rbln_vae import RBLNAutoencoderKL
+
+        self.model = RBLNAutoencoderKL.from_pretrained(
+            self.directory,
+            export=True,
+            rbln_target="cpu",
+            rbln_dtype=self.dtype,
+            rbln_sample_size=self.size,
+            rbln_uses_encoder=self.part == "encode",
+            rbln_num_threads=self.threads,
+            rbln_timeout=3600,
+        )
+
+    def run(self) -> torch.Tensor:
+        if self.part == "encode":
+            return self.model.encode(self.input).latent_dist.parameters
+        return self.model.decode(self.input).sample
+
+
+class OursFloat32(Ours):
+    dtype = "float32"
+
+
+class Diffusers(Contender):
+    dtype = torch.bfloat16
+
+    def prepare(self) -> None:
+        from diffusers import AutoencoderKL
+
+        model = AutoencoderKL.from_pretrained(self.directory, torch_dtype=self.dtype).eval()
+        self.model = model.to(memory_format=torch.channels_last)
+        self.function = self.model.encode if self.part == "encode" else self.model.decode
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        x = self.input.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        (result,) = self.function(x, return_dict=False)
+        return result.parameters if self.part == "encode" else result
+
+
+class DiffusersFloat32(Diffusers):
+    dtype = torch.float32
+
+
+class DiffusersTiled(Diffusers):
+    def prepare(self) -> None:
+        super().prepare()
+        self.model.enable_tiling()
+
+
+class Compiled(Diffusers):
+    def prepare(self) -> None:
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        super().prepare()
+        self.function = torch.compile(self.function)
+
+
+class OpenVino(Contender):
+    precision = "bf16"
+
+    def prepare(self) -> None:
+        import openvino
+        from diffusers import AutoencoderKL
+
+        model = AutoencoderKL.from_pretrained(self.directory).eval()
+        graph = openvino.convert_model(_Part(model, self.part), example_input=self.input)
+        graph.reshape([*self.input.shape])
+        self.compiled = openvino.Core().compile_model(
+            graph,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": self.precision,
+                "INFERENCE_NUM_THREADS": self.threads,
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
+
+    def run(self) -> torch.Tensor:
+        result = self.compiled(self.input.numpy())[0]
+        return torch.from_numpy(result)
+
+
+class OpenVinoFloat32(OpenVino):
+    precision = "f32"
+
+
+class _Part(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, part: str) -> None:
+        super().__init__()
+        self.model, self.part = model, part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.part == "encode":
+            return self.model.quant_conv(self.model.encoder(x))
+        return self.model.decode(x, return_dict=False)[0]
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    "rbln-vae bf16": Ours,
+    "rbln-vae f32": OursFloat32,
+    "OpenVINO bf16": OpenVino,
+    "OpenVINO f32": OpenVinoFloat32,
+    "diffusers bf16": Diffusers,
+    "diffusers f32": DiffusersFloat32,
+    "diffusers tiled bf16": DiffusersTiled,
+    "torch.compile bf16": Compiled,
+}

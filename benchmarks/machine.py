@@ -1,0 +1,40 @@
+"""What machine a result was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def describe() -> dict[str, str]:
+    """Processor, its instruction sets, memory, system and the versions of all contenders."""
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = re.search(r"model name\s*:\s*(.*)", cpu)
+    flags = re.search(r"flags\s*:\s*(.*)", cpu)
+    found = flags[1].split() if flags else []
+    memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
+    return {
+        "processor": model[1] if model else platform.machine(),
+        "cores used": str(threads()),
+        "instruction sets": " ".join(name for name in _SETS if name in found),
+        "memory": f"{int(memory[1]) / 2**20:.1f} GiB" if memory else "unknown",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        **{name: _version(name) for name in ("rbln-vae", "torch", "diffusers", "openvino")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

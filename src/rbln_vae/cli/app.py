@@ -1,0 +1,333 @@
+"""The commands, their options and their help; what they do is in the modules beside.
+
+Those load torch and are imported only by the command that runs, so that help and
+completion are quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .terminal import Commands, out
+
+app = typer.Typer(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A diffusers AutoencoderKL: a directory, a hub id or a .safetensors file.",
+        show_default=False,
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A compiled model, or a diffusers one, which is compiled in memory: a directory, a "
+        "hub id or a .safetensors file. By default the small one that comes with the package.",
+        show_default=False,
+    ),
+]
+Compiled = Annotated[
+    Path,
+    typer.Argument(
+        help="The directory of a compiled model.", exists=True, file_okay=False, show_default=False
+    ),
+]
+Images = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="IMAGE...",
+        help="Pictures, of any kind that Pillow reads.",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="The directory to write to.", file_okay=False),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|HxW",
+        help="Pixels, one side or height and width. By default what is nearest to the picture's.",
+        show_default=False,
+    ),
+]
+Fit = Annotated[
+    Literal["pad", "resize", "crop"],
+    typer.Option(
+        help="How a picture is fitted to the size: the rest filled, stretched, or cut to it."
+    ),
+]
+Subfolder = Annotated[
+    str | None,
+    typer.Option(help="Where the VAE is within MODEL, such as vae.", show_default=False),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="The revision of a model on the hub.", show_default=False)
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, rbln or reference. By default rbln where there is one, else cpu.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 or bfloat16. By default what is best on the target.", show_default=False
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of a run on the CPU.", min=1, show_default=False)
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="The most memory that activations may take, such as 2GiB.", show_default=False
+    ),
+]
+
+
+def _settings(**options: Any) -> dict[str, Any]:
+    """The options that were given, for `rbln_config`."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ..version import __version__
+
+        out().print(f"rbln-vae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Compile a diffusers AutoencoderKL for an accelerator, and run it.
+
+    RBLN_VAE_DEBUG=1 shows where an error comes from.
+    """
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    out_directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The directory to write to.", file_okay=False, show_default=False
+        ),
+    ],
+    target: Target = None,
+    dtype: Dtype = None,
+    sample_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW", help="The image size to tune for, in pixels.", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="The batch to tune for.", min=1)] = 1,
+    decoder_only: Annotated[
+        bool, typer.Option("--decoder-only", help="Leave the encoder out.")
+    ] = False,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Compile MODEL and keep the result in OUT."""
+    from . import building
+
+    settings = _settings(target=target, dtype=dtype, batch_size=batch_size)
+    if decoder_only:
+        settings["uses_encoder"] = False
+    building.compile_model(
+        model, out_directory, sample_size, settings, subfolder=subfolder, revision=revision
+    )
+
+
+@app.command()
+def reconstruct(
+    images: Images,
+    model: ModelOption = None,
+    output: Output = Path(),
+    size: Size = None,
+    fit: Fit = "pad",
+    target: Target = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Encode and decode pictures, and show what is lost.
+
+    Writes NAME.reconstruction.png, with both side by side, for each.
+    """
+    from . import pictures
+
+    settings = _settings(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
+    pictures.reconstruct(
+        images, model, output, size, fit, settings, subfolder=subfolder, revision=revision
+    )
+
+
+@app.command()
+def encode(
+    images: Images,
+    model: ModelOption = None,
+    output: Output = Path(),
+    size: Size = None,
+    fit: Fit = "pad",
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw from the distribution instead of its mean.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="For --sample; the same for each picture.")] = 0,
+    target: Target = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Encode pictures to latents.
+
+    Writes NAME.safetensors for each, with the tensor "latents" (1, C, H/f, W/f), unscaled.
+    """
+    from . import pictures
+
+    settings = _settings(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
+    pictures.encode(
+        images,
+        model,
+        output,
+        size,
+        fit,
+        settings,
+        seed=seed if sample else None,
+        subfolder=subfolder,
+        revision=revision,
+    )
+
+
+@app.command()
+def decode(
+    latents: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="LATENTS...",
+            help="Files that encode wrote, or other .safetensors files of unscaled latents.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ],
+    model: ModelOption = None,
+    output: Output = Path(),
+    target: Target = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Decode latents to pictures, at the size of the original where that is known.
+
+    Writes NAME.decoded.png for each.
+    """
+    from . import pictures
+
+    settings = _settings(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
+    pictures.decode(latents, model, output, settings, subfolder=subfolder, revision=revision)
+
+
+@app.command()
+def inspect(
+    directory: Compiled,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="The image size for which operations are counted. By default the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the operations.")] = False,
+) -> None:
+    """Show what a compiled model is made of, and from."""
+    from . import building
+
+    building.inspect_model(directory, size, graph)
+
+
+@app.command()
+def verify(
+    directory: Compiled,
+    model: Model,
+    size: Size = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="A picture to compare on. By default noise.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="The largest relative L2 error that passes. By default 1e-4, or 0.03 for "
+            "bfloat16.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Compare a compiled model with diffusers in float32; exit 1 if they differ too much."""
+    from . import building
+
+    settings = _settings(num_threads=threads, memory_limit=memory_limit)
+    building.verify_model(
+        directory,
+        model,
+        size,
+        image,
+        tolerance,
+        settings,
+        subfolder=subfolder,
+        revision=revision,
+    )
+
+
+@app.command()
+def targets() -> None:
+    """Show what this machine can run, and why not the rest."""
+    from . import building
+
+    building.show_targets()
+
+
+def main() -> None:
+    """Run the command that the arguments name, and exit."""
+    app(prog_name="rbln-vae")

@@ -1,0 +1,195 @@
+"""The commands about compiled models themselves: compile, inspect, verify and targets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
+from .._engine import cpu_features
+from ..artifact import SUFFIX, Artifact, read_artifact
+from ..config import check_image_size
+from ..images import Fitting, format_size, load_image, parse_size, to_tensor
+from ..metrics import largest_error, psnr, relative_l2
+from ..targets.base import all_targets
+from .models import (
+    decoded,
+    encoded,
+    given,
+    image_size,
+    in_channels,
+    open_model,
+    open_reference,
+    scale_factor,
+)
+from .terminal import err, out, table, working
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
+"""The largest relative L2 error that `verify` lets pass, for each precision."""
+
+
+def compile_model(
+    model: str,
+    directory: Path,
+    sample_size: str | None,
+    settings: Mapping[str, Any],
+    **loading: Any,
+) -> None:
+    """Compile a model, save it, and print its parts."""
+    options = dict(settings)
+    if sample_size is not None:
+        options["sample_size"] = parse_size(sample_size)
+    start = time.perf_counter()
+    with working(f"Compiling {model} …"):
+        compiled = RBLNAutoencoderKL.from_pretrained(
+            model,
+            export=True,
+            rbln_config={**options, "create_runtimes": False},
+            **given(**loading),
+        )
+        compiled.save_pretrained(directory)
+    _print_parts(directory, image_size(compiled.rbln_config))
+    out().print(f"compiled to {directory} in {time.perf_counter() - start:.1f} s")
+
+
+def inspect_model(directory: Path, size: str | None, graph: bool) -> None:
+    """Print the parts of a compiled model, what it was compiled from, and its graphs."""
+    config = RBLNAutoencoderKLConfig.load(directory)
+    pixels = image_size(config) if size is None else parse_size(size)
+    check_image_size(pixels, scale_factor(config))
+    parts = _print_parts(directory, pixels)
+    facts = table("compiled model", str(directory))
+    for name, value in config.compiled_options().items():
+        if value is not None:
+            facts.add_row(name, format_size(value) if isinstance(value, tuple) else str(value))
+    for name, value in parts[0].source.items():
+        facts.add_row(f"compiled from: {name}", value)
+    facts.add_row("compiled by", f"rbln-vae {parts[0].version}")
+    facts.columns[1].justify = "left"
+    out().print(facts)
+    if graph:
+        for part in parts:
+            out().print(str(part.graph), soft_wrap=True)
+
+
+def _print_parts(directory: Path, pixels: tuple[int, int]) -> list[Artifact]:
+    """Print a table of the parts of a compiled model, with the work for one image."""
+    config = RBLNAutoencoderKLConfig.load(directory)
+    names = ["encoder", "decoder"] if config.uses_encoder else ["decoder"]
+    files = [directory / f"{name}{SUFFIX}" for name in names]
+    parts = [read_artifact(file) for file in files]
+    rows = table(
+        "part",
+        "target",
+        "dtype",
+        "file MB",
+        "weights",
+        "operations",
+        f"GFLOP at {format_size(pixels)}",
+    )
+    for file, part in zip(files, parts, strict=True):
+        sides = pixels
+        if part.graph.name == "decoder":
+            factor = scale_factor(config)
+            sides = (pixels[0] // factor, pixels[1] // factor)
+        flops = part.graph.flops((1, part.graph.input_channels, *sides))
+        rows.add_row(
+            part.graph.name,
+            part.target,
+            part.dtype,
+            f"{file.stat().st_size / 1e6:.2f}",
+            f"{sum(weight.numel() for weight in part.graph.weights.values()):,}",
+            str(len(part.graph.operations)),
+            f"{flops / 1e9:.1f}",
+        )
+    out().print(rows)
+    return parts
+
+
+def verify_model(
+    directory: Path,
+    model: str,
+    size: str | None,
+    image: Path | None,
+    tolerance: float | None,
+    settings: Mapping[str, Any],
+    **loading: Any,
+) -> None:
+    """Compare a compiled model with diffusers, and exit with 1 if they differ too much."""
+    compiled = open_model(str(directory), settings)
+    reference = open_reference(model, **loading)
+    config = compiled.rbln_config
+    limit = TOLERANCES[str(config.dtype)] if tolerance is None else tolerance
+    sample = _sample(config, size, image)
+
+    results = table("", "PSNR dB", "largest error", "relative L2")
+    worst = 0.0
+    for name, found, expected in _outcomes(compiled, reference, sample):
+        # The peak of moments has no fixed range; that of pixels is 2.
+        peak = 2.0 if name == "pixels" else float(expected.max() - expected.min())
+        error = relative_l2(found, expected)
+        results.add_row(
+            name,
+            f"{psnr(found, expected, peak):.2f}",
+            f"{largest_error(found, expected):.3g}",
+            f"{error:.3g}",
+        )
+        worst = max(worst, error) if error == error else float("inf")
+    out().print(results)
+    if worst > limit:
+        err().print(
+            f"error: {directory} differs from {model} by {worst:.3g}, more than {limit:g} allows; "
+            "was it compiled from these weights?"
+        )
+        raise typer.Exit(1)
+
+
+def _sample(config: RBLNAutoencoderKLConfig, size: str | None, image: Path | None) -> torch.Tensor:
+    """What to compare on: a picture fitted to the size, or noise."""
+    wanted = None if size is None else parse_size(size)
+    multiple = scale_factor(config)
+    if image is not None:
+        picture = load_image(image)
+        original = (picture.height, picture.width)
+        fitting = Fitting.plan(original, multiple=multiple, size=wanted)
+        return to_tensor(fitting.apply(picture))
+    pixels = wanted or image_size(config)
+    check_image_size(pixels, multiple)
+    shape = (1, in_channels(config), *pixels)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def _outcomes(
+    compiled: RBLNAutoencoderKL, reference: torch.nn.Module, sample: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What each part gives and what it should; both decode the same latents."""
+    with working("Encoding in diffusers …"):
+        expected = encoded(reference, sample)
+    if compiled.rbln_config.uses_encoder:
+        with working("Encoding …"):
+            found = encoded(compiled, sample)
+        yield "moments", found.parameters, expected.parameters
+    latents = expected.mode()
+    with working("Decoding in diffusers …"):
+        pixels = decoded(reference, latents)
+    with working("Decoding …"):
+        result = decoded(compiled, latents)
+    yield "pixels", result, pixels
+
+
+def show_targets() -> None:
+    """Print the targets, and what the processor can do."""
+    rows = table("target", "runs here", "what it is")
+    for column in rows.columns:
+        column.justify = "left"
+    for target in all_targets():
+        reason = target.unavailable_reason()
+        rows.add_row(target.name, "yes" if reason is None else f"no: {reason}", target.description)
+    out().print(rows)
+    features = cpu_features()
+    out().print(f"processor: {', '.join(features) or 'no known instruction sets'}")

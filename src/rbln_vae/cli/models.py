@@ -1,0 +1,84 @@
+"""Models by the name that a user gives, and what the commands ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig, demo_model
+from ..config import CONFIG_NAME
+from ..errors import RBLNArtifactError
+from .terminal import working
+
+Option = TypeVar("Option")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options for a loader that aren't `None`."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def open_model(name: str | None, settings: Mapping[str, Any], **loading: Any) -> RBLNAutoencoderKL:
+    """A model that is ready to run; one of diffusers is compiled in memory.
+
+    Args:
+        name: A directory, a hub id or a file; `None` is the shipped checkpoint.
+        settings: For `rbln_config`.
+        **loading: For the loader, such as `subfolder`; what is `None` is left out.
+    """
+    where = demo_model() if name is None else name
+    with working(f"Loading {name or 'the shipped model'} …"):
+        return RBLNAutoencoderKL.from_pretrained(
+            where, export=None, rbln_config=dict(settings), **given(**loading)
+        )
+
+
+def open_reference(name: str, **loading: Any) -> torch.nn.Module:
+    """The same model in diffusers and float32, ready to run.
+
+    Args:
+        name: A directory, a hub id or a .safetensors file.
+        **loading: For the loader, such as `subfolder`; what is `None` is left out.
+    """
+    with working(f"Loading {name} in diffusers …"):
+        model = RBLNAutoencoderKL._load_original(name, **given(**loading))
+    return cast(torch.nn.Module, model).float().eval()
+
+
+def encoded(
+    vae: RBLNAutoencoderKL | torch.nn.Module, sample: torch.Tensor
+) -> DiagonalGaussianDistribution:
+    """The distribution of latents of a sample, by a model of either kind."""
+    with torch.no_grad():
+        return cast(DiagonalGaussianDistribution, cast(Any, vae).encode(sample).latent_dist)
+
+
+def decoded(vae: RBLNAutoencoderKL | torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """The sample that latents stand for, by a model of either kind."""
+    with torch.no_grad():
+        return cast(torch.Tensor, cast(Any, vae).decode(latents).sample)
+
+
+def image_size(config: RBLNAutoencoderKLConfig) -> tuple[int, int]:
+    """Height and width that a compiled model is tuned for."""
+    return _known("sample_size", config.sample_size)
+
+
+def scale_factor(config: RBLNAutoencoderKLConfig) -> int:
+    """Pixels per latent cell of a compiled model."""
+    return int(_known("vae_scale_factor", config.vae_scale_factor))
+
+
+def in_channels(config: RBLNAutoencoderKLConfig) -> int:
+    """Channels of the images of a compiled model."""
+    return _known("in_channels", config.in_channels)
+
+
+def _known(name: str, value: Option | None) -> Option:
+    """An option that compiling fills in, so that only a file changed by hand lacks it."""
+    if value is None:
+        raise RBLNArtifactError(f"{CONFIG_NAME} has no {name}; compile the model again")
+    return value

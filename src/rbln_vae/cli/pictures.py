@@ -1,0 +1,258 @@
+"""The commands that work on pictures: reconstruct, encode and decode."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .. import RBLNAutoencoderKL
+from ..config import check_image_size
+from ..files import atomic_path
+from ..images import (
+    FitMode,
+    Fitting,
+    format_size,
+    load_image,
+    parse_size,
+    side_by_side,
+    to_image,
+    to_tensor,
+)
+from ..metrics import SSIM_WINDOW, psnr, ssim
+from .models import decoded, encoded, in_channels, open_model, scale_factor
+from .terminal import for_each, out, table
+
+LATENTS = "latents"
+"""The name of the tensor in a file of latents."""
+
+_FORMAT = "rbln-vae latents"
+
+
+def reconstruct(
+    images: Sequence[Path],
+    model_name: str | None,
+    output: Path,
+    size: str | None,
+    fit: FitMode,
+    settings: Mapping[str, Any],
+    **loading: Any,
+) -> None:
+    """Encode and decode each picture, write both side by side, print how close they are."""
+    written = _outputs(images, output, ".reconstruction.png")
+    model, fitted = _open_for_images(model_name, size, fit, settings, loading)
+
+    def work(path: Path) -> tuple[str, ...]:
+        original, fitting = fitted(path)
+        sample = to_tensor(original)
+        start = time.perf_counter()
+        latents = encoded(model, sample).mode()
+        middle = time.perf_counter()
+        result = decoded(model, latents).clamp(-1, 1)
+        end = time.perf_counter()
+
+        # Padding is easy to reconstruct, and nobody's picture.
+        height, width = fitting.content
+        sample, result = (x[..., :height, :width] for x in (sample, result))
+        _save(side_by_side({"original": to_image(sample), "reconstruction": to_image(result)}),
+              written[path])  # fmt: skip
+        similarity = ssim(result, sample) if min(height, width) >= SSIM_WINDOW else None
+        return (
+            path.name,
+            format_size((height, width)),
+            f"{psnr(result, sample):.2f}",
+            "-" if similarity is None else f"{similarity:.4f}",
+            _milliseconds(middle - start),
+            _milliseconds(end - middle),
+            str(written[path]),
+        )
+
+    columns = ("picture", "size", "PSNR dB", "SSIM", "encode ms", "decode ms", "written to")
+    _finish("Reconstructing", images, work, columns)
+
+
+def encode(
+    images: Sequence[Path],
+    model_name: str | None,
+    output: Path,
+    size: str | None,
+    fit: FitMode,
+    settings: Mapping[str, Any],
+    *,
+    seed: int | None,
+    **loading: Any,
+) -> None:
+    """Write the latents of each picture: the mean, or a sample if there is a seed."""
+    written = _outputs(images, output, ".safetensors")
+    model, fitted = _open_for_images(model_name, size, fit, settings, loading)
+
+    def work(path: Path) -> tuple[str, ...]:
+        original, fitting = fitted(path)
+        start = time.perf_counter()
+        distribution = encoded(model, to_tensor(original))
+        if seed is None:
+            latents = distribution.mode()
+        else:
+            latents = distribution.sample(torch.Generator().manual_seed(seed))
+        end = time.perf_counter()
+        metadata = {
+            "format": _FORMAT,
+            "model": model_name or "the shipped model",
+            "dtype": str(model.rbln_config.dtype),
+            "scaling_factor": json.dumps(model.config.scaling_factor),
+            "shift_factor": json.dumps(model.config.shift_factor),
+            "drawn": "mean" if seed is None else f"sample, seed {seed}",
+            "fitting": json.dumps(fitting.to_dict()),
+        }
+        with atomic_path(written[path]) as temporary:
+            save_file({LATENTS: latents.contiguous()}, temporary, metadata)
+        return (
+            path.name,
+            format_size(fitting.original),
+            format_size(latents.shape),
+            _milliseconds(end - start),
+            str(written[path]),
+        )
+
+    _finish("Encoding", images, work, ("picture", "size", "latents", "ms", "written to"))
+
+
+def decode(
+    files: Sequence[Path],
+    model_name: str | None,
+    output: Path,
+    settings: Mapping[str, Any],
+    **loading: Any,
+) -> None:
+    """Write the picture of each file of latents."""
+    written = _outputs(files, output, ".decoded.png")
+    model = open_model(model_name, settings, **loading)
+
+    def work(path: Path) -> tuple[str, ...]:
+        latents, fitting = read_latents(path)
+        start = time.perf_counter()
+        image = to_image(decoded(model, latents))
+        end = time.perf_counter()
+        if fitting is not None:
+            image = fitting.undo(image)
+        _save(image, written[path])
+        return (
+            path.name,
+            format_size(latents.shape),
+            format_size((image.height, image.width)),
+            _milliseconds(end - start),
+            str(written[path]),
+        )
+
+    _finish("Decoding", files, work, ("latents", "shape", "size", "ms", "written to"))
+
+
+def read_latents(path: Path) -> tuple[torch.Tensor, Fitting | None]:
+    """Latents `(1, C, h, w)` of one picture, and how it was fitted if `encode` wrote them.
+
+    Raises:
+        ValueError: The file isn't one of latents.
+    """
+    try:
+        with safe_open(path, framework="pt") as stored:
+            names, metadata = list(stored.keys()), stored.metadata() or {}
+            if LATENTS not in names and len(names) != 1:
+                raise ValueError(
+                    f"{path}: expected a tensor named {LATENTS!r}, found {', '.join(names)}"
+                )
+            latents = stored.get_tensor(LATENTS if LATENTS in names else names[0])
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+    if latents.ndim == 3:
+        latents = latents.unsqueeze(0)
+    if latents.ndim != 4 or latents.shape[0] != 1:
+        raise ValueError(
+            f"{path}: expected the latents of one picture, (C, h, w) or (1, C, h, w), "
+            f"found {tuple(latents.shape)}"
+        )
+    if metadata.get("format") != _FORMAT:
+        return latents, None
+    return latents, Fitting.from_dict(json.loads(metadata["fitting"]))
+
+
+def _open_for_images(
+    name: str | None,
+    size: str | None,
+    fit: FitMode,
+    settings: Mapping[str, Any],
+    loading: Mapping[str, Any],
+) -> tuple[RBLNAutoencoderKL, Callable[[Path], tuple[Image.Image, Fitting]]]:
+    """The model, and what loads a picture as it takes it."""
+    wanted = None if size is None else parse_size(size)
+    model = open_model(name, settings, **loading)
+    config = model.rbln_config
+    if in_channels(config) != 3:
+        raise ValueError(
+            f"pictures have 3 channels, and this model takes {in_channels(config)}; use it from "
+            "Python, with tensors"
+        )
+    multiple = scale_factor(config)
+    if wanted is not None:
+        check_image_size(wanted, multiple)
+
+    def fitted(path: Path) -> tuple[Image.Image, Fitting]:
+        image = load_image(path)
+        fitting = Fitting.plan(
+            (image.height, image.width), multiple=multiple, mode=fit, size=wanted
+        )
+        return fitting.apply(image), fitting
+
+    return model, fitted
+
+
+def _outputs(inputs: Sequence[Path], output: Path, suffix: str) -> dict[Path, Path]:
+    """Where the result of each input goes; the directory is made.
+
+    Raises:
+        ValueError: Two inputs would be written to one file.
+    """
+    written: dict[Path, Path] = {}
+    for path in dict.fromkeys(inputs):
+        target = output / f"{path.stem}{suffix}"
+        for other, taken in written.items():
+            if taken == target:
+                raise ValueError(
+                    f"{other} and {path} would both be written to {target}; give them in two calls"
+                )
+        written[path] = target
+    output.mkdir(parents=True, exist_ok=True)
+    return written
+
+
+def _finish(
+    what: str,
+    paths: Sequence[Path],
+    work: Callable[[Path], tuple[str, ...]],
+    columns: Sequence[str],
+) -> None:
+    """Do the work on each file, print a row for each, and fail if one did."""
+    rows, complete = for_each(what, list(dict.fromkeys(paths)), work)
+    if rows:
+        result = table(*columns)
+        for row in rows:
+            result.add_row(*row)
+        out().print(result)
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f}"

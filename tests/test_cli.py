@@ -1,0 +1,441 @@
+"""What the command line does, says and returns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from skimage import data
+from typer.testing import CliRunner, Result
+
+from rbln_vae import RBLNAutoencoderKL
+from rbln_vae.cli import app
+from rbln_vae.images import load_image, to_image, to_tensor
+
+FACTOR = 2
+"""Pixels per latent cell, in a direction, of the models made here."""
+
+
+def make_vae(seed: int = 0, **changes) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    options = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "sample_size": 32,
+    }
+    return AutoencoderKL(**(options | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return make_vae()
+
+
+@pytest.fixture(scope="module")
+def source(vae, tmp_path_factory) -> Path:
+    """A model of diffusers."""
+    path = tmp_path_factory.mktemp("source") / "tiny-vae"
+    vae.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(source, tmp_path_factory) -> Path:
+    """The same model, compiled by the command."""
+    path = tmp_path_factory.mktemp("compiled") / "tiny"
+    done(run("compile", source, path, "--dtype", "float32"))
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    """A photograph whose sides are no multiples of anything."""
+    path = tmp_path / "photo.png"
+    Image.fromarray(data.astronaut()[60:137, 160:291]).save(path)
+    return path
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def done(result: Result) -> str:
+    """What a command that must go well wrote to stdout."""
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def failed(result: Result, code: int) -> str:
+    """The one line that a command which must fail wrote to stderr."""
+    assert result.exit_code == code, (result.exit_code, result.stderr)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def row(text: str, name: str) -> list[str]:
+    """The cells of the row of a table that begins with a name."""
+    (found,) = [line.split() for line in text.splitlines() if line.split()[:1] == [name]]
+    return found
+
+
+# The program
+
+
+def test_the_module_and_the_program_are_the_same() -> None:
+    program = Path(sys.executable).with_name("rbln-vae")
+    calls = [[sys.executable, "-m", "rbln_vae"]]
+    if program.exists():
+        calls.append([str(program)])
+    for call in calls:
+        shown = subprocess.run([*call, "--version"], capture_output=True, text=True, check=True)
+        assert shown.stdout.startswith("rbln-vae 0.")
+
+
+def test_help_names_every_command_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from rbln_vae.cli import app\n"
+        "try: app(['--help'])\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for command in ("compile", "reconstruct", "encode", "decode", "inspect", "verify", "targets"):
+        assert command in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "Missing command"),
+        (["rebuild"], "No such command 'rebuild'"),
+        (["compile"], "Missing argument"),
+        (["reconstruct", "none.png"], "does not exist"),
+        (["inspect", "none"], "does not exist"),
+        (["compile", "a", "b", "--batch-size", "0"], "--batch-size"),
+        (["compile", "a", "b", "--colour"], "--colour"),
+        (["compile", "a", "b", "--sample-size", "big"], "such as 512 or 512x768"),
+        (["targets", "all"], "unexpected extra argument"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(args, says) -> None:
+    assert says in failed(run(*args), 2)
+
+
+def test_a_wrong_value_of_an_option_is_a_wrong_call(source, tmp_path) -> None:
+    said = failed(run("compile", source, tmp_path / "out", "--target", "abacus"), 2)
+    assert "abacus" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_is_one_line_and_exit_code_1(tmp_path) -> None:
+    said = failed(run("compile", tmp_path / "nothing", tmp_path / "out"), 1)
+    assert "nothing" in said
+
+
+def test_debugging_shows_where_an_error_comes_from(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RBLN_VAE_DEBUG", "1")
+    result = run("compile", tmp_path / "nothing", tmp_path / "out")
+    assert result.exit_code != 0
+    assert result.exception is not None
+    assert not isinstance(result.exception, SystemExit)
+
+
+# compile
+
+
+def test_compile_writes_a_model_that_loads(compiled, vae) -> None:
+    assert {p.name for p in compiled.iterdir()} == {
+        "config.json",
+        "rbln_config.json",
+        "encoder.rbln",
+        "decoder.rbln",
+    }
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+    found = RBLNAutoencoderKL.from_pretrained(compiled).decode(z).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_takes_its_options(source, tmp_path) -> None:
+    done(
+        run("compile", source, tmp_path / "out", "--decoder-only", "--sample-size", "16x24",
+            "--batch-size", 2, "--dtype", "float32", "--target", "reference")
+    )  # fmt: skip
+    stored = json.loads((tmp_path / "out" / "rbln_config.json").read_text())
+    assert stored["sample_size"] == [16, 24]
+    assert (stored["batch_size"], stored["target"]) == (2, "reference")
+    assert stored["uses_encoder"] is False
+    assert not (tmp_path / "out" / "encoder.rbln").exists()
+
+
+def test_compile_finds_a_model_in_a_subfolder(vae, tmp_path) -> None:
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    done(run("compile", tmp_path / "pipeline", tmp_path / "out", "--subfolder", "vae"))
+    assert (tmp_path / "out" / "decoder.rbln").exists()
+
+
+def test_compile_names_the_sizes_next_to_a_wrong_one(source, tmp_path) -> None:
+    said = failed(run("compile", source, tmp_path / "out", "--sample-size", "33"), 2)
+    assert "32" in said
+    assert "34" in said
+
+
+# reconstruct
+
+
+def test_reconstruct_shows_both_and_measures(compiled, vae, photo, tmp_path) -> None:
+    text = done(run("reconstruct", photo, "--model", compiled, "--output", tmp_path / "new"))
+    picture = load_image(tmp_path / "new" / "photo.reconstruction.png")
+    original = np.asarray(load_image(photo))
+    height, width = original.shape[:2]
+    shown = np.asarray(picture)
+    assert np.array_equal(shown[-height:, :width], original)
+
+    padded = np.pad(original, ((0, 1), (0, 1), (0, 0)), mode="edge")
+    with torch.no_grad():
+        expected = vae(to_tensor(Image.fromarray(padded))).sample[..., :height, :width]
+    difference = shown[-height:, -width:].astype(int) - np.asarray(to_image(expected)).astype(int)
+    assert abs(difference).max() <= 1
+
+    error = (expected.clamp(-1, 1) - to_tensor(load_image(photo))).square().mean().item()
+    cells = row(text, photo.name)
+    assert cells[1] == f"{height}x{width}"
+    assert float(cells[2]) == pytest.approx(10 * np.log10(4 / error), abs=0.01)
+
+
+def test_reconstruct_compiles_a_diffusers_model_in_memory(source, photo, tmp_path) -> None:
+    done(run("reconstruct", photo, "--model", source, "--output", tmp_path))
+    assert (tmp_path / "photo.reconstruction.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "shown"),
+    [
+        ("crop", None, "76x130"),
+        ("resize", None, "76x132"),
+        ("resize", "16x24", "16x24"),
+        ("crop", "16", "16x16"),
+        ("pad", "16", "9x16"),
+    ],
+)
+def test_reconstruct_fits_a_picture_as_asked(compiled, photo, tmp_path, fit, size, shown) -> None:
+    options = [] if size is None else ["--size", size]
+    text = done(run("reconstruct", photo, "-m", compiled, "-o", tmp_path, "--fit", fit, *options))
+    assert row(text, photo.name)[1] == shown
+
+
+def test_reconstruct_takes_the_shipped_model_by_default(photo, tmp_path) -> None:
+    text = done(run("reconstruct", photo, "--output", tmp_path, "--dtype", "float32"))
+    assert float(row(text, photo.name)[2]) > 15
+
+
+def test_a_broken_picture_does_not_stop_the_others(compiled, photo, tmp_path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff\xe0 no more")
+    result = run("reconstruct", broken, photo, "--model", compiled, "--output", tmp_path)
+    assert "broken.jpg" in failed(result, 1)
+    assert row(result.stdout, photo.name)
+    assert (tmp_path / "photo.reconstruction.png").exists()
+    assert not (tmp_path / "broken.reconstruction.png").exists()
+
+
+def test_two_pictures_never_share_an_output(compiled, photo, tmp_path) -> None:
+    other = tmp_path / "photo.jpg"
+    load_image(photo).save(other)
+    said = failed(run("reconstruct", photo, other, "--model", compiled, "-o", tmp_path), 2)
+    assert "would both be written" in said
+
+
+def test_a_size_that_does_not_fit_the_model_is_a_wrong_call(compiled, photo, tmp_path) -> None:
+    said = failed(run("encode", photo, "-m", compiled, "-o", tmp_path, "--size", "33"), 2)
+    assert "multiples of 2" in said
+
+
+def test_a_model_that_is_not_for_pictures_says_so(photo, tmp_path) -> None:
+    make_vae(in_channels=4, out_channels=4).save_pretrained(tmp_path / "four")
+    said = failed(run("reconstruct", photo, "-m", tmp_path / "four", "-o", tmp_path), 2)
+    assert "this model takes 4" in said
+
+
+def test_reconstruct_needs_an_encoder(source, photo, tmp_path) -> None:
+    done(run("compile", source, tmp_path / "half", "--decoder-only"))
+    result = run("reconstruct", photo, "-m", tmp_path / "half", "-o", tmp_path)
+    assert "encoder" in failed(result, 1)
+
+
+# encode and decode
+
+
+def test_encode_writes_the_mean_and_where_it_comes_from(compiled, vae, photo, tmp_path) -> None:
+    done(run("encode", photo, "--model", compiled, "--output", tmp_path, "--fit", "resize"))
+    path = tmp_path / "photo.safetensors"
+    latents = load_file(path)["latents"]
+    image = load_image(photo).resize((132, 76), Image.Resampling.LANCZOS)
+    with torch.no_grad():
+        expected = vae.encode(to_tensor(image)).latent_dist.mode()
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+
+    with safe_open(path, framework="pt") as stored:
+        metadata = stored.metadata()
+    assert metadata["model"] == str(compiled)
+    assert metadata["drawn"] == "mean"
+    assert float(metadata["scaling_factor"]) == vae.config.scaling_factor
+    assert json.loads(metadata["fitting"])["original"] == [77, 131]
+
+
+def test_encode_draws_by_a_seed(compiled, photo, tmp_path) -> None:
+    drawn = {}
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        there = tmp_path / name
+        done(run("encode", photo, "-m", compiled, "-o", there, "--sample", "--seed", seed))
+        drawn[name] = load_file(there / "photo.safetensors")["latents"]
+    assert torch.equal(drawn["a"], drawn["b"])
+    assert not torch.equal(drawn["a"], drawn["c"])
+
+
+def test_decode_gives_a_picture_of_the_original_size(compiled, vae, photo, tmp_path) -> None:
+    done(run("encode", photo, "-m", compiled, "-o", tmp_path))
+    done(run("decode", tmp_path / "photo.safetensors", "-m", compiled, "-o", tmp_path))
+    picture = np.asarray(load_image(tmp_path / "photo.decoded.png")).astype(int)
+    assert picture.shape == (77, 131, 3)
+    with torch.no_grad():
+        expected = vae.decode(load_file(tmp_path / "photo.safetensors")["latents"]).sample
+    assert abs(picture - np.asarray(to_image(expected))[:77, :131]).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (1, 4, 6, 8)])
+def test_decode_takes_the_latents_of_others(compiled, tmp_path, shape) -> None:
+    save_file({"anything": torch.zeros(shape)}, tmp_path / "z.safetensors")
+    done(run("decode", tmp_path / "z.safetensors", "-m", compiled, "-o", tmp_path))
+    assert load_image(tmp_path / "z.decoded.png").size == (8 * FACTOR, 6 * FACTOR)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"a": torch.zeros(4, 4, 4), "b": torch.zeros(1)}, "expected a tensor named 'latents'"),
+        ({"latents": torch.zeros(4, 4)}, "expected the latents of one picture"),
+        ({"latents": torch.zeros(2, 4, 4, 4)}, "expected the latents of one picture"),
+        ({"latents": torch.zeros(1, 5, 4, 4)}, "5"),
+    ],
+)
+def test_decode_says_what_is_wrong_with_latents(compiled, tmp_path, tensors, says) -> None:
+    save_file(tensors, tmp_path / "z.safetensors")
+    result = run("decode", tmp_path / "z.safetensors", "-m", compiled, "-o", tmp_path)
+    said = failed(result, 1)
+    assert says in said
+    assert "z.safetensors" in said
+
+
+def test_decode_refuses_what_is_no_safetensors_file(compiled, photo, tmp_path) -> None:
+    said = failed(run("decode", photo, "-m", compiled, "-o", tmp_path), 1)
+    assert "photo.png is not a safetensors file" in said
+
+
+# inspect
+
+
+def test_inspect_tells_what_a_model_is_and_comes_from(compiled, source) -> None:
+    text = done(run("inspect", compiled))
+    stored = json.loads((compiled / "rbln_config.json").read_text())
+    for part in ("encoder", "decoder"):
+        cells = row(text, part)
+        assert cells[1:3] == [stored["target"], "float32"]
+        assert float(cells[3]) == pytest.approx(
+            (compiled / f"{part}.rbln").stat().st_size / 1e6, abs=0.006
+        )
+    assert source.name in text
+    assert "sha256" in text
+
+
+def test_inspect_counts_operations_for_a_size(compiled) -> None:
+    def gflop(size: int) -> float:
+        return float(row(done(run("inspect", compiled, "--size", size)), "decoder")[-1])
+
+    # Attention grows with the square of the pixels, all else with the pixels.
+    assert gflop(512) > 4 * gflop(256) > 0
+
+
+def test_inspect_prints_the_graph_when_asked(compiled) -> None:
+    assert "Conv2d" not in done(run("inspect", compiled))
+    text = done(run("inspect", compiled, "--graph"))
+    assert "graph encoder" in text
+    assert "graph decoder" in text
+    assert "Conv2d" in text
+
+
+def test_inspect_refuses_what_is_not_compiled(source) -> None:
+    assert "rbln_config.json" in failed(run("inspect", source), 1)
+
+
+def test_inspect_names_a_damaged_part(compiled, tmp_path) -> None:
+    for path in compiled.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = bytearray((tmp_path / "decoder.rbln").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "decoder.rbln").write_bytes(content)
+    assert "decoder.rbln" in failed(run("inspect", tmp_path), 1)
+
+
+# verify
+
+
+def test_verify_accepts_the_model_that_was_compiled(compiled, source) -> None:
+    text = done(run("verify", compiled, source))
+    for name in ("moments", "pixels"):
+        decibels, largest, relative = map(float, row(text, name)[1:])
+        assert decibels > 80
+        assert largest < 1e-3
+        assert 0 <= relative < 1e-4
+
+
+def test_verify_fails_on_other_weights(compiled, tmp_path) -> None:
+    make_vae(seed=1).save_pretrained(tmp_path / "other")
+    result = run("verify", compiled, tmp_path / "other")
+    assert "differs from" in failed(result, 1)
+    assert float(row(result.stdout, "pixels")[3]) > 1e-2
+
+
+def test_verify_is_as_strict_as_asked(compiled, source) -> None:
+    assert "more than 1e-12 allows" in failed(
+        run("verify", compiled, source, "--tolerance", "1e-12"), 1
+    )
+
+
+def test_verify_compares_on_a_picture_and_a_size(compiled, source, photo) -> None:
+    done(run("verify", compiled, source, "--image", photo, "--size", "16x24"))
+
+
+def test_verify_of_a_decoder_compares_pixels_alone(source, tmp_path) -> None:
+    done(run("compile", source, tmp_path / "half", "--decoder-only", "--dtype", "float32"))
+    text = done(run("verify", tmp_path / "half", source))
+    assert "pixels" in text
+    assert "moments" not in text
+
+
+# targets
+
+
+def test_targets_lists_each_and_says_why_not() -> None:
+    text = done(run("targets"))
+    assert row(text, "reference")[1] == "yes"
+    assert row(text, "cpu")[1] == "yes"
+    assert row(text, "rbln")
+    assert row(text, "cuda")
+    assert "processor:" in text
