@@ -20,8 +20,6 @@ from .config import (
     reject_unknown,
 )
 from .errors import RBLNCompileError, RBLNRuntimeError
-from .graph.capture import capture
-from .graph.ir import Graph
 from .model import RBLNModel
 
 if TYPE_CHECKING:
@@ -323,12 +321,10 @@ class RBLNAutoencoderKL(RBLNModel):
         return parts
 
     @classmethod
-    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
-        vae: Any = model
-        with _standard_attention(vae):
-            if part == ENCODER:
-                return capture(_Encoder(vae), part, vae.config.in_channels)
-            return capture(_Decoder(vae), part, vae.config.latent_channels)
+    @contextlib.contextmanager
+    def _module(cls, model: torch.nn.Module, part: str) -> Iterator[torch.nn.Module]:
+        with _standard_attention(model):
+            yield _Encoder(model) if part == ENCODER else _Decoder(model)
 
     @classmethod
     def _load_original(cls, model_id: str, **kwargs: Any) -> Any:

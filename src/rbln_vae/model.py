@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -86,8 +87,10 @@ class RBLNModel(ModuleMembers):
 
     @classmethod
     @abstractmethod
-    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
-        """The graph of one part."""
+    def _module(
+        cls, model: torch.nn.Module, part: str
+    ) -> contextlib.AbstractContextManager[torch.nn.Module]:
+        """One part as a module from image to image, ready to be compiled within the block."""
 
     @classmethod
     @abstractmethod
@@ -220,15 +223,13 @@ class RBLNModel(ModuleMembers):
             "class": type(model).__name__,
             "sha256": _weights_hash(model),
         }
-        compiled = {
-            part: target.compile(
-                cls._capture(model, part),
-                CompileOptions(
-                    shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices
-                ),
+        compiled = {}
+        for part, shape in parts.items():
+            options = CompileOptions(
+                shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices, part
             )
-            for part, shape in parts.items()
-        }
+            with cls._module(model, part) as module:
+                compiled[part] = target.compile_module(module, options)
         rbln_config.freeze()
         return cls(compiled, config, rbln_config)
 

@@ -18,12 +18,12 @@ from ..graph.interpreter import Interpreter
 from ..graph.ir import Graph, Operation, Shape, Value
 from ..graph.passes import optimise
 from ..profiler import RunProfile, Step
-from .base import CompiledModel, CompileOptions, RuntimeOptions, Target
+from .base import CompiledModel, CompileOptions, GraphTarget, RuntimeOptions
 
 _PROFILES_KEPT = 100
 
 
-class InterpreterTarget(Target):
+class InterpreterTarget(GraphTarget):
     """A target that keeps the graph as it is and interprets it."""
 
     def unavailable_reason(self) -> str | None:
