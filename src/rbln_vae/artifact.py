@@ -73,7 +73,7 @@ class Artifact:
         }
         # One key, since the order of several is not kept: equal models give equal files.
         metadata = {FORMAT: json.dumps(description, separators=(",", ":"))}
-        weights = {name: weight.contiguous() for name, weight in self.graph.weights.items()}
+        weights = _apart(self.graph.weights)
         try:
             with atomic_path(path) as temporary:
                 save_file(weights, temporary, metadata)
@@ -83,6 +83,17 @@ class Artifact:
                 f"{path} can't be written: {error}. Nothing was left half-written; make room or "
                 "choose another directory."
             ) from error
+
+
+def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, contiguous and each with its own bytes, as safetensors wants them."""
+    result: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, weight in weights.items():
+        weight = weight.contiguous()
+        result[name] = weight.clone() if weight.data_ptr() in seen else weight
+        seen.add(weight.data_ptr())
+    return result
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -107,11 +118,15 @@ def read_artifact(path: Path) -> Artifact:
         source = description["source"]
         if not all(isinstance(text, str) for text in texts.values()):
             raise GraphError("target, dtype and version must be texts")
-        if not isinstance(source, dict) or texts["dtype"] not in ("float32", "bfloat16"):
+        if (
+            not isinstance(source, dict)
+            or not all(isinstance(text, str) for text in source.values())
+            or texts["dtype"] not in ("float32", "bfloat16")
+        ):
             raise GraphError("the description is not that of a compiled model")
         if any(weight.dtype != torch.float32 for weight in weights.values()):
             raise GraphError("weights must be float32")
-    except (GraphError, KeyError, SafetensorError, OSError) as error:
+    except (GraphError, KeyError, RecursionError, SafetensorError, OSError) as error:
         raise RBLNArtifactError(
             f"{path} is not valid: {error}. Compile the model again."
         ) from error
@@ -153,7 +168,7 @@ def _description(header: bytes, path: Path) -> dict[str, Any]:
             f"{path} is damaged or not a file of rbln-vae: its header doesn't describe a compiled "
             "model. Compile the model again; a diffusers model is compiled with export=True."
         ) from None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise RBLNArtifactError(
             f"{path} has format version {version!r}, and this version of rbln-vae ({__version__}) "
             f"reads version {FORMAT_VERSION}. Upgrade rbln-vae, or compile the model again."

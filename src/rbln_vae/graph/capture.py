@@ -7,6 +7,7 @@ and the graph is free of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,8 +35,10 @@ from .ir import (
 )
 
 # Two primes, so that height, width and their product are told apart from channels, times
-# a power of two, so that up to six downsamplings leave no remainder.
-EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 64 * 1009, 64 * 1013
+# a power of two, so that up to six downsamplings leave no remainder. They are not larger
+# because torch computes the bytes of attention's matrix, pixels times pixels, in 63 bits.
+EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 64 * 241, 64 * 251
+EXAMPLE_BATCH = 2  # not 1, which a model that mixes images could not be told from
 
 
 def capture(module: torch.nn.Module, name: str, input_channels: int) -> Graph:
@@ -69,7 +72,7 @@ def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProg
     parameter = next(module.parameters(), torch.empty(0))
     # One element seen as a whole image: export reads its shape, never its memory.
     example = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(
-        1, channels, EXAMPLE_HEIGHT, EXAMPLE_WIDTH
+        EXAMPLE_BATCH, channels, EXAMPLE_HEIGHT, EXAMPLE_WIDTH
     )
     try:
         with torch.no_grad():
@@ -118,14 +121,12 @@ class _Capture:
                 self._call(node)
             else:
                 raise self._unsupported(node, f"{node.op} {node.target}")
+        operations = tuple(_reaching(self.operations, output))
+        used = {name for operation in operations for name in operation.weights}
+        weights = {name: weight for name, weight in self.weights.items() if name in used}
         try:
             return Graph(
-                self.name,
-                input_value,
-                self.input_channels,
-                output,
-                tuple(_reaching(self.operations, output)),
-                self.weights,
+                self.name, input_value, self.input_channels, output, operations, weights
             ).verify()
         except GraphError as error:
             raise RBLNCompileError(f"The {self.name} gives no valid graph: {error}") from error
@@ -300,8 +301,10 @@ def _add(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> O
 
 
 def _multiply(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
-    _expect(isinstance(a["other"], (int, float)), "only multiplication by a number is supported")
-    return Scale(value, c.value(a["self"]), float(a["other"]))
+    other = a["other"]
+    _expect(isinstance(other, (int, float)), "only multiplication by a number is supported")
+    _expect(math.isfinite(other), f"multiplication by {other}")
+    return Scale(value, c.value(a["self"]), float(other))
 
 
 def _divide(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
@@ -311,6 +314,8 @@ def _divide(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -
 
 
 def _identity(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+    dtype = node.meta["val"].dtype
+    _expect(dtype.is_floating_point, f"a cast to {dtype}, only floating types are supported")
     return Identity(value, c.value(a.get("self", a.get("input"))))
 
 

@@ -165,6 +165,7 @@ class Conv2d(Operation):
         """`(out, in, height, width)` of one kernel."""
         _require(self.weight in weights, f"weight {self.weight!r} is missing")
         shape = tuple(weights[self.weight].shape)
+        _require(0 not in shape, f"weight {self.weight!r} has shape {shape}, which is empty")
         if not self.upsample:
             _require(len(shape) == 4, f"weight {self.weight!r} has shape {shape}, not four axes")
             return shape
@@ -273,6 +274,7 @@ class Scale(Operation):
     factor: float
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        _require(math.isfinite(self.factor), f"a factor {self.factor}")
         return shapes[self.input]
 
     def __str__(self) -> str:
@@ -360,7 +362,8 @@ class View(Operation):
         batch, _, height, width = _rank(shapes, self.like, 4)
         sizes = {"n": batch, "h": height, "w": width, "hw": height * width}
         for axis in self.axes:
-            _require(isinstance(axis, int) or axis in sizes, f"unknown axis {axis!r}")
+            known = axis in sizes if isinstance(axis, str) else type(axis) is int and axis > 0
+            _require(known, f"a view with axis {axis!r}")
         result = tuple(a if isinstance(a, int) else sizes[a] for a in self.axes)
         _require(
             math.prod(result) == math.prod(shapes[self.input]),
@@ -403,6 +406,7 @@ class DotProductAttention(Operation):
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         query = _rank(shapes, self.query, 4)
         key, value = _rank(shapes, self.key, 4), _rank(shapes, self.value, 4)
+        _require(math.isfinite(self.scale), f"attention with scale {self.scale}")
         _require(query == key and key[:3] == value[:3], f"attention over {query}, {key}, {value}")
         return value
 
@@ -428,6 +432,7 @@ class Attention(Operation):
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         query, key, value = (_rank(shapes, v, 4) for v in (self.query, self.key, self.value))
+        _require(math.isfinite(self.scale), f"attention with scale {self.scale}")
         _require(query == key, f"query {query} and key {key} differ")
         _require(query[0] == value[0] and query[2:] == value[2:], f"{query} meets value {value}")
         _require(
@@ -482,7 +487,12 @@ class Graph:
             GraphError: Where the operations don't fit each other or the input; it names
                 the operation.
         """
-        shapes: dict[Value, Shape] = {self.input: tuple(input_shape)}
+        shape = tuple(input_shape)
+        _require(
+            len(shape) == 4 and shape[1] == self.input_channels and min(shape) > 0,
+            f"the input has shape {shape}, expected (N, {self.input_channels}, H, W)",
+        )
+        shapes: dict[Value, Shape] = {self.input: shape}
         for operation in self.operations:
             try:
                 shapes[operation.output] = operation.infer(shapes, self.weights)
@@ -577,12 +587,21 @@ class Graph:
             GraphError: The text isn't a graph of this version, or doesn't fit the weights.
         """
         try:
-            stored = json.loads(text)
+            return cls._from_stored(json.loads(text), weights)
+        except GraphError:
+            raise
         except (ValueError, RecursionError) as error:
             raise GraphError(f"the graph isn't JSON: {error}") from None
+
+    @classmethod
+    def _from_stored(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
         _require(isinstance(stored, dict), "the graph isn't a JSON object")
         version = stored.pop("version", None)
-        _require(version == cls.FORMAT_VERSION, f"graph version {version!r}, not 1")
+        _require(
+            type(version) is int and version == cls.FORMAT_VERSION,
+            f"graph version {version!r}, not {cls.FORMAT_VERSION}",
+        )
+        _require("weights" not in stored, "weights stand beside the graph, not in it")
         operations = stored.pop("operations", None)
         _require(isinstance(operations, list), "the graph has no list of operations")
         graph = _build(
@@ -626,7 +645,7 @@ def _decode(hint: Any, item: Any, name: str) -> Any:
             return None
         choices = [a for a in typing.get_args(hint) if a is not type(None)]
         for choice in choices[:-1]:
-            if isinstance(item, choice):
+            if type(item) is choice:
                 return item
         return _decode(choices[-1], item, name)
     if hint is Norm:
@@ -636,7 +655,10 @@ def _decode(hint: Any, item: Any, name: str) -> Any:
         element = typing.get_args(hint)[0]
         return tuple(_decode(element, each, name) for each in item)
     if hint is float and type(item) is int:
-        return float(item)
+        try:
+            return float(item)
+        except OverflowError:
+            raise GraphError(f"{name} is larger than any float") from None
     wanted = typing.get_origin(hint) or hint
     _require(
         isinstance(item, wanted) and not (isinstance(item, bool) and wanted is not bool),

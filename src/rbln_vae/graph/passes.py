@@ -135,6 +135,7 @@ _BY_HEAD = ("n", "heads", "hw", "d")
 def _on_images(graph: Graph) -> Graph:
     shapes = graph.probe_shapes()
     arranged: dict[Value, _Arranged] = {}
+    sizes = {graph.input: shapes[graph.input][2:]}  # height and width of each image
     weights = dict(graph.weights)
     operations: list[Operation] = []
 
@@ -146,7 +147,9 @@ def _on_images(graph: Graph) -> Graph:
         sources = [find(value) for value in operation.inputs]
         first = sources[0]
         match operation:
-            case View(axes=axes):
+            case View(axes=axes, like=like):
+                if shapes[like][2:] != sizes[first.image]:
+                    raise _NotRecognised
                 arranged[output] = _viewed(first, axes, shapes[operation.input])
                 continue
             case Transpose():
@@ -176,7 +179,9 @@ def _on_images(graph: Graph) -> Graph:
                     raise _NotRecognisedError
                 result = operation.reading({v: find(v).image for v in operation.inputs})
         operations.append(result)
+        sizes[output] = shapes[output][2:]
         if first.axes != _IMAGE:
+            sizes[output] = sizes[first.image]
             arranged[output] = dataclasses.replace(first, image=output)
     end = find(graph.output)
     if end.axes != _IMAGE:
@@ -223,7 +228,10 @@ def fold_value_projection(graph: Graph) -> Graph:
         out = readers[0]
         if value.residual is not None or out.norm is not None:
             continue
-        folded, bias = f"{value.weight}.folded", f"{value.weight}.folded_bias"
+        if attention.value in (attention.query, attention.key) or out.residual == out.input:
+            continue
+        # Named after the value, which is unique; two values may share a weight.
+        folded, bias = f"{value.output}.folded.weight", f"{value.output}.folded.bias"
         weights[folded], weights[bias] = _product(out, value, weights)
         replaced[value.output] = dataclasses.replace(value, weight=folded, bias=bias)
         replaced[attention.output] = None
@@ -307,7 +315,7 @@ def fold_pad(graph: Graph) -> Graph:
     operations: list[Operation] = []
     for operation in graph.operations:
         source = made.get(operation.inputs[0])
-        if (
+        while (
             isinstance(operation, Conv2d)
             and isinstance(source, Pad)
             and operation.norm is None
@@ -319,6 +327,7 @@ def fold_pad(graph: Graph) -> Graph:
             operation = dataclasses.replace(
                 operation, input=source.input, padding=(above, below, left, right)
             )
+            source = made.get(source.input)
         operations.append(operation)
     return _rebuild(graph, operations)
 

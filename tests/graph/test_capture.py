@@ -1,0 +1,400 @@
+"""Capture: every legal AutoencoderKL becomes a graph that computes the same, and what can't be
+captured is an error that says what and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    SlicedAttnProcessor,
+)
+from models import PARTS, captured, diffusers_part, evaluate, kinds, picture, tiny_vae
+from torch import Tensor, nn
+
+from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
+from rbln_vae.errors import RBLNCompileError
+from rbln_vae.graph.capture import capture
+from rbln_vae.metrics import relative_l2
+
+FOUR = (4, 8, 8, 12)
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "one block": {"channels": (8,)},
+    "four blocks": {"channels": FOUR},
+    "channels that fall": {"channels": (16, 8)},
+    "three layers a block": {"layers_per_block": 3, "channels": (8,)},
+    "one group": {"norm_num_groups": 1},
+    "a group for each channel": {"norm_num_groups": 8, "channels": (8, 8)},
+    "16 latent channels": {"latent_channels": 16},
+    "one latent channel": {"latent_channels": 1},
+    "grey images": {"in_channels": 1, "out_channels": 1},
+    "other channels out than in": {"in_channels": 5, "out_channels": 2},
+    "gelu": {"act_fn": "gelu"},
+    "mish": {"act_fn": "mish"},
+    "relu": {"act_fn": "relu"},
+    "swish": {"act_fn": "swish"},
+    "no quant_conv": {"use_quant_conv": False},
+    "no post_quant_conv": {"use_post_quant_conv": False},
+    "no attention": {"mid_block_add_attention": False},
+    "attention in the blocks": {
+        "down_block_types": ("AttnDownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+    },
+    "attention in the last blocks alone": {
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        "mid_block_add_attention": False,
+    },
+}
+
+
+# Each takes a second; those that differ from others by a number alone run with the slow tests.
+ALIKE = ("one group", "16 latent channels", "channels that fall", "gelu", "mish", "swish")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in CONFIGURATIONS],
+)
+def test_every_legal_model_is_captured_as_diffusers_computes_it(name: str, part: str) -> None:
+    vae = tiny_vae(**CONFIGURATIONS[name])
+    graph = RBLNAutoencoderKL._capture(vae, part)
+    channels = vae.config.in_channels if part == "encoder" else vae.config.latent_channels
+    image = picture(2, channels, 24, 16) if part == "encoder" else picture(2, channels, 3, 5)
+    assert (graph.name, graph.input_channels) == (part, channels)
+    assert relative_l2(evaluate(graph, image), diffusers_part(vae, part, image)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [("encoder", torch.float16), ("decoder", torch.bfloat16), ("decoder", torch.float64)],
+)
+def test_weights_of_any_precision_are_captured_as_float32(part: str, dtype: torch.dtype) -> None:
+    vae = tiny_vae((8,)).to(dtype)
+    graph = RBLNAutoencoderKL._capture(vae, part)
+    assert {weight.dtype for weight in graph.weights.values()} == {torch.float32}
+    stored = vae.state_dict()
+    assert all(torch.equal(w, stored[name].float()) for name, w in graph.weights.items())
+    image = picture(1, graph.input_channels, 8, 8)
+    expected = diffusers_part(vae.float(), part, image)
+    assert relative_l2(evaluate(graph, image), expected) < 2e-6
+
+
+def sliced(vae: Any) -> None:
+    vae.set_attn_processor(SlicedAttnProcessor(slice_size=2))
+
+
+PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "AttnProcessor": lambda vae: vae.set_attn_processor(AttnProcessor()),
+    "SlicedAttnProcessor": sliced,
+    "fused projections": lambda vae: vae.fuse_qkv_projections(),
+    "the default of diffusers": lambda vae: vae.set_default_attn_processor(),
+    "slices, tiles, channels last": lambda vae: (
+        vae.enable_slicing(),
+        vae.enable_tiling(),
+        vae.to(memory_format=torch.channels_last),
+        vae.requires_grad_(False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_how_the_model_was_to_run_makes_no_difference(name: str) -> None:
+    vae = tiny_vae()
+    PROCESSORS[name](vae)
+    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    assert graph.to_json() == captured("decoder").to_json()
+    for weight, expected in zip(
+        graph.weights.values(), captured("decoder").weights.values(), strict=True
+    ):
+        assert torch.equal(weight, expected)
+
+
+def test_fused_projections_are_captured_as_diffusers_runs_them() -> None:
+    vae = tiny_vae((8,))
+    vae.fuse_qkv_projections()
+    assert vae.decoder.mid_block.attentions[0].fused_projections
+    image = picture(1, 4, 5, 6)
+    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    assert relative_l2(evaluate(graph, image), diffusers_part(vae, "decoder", image)) < 2e-6
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_model_is_not_changed(part: str) -> None:
+    vae = tiny_vae()
+    vae.set_attn_processor(SlicedAttnProcessor(2))
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    processors, versions = dict(vae.attn_processors), [p._version for p in vae.parameters()]
+    gradients = [p.requires_grad for p in vae.parameters()]
+    RBLNAutoencoderKL._capture(vae, part)
+    after = vae.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert [p._version for p in vae.parameters()] == versions
+    assert [p.requires_grad for p in vae.parameters()] == gradients
+    assert vae.attn_processors.keys() == processors.keys()
+    assert all(vae.attn_processors[name] is p for name, p in processors.items())
+    assert all(p.grad is None for p in vae.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_flag_is_kept(training: bool) -> None:
+    vae = tiny_vae().train(training)
+    graph = RBLNAutoencoderKL._capture(vae, "decoder")  # its dropout has probability 0
+    assert all(module.training is training for module in vae.modules())
+    assert evaluate(graph, picture(1, 4, 4, 4)).isfinite().all()
+
+
+def test_the_processors_are_put_back_when_capture_fails() -> None:
+    vae = tiny_vae()
+    processor = SlicedAttnProcessor(2)
+    vae.set_attn_processor(processor)
+    vae.decoder.conv_out = nn.Sequential(vae.decoder.conv_out, nn.Tanh())
+    with pytest.raises(RBLNCompileError, match=r"'tanh' in 'decoder\.conv_out\.1' of the decoder"):
+        RBLNAutoencoderKL._capture(vae, "decoder")
+    assert all(p is processor for p in vae.attn_processors.values())
+
+
+def test_the_graph_shares_no_memory_with_the_model() -> None:
+    vae = tiny_vae()
+    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    memory = {weight.untyped_storage().data_ptr() for weight in vae.state_dict().values()}
+    assert not memory & {w.untyped_storage().data_ptr() for w in graph.weights.values()}
+    image = picture(1, 4, 4, 4)
+    before = evaluate(graph, image)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.zero_()
+    assert torch.equal(evaluate(graph, image), before)
+
+
+def test_weights_keep_their_names_and_are_contiguous() -> None:
+    for part in PARTS:
+        graph = captured(part)
+        names = tiny_vae().state_dict().keys()
+        assert graph.weights.keys() == {
+            n
+            for n in names
+            if part in n or n.startswith("quant" if part == "encoder" else "post_quant")
+        }
+        assert all(w.is_contiguous() and not w.requires_grad for w in graph.weights.values())
+
+
+def test_capture_draws_nothing_from_the_global_generator() -> None:
+    vae = tiny_vae()
+    state = torch.random.get_rng_state()
+    RBLNAutoencoderKL._capture(vae, "decoder")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# Modules of one's own
+
+
+class Call(nn.Module):
+    """A module that does what a function says."""
+
+    def __init__(self, function: Callable[..., Any], *parts: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.parts = nn.ModuleList(parts)
+        self.weight = nn.Parameter(picture(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *self.parts)
+
+
+class Within(nn.Module):
+    """A module inside another, under a name that errors must give."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(4, 4, 1)
+        self.inside = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inside(self.before(x))
+
+
+class Attends(nn.Module):
+    """A fair copy of attention, with what a processor may ask of torch besides."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(2).transpose(1, 2).reshape(x.shape[0], -1, 1, 4).transpose(1, 2)
+        result = F.scaled_dot_product_attention(rows, rows, rows, **self.options)
+        return result.transpose(1, 2).reshape(x.shape[0], -1, 4).transpose(1, 2).reshape(x.shape)
+
+
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "another activation": (nn.Tanh(), "'tanh'"),
+    "an activation in place": (nn.SiLU(inplace=True), "'silu_'"),
+    "gelu by an approximation": (nn.GELU("tanh"), "exact gelu"),
+    "a transposed convolution": (nn.ConvTranspose2d(4, 4, 2), "conv_transpose2d"),
+    "groups": (nn.Conv2d(4, 4, 3, groups=2), "2 groups"),
+    "dilation": (nn.Conv2d(4, 4, 3, dilation=2), "dilation"),
+    "unequal strides": (nn.Conv2d(4, 4, 3, stride=(1, 2)), "stride"),
+    "padding by name": (nn.Conv2d(4, 4, 3, padding="same"), "padding given by name"),
+    "reflected borders": (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "'reflect'"),
+    "padding with ones": (nn.ConstantPad2d(1, 1.0), "only 0 is supported"),
+    "cropping": (nn.ZeroPad2d(-1), "negative padding"),
+    "padding of channels": (
+        Call(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))),
+        "only height and width",
+    ),
+    "batch norm": (nn.BatchNorm2d(4).eval(), "batch_norm"),
+    "group norm without weights": (nn.GroupNorm(2, 4, affine=False), "expected a weight"),
+    "dropout in training": (nn.Dropout(0.5).train(), "dropout of a model in training"),
+    "tripling": (nn.Upsample(scale_factor=3.0), "only doubling"),
+    "smooth enlarging": (nn.Upsample(scale_factor=2.0, mode="bilinear"), "bilinear"),
+    "average pooling": (nn.AvgPool2d(2), "avg_pool2d"),
+    "concatenation": (Call(lambda x: torch.cat([x, x], 1)), "'cat'"),
+    "a slice": (Call(lambda x: x[:, :2]), "'slice'"),
+    "addition of a number": (Call(lambda x: x + 1), "expected a computed tensor"),
+    "addition of a weight": (
+        Call(lambda x: torch.add(x, x, alpha=2)),
+        "alpha 2",
+    ),
+    "a product of images": (Call(lambda x: x * x), "multiplication by a number"),
+    "a quotient of images": (Call(lambda x: x / x), "division by a number"),
+    "division by zero": (Call(lambda x: x / 0), "division by a number not zero"),
+    "multiplication by infinity": (Call(lambda x: x * float("inf")), "inf"),
+    "a broadcast": (Call(lambda x: x + x.mean((2, 3), keepdim=True)), "'mean'"),
+    "rounding to whole numbers": (Call(lambda x: x.to(torch.int32).to(torch.float32)), "int32"),
+    "a permutation of three axes": (
+        Call(lambda x: x.permute(0, 2, 3, 1).reshape(x.shape)),
+        "permutation",
+    ),
+    "random numbers": (Call(lambda x: x + torch.randn_like(x)), "'randn_like'"),
+    "attention with a mask": (
+        Attends(attn_mask=torch.zeros((1, 1, 1, 1))),
+        "attention with a mask",
+    ),
+    "causal attention": (Attends(is_causal=True), "causal"),
+    "attention with dropout": (Attends(dropout_p=0.5), "dropout"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_expressed_is_named_with_its_place(name: str) -> None:
+    module, what = REFUSED[name]
+    with pytest.raises(RBLNCompileError) as caught:
+        capture(Within(module), "decoder", 4)
+    message = str(caught.value)
+    assert what in message
+    assert "'inside" in message and "of the decoder" in message
+    assert "Supported are: " in message or "no valid graph" in message
+
+
+def test_an_operation_at_the_top_is_in_the_module_itself() -> None:
+    with pytest.raises(RBLNCompileError, match="'tanh' in 'the module itself' of the thing"):
+        capture(Call(torch.tanh), "thing", 4)
+
+
+WHOLE: dict[str, tuple[nn.Module, str]] = {
+    "a choice that depends on values": (
+        Call(lambda x: x if x.sum() > 0 else -x),
+        "can't be exported as one graph",
+    ),
+    "a loop that depends on values": (
+        Call(lambda x: [x for _ in range(int(x.sum()))][0]),
+        "can't be exported",
+    ),
+    "an error of its own": (Call(lambda x: x.no_such_method()), "no_such_method"),
+    "a kernel for other channels": (nn.Conv2d(3, 3, 1), "can't be exported"),
+    "two images": (Call(lambda x: (F.silu(x), F.relu(x))), "gives 2 results"),
+    "no image": (Call(lambda x: None), "one image"),
+    "a number": (Call(lambda x: 3), "one image"),
+    "a weight": (Call(lambda x, m: m.weight, nn.Conv2d(4, 4, 1)), "one image"),
+    "pixels in a row": (Call(lambda x: x.flatten(2)), "no valid graph"),
+    "images mixed over the batch": (
+        Call(lambda x: x.reshape(1, -1, *x.shape[2:])),
+        "no valid graph",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_module_that_gives_no_single_image_of_each_image_is_refused(name: str) -> None:
+    module, message = WHOLE[name]
+    with pytest.raises(RBLNCompileError, match=message):
+        capture(module, "decoder", 4)
+
+
+def test_an_error_of_export_is_the_cause() -> None:
+    with pytest.raises(RBLNCompileError) as caught:
+        capture(nn.Conv2d(3, 3, 1), "part", 4)
+    assert caught.value.__cause__ is not None
+
+
+EXPRESSED: dict[str, tuple[nn.Module, list[str]]] = {
+    "nothing": (Call(lambda x: x), []),
+    "halving": (Call(lambda x: x / 2), ["Scale"]),
+    "doubling of values": (Call(lambda x: x * 2), ["Scale"]),
+    "a clone": (Call(lambda x: x.clone()), ["Identity"]),
+    "a cast": (Call(lambda x: x.to(torch.float64).float()), ["Identity", "Identity"]),
+    "a permutation of two axes": (
+        Call(lambda x: x.permute(0, 1, 3, 2).permute(0, 1, 3, 2)),
+        ["Transpose", "Transpose"],
+    ),
+    "a permutation of none": (Call(lambda x: x.permute(0, 1, 2, 3)), ["Identity"]),
+    "dropout at rest": (nn.Dropout(0.5).eval(), ["Identity"]),
+    "enlarging": (nn.Upsample(scale_factor=2.0), ["Upsample"]),
+    "zeros around": (nn.ZeroPad2d((1, 2, 3, 4)), ["Pad"]),
+    "a border on two sides": (Call(lambda x: F.pad(x, (0, 1, 0, 1))), ["Pad"]),
+    "an oblong kernel": (nn.Conv2d(4, 6, (1, 3), padding=(2, 1), bias=False), ["Conv2d"]),
+    "a stride": (nn.Conv2d(4, 6, 2, stride=2), ["Conv2d"]),
+    "group norm": (nn.GroupNorm(2, 4, eps=1e-3), ["GroupNorm"]),
+    "attention scaled by hand": (Attends(scale=0.1), []),
+    "what is not used": (Call(lambda x: (torch.tanh, F.silu(x))[1]), ["Activation"]),
+}
+
+
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_modules_of_other_kinds_are_captured(name: str) -> None:
+    module, expected = EXPRESSED[name]
+    graph = capture(module, "part", 4)
+    if expected:
+        assert kinds(graph) == expected
+    image = picture(2, 4, 6, 9)
+    with torch.no_grad():
+        assert relative_l2(evaluate(graph, image), module(image)) < 1e-6
+
+
+def test_what_reaches_no_result_is_left_out() -> None:
+    def idle(x: Tensor, one: nn.Module, two: nn.Module) -> Tensor:
+        one(x)
+        return two(x)
+
+    graph = capture(Call(idle, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)), "part", 4)
+    assert kinds(graph) == ["Conv2d"]
+    assert set(graph.weights) == {"parts.1.weight", "parts.1.bias"}
+
+
+def test_a_module_used_twice_keeps_one_weight_and_two_values() -> None:
+    graph = capture(Call(lambda x, m: m(m(x)), nn.Conv2d(4, 4, 1)), "part", 4)
+    assert [o.output for o in graph.operations] == ["parts.0", "parts.0:2"]
+    assert set(graph.weights) == {"parts.0.weight", "parts.0.bias"}
+
+
+def test_a_weight_that_is_a_buffer_is_captured() -> None:
+    module = nn.Conv2d(4, 4, 1)
+    weight = module.weight.detach().clone()
+    del module.weight
+    module.register_buffer("weight", weight)
+    assert torch.equal(capture(module, "part", 4).weights["weight"], weight)
+
+
+def test_a_wide_channel_count_is_not_taken_for_a_size() -> None:
+    """241 is the odd part of the height that modules are exported at."""
+    vae = tiny_vae((241,), norm_num_groups=1, latent_channels=2)
+    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    image = picture(1, 2, 2, 3)
+    assert relative_l2(evaluate(graph, image), diffusers_part(vae, "decoder", image)) < 5e-6

@@ -1,0 +1,256 @@
+"""The interpreter: each operation is that of torch, and a run keeps to itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import captured, evaluate, graph_of_every_kind, picture, small_graph
+from torch import Tensor
+
+from rbln_vae.graph.interpreter import Interpreter
+from rbln_vae.graph.ir import (
+    ACTIVATIONS,
+    OPERATIONS,
+    Activation,
+    Add,
+    Attention,
+    Conv2d,
+    DotProductAttention,
+    GraphError,
+    GroupNorm,
+    Identity,
+    Linear,
+    Norm,
+    Operation,
+    Pad,
+    Scale,
+    Transpose,
+    Upsample,
+    View,
+)
+from rbln_vae.graph.passes import optimise
+from rbln_vae.metrics import relative_l2
+
+Weights = dict[str, Tensor]
+NORM = Norm(2, 1e-3, "scale", "shift")
+SILU = Norm(2, 1e-3, "scale", "shift", "silu")
+CONV = {"w": (6, 4, 3, 2), "b": (6,)}
+SQUARE = {"w": (4, 4, 3, 3)}
+NORMED = {"scale": (4,), "shift": (4,)}
+ONES = (1, 1, 1, 1)
+
+
+def normal(x: Tensor, w: Weights) -> Tensor:
+    return F.group_norm(x, 2, w["scale"], w["shift"], 1e-3)
+
+
+def phases_of_one_kernel(x: Tensor, w: Weights) -> Tensor:
+    """The four kernels one by one, with the pixel of the result that each makes."""
+    result = torch.zeros(x.shape[0], 3, 2 * x.shape[2], 2 * x.shape[3])
+    padded = F.pad(x, (1, 1, 1, 1))
+    for i in range(result.shape[2]):
+        for j in range(result.shape[3]):
+            row, column = (i + 1) // 2, (j + 1) // 2
+            window = padded[:, :, row : row + 2, column : column + 2]
+            result[:, :, i, j] = torch.einsum("nckl,ockl->no", window, w["p"][i % 2, j % 2])
+    return result
+
+
+def heads_by_hand(x: Tensor, heads: int, scale: float) -> Tensor:
+    pixels = x.flatten(2).unflatten(1, (heads, -1))  # n, heads, channels, pixels
+    weights = torch.softmax(scale * pixels.transpose(2, 3) @ pixels, dim=-1)
+    return (pixels @ weights.transpose(2, 3)).reshape(x.shape)
+
+
+TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weights], Tensor]]] = [
+    (Conv2d("y", "x", "w", "b"), CONV, lambda x, w: F.conv2d(x, w["w"], w["b"])),
+    (
+        Conv2d("y", "x", "w", None, 2, (1, 1, 2, 2)),
+        CONV | {"b": ()},
+        lambda x, w: F.conv2d(x, w["w"], None, 2, (1, 2)),
+    ),
+    (
+        Conv2d("y", "x", "w", "b", 2, (0, 1, 2, 3)),
+        CONV,
+        lambda x, w: F.conv2d(F.pad(x, (2, 3, 0, 1)), w["w"], w["b"], 2),
+    ),
+    (
+        Conv2d("y", "x", "w", None, padding=ONES, norm=SILU, residual="x"),
+        SQUARE | NORMED,
+        lambda x, w: x + F.conv2d(F.silu(normal(x, w)), w["w"], padding=1),
+    ),
+    (
+        Conv2d("y", "x", "p", None, padding=ONES, upsample=True),
+        {"p": (2, 2, 3, 4, 2, 2)},
+        phases_of_one_kernel,
+    ),
+    (GroupNorm("y", "x", NORM), NORMED, normal),
+    (GroupNorm("y", "x", SILU), NORMED, lambda x, w: F.silu(normal(x, w))),
+    *(
+        (Activation("y", "x", name), {}, lambda x, w, name=name: getattr(F, name)(x))
+        for name in ACTIVATIONS
+    ),
+    (Add("y", "x", "x"), {}, lambda x, w: 2 * x),
+    (Scale("y", "x", -0.3), {}, lambda x, w: -0.3 * x),
+    (Identity("y", "x"), {}, lambda x, w: x),
+    (Upsample("y", "x"), {}, lambda x, w: x.repeat_interleave(2, 2).repeat_interleave(2, 3)),
+    (Pad("y", "x", (1, 2, 3, 4)), {}, lambda x, w: F.pad(x, (3, 4, 1, 2))),
+    (
+        Linear("y", "x", "m", "b"),
+        {"m": (3, 7), "b": (3,)},
+        lambda x, w: x @ w["m"].t() + w["b"],
+    ),
+    (View("y", "x", ("n", "h", "w", 4), "x"), {}, lambda x, w: x.reshape(2, 6, 7, 4)),
+    (Transpose("y", "x", 1, 3), {}, lambda x, w: x.transpose(1, 3)),
+    (
+        DotProductAttention("y", "x", "x", "x", 0.4),
+        {},
+        lambda x, w: torch.softmax(0.4 * x @ x.transpose(2, 3), -1) @ x,
+    ),
+    (Attention("y", "x", "x", "x", 1, 0.4), {}, lambda x, w: heads_by_hand(x, 1, 0.4)),
+    (Attention("y", "x", "x", "x", 2, 0.4, "x"), {}, lambda x, w: x + heads_by_hand(x, 2, 0.4)),
+]
+
+
+def layouts() -> dict[str, Tensor]:
+    """One image, in every way in which memory can hold it."""
+    image = picture(2, 4, 6, 7)
+    return {
+        "contiguous": image,
+        "channels last": image.contiguous(memory_format=torch.channels_last),
+        "turned": image.transpose(2, 3).contiguous().transpose(2, 3),
+        "every second": torch.stack([image, image], -1).flatten(3)[..., ::2],
+        "a part": F.pad(image, (1, 2, 3, 4))[:, :, 3:-4, 1:-2],
+        "batch last": image.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    }
+
+
+def test_the_table_holds_every_operation() -> None:
+    assert {operation.kind for operation, _, _ in TABLE} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: str(case[0])[5:])
+def test_an_operation_is_that_of_torch(
+    case: tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weights], Tensor]],
+    layout: str,
+) -> None:
+    operation, shapes, expected = case
+    graph = small_graph(operation, **{name: s for name, s in shapes.items() if s})
+    image = layouts()[layout]
+    before = image.clone()
+    result = Interpreter(graph).run(image)  # not verified: a view may read a size of its own
+    wanted = expected(layouts()["contiguous"], dict(graph.weights))
+    assert result.shape == wanted.shape and result.is_contiguous()
+    assert relative_l2(result, wanted) < 1e-6
+    assert torch.equal(image, before)
+    assert result.untyped_storage().data_ptr() != image.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_input_of_any_floating_type_is_computed_in_that_of_the_interpreter(
+    dtype: torch.dtype,
+) -> None:
+    image = picture(1, 4, 6, 7)
+    graph = graph_of_every_kind()
+    result = evaluate(graph, image.to(dtype))
+    assert result.dtype == torch.float32
+    assert torch.equal(result, evaluate(graph, image.to(dtype).float()))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.05), (torch.float64, 1e-6)])
+def test_the_interpreter_computes_in_its_own_type(dtype: torch.dtype, error: float) -> None:
+    graph, image = optimise(captured("decoder")), picture(1, 4, 6, 7)
+    result = evaluate(graph, image, dtype)
+    assert result.dtype == dtype
+    assert relative_l2(result.float(), evaluate(graph, image)) < error
+
+
+def test_an_input_that_requires_gradients_gives_a_result_that_does_not() -> None:
+    image = picture(1, 4, 6, 6).requires_grad_()
+    assert not evaluate(graph_of_every_kind(), image).requires_grad
+    assert not evaluate(small_graph(), image).requires_grad
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_a_graph_that_does_nothing_returns_a_copy(layout: str) -> None:
+    image = layouts()[layout]
+    result = evaluate(small_graph(), image)
+    before = image.clone()
+    result.zero_()
+    assert torch.equal(image, before)
+
+
+def test_the_weights_of_the_graph_are_not_written_to() -> None:
+    graph = graph_of_every_kind()
+    before = {name: weight.clone() for name, weight in graph.weights.items()}
+    evaluate(graph, picture(1, 4, 6, 6))
+    assert all(torch.equal(graph.weights[name], weight) for name, weight in before.items())
+
+
+def test_nothing_is_drawn_from_the_global_generator() -> None:
+    state = torch.random.get_rng_state()
+    evaluate(graph_of_every_kind(), picture(1, 4, 6, 6))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 8, 8), (1, 4, 0, 8)])
+def test_an_image_that_does_not_fit_is_refused_before_the_run(shape: tuple[int, ...]) -> None:
+    called: list[int] = []
+    with pytest.raises(GraphError, match="expected"):
+        Interpreter(captured("decoder")).run(
+            torch.zeros(shape), lambda index, operation: called.append(index)
+        )
+    assert not called
+
+
+def test_the_callback_sees_each_operation_in_order_and_may_end_the_run() -> None:
+    graph = graph_of_every_kind()
+    seen: list[tuple[int, Operation]] = []
+    interpreter, image = Interpreter(graph), picture(1, 4, 6, 6)
+    expected = interpreter.run(image, lambda index, operation: seen.append((index, operation)))
+    assert seen == list(enumerate(graph.operations))
+
+    def end(index: int, operation: Operation) -> None:
+        if index == 5:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        interpreter.run(image, end)
+    assert torch.equal(interpreter.run(image), expected)
+
+
+def test_values_are_freed_after_their_last_use() -> None:
+    """A chain of any length holds what one operation reads and makes."""
+    names = ["x", *(f"v{i}" for i in range(30))]
+    graph = small_graph(*(Scale(b, a, 1.01) for a, b in zip(names[:-1], names[1:], strict=True)))
+    interpreter = Interpreter(graph)
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+    evaluate_one = interpreter._evaluate
+
+    def watched(operation: Operation, values: dict[str, Tensor]) -> Tensor:
+        nonlocal most
+        result = evaluate_one(operation, values)
+        alive.add(result)
+        most = max(most, len(alive))
+        return result
+
+    interpreter._evaluate = watched  # type: ignore[method-assign,assignment]
+    interpreter.run(picture(1, 4, 8, 8))
+    assert most == 2
+
+
+def test_threads_may_share_an_interpreter() -> None:
+    interpreter = Interpreter(optimise(captured("decoder")))
+    images = [picture(1, 4, 4 + seed % 3, 5, seed=seed) for seed in range(12)]
+    alone = [interpreter.run(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(interpreter.run, images))
+    for one, other in zip(alone, together, strict=True):
+        assert relative_l2(other, one) < 1e-6

@@ -1,0 +1,635 @@
+"""The representation: its rules, what shapes follow from it, and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import (
+    PARTS,
+    captured,
+    evaluate,
+    graph_of_every_kind,
+    paths,
+    picture,
+    random_weights,
+    small_graph,
+    tiny_vae,
+)
+
+from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
+from rbln_vae.graph import capture as capture_module
+from rbln_vae.graph.ir import (
+    ACTIVATIONS,
+    OPERATIONS,
+    Activation,
+    Add,
+    Attention,
+    Conv2d,
+    DotProductAttention,
+    Graph,
+    GraphError,
+    GroupNorm,
+    Identity,
+    Linear,
+    Norm,
+    Operation,
+    Pad,
+    Scale,
+    Transpose,
+    Upsample,
+    View,
+)
+from rbln_vae.graph.passes import drop_no_ops, optimise
+
+NORM = Norm(2, 1e-6, "scale", "shift")
+SHAPES = {"scale": (4,), "shift": (4,)}
+
+
+def changed(item: Any, **changes: Any) -> Any:
+    return dataclasses.replace(item, **changes)
+
+
+# The rules
+
+
+def test_the_graph_of_every_kind_holds_every_kind_and_is_valid() -> None:
+    graph = graph_of_every_kind()
+    assert {operation.kind for operation in graph.operations} == set(OPERATIONS)
+    assert graph.verify() is graph
+
+
+def test_an_empty_graph_returns_its_input() -> None:
+    assert small_graph().verify().output_channels == 4
+
+
+def conv(output: str = "y", reads: str = "x", **changes: Any) -> Conv2d:
+    return changed(Conv2d(output, reads, "weight", None), **changes)
+
+
+def row_view(*axes: int | str) -> View:
+    return View("y", "x", axes, "x")
+
+
+BROKEN: dict[str, tuple[Graph, str]] = {
+    "a value made twice": (
+        small_graph(Identity("y", "x"), Scale("y", "x", 2.0)),
+        "'y' is made twice",
+    ),
+    "the input made again": (small_graph(Identity("x", "x")), "'x' is made twice"),
+    "a value read before it is made": (
+        small_graph(Identity("y", "z"), Identity("z", "x"), Add("s", "y", "z")),
+        "Identity reads 'z' before it is made",
+    ),
+    "a residual read before it is made": (
+        small_graph(conv(residual="z"), weight=(4, 4, 1, 1)),
+        "Conv2d reads 'z' before it is made",
+    ),
+    "an operation that reads itself": (small_graph(Identity("y", "y")), "before it is made"),
+    "an output that is never made": (
+        changed(small_graph(Identity("y", "x")), output="z"),
+        "output 'z' is never made",
+    ),
+    "a value made for nothing": (
+        small_graph(Identity("idle", "x"), Identity("y", "x")),
+        "made for nothing: ['idle']",
+    ),
+    "a value made after the output": (
+        changed(small_graph(Identity("y", "x"), Identity("z", "y")), output="y"),
+        "made for nothing: ['z']",
+    ),
+    "a weight that is missing": (small_graph(conv()), "weight 'weight' is missing"),
+    "a bias that is missing": (
+        small_graph(conv(bias="bias"), weight=(4, 4, 1, 1)),
+        "weight 'bias' is missing",
+    ),
+    "a weight that nothing uses": (
+        small_graph(Identity("y", "x"), spare=(1,)),
+        "weights that no operation uses: ['spare']",
+    ),
+    "a kernel of three axes": (small_graph(conv(), weight=(4, 4, 1)), "not four axes"),
+    "a kernel of no height": (small_graph(conv(), weight=(4, 4, 0, 1)), "empty"),
+    "a kernel of no channels": (small_graph(conv(), weight=(0, 4, 1, 1)), "empty"),
+    "a kernel for other channels": (
+        small_graph(conv(), weight=(4, 5, 1, 1)),
+        "4 channels meet a kernel for 5",
+    ),
+    "a kernel larger than any image": (
+        small_graph(conv(), weight=(1, 4, 1, 5121)),
+        "too small for a 1x5121 kernel",
+    ),
+    "a bias of another length": (
+        small_graph(conv(bias="bias"), weight=(4, 4, 1, 1), bias=(5,)),
+        "weight 'bias' has shape (5,), its operation needs (4,)",
+    ),
+    "a stride of 0": (small_graph(conv(stride=0), weight=(4, 4, 1, 1)), "stride 0"),
+    "negative padding": (
+        small_graph(conv(padding=(0, 0, -1, 0)), weight=(4, 4, 1, 1)),
+        "padding (0, 0, -1, 0)",
+    ),
+    "two paddings": (small_graph(conv(padding=(1, 1)), weight=(4, 4, 1, 1)), "padding (1, 1)"),
+    "a residual of another shape": (
+        small_graph(conv(stride=2, residual="x"), weight=(4, 4, 1, 1)),
+        "residual 'x' is (3, 4, 4096, 5120), not (3, 4, 2048, 2560)",
+    ),
+    "phases that are one kernel": (
+        small_graph(conv(upsample=True, padding=(1, 1, 1, 1)), weight=(4, 4, 3, 3)),
+        "not four 2x2 phases",
+    ),
+    "upsampling without padding": (
+        small_graph(conv(upsample=True), weight=(2, 2, 4, 4, 2, 2)),
+        "needs stride 1 and padding 1",
+    ),
+    "upsampling with a stride": (
+        small_graph(conv(upsample=True, padding=(1, 1, 1, 1), stride=2), weight=(2, 2, 4, 4, 2, 2)),
+        "needs stride 1 and padding 1",
+    ),
+    "groups that don't divide the channels": (
+        small_graph(GroupNorm("y", "x", changed(NORM, groups=3)), **SHAPES),
+        "4 channels don't make 3 groups",
+    ),
+    "no groups": (
+        small_graph(GroupNorm("y", "x", changed(NORM, groups=0)), **SHAPES),
+        "don't make 0 groups",
+    ),
+    "an eps that is no number": (
+        small_graph(GroupNorm("y", "x", changed(NORM, eps=math.nan)), **SHAPES),
+        "eps nan",
+    ),
+    "a negative eps": (
+        small_graph(GroupNorm("y", "x", changed(NORM, eps=-1.0)), **SHAPES),
+        "eps -1.0",
+    ),
+    "norm weights of another length": (
+        small_graph(GroupNorm("y", "x", NORM), scale=(3,), shift=(4,)),
+        "weight 'scale' has shape (3,)",
+    ),
+    "a fused norm with a wrong activation": (
+        small_graph(conv(norm=changed(NORM, activation="tanh")), weight=(4, 4, 1, 1), **SHAPES),
+        "unknown activation 'tanh'",
+    ),
+    "an unknown activation": (small_graph(Activation("y", "x", "")), "unknown activation ''"),
+    "a sum of two shapes": (
+        small_graph(Upsample("u", "x"), Add("y", "x", "u")),
+        "can't be added",
+    ),
+    "a factor that is no number": (small_graph(Scale("y", "x", math.nan)), "factor nan"),
+    "an infinite factor": (small_graph(Scale("y", "x", math.inf)), "factor inf"),
+    "negative pad": (small_graph(Pad("y", "x", (0, -1, 0, 0))), "padding (0, -1, 0, 0)"),
+    "a matrix for other channels": (
+        small_graph(Linear("y", "x", "matrix", None), matrix=(2, 3)),
+        "weight 'matrix' has shape (2, 3)",
+    ),
+    "a matrix of four axes": (
+        small_graph(Linear("y", "x", "matrix", None), matrix=(2, 3, 1, 1)),
+        "weight 'matrix' has shape",
+    ),
+    "a view of other elements": (small_graph(row_view("n", 5, "hw")), "can't be viewed as"),
+    "a view with an unknown axis": (small_graph(row_view("n", 4, "area")), "axis 'area'"),
+    "a view with negative axes": (small_graph(row_view("n", -4, -1, "hw")), "axis -4"),
+    "a view with a boolean axis": (small_graph(row_view("n", True, 4, "hw")), "axis True"),
+    "a transpose of an axis that is not": (small_graph(Transpose("y", "x", 1, 4)), "axes 1 and 4"),
+    "a transpose of a negative axis": (small_graph(Transpose("y", "x", -1, 1)), "axes -1 and 1"),
+    "queries and keys that differ": (
+        small_graph(Upsample("u", "x"), Attention("y", "x", "u", "x", 1, 1.0)),
+        "differ",
+    ),
+    "values of other pixels": (
+        small_graph(Upsample("u", "x"), Attention("y", "x", "x", "u", 1, 1.0)),
+        "meets value",
+    ),
+    "heads that don't divide the channels": (
+        small_graph(Attention("y", "x", "x", "x", 3, 1.0)),
+        "don't make 3 heads",
+    ),
+    "an attention scale that is no number": (
+        small_graph(Attention("y", "x", "x", "x", 1, math.nan)),
+        "scale nan",
+    ),
+    "a residual of other channels": (
+        small_graph(
+            conv("c", bias=None), Attention("y", "c", "c", "c", 1, 1.0, "x"), weight=(8, 4, 1, 1)
+        ),
+        "residual 'x'",
+    ),
+    "captured attention over other pixels": (
+        small_graph(Upsample("u", "x"), DotProductAttention("y", "x", "x", "u", 1.0)),
+        "attention over",
+    ),
+    "captured attention with a scale that is no number": (
+        small_graph(DotProductAttention("y", "x", "x", "x", math.inf)),
+        "scale inf",
+    ),
+    "an image operation on pixels in a row": (
+        small_graph(row_view("n", 4, "hw"), Upsample("u", "y")),
+        "expected 4 axes",
+    ),
+    "pixels in a row as the result": (small_graph(row_view("n", 4, "hw")), "expected 4 axes"),
+    "an input without channels": (small_graph(channels=0), "an input of 0 channels"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_verify_refuses(name: str) -> None:
+    graph, message = BROKEN[name]
+    with pytest.raises(GraphError, match=re.escape(message)):
+        graph.verify()
+
+
+def test_a_rule_that_is_broken_names_the_operation() -> None:
+    with pytest.raises(GraphError, match="Conv2d 'the one': 4 channels meet"):
+        small_graph(conv("the one"), weight=(4, 5, 1, 1)).verify()
+
+
+def test_an_input_that_nothing_reads_is_allowed_only_as_the_input() -> None:
+    graph = small_graph(Identity("y", "x"))
+    assert changed(graph, operations=(), output="x").verify()
+
+
+# Shapes and work
+
+ATTENTION = Attention("y", "x", "x", "x", 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "weights", "expected"),
+    [
+        (conv(), {"weight": (6, 4, 1, 1)}, (2, 6, 5, 8)),
+        (conv(), {"weight": (6, 4, 3, 2)}, (2, 6, 3, 7)),
+        (conv(padding=(1, 1, 1, 1)), {"weight": (6, 4, 3, 3)}, (2, 6, 5, 8)),
+        (conv(padding=(0, 1, 0, 1), stride=2), {"weight": (6, 4, 3, 3)}, (2, 6, 2, 4)),
+        (conv(stride=3, padding=(2, 0, 0, 1)), {"weight": (1, 4, 2, 2)}, (2, 1, 2, 3)),
+        (
+            conv(padding=(1, 1, 1, 1), upsample=True),
+            {"weight": (2, 2, 6, 4, 2, 2)},
+            (2, 6, 10, 16),
+        ),
+        (GroupNorm("y", "x", NORM), SHAPES, (2, 4, 5, 8)),
+        (Activation("y", "x", "relu"), {}, (2, 4, 5, 8)),
+        (Add("y", "x", "x"), {}, (2, 4, 5, 8)),
+        (Scale("y", "x", 2.0), {}, (2, 4, 5, 8)),
+        (Identity("y", "x"), {}, (2, 4, 5, 8)),
+        (Upsample("y", "x"), {}, (2, 4, 10, 16)),
+        (Pad("y", "x", (1, 2, 3, 4)), {}, (2, 4, 8, 15)),
+        (Linear("y", "x", "matrix", None), {"matrix": (3, 8)}, (2, 4, 5, 3)),
+        (row_view("n", 4, "hw"), {}, (2, 4, 40)),
+        (row_view("n", 2, 2, "h", "w"), {}, (2, 2, 2, 5, 8)),
+        (row_view("n", "hw", 1, 4), {}, (2, 40, 1, 4)),
+        (Transpose("y", "x", 1, 3), {}, (2, 8, 5, 4)),
+        (DotProductAttention("y", "x", "x", "x", 1.0), {}, (2, 4, 5, 8)),
+        (ATTENTION, {}, (2, 4, 5, 8)),
+    ],
+    ids=lambda item: item.kind if isinstance(item, Operation) else "",
+)
+def test_shape_inference_agrees_with_what_is_computed(
+    operation: Operation, weights: dict[str, tuple[int, ...]], expected: tuple[int, ...]
+) -> None:
+    graph = small_graph(operation, **weights)
+    assert graph.infer_shapes((2, 4, 5, 8)) == {"x": (2, 4, 5, 8), "y": expected}
+    assert tuple(evaluate(graph, picture(2, 4, 5, 8)).shape) == expected
+
+
+def test_attention_has_the_channels_of_its_value() -> None:
+    graph = small_graph(conv("v"), Attention("y", "x", "x", "v", 2, 1.0), weight=(6, 4, 1, 1))
+    assert graph.infer_shapes((1, 4, 3, 5))["y"] == (1, 6, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 8), (1, 4, 8, 8, 1), (1, 3, 8, 8), (0, 4, 8, 8), (1, 4, 0, 8), ()]
+)
+def test_an_input_that_is_no_image_of_those_channels_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(GraphError, match="expected"):
+        small_graph(Activation("y", "x", "silu")).infer_shapes(shape)
+
+
+def test_an_image_smaller_than_a_kernel_is_refused() -> None:
+    with pytest.raises(GraphError, match="2x9 is too small for a 3x3 kernel"):
+        small_graph(conv(), weight=(4, 4, 3, 3)).infer_shapes((1, 4, 2, 9))
+
+
+@pytest.mark.parametrize(
+    ("operation", "weights", "expected"),
+    [
+        (conv(), {"weight": (6, 4, 1, 1)}, 2 * 2 * 6 * 5 * 8 * 4),
+        (conv(padding=(1, 1, 1, 1)), {"weight": (6, 4, 3, 3)}, 2 * 2 * 6 * 5 * 8 * 4 * 9),
+        (
+            conv(padding=(1, 1, 1, 1), upsample=True),
+            {"weight": (2, 2, 6, 4, 2, 2)},
+            2 * 2 * 6 * 10 * 16 * 4 * 4,
+        ),
+        (Linear("y", "x", "matrix", None), {"matrix": (3, 8)}, 2 * 2 * 4 * 5 * 3 * 8),
+        (ATTENTION, {}, 2 * 2 * 40 * 40 * (4 + 4)),
+        (DotProductAttention("y", "x", "x", "x", 1.0), {}, 2 * 2 * 4 * 5 * 5 * (8 + 8)),
+        (Add("y", "x", "x"), {}, 0),
+    ],
+    ids=lambda item: item.kind if isinstance(item, Operation) else "",
+)
+def test_flops_count_products_of_matrices(
+    operation: Operation, weights: dict[str, tuple[int, ...]], expected: int
+) -> None:
+    assert small_graph(operation, **weights).flops((2, 4, 5, 8)) == expected
+
+
+def test_consumers_are_each_operation_that_reads_a_value_once() -> None:
+    square, both = Add("s", "x", "x"), Add("y", "x", "s")
+    assert small_graph(square, both).consumers() == {"x": [square, both], "s": [both], "y": []}
+
+
+def test_the_last_use_of_the_output_is_after_the_run() -> None:
+    graph = small_graph(Add("s", "x", "x"), Add("y", "x", "s"))
+    assert graph.last_uses() == {"x": 1, "s": 1, "y": 2}
+
+
+def test_reading_renames_inputs_and_no_output() -> None:
+    before = conv("y", "y0", residual="r")
+    assert before.reading({"y0": "a", "r": "b", "y": "c"}) == conv("y", "a", residual="b")
+    assert before.reading({"z": "a"}) is before
+
+
+# Independence of sizes
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_graph_is_the_same_whatever_size_it_was_exported_at(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "EXAMPLE_HEIGHT", 64 * 37)
+    monkeypatch.setattr(capture_module, "EXAMPLE_WIDTH", 64 * 41)
+    again = RBLNAutoencoderKL._capture(tiny_vae(), part)
+    # Diffusers makes large images contiguous, and the pass drops that.
+    assert drop_no_ops(again).to_json() == drop_no_ops(captured(part)).to_json()
+    assert again.weights.keys() == captured(part).weights.keys()
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("optimised", [False, True])
+def test_json_holds_no_spatial_size(part: str, optimised: bool) -> None:
+    graph = optimise(captured(part)) if optimised else captured(part)
+    stored = json.loads(graph.to_json())
+    numbers = {
+        item
+        for path in paths(stored)
+        if isinstance(item := at(stored, path), int) and not isinstance(item, bool)
+    }
+    assert max(numbers) <= 16  # the most channels of the model
+
+
+@given(batch=st.integers(1, 3), height=st.integers(1, 9), width=st.integers(1, 9))
+def test_one_graph_serves_every_size(batch: int, height: int, width: int) -> None:
+    shapes = captured("decoder").infer_shapes((batch, 4, height, width))
+    assert shapes[captured("decoder").output] == (batch, 3, 2 * height, 2 * width)
+
+
+# JSON
+
+
+def at(item: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        item = item[key]
+    return item
+
+
+GRAPHS = {
+    "every kind": graph_of_every_kind,
+    "captured": lambda: captured("decoder"),
+    "optimised": lambda: optimise(captured("encoder")),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_json_gives_an_equal_graph(name: str) -> None:
+    graph = GRAPHS[name]()
+    again = Graph.from_json(graph.to_json(), graph.weights)
+    assert again == graph
+    assert again.to_json() == graph.to_json()
+    assert all(type(a) is type(b) for a, b in zip(again.operations, graph.operations, strict=True))
+
+
+def test_json_holds_no_weights() -> None:
+    assert len(small_graph(conv(), weight=(4, 4, 64, 64)).to_json()) < 500
+
+
+def stored_graph() -> Any:
+    return json.loads(graph_of_every_kind().to_json())
+
+
+def loaded(stored: Any) -> Graph:
+    text = stored if isinstance(stored, str) else json.dumps(stored)
+    return Graph.from_json(text, graph_of_every_kind().weights)
+
+
+def replaced(path: tuple[Any, ...], value: Any) -> Any:
+    stored = stored_graph()
+    at(stored, path[:-1])[path[-1]] = value
+    return stored
+
+
+def without(*path: Any) -> Any:
+    stored = stored_graph()
+    del at(stored, path[:-1])[path[-1]]
+    return stored
+
+
+DEEP = 50_000
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "nothing": ("", "isn't JSON"),
+    "half of it": (graph_of_every_kind().to_json()[:99], "isn't JSON"),
+    "a list": ([], "isn't a JSON object"),
+    "null": (None, "isn't a JSON object"),
+    "a number with too many digits": ("9" * 10_000, "isn't JSON"),
+    "no version": (without("version"), "version None"),
+    "a newer version": (replaced(("version",), 2), "version 2"),
+    "a version that is a boolean": (replaced(("version",), True), "version True"),
+    "a version that is a float": (replaced(("version",), 1.0), "version 1.0"),
+    "no operations": (without("operations"), "no list of operations"),
+    "operations that are an object": (replaced(("operations",), {}), "no list of operations"),
+    "an operation that is a text": (replaced(("operations", 0), "Conv2d"), "isn't an object"),
+    "no name": (without("name"), "found"),
+    "a further field": (replaced(("colour",), "red"), "found"),
+    "weights in the text": (replaced(("weights",), {}), "weights"),
+    "a name that is a number": (replaced(("name",), 7), "expected str"),
+    "channels that are a text": (replaced(("input_channels",), "4"), "expected int"),
+    "channels that are a float": (replaced(("input_channels",), 4.0), "expected int"),
+    "channels that are a boolean": (replaced(("input_channels",), True), "expected int"),
+    "an unknown kind": (replaced(("operations", 0, "kind"), "Eval"), "unknown operation 'Eval'"),
+    "the kind that all kinds are": (
+        replaced(("operations", 0, "kind"), "Operation"),
+        "unknown operation 'Operation'",
+    ),
+    "a kind that is a list": (replaced(("operations", 0, "kind"), ["Pad"]), "unknown operation"),
+    "no kind": (without("operations", 0, "kind"), "unknown operation None"),
+    "an operation without an attribute": (without("operations", 0, "padding"), "Pad has the"),
+    "an operation with one too many": (
+        replaced(("operations", 0, "groups"), 1),
+        "Pad has the fields",
+    ),
+    "padding that is a number": (replaced(("operations", 0, "padding"), 1), "expected tuple"),
+    "padding with a text": (
+        replaced(("operations", 0, "padding"), [0, 0, 0, "0"]),
+        "expected int",
+    ),
+    "padding on three sides": (replaced(("operations", 0, "padding"), [0, 0, 0]), "padding"),
+    "a stride that is a boolean": (replaced(("operations", 1, "stride"), True), "expected int"),
+    "a flag that is a number": (replaced(("operations", 1, "upsample"), 0), "expected bool"),
+    "a norm that is a list": (replaced(("operations", 2, "norm"), [4]), "expected an object"),
+    "a norm that is missing": (replaced(("operations", 2, "norm"), None), "expected an object"),
+    "a norm with an own kind": (
+        replaced(("operations", 2, "norm", "kind"), "Norm"),
+        "Norm has the fields",
+    ),
+    "an eps that is a text": (replaced(("operations", 2, "norm", "eps"), "0"), "expected float"),
+    "an eps that is a boolean": (
+        replaced(("operations", 2, "norm", "eps"), True),
+        "expected float",
+    ),
+    "an eps larger than any float": (
+        replaced(("operations", 2, "norm", "eps"), 10**400),
+        "eps",
+    ),
+    "an axis that is a boolean": (
+        replaced(("operations", 5, "axes"), ["n", 8, True, "hw"]),
+        "expected str",
+    ),
+    "an axis that is a float": (
+        replaced(("operations", 5, "axes"), ["n", 8.0, "hw"]),
+        "expected",
+    ),
+    "an axis that is a list": (replaced(("operations", 5, "axes"), ["n", [8], "hw"]), "expected"),
+    "brackets in brackets": ("[" * DEEP + "]" * DEEP, "isn't JSON"),
+    "brackets for operations": (
+        json.dumps(replaced(("operations",), "@")).replace('"@"', "[" * 900 + "]" * 900),
+        "isn't an object",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_from_json_refuses(name: str) -> None:
+    stored, message = MALFORMED[name]
+    with pytest.raises(GraphError, match=re.escape(message)):
+        loaded(stored)
+
+
+@pytest.mark.parametrize("depth", [10, 100, 900, 990, 2_000, 20_000, 200_000])
+@pytest.mark.parametrize(
+    "path", [("version",), ("name",), ("operations", 0), ("operations", 0, "padding")], ids=str
+)
+@pytest.mark.parametrize("brackets", ["[]", '{"a":}'])
+def test_nesting_of_any_depth_is_refused(depth: int, path: tuple[Any, ...], brackets: str) -> None:
+    bomb = brackets[:-1] * depth + "0" + brackets[-1] * depth
+    text = json.dumps(replaced(path, "@")).replace('"@"', bomb)
+    with pytest.raises(GraphError):
+        loaded(text)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.sampled_from(["x", "n", "h", "hw", "silu", "Conv2d", "conv", "first", "", "\ud800"])
+    | st.text(max_size=4),
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=4), children)
+    ),
+    max_leaves=4,
+)
+PLACES = [path for path in paths(stored_graph()) if path]
+
+
+@settings(max_examples=600)
+@given(place=st.sampled_from(PLACES), value=ANYTHING, delete=st.booleans())
+def test_a_graph_with_anything_anywhere_is_valid_or_refused(
+    place: tuple[Any, ...], value: Any, delete: bool
+) -> None:
+    stored = without(*place) if delete else replaced(place, value)
+    try:
+        graph = loaded(stored)
+    except GraphError:
+        return
+    assert graph.verify() == Graph.from_json(graph.to_json(), graph.weights)
+
+
+@settings(max_examples=300)
+@given(start=st.integers(0, 3000), length=st.integers(0, 20), text=st.text(max_size=6))
+def test_text_with_a_piece_replaced_is_valid_or_refused(start: int, length: int, text: str) -> None:
+    whole = graph_of_every_kind().to_json()
+    try:
+        loaded(whole[:start] + text + whole[start + length :])
+    except GraphError:
+        pass
+
+
+@pytest.mark.parametrize("name", sorted(graph_of_every_kind().weights))
+def test_from_json_refuses_weights_that_do_not_fit(name: str) -> None:
+    graph = graph_of_every_kind()
+    for other in (
+        {k: v for k, v in graph.weights.items() if k != name},
+        {**graph.weights, name: graph.weights[name].flatten()[:-1]},
+        {**graph.weights, name: graph.weights[name][None]},
+        {**graph.weights, name + "2": graph.weights[name]},
+    ):
+        with pytest.raises(GraphError):
+            Graph.from_json(graph.to_json(), other)
+
+
+# Printing
+
+
+def test_printing_shows_every_operation_on_a_line() -> None:
+    graph = small_graph(
+        Conv2d("y", "x", "weight", None, 2, (0, 1, 0, 1), norm=changed(NORM, activation="silu")),
+        Attention("z", "y", "y", "y", 1, 0.5),
+        weight=(4, 4, 3, 3),
+        **SHAPES,
+    )
+    assert str(graph) == (
+        "graph part(%x: 4 channels)\n"
+        "  %y = Conv2d(%x) weight, stride 2, padding (0, 1, 0, 1), norm 2 groups then silu\n"
+        "  %z = Attention(%y, %y, %y)\n"
+        "  return %z"
+    )
+
+
+def test_printing_every_kind_names_it_its_output_and_its_inputs() -> None:
+    graph = graph_of_every_kind()
+    for line, operation in zip(str(graph).splitlines()[1:], graph.operations, strict=False):
+        assert line.startswith(f"  %{operation.output} = {operation.kind}(%{operation.inputs[0]}")
+        assert len(line) < 120
+
+
+@pytest.mark.parametrize(
+    ("operation", "shown"),
+    [
+        (Scale("y", "x", 0.25), "by 0.25"),
+        (Activation("y", "x", "gelu"), "gelu"),
+        (Pad("y", "x", (0, 1, 0, 1)), "(0, 1, 0, 1)"),
+        (row_view("n", 4, "hw"), "as (n, 4, hw)"),
+        (Transpose("y", "x", 1, 2), "axes 1 and 2"),
+        (conv(upsample=True), "upsample"),
+        (conv(residual="r"), "%r"),
+    ],
+    ids=str,
+)
+def test_printing_shows_what_an_operation_does(operation: Operation, shown: str) -> None:
+    assert shown in str(operation)
+
+
+def test_the_activations_are_those_of_diffusers() -> None:
+    from diffusers.models.activations import ACT2CLS
+
+    assert set(ACTIVATIONS) == set(ACT2CLS) - {"swish"}  # another name of silu
+    assert ACT2CLS["swish"] is torch.nn.SiLU
+
+
+def test_random_weights_are_those_of_their_seed() -> None:
+    one, same, other = (random_weights(seed, a=(2, 3)) for seed in (0, 0, 1))
+    assert torch.equal(one["a"], same["a"]) and not torch.equal(one["a"], other["a"])

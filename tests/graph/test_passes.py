@@ -1,0 +1,746 @@
+"""The passes: each computes what the graph before it computes, and does what its name says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import PARTS, captured, evaluate, kinds, picture, small_graph, tiny_vae
+
+from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
+from rbln_vae.graph.ir import (
+    Activation,
+    Add,
+    Attention,
+    Conv2d,
+    DotProductAttention,
+    Graph,
+    GroupNorm,
+    Identity,
+    Linear,
+    Norm,
+    Operation,
+    Pad,
+    Scale,
+    Transpose,
+    Upsample,
+    View,
+)
+from rbln_vae.graph.passes import (
+    PASSES,
+    Pass,
+    drop_no_ops,
+    fold_pad,
+    fold_upsample,
+    fold_value_projection,
+    fuse_norm,
+    fuse_residual,
+    optimise,
+    recognise_attention,
+)
+from rbln_vae.metrics import relative_l2
+
+EXACT = 5e-6
+ONES = (1, 1, 1, 1)
+NONE = (0, 0, 0, 0)
+by_name = pytest.mark.parametrize("rewrite", PASSES, ids=lambda p: p.__name__)
+
+
+def before(rewrite: Pass, part: str) -> Graph:
+    """The graph of a part as that pass meets it."""
+    graph = captured(part)
+    for earlier in PASSES[: PASSES.index(rewrite)]:
+        graph = earlier(graph)
+    return graph
+
+
+def assert_same(one: Graph, other: Graph, *, size: tuple[int, int] = (6, 10)) -> None:
+    image = picture(2, one.input_channels, *size)
+    assert relative_l2(evaluate(other, image), evaluate(one, image)) < EXACT
+
+
+def conv(output: str, reads: str, weight: str = "w3", **changes: Any) -> Conv2d:
+    padding = NONE if weight.startswith("w1") else ONES
+    return dataclasses.replace(Conv2d(output, reads, weight, None, padding=padding), **changes)
+
+
+def norm(activation: str | None = None) -> Norm:
+    return Norm(2, 1e-6, "scale", "shift", activation)
+
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "w1": (4, 4, 1, 1),
+    "w1_other": (4, 4, 1, 1),
+    "w3": (4, 4, 3, 3),
+    "bias": (4,),
+    "scale": (4,),
+    "shift": (4,),
+    "matrix": (4, 4),
+    "matrix_other": (4, 4),
+}
+
+
+def graph(*operations: Operation, **shapes: tuple[int, ...]) -> Graph:
+    """A valid graph, with random weights for the names that its operations use."""
+    used = {name for operation in operations for name in operation.weights}
+    every = {**SHAPES, **shapes}
+    return small_graph(*operations, **{name: every[name] for name in sorted(used)}).verify()
+
+
+# Every pass
+
+
+@by_name
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pass_computes_the_same(rewrite: Pass, part: str) -> None:
+    original = before(rewrite, part)
+    assert_same(original, rewrite(original))
+
+
+@by_name
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pass_is_idempotent(rewrite: Pass, part: str) -> None:
+    once = rewrite(before(rewrite, part))
+    assert rewrite(once).to_json() == once.to_json()
+
+
+@by_name
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pass_finds_something_to_do_and_never_adds_work(rewrite: Pass, part: str) -> None:
+    original = before(rewrite, part)
+    result = rewrite(original)
+    absent = {fold_upsample: "encoder", fold_pad: "decoder"}.get(rewrite)
+    assert (result == original) is (part == absent)
+    assert len(result.operations) <= len(original.operations)
+    assert result.flops((1, original.input_channels, 16, 16)) <= original.flops(
+        (1, original.input_channels, 16, 16)
+    )
+
+
+@by_name
+def test_a_pass_does_not_change_its_argument(rewrite: Pass) -> None:
+    original = before(rewrite, "decoder")
+    text, weights = original.to_json(), {k: v.clone() for k, v in original.weights.items()}
+    rewrite(original)
+    assert original.to_json() == text and original.weights.keys() == weights.keys()
+    assert all(torch.equal(original.weights[name], weights[name]) for name in weights)
+
+
+@by_name
+def test_a_pass_gives_a_valid_graph_that_keeps_its_interface(rewrite: Pass) -> None:
+    original = before(rewrite, "decoder")
+    result = rewrite(original).verify()
+    for name in ("name", "input", "input_channels", "output_channels"):
+        assert getattr(result, name) == getattr(original, name)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_test_model_would_show_a_missing_attention(part: str) -> None:
+    """Else equality before and after would say nothing of the passes on attention."""
+    original = optimise(captured(part))
+    attention = next(o for o in original.operations if isinstance(o, Attention))
+    assert attention.residual is not None
+    without = dataclasses.replace(
+        original,
+        operations=tuple(
+            Identity(o.output, attention.residual) if o is attention else o
+            for o in original.operations
+        ),
+    )
+    image = picture(1, original.input_channels, 8, 8)
+    assert relative_l2(evaluate(without, image), evaluate(original, image)) > 0.05
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_queries_of_the_test_model_tell_pixels_apart(part: str) -> None:
+    original = optimise(captured(part))
+    flat = tuple(
+        dataclasses.replace(o, scale=0.0) if isinstance(o, Attention) else o
+        for o in original.operations
+    )
+    image = picture(1, original.input_channels, 8, 8)
+    even = evaluate(dataclasses.replace(original, operations=flat), image)
+    assert relative_l2(even, evaluate(original, image)) > 0.01
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_optimised_parts_are_convolutions_and_attention(part: str) -> None:
+    result = optimise(captured(part))
+    assert_same(captured(part), result, size=(8, 12))
+    assert set(kinds(result)) == {"Attention", "Conv2d"}
+    assert kinds(result).count("Attention") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_attention_in_every_block_is_optimised_too(part: str) -> None:
+    vae = tiny_vae(
+        down_block_types=("AttnDownEncoderBlock2D",) * 2,
+        up_block_types=("AttnUpDecoderBlock2D",) * 2,
+    )
+    original = RBLNAutoencoderKL._capture(vae, part)
+    result = optimise(original)
+    assert set(kinds(result)) == {"Attention", "Conv2d"}
+    assert_same(original, result, size=(4, 6))
+
+
+def test_the_graph_is_printed_after_each_pass_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = graph(Identity("y", "x"))
+    monkeypatch.delenv("RBLN_VAE_DEBUG", raising=False)
+    optimise(small)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RBLN_VAE_DEBUG", "1")
+    optimise(small)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    headings = [line for line in printed.err.splitlines() if line.startswith("after ")]
+    assert headings == [f"after {rewrite.__name__}:" for rewrite in PASSES]
+    assert printed.err.count("graph part(%x: 4 channels)\n  return %x") == len(PASSES)
+
+
+# Hand-made graphs that a pass must rewrite (expected kinds) or leave as they are (None)
+
+VIEW = View("rows", "x", ("n", 4, "hw"), "x")
+LEFT = Identity("left", "x")
+
+CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
+    "copies and factors of one": (
+        drop_no_ops,
+        graph(Identity("a", "x"), Scale("b", "a", 1.0), Activation("c", "b", "silu")),
+        ["Activation"],
+    ),
+    "a copy that is the output": (drop_no_ops, graph(Identity("a", "x")), []),
+    "a copy read as a residual": (
+        drop_no_ops,
+        graph(Identity("a", "x"), conv("b", "x", residual="a")),
+        ["Conv2d"],
+    ),
+    "a factor that is not one": (drop_no_ops, graph(Scale("a", "x", 1 + 1e-7)), None),
+    "a view and back": (drop_no_ops, graph(VIEW, View("a", "rows", ("n", 4, "h", "w"), "x")), []),
+    "a view like a copy": (
+        drop_no_ops,
+        graph(
+            Identity("a", "x"),
+            View("rows", "x", ("n", 4, "hw"), "a"),
+            Activation("b", "rows", "silu"),
+            View("c", "b", ("n", 4, "h", "w"), "a"),
+        ),
+        ["View", "Activation", "View"],
+    ),
+    "a transpose undone": (
+        drop_no_ops,
+        graph(Transpose("a", "x", 1, 2), Transpose("b", "a", 2, 1)),
+        [],
+    ),
+    "three transposes": (
+        drop_no_ops,
+        graph(Transpose("a", "x", 2, 3), Transpose("b", "a", 2, 3), Transpose("c", "b", 2, 3)),
+        ["Transpose"],
+    ),
+    "transposes of other axes": (
+        drop_no_ops,
+        graph(
+            Transpose("a", "x", 2, 3),
+            Transpose("b", "a", 1, 2),
+            Transpose("c", "b", 1, 3),
+            Transpose("d", "c", 2, 3),
+        ),
+        None,
+    ),
+    "a transpose undone that others read": (
+        drop_no_ops,
+        graph(
+            Transpose("a", "x", 2, 3),
+            Transpose("b", "a", 2, 3),
+            Transpose("c", "b", 2, 3),
+            Add("d", "a", "c"),
+        ),
+        ["Transpose", "Transpose", "Add"],
+    ),
+    "attention without projections": (
+        recognise_attention,
+        graph(
+            VIEW,
+            Transpose("columns", "rows", 1, 2),
+            View("split", "columns", ("n", "hw", 2, 2), "x"),
+            Transpose("heads", "split", 1, 2),
+            DotProductAttention("dot", "heads", "heads", "heads", 0.7),
+            Transpose("together", "dot", 1, 2),
+            View("merged", "together", ("n", "hw", 4), "x"),
+            Transpose("back", "merged", 1, 2),
+            View("y", "back", ("n", 4, "h", "w"), "x"),
+        ),
+        ["Attention"],
+    ),
+    "a layer over pixels": (
+        recognise_attention,
+        graph(
+            VIEW,
+            Transpose("columns", "rows", 1, 2),
+            Linear("linear", "columns", "matrix", "bias"),
+            Transpose("back", "linear", 1, 2),
+            View("y", "back", ("n", 4, "h", "w"), "x"),
+        ),
+        ["Conv2d"],
+    ),
+    "a norm and an activation of pixels in a row": (
+        recognise_attention,
+        graph(
+            VIEW,
+            GroupNorm("normal", "rows", norm()),
+            Activation("active", "normal", "gelu"),
+            View("y", "active", ("n", 4, "h", "w"), "x"),
+        ),
+        ["GroupNorm", "Activation"],
+    ),
+    "height and width exchanged": (
+        recognise_attention,
+        graph(Transpose("a", "x", 2, 3), Activation("b", "a", "silu"), Transpose("c", "b", 2, 3)),
+        ["Activation"],
+    ),
+    "height and width exchanged by a view": (
+        recognise_attention,
+        graph(VIEW, View("y", "rows", ("n", 4, "w", "h"), "x")),
+        None,
+    ),
+    "a view like an image that was turned": (
+        recognise_attention,
+        graph(
+            Transpose("turned", "x", 2, 3),
+            VIEW,
+            View("y", "rows", ("n", 4, "h", "w"), "turned"),
+        ),
+        None,
+    ),
+    "channels taken for pixels": (
+        recognise_attention,
+        graph(
+            View("split", "x", ("n", 2, 2, "hw"), "x"),
+            DotProductAttention("dot", "split", "split", "split", 1e-3),
+            View("y", "dot", ("n", 4, "h", "w"), "x"),
+        ),
+        None,
+    ),
+    "two arrangements in one sum": (
+        recognise_attention,
+        graph(
+            View("split", "x", ("n", 2, 2, "hw"), "x"),
+            Transpose("turned", "split", 1, 2),
+            Add("sum", "turned", "split"),
+            View("y", "sum", ("n", 4, "h", "w"), "x"),
+        ),
+        None,
+    ),
+    "the value projection": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1", bias="bias"),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other", bias="shift", residual="x"),
+        ),
+        ["Conv2d", "Attention"],
+    ),
+    "the value projection without biases": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1", norm=norm("silu")),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other"),
+        ),
+        ["Conv2d", "Attention"],
+    ),
+    "several heads": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 2, 0.5),
+            conv("y", "a", "w1_other"),
+        ),
+        None,
+    ),
+    "attention with a residual before its projection": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 1, 0.5, residual="x"),
+            conv("y", "a", "w1_other"),
+        ),
+        None,
+    ),
+    "a value that is the query too": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "v", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other"),
+        ),
+        None,
+    ),
+    "a value that others read": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other", residual="v"),
+        ),
+        None,
+    ),
+    "attention that others read": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other"),
+            Add("z", "a", "y"),
+        ),
+        None,
+    ),
+    "attention that is its projection's residual": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other", residual="a"),
+        ),
+        None,
+    ),
+    "a projection of 3x3": (
+        fold_value_projection,
+        graph(conv("v", "x", "w1"), Attention("a", "x", "x", "v", 1, 0.5), conv("y", "a", "w3")),
+        None,
+    ),
+    "a projection of a norm": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other", norm=norm()),
+        ),
+        None,
+    ),
+    "one value weight with two projections": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("b", "a", "w1_other"),
+            conv("v2", "b", "w1"),
+            Attention("a2", "b", "b", "v2", 1, 0.5),
+            conv("y", "a2", "w1_third"),
+            w1_third=(4, 4, 1, 1),
+        ),
+        ["Conv2d", "Attention", "Conv2d", "Attention"],
+    ),
+    "enlarging": (fold_upsample, graph(Upsample("u", "x"), conv("y", "u")), ["Conv2d"]),
+    "enlarging with bias and residual": (
+        fold_upsample,
+        graph(
+            Upsample("u", "x"),
+            conv("r", "u", "w1"),
+            Upsample("u2", "x"),
+            conv("y", "u2", bias="bias", residual="r"),
+        ),
+        ["Upsample", "Conv2d", "Conv2d"],
+    ),
+    "enlarging twice": (
+        fold_upsample,
+        graph(Upsample("u", "x"), Upsample("u2", "u"), conv("y", "u2")),
+        ["Upsample", "Conv2d"],
+    ),
+    "enlarging that others read": (
+        fold_upsample,
+        graph(Upsample("u", "x"), conv("c", "u"), Add("y", "u", "c")),
+        None,
+    ),
+    "enlarging before 1x1": (fold_upsample, graph(Upsample("u", "x"), conv("y", "u", "w1")), None),
+    "enlarging without padding": (
+        fold_upsample,
+        graph(Upsample("u", "x"), conv("y", "u", padding=NONE)),
+        None,
+    ),
+    "enlarging with padding on two sides": (
+        fold_upsample,
+        graph(Upsample("u", "x"), conv("y", "u", padding=(0, 2, 0, 2))),
+        None,
+    ),
+    "enlarging before a stride": (
+        fold_upsample,
+        graph(Upsample("u", "x"), conv("y", "u", stride=2)),
+        None,
+    ),
+    "enlarging before a norm": (
+        fold_upsample,
+        graph(Upsample("u", "x"), conv("y", "u", norm=norm("silu"))),
+        None,
+    ),
+    "a border": (
+        fold_pad,
+        graph(Pad("p", "x", (0, 1, 0, 1)), conv("y", "p", stride=2, padding=NONE)),
+        ["Conv2d"],
+    ),
+    "a border and padding": (
+        fold_pad,
+        graph(Pad("p", "x", (0, 1, 2, 3)), conv("y", "p")),
+        ["Conv2d"],
+    ),
+    "a border of a border": (
+        fold_pad,
+        graph(Pad("p", "x", (0, 1, 2, 3)), Pad("q", "p", ONES), conv("y", "q")),
+        ["Conv2d"],
+    ),
+    "a border that two read": (
+        fold_pad,
+        graph(Pad("p", "x", ONES), conv("a", "p"), conv("b", "p"), Add("y", "a", "b")),
+        ["Conv2d", "Conv2d", "Add"],
+    ),
+    "a border before a norm": (
+        fold_pad,
+        graph(Pad("p", "x", ONES), conv("y", "p", norm=norm())),
+        None,
+    ),
+    "a border before enlarging": (
+        fold_pad,
+        graph(
+            Pad("p", "x", ONES), conv("y", "p", "phases", upsample=True), phases=(2, 2, 4, 4, 2, 2)
+        ),
+        None,
+    ),
+    "a border that is the output": (fold_pad, graph(Pad("p", "x", ONES)), None),
+    "norm, activation, convolution": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), Activation("a", "n", "mish"), conv("y", "a")),
+        ["Conv2d"],
+    ),
+    "norm before an enlarging convolution": (
+        fuse_norm,
+        graph(
+            GroupNorm("n", "x", norm()),
+            conv("y", "n", "phases", upsample=True),
+            phases=(2, 2, 4, 4, 2, 2),
+        ),
+        ["Conv2d"],
+    ),
+    "norm of three convolutions": (
+        fuse_norm,
+        graph(
+            GroupNorm("n", "x", norm()),
+            conv("q", "n", "w1"),
+            conv("k", "n", "w1_other"),
+            conv("v", "n", "w3"),
+            Attention("y", "q", "k", "v", 1, 0.5),
+        ),
+        ["Conv2d", "Conv2d", "Conv2d", "Attention"],
+    ),
+    "norm and activation that is the output": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), Activation("a", "n", "relu")),
+        ["GroupNorm"],
+    ),
+    "two activations": (
+        fuse_norm,
+        graph(
+            GroupNorm("n", "x", norm()), Activation("a", "n", "mish"), Activation("y", "a", "silu")
+        ),
+        ["GroupNorm", "Activation"],
+    ),
+    "norm that others read": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), conv("c", "n"), Add("y", "n", "c")),
+        None,
+    ),
+    "norm that an activation and a convolution read": (
+        fuse_norm,
+        graph(
+            GroupNorm("n", "x", norm()), Activation("a", "n", "silu"), conv("y", "a", residual="n")
+        ),
+        None,
+    ),
+    "norm that is the convolution's residual": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), conv("y", "n", residual="n")),
+        None,
+    ),
+    "norm before a convolution with its own": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), conv("y", "n", norm=norm("relu"))),
+        None,
+    ),
+    "activation without a norm": (
+        fuse_norm,
+        graph(Activation("a", "x", "silu"), conv("y", "a")),
+        None,
+    ),
+    "a sum with a convolution": (
+        fuse_residual,
+        graph(conv("c", "x"), Add("y", "x", "c")),
+        ["Conv2d"],
+    ),
+    "a sum with attention": (
+        fuse_residual,
+        graph(Attention("a", "x", "x", "x", 2, 0.5), Add("y", "a", "x")),
+        ["Attention"],
+    ),
+    "a sum of two convolutions": (
+        fuse_residual,
+        graph(conv("a", "x"), conv("b", "x", "w1"), Add("y", "a", "b")),
+        ["Conv2d", "Conv2d"],
+    ),
+    "a sum of sums": (
+        fuse_residual,
+        graph(conv("a", "x"), Add("s", "a", "x"), conv("b", "s"), Add("y", "s", "b")),
+        ["Conv2d", "Conv2d"],
+    ),
+    "three terms": (
+        fuse_residual,
+        graph(conv("a", "x"), Add("s", "a", "x"), Add("y", "s", "x")),
+        ["Conv2d", "Add"],
+    ),
+    "a convolution twice": (fuse_residual, graph(conv("a", "x"), Add("y", "a", "a")), None),
+    "a convolution that others read": (
+        fuse_residual,
+        graph(conv("a", "x"), Add("s", "a", "x"), Add("y", "a", "s")),
+        None,
+    ),
+    "a convolution with a residual": (
+        fuse_residual,
+        graph(conv("a", "x", residual="x"), Add("y", "a", "x")),
+        None,
+    ),
+    "a sum of no convolution": (
+        fuse_residual,
+        graph(Activation("a", "x", "silu"), Add("y", "a", "x")),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hand_made(name: str) -> None:
+    rewrite, original, expected = CASES[name]
+    result = rewrite(original)
+    if expected is None:
+        assert result == original
+    else:
+        assert kinds(result) == expected
+    assert_same(original, result)
+    assert rewrite(result).to_json() == result.to_json()
+
+
+# What single passes do
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (7, 4)])
+def test_folded_enlarging_is_right_at_every_border(size: tuple[int, int]) -> None:
+    original = graph(Upsample("u", "x"), conv("y", "u", bias="bias"))
+    assert_same(original, fold_upsample(original), size=size)
+
+
+def test_folded_enlarging_saves_five_ninths() -> None:
+    original = graph(Upsample("u", "x"), conv("y", "u"))
+    shape = (1, 4, 10, 10)
+    assert fold_upsample(original).flops(shape) * 9 == original.flops(shape) * 4
+
+
+def test_a_folded_projection_saves_a_convolution() -> None:
+    original = before(fold_value_projection, "decoder")
+    result = fold_value_projection(original)
+    assert kinds(original).count("Conv2d") - kinds(result).count("Conv2d") == 1
+    shape = (1, 4, 8, 8)
+    assert original.flops(shape) - result.flops(shape) == 2 * 16 * 16 * 64
+
+
+def test_recognised_attention_has_images_and_one_operation() -> None:
+    result = recognise_attention(before(recognise_attention, "decoder"))
+    assert not {"View", "Transpose", "Linear", "DotProductAttention"} & set(kinds(result))
+    (attention,) = (o for o in result.operations if isinstance(o, Attention))
+    assert (attention.heads, attention.scale) == (1, 16**-0.5)
+
+
+def test_nothing_that_does_nothing_is_left() -> None:
+    result = drop_no_ops(captured("decoder"))
+    assert "Identity" not in kinds(result)
+    assert not any(isinstance(o, Scale) for o in result.operations)
+
+
+def test_a_shortcut_is_made_before_the_convolution_that_adds_it() -> None:
+    original = graph(conv("big", "x"), conv("shortcut", "x", "w1"), Add("y", "shortcut", "big"))
+    first, second = fuse_residual(original).operations
+    assert (first.output, second.output) == ("shortcut", "y")
+    assert isinstance(second, Conv2d) and (second.weight, second.residual) == ("w3", "shortcut")
+
+
+def test_unused_weights_are_let_go() -> None:
+    assert set(fold_upsample(graph(Upsample("u", "x"), conv("y", "u"))).weights) == {"w3.phases"}
+
+
+# Random graphs
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Graph:
+    """Images of four channels made from earlier ones, of one or of twice the size."""
+    operations: list[Operation] = []
+    sizes = {"x": 0}
+
+    def source(size: int | None = None) -> str:
+        return draw(st.sampled_from([v for v, s in sizes.items() if size in (None, s)]))
+
+    def residual(size: int) -> str | None:
+        choices = [v for v, s in sizes.items() if s == size]
+        return draw(st.sampled_from([None, *choices]))
+
+    for index in range(draw(st.integers(1, 9))):
+        output, reads = f"v{index}", draw(st.sampled_from([source(), list(sizes)[-1]]))
+        size = sizes[reads]
+        kind = draw(st.integers(0, 9))
+        operation: Operation
+        if kind == 0:
+            operation = Identity(output, reads)
+        elif kind == 1:
+            operation = Scale(output, reads, draw(st.sampled_from([1.0, 0.5])))
+        elif kind == 2:
+            operation = Activation(output, reads, draw(st.sampled_from(["silu", "relu"])))
+        elif kind == 3:
+            operation = GroupNorm(output, reads, norm())
+        elif kind == 4:
+            operation = Add(output, reads, source(size))
+        elif kind == 5 and size < 2:
+            operation, size = Upsample(output, reads), size + 1
+        elif kind == 6:
+            value = source(size)
+            heads = draw(st.sampled_from([1, 2]))
+            operation = Attention(output, source(size), reads, value, heads, 0.5, residual(size))
+        elif kind == 7:
+            fused = draw(st.sampled_from([None, norm("silu")]))
+            weight = draw(st.sampled_from(["w1", "w1_other"]))
+            operation = conv(output, reads, weight, norm=fused, residual=residual(size))
+        else:
+            fused = draw(st.sampled_from([None, None, norm()]))
+            operation = conv(output, reads, norm=fused, residual=residual(size))
+        operations.append(operation)
+        sizes[output] = size
+    needed = {operations[-1].output}
+    for operation in reversed(operations):
+        if operation.output in needed:
+            needed.update(operation.inputs)
+    return graph(*(o for o in operations if o.output in needed))
+
+
+@settings(max_examples=150)
+@given(original=graphs())
+def test_every_pass_on_any_graph_computes_the_same(original: Graph) -> None:
+    image = picture(1, 4, 3, 4)
+    expected = evaluate(original, image, torch.float64)
+    rewritten = original
+    for rewrite in PASSES:
+        for start in (original, rewritten):
+            result = rewrite(start)
+            difference = (evaluate(result, image, torch.float64) - expected).norm()
+            assert difference <= 1e-6 * expected.norm() + 1e-9
+        rewritten = result

@@ -1,0 +1,162 @@
+"""Small models, graphs and tools that several tests share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+
+from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
+from rbln_vae.graph.interpreter import Interpreter
+from rbln_vae.graph.ir import (
+    Activation,
+    Add,
+    Attention,
+    Conv2d,
+    DotProductAttention,
+    Graph,
+    GroupNorm,
+    Identity,
+    Linear,
+    Norm,
+    Operation,
+    Pad,
+    Scale,
+    Transpose,
+    Upsample,
+    View,
+)
+
+PARTS = ("encoder", "decoder")
+
+
+def tiny_vae(
+    channels: tuple[int, ...] = (8, 16), *, seed: int = 0, **changes: Any
+) -> AutoencoderKL:
+    """A small AutoencoderKL, in which each layer's output has a natural spread.
+
+    The weights that diffusers starts from give flat images and inert attention, which would
+    hide mistakes.
+    """
+    config: dict[str, Any] = {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+        **changes,
+    }
+    vae = AutoencoderKL(**config).eval()
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(tensor: torch.Tensor, spread: float) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator) * spread
+
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.weight.copy_(random(module.weight, module.weight[0].numel() ** -0.5))
+                if module.bias is not None:
+                    module.bias.copy_(random(module.bias, 0.2))
+            elif isinstance(module, torch.nn.GroupNorm):
+                module.weight.copy_(1 + random(module.weight, 0.3))
+                module.bias.copy_(random(module.bias, 0.3))
+        for module in vae.modules():
+            if isinstance(module, DiffusersAttention):
+                module.to_q.weight.mul_(2)  # attends to some pixels more than to others
+    return vae
+
+
+@functools.cache
+def captured(part: str) -> Graph:
+    """A part of `tiny_vae()` as captured."""
+    return RBLNAutoencoderKL._capture(tiny_vae(), part)
+
+
+def diffusers_part(vae: AutoencoderKL, part: str, image: torch.Tensor) -> torch.Tensor:
+    """What diffusers computes for a part: moments, or pixels."""
+    with torch.no_grad():
+        if part == "encoder":
+            return vae.encode(image).latent_dist.parameters
+        return vae.decode(image).sample
+
+
+def picture(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def evaluate(graph: Graph, image: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return Interpreter(graph, dtype).run(image)
+
+
+def random_weights(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A tensor for each name; the `_` of a keyword stands as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        fan_in = math.prod(shape[1:]) if len(shape) == 4 else shape[-1] if len(shape) == 2 else 4
+        weights[name] = torch.randn(shape, generator=generator) * max(fan_in, 1) ** -0.5
+    return weights
+
+
+def small_graph(
+    *operations: Operation, channels: int = 4, seed: int = 0, **shapes: tuple[int, ...]
+) -> Graph:
+    """A graph from `x` to what the last operation makes, with random weights of those shapes."""
+    output = operations[-1].output if operations else "x"
+    return Graph("part", "x", channels, output, operations, random_weights(seed, **shapes))
+
+
+def graph_of_every_kind() -> Graph:
+    """A graph that holds every operation, and every attribute at a value not its default."""
+    norm = Norm(2, 1e-6, "scale", "shift", "gelu")
+    return small_graph(
+        Pad("pad", "x", (1, 0, 2, 0)),
+        Conv2d("conv", "pad", "first", "shift", padding=(0, 1, 0, 0)),
+        GroupNorm("norm", "conv", Norm(4, 1e-5, "scale", "shift")),
+        Activation("mish", "norm", "mish"),
+        Conv2d(
+            "residual", "mish", "second", None, padding=(1, 1, 1, 1), norm=norm, residual="conv"
+        ),
+        View("rows", "residual", ("n", 8, "hw"), "residual"),
+        Transpose("columns", "rows", 1, 2),
+        Linear("linear", "columns", "matrix", "shift"),
+        View("split", "linear", ("n", "hw", 2, 4), "residual"),
+        Transpose("heads", "split", 1, 2),
+        DotProductAttention("dot", "heads", "heads", "heads", 0.5),
+        Transpose("together", "dot", 1, 2),
+        View("merged", "together", ("n", "hw", 8), "residual"),
+        Transpose("back", "merged", 1, 2),
+        View("image", "back", ("n", 8, "h", "w"), "residual"),
+        Scale("half", "image", 0.5),
+        Identity("same", "half"),
+        Add("sum", "same", "residual"),
+        Attention("attention", "residual", "image", "sum", 2, 0.4, residual="sum"),
+        Upsample("double", "attention"),
+        Conv2d("down", "double", "second", "shift", stride=2, padding=(1, 0, 1, 0)),
+        Conv2d("result", "down", "phases", None, padding=(1, 1, 1, 1), upsample=True),
+        first=(8, 4, 2, 3),
+        shift=(8,),
+        scale=(8,),
+        second=(8, 8, 3, 3),
+        matrix=(8, 8),
+        phases=(2, 2, 3, 8, 2, 2),
+    )
+
+
+def kinds(graph: Graph) -> list[str]:
+    return [operation.kind for operation in graph.operations]
+
+
+def paths(item: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where everything in a JSON document stands, the whole of it first."""
+    yield path
+    if isinstance(item, (dict, list)):
+        for key, child in item.items() if isinstance(item, dict) else enumerate(item):
+            yield from paths(child, (*path, key))
