@@ -132,7 +132,7 @@ def stable_diffusion_xl() -> Components:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=WIDTH + 6 * 8,
         ),
-        "scheduler": EulerDiscreteScheduler(),
+        "scheduler": EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
         "text_encoder": CLIPTextModel(_clip_config()).eval(),
         "text_encoder_2": CLIPTextModelWithProjection(_clip_config()).eval(),
         "tokenizer": _clip_tokenizer(),
@@ -141,13 +141,13 @@ def stable_diffusion_xl() -> Components:
 
 
 def stable_diffusion_3() -> Components:
-    """Stable Diffusion 3 without T5, which is optional there."""
+    """Stable Diffusion 3 without T5, which is optional there; its latents have 16 channels."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
-        in_channels=4,
-        out_channels=4,
+        in_channels=16,
+        out_channels=16,
         num_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -168,11 +168,11 @@ def stable_diffusion_3() -> Components:
 
 
 def flux() -> Components:
-    """FLUX.1, whose transformer takes 2x2 latent cells as one."""
+    """FLUX.1, whose transformer takes 2x2 latent cells of 16 channels as one."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=64,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,
