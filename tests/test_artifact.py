@@ -204,7 +204,7 @@ def test_weights_of_diffusers_are_refused_with_advice(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RBLNArtifactError, match="There is no .*part"):
+    with pytest.raises(RBLNArtifactError, match=r"There is no .*part"):
         read_artifact(tmp_path / "part")
     with pytest.raises(RBLNArtifactError, match="can't be read"):
         read_artifact(tmp_path)

@@ -36,6 +36,13 @@ def _image_size(value: object) -> tuple[int, int]:
     return positive_int(sides[0]), positive_int(sides[1])
 
 
+def _scale_factor(value: object) -> int:
+    factor = positive_number(value)
+    if not isinstance(factor, int):
+        raise ValueError("expected a positive whole number")
+    return factor
+
+
 class RBLNAutoencoderKLConfig(RBLNModelConfig):
     """What an `RBLNAutoencoderKL` is compiled for.
 
@@ -68,7 +75,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
         "batch_size": positive_int,
         "sample_size": _image_size,
         "uses_encoder": boolean,
-        "vae_scale_factor": positive_number,
+        "vae_scale_factor": _scale_factor,
         "in_channels": positive_int,
         "latent_channels": positive_int,
     }
@@ -77,7 +84,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
     batch_size: int
     sample_size: tuple[int, int] | None
     uses_encoder: bool | None
-    vae_scale_factor: int | float | None
+    vae_scale_factor: int | None
     in_channels: int | None
     latent_channels: int | None
 
@@ -123,7 +130,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
                 "from the rbln_config of a compiled model."
             )
         height, width = self.sample_size
-        return int(height // self.vae_scale_factor), int(width // self.vae_scale_factor)
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
 
 
 class RBLNAutoencoderKL(RBLNModel):
@@ -291,11 +298,13 @@ class RBLNAutoencoderKL(RBLNModel):
 
     @classmethod
     def _resolve(cls, rbln_config: RBLNAutoencoderKLConfig, config: Mapping[str, Any]) -> None:
-        size = config.get("sample_size")
+        blocks = config.get("block_out_channels")
+        if not isinstance(blocks, (list, tuple)) or not blocks:
+            raise ValueError(f"block_out_channels={blocks!r} of the model is no list of channels.")
         own = {
             "in_channels": config.get("in_channels"),
             "latent_channels": config.get("latent_channels"),
-            "vae_scale_factor": 2 ** (len(config.get("block_out_channels", ())) - 1),
+            "vae_scale_factor": 2 ** (len(blocks) - 1),
         }
         for name, value in own.items():
             chosen = getattr(rbln_config, name)
@@ -308,7 +317,10 @@ class RBLNAutoencoderKL(RBLNModel):
         if rbln_config.uses_encoder is None:
             rbln_config.uses_encoder = True
         if rbln_config.sample_size is None:
-            rbln_config.sample_size = size
+            rbln_config.sample_size = config.get("sample_size")
+        for name in (*own, "sample_size"):
+            if getattr(rbln_config, name) is None:
+                raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
 
     @classmethod
     def _parts(cls, rbln_config: RBLNAutoencoderKLConfig) -> dict[str, tuple[int, int, int, int]]:

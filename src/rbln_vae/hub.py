@@ -68,6 +68,8 @@ def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path |
                 f"{path} is not a .safetensors file. Other checkpoints can hold code, so they are "
                 "not loaded: convert it to .safetensors first."
             )
+        if not path.is_file() and "://" not in model_id:
+            raise OSError(f"There is no file {path}.")
         return None
     return _download(model_id, subfolder, download)
 
@@ -92,7 +94,7 @@ def _compiled_directory(directory: Path) -> Path | None:
 
 
 def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Path | None:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HFValidationError,
@@ -103,7 +105,17 @@ def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Pat
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
         hf_hub_download(model_id, prefix + CONFIG_NAME, **download)
-    except (EntryNotFoundError, LocalEntryNotFoundError):
+    except LocalEntryNotFoundError as error:
+        # The hub has not answered; what the cache holds of the model still may tell.
+        where = {k: download[k] for k in ("cache_dir", "revision") if k in download}
+        others = (prefix + "config.json", "model_index.json")
+        if not any(isinstance(try_to_load_from_cache(model_id, o, **where), str) for o in others):
+            raise OSError(
+                f"{model_id!r} is not in the cache, and the hub was not asked or can't be reached. "
+                "Check the connection, local_files_only and HF_HUB_OFFLINE, or name a directory."
+            ) from error
+        return None
+    except EntryNotFoundError:
         return None
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise OSError(

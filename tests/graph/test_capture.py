@@ -1,5 +1,4 @@
-"""Capture: every legal AutoencoderKL becomes a graph that computes the same, and what can't be
-captured is an error that says what and where."""
+"""Capture: every legal AutoencoderKL becomes a graph; what can't is an error with its place."""
 
 from __future__ import annotations
 
@@ -304,7 +303,7 @@ WHOLE: dict[str, tuple[nn.Module, str]] = {
         "can't be exported as one graph",
     ),
     "a loop that depends on values": (
-        Call(lambda x: [x for _ in range(int(x.sum()))][0]),
+        Call(lambda x: next(x for _ in range(int(x.sum())))),
         "can't be exported",
     ),
     "an error of its own": (Call(lambda x: x.no_such_method()), "no_such_method"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -228,7 +229,7 @@ def test_the_callback_sees_each_operation_in_order_and_may_end_the_run() -> None
 def test_values_are_freed_after_their_last_use() -> None:
     """A chain of any length holds what one operation reads and makes."""
     names = ["x", *(f"v{i}" for i in range(30))]
-    graph = small_graph(*(Scale(b, a, 1.01) for a, b in zip(names[:-1], names[1:], strict=True)))
+    graph = small_graph(*(Scale(b, a, 1.01) for a, b in itertools.pairwise(names)))
     interpreter = Interpreter(graph)
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = 0
