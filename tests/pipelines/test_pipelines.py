@@ -184,7 +184,6 @@ def pair(name: str, dtype: str = "float32", **more: Any) -> tuple[Tensor, Tensor
 
 
 def assert_same(found: Tensor, expected: Tensor, least: float = FLOAT32_DB) -> None:
-    assert found.dtype == expected.dtype
     assert expected.float().std() > 0.1, "a flat image shows nothing"
     assert psnr(found, expected, 1.0) >= least
 
@@ -195,7 +194,9 @@ MOST = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for
 
 @pytest.mark.parametrize("name", MOST)
 def test_images_are_those_of_the_original(name):
-    assert_same(*pair(name))
+    found, expected = pair(name)
+    assert found.dtype == expected.dtype
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -311,7 +312,9 @@ def test_a_pipeline_in_half_precision(name, dtype):
         pipe.to(dtype, silence_dtype_warnings=True)
         assert pipe.dtype == dtype
         images.append(run(pipe, case))
-    assert_same(images[0], images[1], BFLOAT16_DB)
+    found, expected = images
+    assert found.dtype == dtype
+    assert_same(found, expected, BFLOAT16_DB)
 
 
 def test_moving_a_pipeline_leaves_the_vae():
@@ -326,11 +329,10 @@ def test_tiling_and_slicing_are_allowed():
     case = CASES["sd"]
     pipe = make(case, compiled({}))
     before = run(pipe, case)
-    for method in ("enable_vae_tiling", "enable_vae_slicing"):
-        getattr(pipe, method)()
+    for what in ("tiling", "slicing"):
+        # Pipelines of older versions of diffusers have methods that call those of the VAE.
+        getattr(pipe, f"enable_vae_{what}", getattr(pipe.vae, f"enable_{what}"))()
     assert torch.equal(run(pipe, case), before)
-    for method in ("disable_vae_tiling", "disable_vae_slicing"):
-        getattr(pipe, method)()
 
 
 def test_offloading_leaves_the_vae_where_it_is():
