@@ -3,12 +3,18 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "engine/binding.h"
 #include "engine/cpu_features.h"
 
-NB_MODULE(_engine, m) {
+#if !defined(RBLN_VAE_MODULE)
+#define RBLN_VAE_MODULE _engine
+#endif
+
+NB_MODULE(RBLN_VAE_MODULE, m) {
   m.doc() = "The CPU engine.";
   m.def(
       "cpu_features", [] { return rbln_vae::names(rbln_vae::cpu_features()); },
       "The instruction sets that this processor and operating system support, by the\n"
       "names of Linux's /proc/cpuinfo; empty where the processor isn't x86.");
+  rbln_vae::bind_engine(m);
 }

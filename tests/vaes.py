@@ -104,6 +104,11 @@ def pixels(vae: AutoencoderKL | RBLNAutoencoderKL, latent: Tensor) -> Tensor:
         return vae.decode(latent).sample
 
 
+def part_of(vae: AutoencoderKL | RBLNAutoencoderKL, part: str, image: Tensor) -> Tensor:
+    """What the encoder or the decoder gives, by its name."""
+    return moments(vae, image) if part == "encoder" else pixels(vae, image)
+
+
 def assert_same_model(
     compiled: RBLNAutoencoderKL, vae: AutoencoderKL, tolerance: float = TOLERANCE
 ) -> None:

@@ -11,19 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from models import (
+from graphs import (
     PARTS,
     captured,
     evaluate,
     graph_of_every_kind,
     paths,
-    picture,
     random_weights,
     small_graph,
-    tiny_vae,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vaes import make_vae, noise
 
 from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.graph import capture as capture_module
@@ -294,7 +293,7 @@ def test_shape_inference_agrees_with_what_is_computed(
 ) -> None:
     graph = small_graph(operation, **weights)
     assert graph.infer_shapes((2, 4, 5, 8)) == {"x": (2, 4, 5, 8), "y": expected}
-    assert tuple(evaluate(graph, picture(2, 4, 5, 8)).shape) == expected
+    assert tuple(evaluate(graph, noise(2, 4, 5, 8)).shape) == expected
 
 
 def test_attention_has_the_channels_of_its_value() -> None:
@@ -363,7 +362,7 @@ def test_a_graph_is_the_same_whatever_size_it_was_exported_at(
 ) -> None:
     monkeypatch.setattr(capture_module, "EXAMPLE_HEIGHT", 64 * 37)
     monkeypatch.setattr(capture_module, "EXAMPLE_WIDTH", 64 * 41)
-    again = RBLNAutoencoderKL._capture(tiny_vae(), part)
+    again = RBLNAutoencoderKL._capture(make_vae(), part)
     # Diffusers makes large images contiguous, and the pass drops that.
     assert drop_no_ops(again).to_json() == drop_no_ops(captured(part)).to_json()
     assert again.weights.keys() == captured(part).weights.keys()

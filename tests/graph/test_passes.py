@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import PARTS, captured, evaluate, kinds, small_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import PARTS, captured, evaluate, kinds, picture, small_graph, tiny_vae
+from vaes import make_vae, noise
 
 from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.graph.ir import (
@@ -59,7 +60,7 @@ def before(rewrite: Pass, part: str) -> Graph:
 
 
 def assert_same(one: Graph, other: Graph, *, size: tuple[int, int] = (6, 10)) -> None:
-    image = picture(2, one.input_channels, *size)
+    image = noise(2, one.input_channels, *size)
     assert relative_l2(evaluate(other, image), evaluate(one, image)) < EXACT
 
 
@@ -151,7 +152,7 @@ def test_the_test_model_would_show_a_missing_attention(part: str) -> None:
             for o in original.operations
         ),
     )
-    image = picture(1, original.input_channels, 8, 8)
+    image = noise(1, original.input_channels, 8, 8)
     assert relative_l2(evaluate(without, image), evaluate(original, image)) > 0.05
 
 
@@ -162,7 +163,7 @@ def test_the_queries_of_the_test_model_tell_pixels_apart(part: str) -> None:
         dataclasses.replace(o, scale=0.0) if isinstance(o, Attention) else o
         for o in original.operations
     )
-    image = picture(1, original.input_channels, 8, 8)
+    image = noise(1, original.input_channels, 8, 8)
     even = evaluate(dataclasses.replace(original, operations=flat), image)
     assert relative_l2(even, evaluate(original, image)) > 0.01
 
@@ -178,7 +179,7 @@ def test_optimised_parts_are_convolutions_and_attention(part: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_attention_in_every_block_is_optimised_too(part: str) -> None:
-    vae = tiny_vae(
+    vae = make_vae(
         down_block_types=("AttnDownEncoderBlock2D",) * 2,
         up_block_types=("AttnUpDecoderBlock2D",) * 2,
     )
@@ -735,7 +736,7 @@ def graphs(draw: st.DrawFn) -> Graph:
 @settings(max_examples=60)
 @given(original=graphs())
 def test_every_pass_on_any_graph_computes_the_same(original: Graph) -> None:
-    image = picture(1, 4, 3, 4)
+    image = noise(1, 4, 3, 4)
     expected = evaluate(original, image, torch.float64)
     rewritten = original
     for rewrite in PASSES:

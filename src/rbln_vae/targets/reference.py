@@ -46,6 +46,11 @@ class InterpreterTarget(GraphTarget):
                 f"{path} was compiled for the target {artifact.target!r}, and the configuration "
                 f"beside it says {self.name!r}: they don't belong together. Save the model again."
             )
+        if artifact.packed is not None:
+            raise RBLNArtifactError(
+                f"{path} holds packed weights, which the target {self.name!r} doesn't read. "
+                "Compile the model again."
+            )
         return artifact
 
     def create_runtime(

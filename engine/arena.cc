@@ -1,0 +1,96 @@
+#include "engine/arena.h"
+
+#include <algorithm>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#else
+#include <new>
+#endif
+
+namespace rbln_vae {
+namespace {
+
+constexpr std::size_t kPage = std::size_t{2} << 20;
+
+[[noreturn]] void refuse(std::size_t bytes) {
+  throw OutOfMemory("the system has no " + std::to_string(bytes) + " bytes (" +
+                    std::to_string(bytes >> 20) + " MiB) for the activations of this run");
+}
+
+}  // namespace
+
+#if defined(__unix__) || defined(__APPLE__)
+
+Arena::Arena(std::size_t bytes) {
+  if (bytes > SIZE_MAX - 2 * kPage) refuse(bytes);
+  // Whole pages of the large kind, and one more to align them: far fewer misses of the
+  // address cache, and far fewer page faults.
+  capacity_ = std::max(kPage, (bytes + kPage - 1) / kPage * kPage);
+  void* mapped = mmap(nullptr, capacity_ + kPage, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) refuse(bytes);
+  const auto begin = reinterpret_cast<std::uintptr_t>(mapped);
+  const std::uintptr_t aligned = (begin + kPage - 1) / kPage * kPage;
+  if (aligned != begin) munmap(mapped, aligned - begin);
+  if (begin + kPage != aligned) {
+    munmap(reinterpret_cast<void*>(aligned + capacity_), begin + kPage - aligned);
+  }
+  data_ = reinterpret_cast<std::byte*>(aligned);
+#if defined(MADV_HUGEPAGE)
+  madvise(data_, capacity_, MADV_HUGEPAGE);
+#endif
+}
+
+Arena::~Arena() { munmap(data_, capacity_); }
+
+#else
+
+Arena::Arena(std::size_t bytes) : capacity_(std::max(kPage, bytes)) {
+  data_ = static_cast<std::byte*>(
+      ::operator new(capacity_, std::align_val_t{64}, std::nothrow));
+  if (data_ == nullptr) refuse(bytes);
+}
+
+Arena::~Arena() { ::operator delete(data_, std::align_val_t{64}); }
+
+#endif
+
+std::unique_ptr<Arena> ArenaPool::take(std::size_t bytes) {
+  {
+    const std::lock_guard lock(mutex_);
+    // The smallest that is large enough.
+    auto best = idle_.end();
+    for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+      if ((*it)->capacity() < bytes) continue;
+      if (best == idle_.end() || (*it)->capacity() < (*best)->capacity()) best = it;
+    }
+    if (best == idle_.end() && !idle_.empty()) {
+      idle_.pop_back();
+    } else if (best != idle_.end()) {
+      std::unique_ptr<Arena> arena = std::move(*best);
+      idle_.erase(best);
+      return arena;
+    }
+  }
+  return std::make_unique<Arena>(bytes);
+}
+
+void ArenaPool::give(std::unique_ptr<Arena> arena) {
+  const std::lock_guard lock(mutex_);
+  idle_.push_back(std::move(arena));
+}
+
+void ArenaPool::clear() {
+  const std::lock_guard lock(mutex_);
+  idle_.clear();
+}
+
+std::size_t ArenaPool::idle_bytes() const {
+  const std::lock_guard lock(mutex_);
+  std::size_t total = 0;
+  for (const auto& arena : idle_) total += arena->capacity();
+  return total;
+}
+
+}  // namespace rbln_vae

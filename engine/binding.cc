@@ -1,0 +1,267 @@
+#include "engine/binding.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/executor.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace rbln_vae {
+namespace {
+
+using Weights = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using AnyTensor = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
+using Sizes = std::array<Index, 4>;  // offset, channels, height, width
+
+// A plan, and the arrays whose memory its steps point into.
+class BoundPlan {
+ public:
+  BoundPlan(const Kernels& kernels, Index arena_bytes, Sizes input, Sizes output)
+      : plan(kernels, arena_bytes), input_shape(input), output_shape(output) {}
+
+  const void* keep(const Weights& weights) {
+    kept_.push_back(weights);
+    return weights.data();
+  }
+
+  Plan plan;
+  Sizes input_shape;
+  Sizes output_shape;
+
+ private:
+  std::vector<Weights> kept_;
+};
+
+Image image(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
+
+Index bytes(const Weights& weights) { return static_cast<Index>(weights.nbytes()); }
+
+Index offset(const std::optional<Index>& given) { return given.value_or(kNone); }
+
+Activation activation(const std::optional<std::string>& name) {
+  if (!name) return Activation::kNone;
+  if (*name == "silu") return Activation::kSilu;
+  if (*name == "gelu") return Activation::kGelu;
+  if (*name == "mish") return Activation::kMish;
+  if (*name == "relu") return Activation::kRelu;
+  throw nb::value_error(("unknown activation " + *name).c_str());
+}
+
+Tensor tensor(const AnyTensor& given, const Sizes& expected, const char* what) {
+  Tensor result;
+  result.data = given.data();
+  const nb::dlpack::dtype type = given.dtype();
+  if (type == nb::dtype<float>()) {
+    result.dtype = DType::kFloat32;
+  } else if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) &&
+             type.bits == 16) {
+    result.dtype = DType::kBFloat16;
+  } else if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) &&
+             type.bits == 16) {
+    result.dtype = DType::kFloat16;
+  } else {
+    throw nb::type_error("tensors of float32, float16 or bfloat16 are expected");
+  }
+  for (std::size_t i = 0; i < 4; ++i) {
+    result.shape[i] = static_cast<Index>(given.shape(i));
+    result.strides[i] = given.stride(i);
+    if (result.shape[i] != expected[i]) {
+      throw nb::value_error((std::string(what) + " hasn't the shape of the plan").c_str());
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::exception<OutOfMemory>(m, "OutOfMemoryError", PyExc_MemoryError);
+  nb::exception<TimedOut>(m, "TimedOutError", PyExc_TimeoutError);
+
+  nb::class_<Kernels>(m, "Kernels", "The kernels of one instruction set for one element type.")
+      .def_prop_ro("isa", [](const Kernels& k) { return std::string(name(k.isa)); })
+      .def_prop_ro("dtype",
+                   [](const Kernels& k) {
+                     return k.dtype == DType::kFloat32 ? "float32" : "bfloat16";
+                   })
+      .def_ro("rows", &Kernels::rows)
+      .def_ro("pixels", &Kernels::pixels)
+      .def_ro("panels", &Kernels::panels);
+
+  m.def(
+      "all_kernels",
+      [] {
+        std::vector<const Kernels*> result;
+        for (const Kernels* each : all_kernels()) result.push_back(each);
+        return result;
+      },
+      nb::rv_policy::reference, "All kernels that this machine can run, the best last.");
+  m.def("usable_processors", &usable_processors,
+        "How many processors this process may use.");
+
+  nb::class_<BoundPlan>(m, "Plan", "The steps of a run for one input shape.")
+      .def(
+          "__init__",
+          [](BoundPlan* self, const Kernels& kernels, Index arena_bytes, Sizes input_shape,
+             Sizes output_shape) {
+            new (self) BoundPlan(kernels, arena_bytes, input_shape, output_shape);
+          },
+          "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a)
+      .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
+      .def(
+          "import_image",
+          [](BoundPlan& p, Index batch, Sizes to) {
+            const Sizes& outside = p.input_shape;
+            if (outside != Sizes{batch, to[1], to[2], to[3]}) {
+              throw nb::value_error("the input hasn't the shape of the plan");
+            }
+            p.plan.add(ImportStep{batch, image(to)});
+          },
+          nb::kw_only(), "batch"_a, "image"_a)
+      .def(
+          "export_image",
+          [](BoundPlan& p, Index batch, Sizes from) {
+            const Sizes& outside = p.output_shape;
+            if (outside != Sizes{batch, from[1], from[2], from[3]}) {
+              throw nb::value_error("the output hasn't the shape of the plan");
+            }
+            p.plan.add(ExportStep{batch, image(from)});
+          },
+          nb::kw_only(), "batch"_a, "image"_a)
+      .def(
+          "convolution",
+          [](BoundPlan& p, Index batch, Sizes input, Sizes output, const Weights& weights,
+             const Weights& bias, std::pair<Index, Index> kernel, Index stride, Index above,
+             Index left, bool upsample, std::optional<Index> coefficients,
+             const std::optional<std::string>& function, std::optional<Index> residual,
+             std::optional<Index> partials, std::pair<Index, Index> tile, Index splits) {
+            ConvStep s;
+            s.batch = batch;
+            s.input = image(input);
+            s.output = image(output);
+            s.reading = {offset(coefficients), activation(function)};
+            s.residual = offset(residual);
+            s.kernel_height = kernel.first;
+            s.kernel_width = kernel.second;
+            s.stride = stride;
+            s.above = above;
+            s.left = left;
+            s.upsample = upsample;
+            s.weights = p.keep(weights);
+            s.bias = static_cast<const float*>(p.keep(bias));
+            s.tile_height = tile.first;
+            s.tile_width = tile.second;
+            s.splits = splits;
+            s.partials = offset(partials);
+            p.plan.add(s, bytes(weights), bytes(bias));
+          },
+          nb::kw_only(), "batch"_a, "input"_a, "output"_a, "weights"_a, "bias"_a, "kernel"_a,
+          "stride"_a, "above"_a, "left"_a, "upsample"_a, "coefficients"_a.none(),
+          "activation"_a.none(), "residual"_a.none(), "partials"_a.none(), "tile"_a, "splits"_a)
+      .def(
+          "statistics",
+          [](BoundPlan& p, Index batch, Sizes input, std::pair<Index, Index> tile,
+             Index partials) {
+            p.plan.add(StatisticsStep{batch, image(input), tile.first, tile.second, partials});
+          },
+          nb::kw_only(), "batch"_a, "input"_a, "tile"_a, "partials"_a)
+      .def(
+          "norm",
+          [](BoundPlan& p, Index batch, Index channels, Index groups, double eps,
+             const Weights& weight, const Weights& bias, Index partials, Index partial_channels,
+             std::pair<Index, Index> grid, std::pair<Index, Index> tile, Index points,
+             Index coefficients) {
+            NormStep s;
+            s.batch = batch;
+            s.channels = channels;
+            s.groups = groups;
+            s.eps = static_cast<float>(eps);
+            s.weight = static_cast<const float*>(p.keep(weight));
+            s.bias = static_cast<const float*>(p.keep(bias));
+            s.partials = partials;
+            s.partial_channels = partial_channels;
+            s.grid_height = grid.first;
+            s.grid_width = grid.second;
+            s.tile_height = tile.first;
+            s.tile_width = tile.second;
+            s.points = points;
+            s.coefficients = coefficients;
+            p.plan.add(s, bytes(weight), bytes(bias));
+          },
+          nb::kw_only(), "batch"_a, "channels"_a, "groups"_a, "eps"_a, "weight"_a, "bias"_a,
+          "partials"_a, "partial_channels"_a, "grid"_a, "tile"_a, "points"_a, "coefficients"_a)
+      .def(
+          "attention_pack",
+          [](BoundPlan& p, Index batch, Sizes key, Sizes value, Index heads, Index packed_keys,
+             Index packed_values) {
+            p.plan.add(AttentionPackStep{batch, image(key), image(value), heads, packed_keys,
+                                         packed_values});
+          },
+          nb::kw_only(), "batch"_a, "key"_a, "value"_a, "heads"_a, "packed_keys"_a,
+          "packed_values"_a)
+      .def(
+          "attention",
+          [](BoundPlan& p, Index batch, Sizes query, Sizes output, Index heads, double scale,
+             Index packed_keys, Index packed_values, std::optional<Index> residual,
+             Index queries, Index keys) {
+            p.plan.add(AttentionStep{batch, image(query), image(output), heads,
+                                     static_cast<float>(scale), packed_keys, packed_values,
+                                     offset(residual), queries, keys});
+          },
+          nb::kw_only(), "batch"_a, "query"_a, "output"_a, "heads"_a, "scale"_a,
+          "packed_keys"_a, "packed_values"_a, "residual"_a.none(), "queries"_a, "keys"_a)
+      .def(
+          "pointwise",
+          [](BoundPlan& p, Index batch, Sizes input, Sizes output,
+             std::optional<Index> coefficients, const std::optional<std::string>& function,
+             double factor, bool upsample, Index above, Index left,
+             std::optional<Index> residual) {
+            p.plan.add(PointwiseStep{batch, image(input), image(output),
+                                     {offset(coefficients), activation(function)},
+                                     static_cast<float>(factor), upsample, above, left,
+                                     offset(residual)});
+          },
+          nb::kw_only(), "batch"_a, "input"_a, "output"_a, "coefficients"_a.none(),
+          "activation"_a.none(), "factor"_a, "upsample"_a, "above"_a, "left"_a,
+          "residual"_a.none());
+
+  nb::class_<Executor>(m, "Executor", "Threads and memory that the runs of a model share.")
+      .def(nb::init<int>(), "threads"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("threads", &Executor::threads)
+      .def_prop_ro("idle_bytes", &Executor::idle_bytes)
+      .def("release", &Executor::release, "Gives memory that no run uses back to the system.")
+      .def(
+          "bytes", [](const Executor& e, const BoundPlan& p) { return e.bytes(p.plan); },
+          "plan"_a, "Bytes of activations and scratch that a run of the plan takes.")
+      .def(
+          "run",
+          [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
+             double timeout, bool profile) {
+            const Tensor from = tensor(input, p.input_shape, "the input");
+            const Tensor to = tensor(output, p.output_shape, "the output");
+            std::vector<StepTime> times;
+            {
+              const nb::gil_scoped_release release;
+              e.run(p.plan, from, to, timeout, profile ? &times : nullptr);
+            }
+            std::vector<std::pair<double, double>> result;
+            for (const StepTime& each : times) result.emplace_back(each.begin, each.end);
+            return result;
+          },
+          "plan"_a, "input"_a, "output"_a, "timeout"_a, "profile"_a,
+          "Runs a plan; gives the begin and end of each step where they are asked for.");
+}
+
+}  // namespace rbln_vae

@@ -1,0 +1,86 @@
+#include "engine/executor.h"
+
+#include <chrono>
+#include <cmath>
+#include <string>
+
+#include "engine/denormals.h"
+
+namespace rbln_vae {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Scratches begin in different sets of the caches, and on different pages.
+std::size_t scratch_stride(const Plan& plan) {
+  constexpr std::size_t page = 4096;
+  const auto bytes = static_cast<std::size_t>(plan.scratch_bytes());
+  return (bytes + page - 1) / page * page + page;
+}
+
+// Gives the arena back on every way out.
+class Borrowed {
+ public:
+  Borrowed(ArenaPool& pool, std::size_t bytes) : pool_(pool), arena_(pool.take(bytes)) {}
+  ~Borrowed() { pool_.give(std::move(arena_)); }
+  std::byte* data() const { return arena_->data(); }
+
+ private:
+  ArenaPool& pool_;
+  std::unique_ptr<Arena> arena_;
+};
+
+}  // namespace
+
+std::size_t Executor::bytes(const Plan& plan) const {
+  constexpr std::size_t page = 4096;
+  const auto arena = (static_cast<std::size_t>(plan.arena_bytes()) + page - 1) / page * page;
+  std::size_t scratches = 0, total = 0;
+  if (__builtin_mul_overflow(scratch_stride(plan), static_cast<std::size_t>(threads()),
+                             &scratches) ||
+      __builtin_add_overflow(arena, scratches, &total)) {
+    throw OutOfMemory("the memory that this run needs can't be addressed");
+  }
+  return total;
+}
+
+void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, double timeout,
+                   std::vector<StepTime>* times) {
+  const Clock::time_point begin = Clock::now();
+  // Thirty years stand for no limit: the clock's units don't hold infinity.
+  const double seconds = timeout >= 0 && timeout < 1e9 ? timeout : 1e9;
+  const Clock::time_point deadline =
+      begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  const std::size_t total = bytes(plan);
+  const Borrowed arena(arenas_, total);
+  const std::size_t stride = scratch_stride(plan);
+  std::byte* const scratches =
+      arena.data() + (total - stride * static_cast<std::size_t>(threads()));
+
+  const FlushDenormals flush;
+  ThreadPool::Run run(threads_, [&](std::size_t step, std::int64_t item, int slot) {
+    const Context context{arena.data(), scratches + static_cast<std::size_t>(slot) * stride,
+                          &input, &output};
+    plan.run_item(step, context, item);
+  });
+  const auto elapsed = [begin] {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  };
+  if (times != nullptr) times->reserve(plan.steps().size());
+  double last = times != nullptr ? elapsed() : 0;
+  for (std::size_t step = 0; step < plan.steps().size(); ++step) {
+    if (!run.phase(plan.items(step), deadline)) {
+      throw TimedOut("the run was stopped after " + std::to_string(elapsed()) +
+                     " seconds, in step " + std::to_string(step + 1) + " of " +
+                     std::to_string(plan.steps().size()) + "; the timeout is " +
+                     std::to_string(timeout) + " seconds");
+    }
+    if (times != nullptr) {
+      const double now = elapsed();
+      times->push_back({last, now});
+      last = now;
+    }
+  }
+}
+
+}  // namespace rbln_vae

@@ -1,0 +1,346 @@
+// Attention of every pixel to every other for one instruction set.
+//
+// Keys and values are first packed like the weights of a convolution; an item is then a
+// block of queries of one head. It goes over the keys in blocks with the online softmax:
+// a running maximum and sum for each query, so that the matrix is never held.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "engine/kernels/sets.h"
+#include "engine/kernels/simd/gemm.h"
+#include "engine/steps.h"
+
+namespace rbln_vae {
+
+template <class T>
+static inline Index element_at(const Image& image, Index n, Index channel, Index pixel) {
+  return ((n * image.blocks() + channel / kBlock) * image.pixels() + pixel) * kBlock +
+         channel % kBlock;
+}
+
+template <class Simd>
+class AttentionPack {
+  using T = typename Simd::T;
+
+ public:
+  static void run(const AttentionPackStep& s, const Context& context, Index item) {
+    const Index block = item % s.key_blocks();
+    const Index head_item = item / s.key_blocks();  // n * heads + head
+    const Index n = head_item / s.heads;
+    const Index head = head_item % s.heads;
+    const Index first = block * kBlock;
+    const Index count = smaller(kBlock, s.key.pixels() - first);
+    const T* none = nullptr;
+
+    // Keys: an output of the product is a key, what is summed over are channels.
+    const Index channels = s.key_channels();
+    const Index channel_blocks = ceil_div(channels, kBlock);
+    const T* key = reinterpret_cast<const T*>(context.arena + s.key.offset);
+    T* keys = reinterpret_cast<T*>(context.arena + s.packed_keys) +
+              (head_item * s.key_blocks() + block) * 2 * channel_blocks * kPanelBlock;
+    clear(keys, 2 * channel_blocks * kPanelBlock);
+    for (Index c = 0; c < channels; ++c) {
+      const T* from = key + element_at<T>(s.key, n, head * channels + c, first);
+      T* to = keys + c / kBlock * kPanelBlock;
+      for (Index i = 0; i < count; ++i) {
+        to[i / kPanel * channel_blocks * kPanelBlock +
+           panel_index(none, c % kBlock, i % kPanel)] = from[i * kBlock];
+      }
+    }
+
+    // Values: an output is a channel, what is summed over are keys.
+    const Index outputs = s.value_channels();
+    const Index panels = ceil_div(outputs, kPanel);
+    const T* value = reinterpret_cast<const T*>(context.arena + s.value.offset);
+    T* values = reinterpret_cast<T*>(context.arena + s.packed_values) +
+                (head_item * panels * s.key_blocks() + block) * kPanelBlock;
+    for (Index panel = 0; panel < panels; ++panel) {
+      T* to = values + panel * s.key_blocks() * kPanelBlock;
+      clear(to, kPanelBlock);
+      for (Index c = 0; c < smaller(kPanel, outputs - panel * kPanel); ++c) {
+        const T* from =
+            value + element_at<T>(s.value, n, head * outputs + panel * kPanel + c, first);
+        for (Index i = 0; i < count; ++i) to[panel_index(none, i, c)] = from[i * kBlock];
+      }
+    }
+  }
+
+ private:
+  static void clear(T* to, Index count) {
+    std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(count) * sizeof(T));
+  }
+};
+
+template <class Simd>
+class Attention {
+  using T = typename Simd::T;
+  using Vector = typename Simd::Vector;
+
+  // Queries of one product, and what the scratch is padded to.
+  static constexpr Index kTogether = Simd::kMaxRows * Simd::kMaxPixels;
+
+  // What an item keeps in the scratch.
+  struct Layout {
+    Index rows;    // queries, padded
+    Index blocks;  // of channels
+    Index panels;  // of output channels
+    Index keys;
+    Index query, weights, logits, output, maximum, sum, end;
+
+    explicit Layout(const AttentionStep& s) {
+      rows = ceil_div(s.queries, kTogether) * kTogether + kTogether;
+      blocks = ceil_div(s.key_channels(), kBlock);
+      panels = ceil_div(s.value_channels(), kPanel);
+      keys = s.keys;
+      Index at = 0;
+      const auto take = [&at](Index bytes) {
+        const Index begin = at;
+        at += ceil_div(bytes, 64) * 64;
+        return begin;
+      };
+      query = take(blocks * rows * kBlock * Index{sizeof(T)});
+      weights = take(keys * rows * Index{sizeof(T)});
+      logits = take(keys * rows * Index{sizeof(float)});
+      output = take(panels * kPanel * rows * Index{sizeof(float)});
+      maximum = take(rows * Index{sizeof(float)});
+      sum = take(rows * Index{sizeof(float)});
+      end = at;
+    }
+  };
+
+ public:
+  static Index scratch_bytes(const AttentionStep& s) { return Layout(s).end; }
+
+  static void run(const AttentionStep& s, const Context& context, Index item) {
+    Attention(s, context, item).run();
+  }
+
+ private:
+  Attention(const AttentionStep& s, const Context& context, Index item)
+      : s_(s), context_(context), layout_(s) {
+    first_ = item % s.query_parts() * s.queries;
+    count_ = smaller(s.queries, s.query.pixels() - first_);
+    head_item_ = item / s.query_parts();
+    n_ = head_item_ / s.heads;
+    head_ = head_item_ % s.heads;
+    // exp(x * scale) is 2 to the power of x * factor.
+    factor_ = s.scale * 1.44269504088896341f;
+  }
+
+  float* floats(Index offset) const {
+    return reinterpret_cast<float*>(context_.scratch + offset);
+  }
+  T* elements(Index offset) const { return reinterpret_cast<T*>(context_.scratch + offset); }
+
+  void run() {
+    Simd::enter();
+    load_queries();
+    for (Index i = 0; i < count_; ++i) {
+      floats(layout_.maximum)[i] = -INFINITY;
+      floats(layout_.sum)[i] = 0.0f;
+    }
+    const Index pixels = s_.query.pixels();
+    for (Index key = 0; key < pixels; key += s_.keys) {
+      const Index keys = smaller(s_.keys, pixels - key);
+      multiply_keys(key, keys);
+      soften(keys, key == 0);
+      multiply_values(key, keys, key == 0);
+    }
+    store();
+    Simd::leave();
+  }
+
+  void load_queries() {
+    const Index channels = s_.key_channels();
+    const T* query = reinterpret_cast<const T*>(context_.arena + s_.query.offset);
+    T* to = elements(layout_.query);
+    const Index begin = head_ * channels;
+    if (begin % kBlock == 0 && (channels % kBlock == 0 || s_.heads == 1)) {
+      // Whole blocks; channels beyond the last are zero already.
+      for (Index block = 0; block < layout_.blocks; ++block) {
+        std::memcpy(static_cast<void*>(to + block * layout_.rows * kBlock),
+                    query + element_at<T>(s_.query, n_, begin + block * kBlock, first_),
+                    static_cast<std::size_t>(count_ * kBlock) * sizeof(T));
+      }
+      return;
+    }
+    std::memset(static_cast<void*>(to), 0,
+                static_cast<std::size_t>(layout_.blocks * layout_.rows * kBlock) * sizeof(T));
+    for (Index c = 0; c < channels; ++c) {
+      const T* from = query + element_at<T>(s_.query, n_, begin + c, first_);
+      for (Index i = 0; i < count_; ++i) {
+        to[(c / kBlock * layout_.rows + i) * kBlock + c % kBlock] = from[i * kBlock];
+      }
+    }
+  }
+
+  // Calls `use(panel, first query, queries, sums)` for products of all queries.
+  template <class Use>
+  void multiply(const T* a, Index blocks, Index last_channels, const T* b, Index panel_step,
+                Index panels, Use&& use) {
+    const Index offset = 0;
+    Gemm<T> g;
+    g.row_step = Simd::kMaxPixels * kBlock;
+    g.pixel_step = kBlock;
+    g.taps = &offset;
+    g.tap_count = 1;
+    g.blocks = blocks;
+    g.plane = layout_.rows * kBlock;
+    g.last_channels = last_channels;
+    g.panel_step = panel_step;
+    g.c = sums_;
+    const Index chunks = ceil_div(count_, kTogether);
+    for (Index panel = 0; panel < panels; panel += Simd::kMaxPanels) {
+      g.b = b + panel * panel_step;
+      g.panels = smaller(Simd::kMaxPanels, panels - panel);
+      for (Index chunk = 0; chunk < chunks; ++chunk) {
+        // Divided evenly, or into as many whole tiles as there are.
+        const Index begin =
+            Simd::kWholeTiles ? chunk * kTogether : count_ * chunk / chunks;
+        const Index end = Simd::kWholeTiles ? smaller(begin + kTogether, count_)
+                                            : count_ * (chunk + 1) / chunks;
+        g.rows = ceil_div(end - begin, Simd::kMaxPixels);
+        g.pixels = g.rows > 1 ? Simd::kMaxPixels : end - begin;
+        g.a = a + begin * kBlock;
+        Simd::gemm(g);
+        for (Index p = 0; p < g.panels; ++p) {
+          use(panel + p, begin, end - begin,
+              static_cast<const float*>(sums_ + p * kTogether * kPanel));
+        }
+      }
+    }
+  }
+
+  void multiply_keys(Index key, Index keys) {
+    const Index step = layout_.blocks * kPanelBlock;
+    const T* packed = reinterpret_cast<const T*>(context_.arena + s_.packed_keys) +
+                      (head_item_ * s_.key_blocks() * 2 + key / kPanel) * step;
+    float* logits = floats(layout_.logits);
+    multiply(elements(layout_.query), layout_.blocks,
+             s_.key_channels() - (layout_.blocks - 1) * kBlock, packed, step,
+             ceil_div(keys, kBlock) * 2,
+             [&](Index panel, Index begin, Index count, const float* sums) {
+               for (Index i = 0; i < count; ++i) {
+                 Simd::store(logits + (begin + i) * layout_.keys + panel * kPanel,
+                             Simd::load(sums + i * kPanel));
+               }
+             });
+  }
+
+  // Turns logits into weights relative to the running maximum, and scales what has been
+  // summed relative to the last one.
+  void soften(Index keys, bool first) {
+    const Index padded = ceil_div(keys, kBlock) * kBlock;
+    T* weights = elements(layout_.weights);
+    for (Index i = 0; i < count_; ++i) {
+      float* logits = floats(layout_.logits) + i * layout_.keys;
+      for (Index k = keys; k < padded; ++k) logits[k] = -INFINITY;
+      Vector most = Simd::load(logits);
+      for (Index k = kPanel; k < padded; k += kPanel) {
+        most = Simd::maximum(most, Simd::load(logits + k));
+      }
+      float& maximum = floats(layout_.maximum)[i];
+      const float before = maximum;
+      const float here = Simd::largest(most);
+      maximum = here > before ? here : before;
+      const Vector factor = Simd::set(factor_);
+      const Vector origin = Simd::set(maximum);
+      Vector total = Simd::set(0.0f);
+      for (Index k = 0; k < padded; k += kPanel) {
+        // Subtracted first: a product of the maximum alone would be rounded differently
+        // in each block of keys.
+        const Vector x = Simd::exp2(
+            Simd::multiply(Simd::subtract(Simd::load(logits + k), origin), factor));
+        total = Simd::add(total, x);
+        Simd::store_elements(weights + (k / kBlock * layout_.rows + i) * kBlock + k % kBlock, x);
+      }
+      float& sum = floats(layout_.sum)[i];
+      if (first) {
+        sum = Simd::sum(total);
+        continue;
+      }
+      if (maximum != before) {
+        alignas(64) float lanes[kPanel];
+        Simd::store(lanes, Simd::exp2(Simd::set((before - maximum) * factor_)));
+        sum *= lanes[0];
+        const Vector fade = Simd::load(lanes);
+        float* output = floats(layout_.output) + i * kPanel;
+        for (Index panel = 0; panel < layout_.panels; ++panel) {
+          float* at = output + panel * layout_.rows * kPanel;
+          Simd::store(at, Simd::multiply(Simd::load(at), fade));
+        }
+      }
+      sum += Simd::sum(total);
+    }
+  }
+
+  void multiply_values(Index key, Index keys, bool first) {
+    const Index step = s_.key_blocks() * kPanelBlock;
+    const T* packed = reinterpret_cast<const T*>(context_.arena + s_.packed_values) +
+                      head_item_ * layout_.panels * step + key / kBlock * kPanelBlock;
+    multiply(elements(layout_.weights), ceil_div(keys, kBlock), kBlock, packed, step,
+             layout_.panels, [&](Index panel, Index begin, Index count, const float* sums) {
+               float* to = floats(layout_.output) + (panel * layout_.rows + begin) * kPanel;
+               for (Index i = 0; i < count; ++i) {
+                 Vector v = Simd::load(sums + i * kPanel);
+                 if (!first) v = Simd::add(v, Simd::load(to + i * kPanel));
+                 Simd::store(to + i * kPanel, v);
+               }
+             });
+  }
+
+  void store() {
+    const Index channels = s_.value_channels();
+    T* output = reinterpret_cast<T*>(context_.arena + s_.output.offset);
+    const T* residual = s_.residual == kNone
+                            ? nullptr
+                            : reinterpret_cast<const T*>(context_.arena + s_.residual);
+    for (Index panel = 0; panel < layout_.panels; ++panel) {
+      const Index channel = head_ * channels + panel * kPanel;
+      const Index lanes = smaller(kPanel, channels - panel * kPanel);
+      for (Index i = 0; i < count_; ++i) {
+        const float* sums = floats(layout_.output) + (panel * layout_.rows + i) * kPanel;
+        Vector v = Simd::multiply(Simd::load(sums), Simd::set(1.0f / floats(layout_.sum)[i]));
+        const Index at = element_at<T>(s_.output, n_, channel, first_ + i);
+        if (lanes == kPanel && channel % kPanel == 0) {
+          if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual + at));
+          Simd::store_elements(output + at, v);
+          continue;
+        }
+        alignas(64) float values[kPanel];
+        Simd::store(values, v);
+        for (Index c = 0; c < lanes; ++c) {
+          const Index each = element_at<T>(s_.output, n_, channel + c, first_ + i);
+          const float add = residual == nullptr ? 0.0f : to_float(residual[each]);
+          from_float(values[c] + add, output[each]);
+        }
+      }
+    }
+    if (head_ + 1 < s_.heads) return;
+    // The rest of the last block has no channels, and must read as zero.
+    for (Index c = s_.output.channels; c < s_.output.blocks() * kBlock; ++c) {
+      T* to = output + element_at<T>(s_.output, n_, c, first_);
+      for (Index i = 0; i < count_; ++i) from_float(0.0f, to[i * kBlock]);
+    }
+  }
+
+  const AttentionStep& s_;
+  const Context& context_;
+  Layout layout_;
+  Index n_;
+  Index head_;
+  Index head_item_;
+  Index first_;
+  Index count_;
+  float factor_;
+  alignas(64) float sums_[Simd::kMaxPanels * kTogether * kPanel];
+};
+
+template <class Simd>
+constexpr AttentionKernels attention_kernels() {
+  return {AttentionPack<Simd>::run, Attention<Simd>::scratch_bytes, Attention<Simd>::run};
+}
+
+}  // namespace rbln_vae

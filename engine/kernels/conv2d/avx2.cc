@@ -1,0 +1,8 @@
+#include "engine/kernels/conv2d/conv2d.h"
+#include "engine/kernels/simd/avx2.h"
+
+namespace rbln_vae::avx2 {
+
+constexpr Conv2dKernels conv2d = conv2d_kernels<Float32>();
+
+}  // namespace rbln_vae::avx2

@@ -1,0 +1,255 @@
+// The steps that are bound by memory, in plain C++ for any machine.
+#include <cmath>
+
+#include "engine/kernels/activation.h"
+#include "engine/kernels/kernels.h"
+
+namespace rbln_vae {
+namespace {
+
+template <class T>
+T* at(const Context& context, Index offset) {
+  return reinterpret_cast<T*>(context.arena + offset);
+}
+
+template <class T>
+void statistics_of(const StatisticsStep& s, const Context& context, Index item) {
+  const Index tile = item;
+  const Index x = item % s.tiles_across() * s.tile_width;
+  const Index y = item / s.tiles_across() % s.tiles_down() * s.tile_height;
+  const Index n = item / s.tiles_across() / s.tiles_down();
+  const Index height = smaller(s.tile_height, s.input.height - y);
+  const Index width = smaller(s.tile_width, s.input.width - x);
+  const Index blocks = s.input.blocks();
+  float* partials = at<float>(context, s.partials) + tile * 2 * blocks * kBlock;
+  for (Index block = 0; block < blocks; ++block) {
+    const T* from = at<const T>(context, s.input.offset) +
+                    (((n * blocks + block) * s.input.height + y) * s.input.width + x) * kBlock;
+    double sum[kBlock] = {}, square[kBlock] = {};
+    float shift[kBlock];
+    for (Index c = 0; c < kBlock; ++c) shift[c] = to_float(from[c]);
+    for (Index row = 0; row < height; ++row) {
+      float row_sum[kBlock] = {}, row_square[kBlock] = {};
+      for (Index column = 0; column < width; ++column) {
+        const T* pixel = from + (row * s.input.width + column) * kBlock;
+        for (Index c = 0; c < kBlock; ++c) {
+          const float d = to_float(pixel[c]) - shift[c];
+          row_sum[c] += d;
+          row_square[c] += d * d;
+        }
+      }
+      for (Index c = 0; c < kBlock; ++c) {
+        sum[c] += row_sum[c];
+        square[c] += row_square[c];
+      }
+    }
+    for (Index c = 0; c < kBlock; ++c) {
+      const double mean = sum[c] / static_cast<double>(height * width);
+      const double rest = square[c] - sum[c] * mean;
+      partials[block * kBlock + c] = static_cast<float>(shift[c] + mean);
+      partials[(blocks + block) * kBlock + c] = static_cast<float>(rest < 0 ? 0 : rest);
+    }
+  }
+}
+
+template <class T>
+void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
+  const Index y = item % s.output.height;
+  const Index block = item / s.output.height % s.output.blocks();
+  const Index n = item / s.output.height / s.output.blocks();
+  const Index blocks = s.output.blocks();
+  const Index line = ((n * blocks + block) * s.output.height + y) * s.output.width * kBlock;
+  T* to = at<T>(context, s.output.offset) + line;
+  const T* residual =
+      s.residual == kNone ? nullptr : at<const T>(context, s.residual) + line;
+  float scale[kBlock], shift[kBlock];
+  for (Index c = 0; c < kBlock; ++c) {
+    // Channels that only fill the block stay zero.
+    scale[c] = block * kBlock + c < s.output.channels ? 1.0f : 0.0f;
+    shift[c] = 0.0f;
+  }
+  if (s.reading.coefficients != kNone) {
+    const float* given = at<const float>(context, s.reading.coefficients);
+    for (Index c = 0; c < kBlock; ++c) {
+      scale[c] = given[(2 * n * blocks + block) * kBlock + c];
+      shift[c] = given[((2 * n + 1) * blocks + block) * kBlock + c];
+    }
+  }
+  const Index height = s.upsample ? 2 * s.input.height : s.input.height;
+  const Index width = s.upsample ? 2 * s.input.width : s.input.width;
+  const Index down = y - s.above;
+  for (Index x = 0; x < s.output.width; ++x) {
+    const Index right = x - s.left;
+    const bool inside = down >= 0 && down < height && right >= 0 && right < width;
+    float values[kBlock] = {};
+    if (inside) {
+      const Index row = s.upsample ? down / 2 : down;
+      const Index column = s.upsample ? right / 2 : right;
+      const T* from =
+          at<const T>(context, s.input.offset) +
+          (((n * blocks + block) * s.input.height + row) * s.input.width + column) * kBlock;
+      for (Index c = 0; c < kBlock; ++c) {
+        values[c] = to_float(from[c]) * scale[c] + shift[c];
+      }
+      if (s.reading.activation != Activation::kNone) {
+        for (float& value : values) value = activate(s.reading.activation, value);
+      }
+    }
+    for (Index c = 0; c < kBlock; ++c) {
+      const float add = residual == nullptr ? 0.0f : to_float(residual[x * kBlock + c]);
+      from_float(values[c] * s.factor + add, to[x * kBlock + c]);
+    }
+  }
+}
+
+template <class T, class Outside>
+void import_line(const ImportStep& s, const Context& context, Index n, Index block, Index y) {
+  const Tensor& tensor = *context.input;
+  const Index width = s.image.width;
+  T* to = at<T>(context, s.image.offset) +
+          ((n * s.image.blocks() + block) * s.image.height + y) * width * kBlock;
+  const Index channels = smaller(kBlock, s.image.channels - block * kBlock);
+  for (Index x = 0; x < width; ++x) {
+    for (Index c = channels; c < kBlock; ++c) from_float(0.0f, to[x * kBlock + c]);
+  }
+  for (Index c = 0; c < channels; ++c) {
+    const Outside* from = static_cast<const Outside*>(tensor.data) + n * tensor.strides[0] +
+                          (block * kBlock + c) * tensor.strides[1] + y * tensor.strides[2];
+    for (Index x = 0; x < width; ++x) {
+      from_float(to_float(from[x * tensor.strides[3]]), to[x * kBlock + c]);
+    }
+  }
+}
+
+template <class T, class Outside>
+void export_line(const ExportStep& s, const Context& context, Index n, Index block, Index y) {
+  const Tensor& tensor = *context.output;
+  const Index width = s.image.width;
+  const T* from = at<const T>(context, s.image.offset) +
+                  ((n * s.image.blocks() + block) * s.image.height + y) * width * kBlock;
+  const Index channels = smaller(kBlock, s.image.channels - block * kBlock);
+  for (Index c = 0; c < channels; ++c) {
+    Outside* to = static_cast<Outside*>(tensor.data) + n * tensor.strides[0] +
+                  (block * kBlock + c) * tensor.strides[1] + y * tensor.strides[2];
+    for (Index x = 0; x < width; ++x) {
+      from_float(to_float(from[x * kBlock + c]), to[x * tensor.strides[3]]);
+    }
+  }
+}
+
+}  // namespace
+
+void statistics(DType dtype, const StatisticsStep& s, const Context& context, Index item) {
+  if (dtype == DType::kBFloat16) {
+    statistics_of<BFloat16>(s, context, item);
+  } else {
+    statistics_of<float>(s, context, item);
+  }
+}
+
+// Means of tiles are weighted with their pixels, in the order of the tiles: the result is
+// the same however many threads there were.
+void norm(const NormStep& s, const Context& context, Index item) {
+  const Index n = item / s.parts();
+  const Index part = item % s.parts();
+  const Index size = s.channels / s.groups;
+  const Index begin = s.groups * part / s.parts();
+  const Index end = s.groups * (part + 1) / s.parts();
+  const Index width = ceil_div(s.channels, kBlock) * kBlock;
+  const Index down = s.tiles_down();
+  const Index across = s.tiles_across();
+  const float* partials =
+      at<const float>(context, s.partials) + n * down * across * 2 * s.partial_channels;
+  float* scale = at<float>(context, s.coefficients) + n * 2 * width;
+  float* shift = scale + width;
+
+  // A few groups at a time: tiles are read in lines that the cache holds.
+  for (Index group = begin; group < end; ++group) {
+    const Index first = group * size;
+    const auto each_tile = [&](auto&& use) {
+      for (Index tile = 0; tile < down * across; ++tile) {
+        const Index height =
+            smaller(s.tile_height, s.grid_height - tile / across * s.tile_height);
+        const Index columns =
+            smaller(s.tile_width, s.grid_width - tile % across * s.tile_width);
+        use(partials + tile * 2 * s.partial_channels + first,
+            static_cast<double>(height * columns * s.points));
+      }
+    };
+    double total = 0;
+    each_tile([&](const float* means, double count) {
+      double sum = 0;
+      for (Index c = 0; c < size; ++c) sum += means[c];
+      total += count * sum;
+    });
+    const double count =
+        static_cast<double>(s.grid_height * s.grid_width * s.points) * static_cast<double>(size);
+    const double mean = total / count;
+    double squares = 0;
+    each_tile([&](const float* means, double weight) {
+      const float* within = means + s.partial_channels;
+      double inner = 0, outer = 0;
+      for (Index c = 0; c < size; ++c) {
+        const double distance = means[c] - mean;
+        inner += within[c];
+        outer += distance * distance;
+      }
+      squares += inner + weight * outer;
+    });
+    const double deviation = std::sqrt(squares / count + static_cast<double>(s.eps));
+    for (Index c = first; c < first + size; ++c) {
+      const double factor = static_cast<double>(s.weight[c]) / deviation;
+      scale[c] = static_cast<float>(factor);
+      shift[c] = static_cast<float>(static_cast<double>(s.bias[c]) - mean * factor);
+    }
+  }
+  if (part == 0) {
+    for (Index c = s.channels; c < width; ++c) scale[c] = shift[c] = 0.0f;
+  }
+}
+
+void pointwise(DType dtype, const PointwiseStep& s, const Context& context, Index item) {
+  if (dtype == DType::kBFloat16) {
+    pointwise_of<BFloat16>(s, context, item);
+  } else {
+    pointwise_of<float>(s, context, item);
+  }
+}
+
+void import_image(DType dtype, const ImportStep& s, const Context& context, Index item) {
+  const Index y = item % s.image.height;
+  const Index block = item / s.image.height % s.image.blocks();
+  const Index n = item / s.image.height / s.image.blocks();
+  const auto run = [&]<class Outside>(Outside) {
+    if (dtype == DType::kBFloat16) {
+      import_line<BFloat16, Outside>(s, context, n, block, y);
+    } else {
+      import_line<float, Outside>(s, context, n, block, y);
+    }
+  };
+  switch (context.input->dtype) {
+    case DType::kFloat32: return run(float{});
+    case DType::kBFloat16: return run(BFloat16{});
+    case DType::kFloat16: return run(Float16{});
+  }
+}
+
+void export_image(DType dtype, const ExportStep& s, const Context& context, Index item) {
+  const Index y = item % s.image.height;
+  const Index block = item / s.image.height % s.image.blocks();
+  const Index n = item / s.image.height / s.image.blocks();
+  const auto run = [&]<class Outside>(Outside) {
+    if (dtype == DType::kBFloat16) {
+      export_line<BFloat16, Outside>(s, context, n, block, y);
+    } else {
+      export_line<float, Outside>(s, context, n, block, y);
+    }
+  };
+  switch (context.output->dtype) {
+    case DType::kFloat32: return run(float{});
+    case DType::kBFloat16: return run(BFloat16{});
+    case DType::kFloat16: return run(Float16{});
+  }
+}
+
+}  // namespace rbln_vae

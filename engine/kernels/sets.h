@@ -1,0 +1,54 @@
+// Each file of an instruction set gives its part of the kernels; sets.cc lists them.
+#pragma once
+
+#include "engine/kernels/kernels.h"
+
+namespace rbln_vae {
+
+struct Conv2dKernels {
+  Index rows, pixels, panels;
+  Index (*scratch)(const ConvStep&);
+  void (*run)(const ConvStep&, const Context&, Index item);
+};
+
+struct AttentionKernels {
+  void (*pack)(const AttentionPackStep&, const Context&, Index item);
+  Index (*scratch)(const AttentionStep&);
+  void (*run)(const AttentionStep&, const Context&, Index item);
+};
+
+namespace generic_float32 {
+extern const Conv2dKernels conv2d;
+extern const AttentionKernels attention;
+}  // namespace generic_float32
+
+namespace generic_bfloat16 {
+extern const Conv2dKernels conv2d;
+extern const AttentionKernels attention;
+}  // namespace generic_bfloat16
+
+#if defined(RBLN_VAE_X86_KERNELS)
+namespace avx2 {
+extern const Conv2dKernels conv2d;
+extern const AttentionKernels attention;
+}  // namespace avx2
+
+namespace avx512 {
+extern const Conv2dKernels conv2d;
+extern const AttentionKernels attention;
+}  // namespace avx512
+
+namespace avx512_bf16 {
+extern const Conv2dKernels conv2d;
+extern const AttentionKernels attention;
+}  // namespace avx512_bf16
+#endif
+
+#if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
+namespace amx_bf16 {
+extern const Conv2dKernels conv2d;
+extern const AttentionKernels attention;
+}  // namespace amx_bf16
+#endif
+
+}  // namespace rbln_vae

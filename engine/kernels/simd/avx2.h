@@ -1,0 +1,112 @@
+// AVX2 with fused multiply-add: a vector of 16 floats is two registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "engine/kernels/simd/broadcast.h"
+
+namespace rbln_vae::avx2 {
+
+struct Float32 {
+  using T = float;
+
+  static constexpr Index kMaxRows = 1;
+  static constexpr Index kMaxPixels = 6;
+  static constexpr Index kMaxPanels = 1;
+
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
+
+  struct Pair {
+    __m256 low, high;
+  };
+
+  static __m256 exp2(__m256 x) {
+    // The bound comes first: where an operand is a NaN the instruction gives the second.
+    x = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);
+    x = _mm256_min_ps(_mm256_set1_ps(126.0f), x);
+    const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 f = _mm256_sub_ps(x, whole);
+    __m256 p = _mm256_set1_ps(1.5403530393381609e-4f);
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.3333558146428443e-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.6181291076284772e-3f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.5504108664821580e-2f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.4022650695910072e-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.9314718055994531e-1f));
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+    const __m256i exponent =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
+  }
+
+  static Pair set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static Pair load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, const Pair& v) {
+    _mm256_storeu_ps(p, v.low);
+    _mm256_storeu_ps(p + 8, v.high);
+  }
+  static Pair load_elements(const float* p) { return load(p); }
+  static void store_elements(float* p, const Pair& v) { store(p, v); }
+  static Pair add(const Pair& a, const Pair& b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+  }
+  static Pair subtract(const Pair& a, const Pair& b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+  }
+  static Pair multiply(const Pair& a, const Pair& b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+  }
+  static Pair multiply_add(const Pair& a, const Pair& b, const Pair& c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  static Pair maximum(const Pair& a, const Pair& b) {
+    return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+  }
+  static float largest(const Pair& v) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, _mm256_max_ps(v.low, v.high));
+    float result = lanes[0];
+    for (int i = 1; i < 8; ++i) result = lanes[i] > result ? lanes[i] : result;
+    return result;
+  }
+  static float sum(const Pair& v) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, _mm256_add_ps(v.low, v.high));
+    float result = 0;
+    for (const float lane : lanes) result += lane;
+    return result;
+  }
+  static Pair exp2(const Pair& v) { return {exp2(v.low), exp2(v.high)}; }
+  static __m256 silu(__m256 x) {
+    const __m256 e = exp2(_mm256_mul_ps(x, _mm256_set1_ps(-1.44269504088896341f)));
+    return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+  }
+  static Pair silu(const Pair& v) { return {silu(v.low), silu(v.high)}; }
+
+  static void enter() {}
+  static void leave() {}
+
+  // What the drivers call a vector is a pair; for Broadcast it is one register.
+  struct Registers {
+    using T = float;
+    using Vector = __m256;
+    using Weights = __m256;
+    static constexpr int kPerPanel = 2;
+    static constexpr int kChannels = 1;
+    static constexpr Index kMaxPixels = Float32::kMaxPixels;
+    static constexpr Index kMaxPanels = Float32::kMaxPanels;
+    static Vector zero() { return _mm256_setzero_ps(); }
+    static Weights weights(const float* p) { return _mm256_loadu_ps(p); }
+    static Vector spread(const float* p) { return _mm256_broadcast_ss(p); }
+    static Vector dot(Vector x, Weights w, Vector sum) { return _mm256_fmadd_ps(x, w, sum); }
+    static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  };
+  using Vector = Pair;
+
+  static void gemm(const Gemm<float>& g) { Broadcast<Registers>::gemm(g); }
+};
+
+}  // namespace rbln_vae::avx2

@@ -1,0 +1,101 @@
+// Products for instruction sets whose registers are rows of output channels: one input
+// value is spread over a register and multiplied with many weights.
+#pragma once
+
+#include <utility>
+
+#include "engine/kernels/simd/gemm.h"
+
+namespace rbln_vae {
+
+// `Set` gives the element type T, a register type Vector, and:
+//   kPerPanel     registers that hold a panel of 16 channels
+//   kMaxPixels    pixels that are summed at once, by kMaxPanels panels: all in registers
+//   kChannels     input channels of one product: 1, or 2 in bfloat16
+//   Weights, weights(p)      a register of weights
+//   Spread, spread(p)        the input channels at p, in every lane
+//   dot(x, w, sum)           the product, added to a sum
+//   zero(), store(p, v)
+template <class Set>
+class Broadcast {
+  using T = typename Set::T;
+  static constexpr int kLanes = kPanel / Set::kPerPanel;
+
+  // Pixels, panels and the distance of two pixels are known to the compiler: so the sums
+  // stay in registers, and addresses are constants.
+  template <int kPixels, int kPanels, int kDistance>
+  static void product(const Gemm<T>& g) {
+    constexpr int kColumns = kPanels * Set::kPerPanel;
+    constexpr Index kRow = kPanel * Set::kChannels;
+    typename Set::Vector sums[kPixels][kColumns];
+#pragma GCC unroll 16
+    for (int m = 0; m < kPixels; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kColumns; ++n) sums[m][n] = Set::zero();
+    }
+    const T* b = g.b;
+    const Index panel_step = g.panel_step;
+    for (Index block = 0; block < g.blocks; ++block) {
+      const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
+      for (Index tap = 0; tap < g.tap_count; ++tap) {
+        const T* a = g.a + block * g.plane + g.taps[tap];
+        const T* w = b;
+        for (Index k = 0; k < channels; k += Set::kChannels) {
+          typename Set::Weights weights[kColumns];
+#pragma GCC unroll 4
+          for (int n = 0; n < kColumns; ++n) {
+            weights[n] = Set::weights(w + n / Set::kPerPanel * panel_step +
+                                      n % Set::kPerPanel * kLanes * Set::kChannels);
+          }
+#pragma GCC unroll 16
+          for (int m = 0; m < kPixels; ++m) {
+            const auto x = Set::spread(a + m * kDistance);
+#pragma GCC unroll 4
+            for (int n = 0; n < kColumns; ++n) {
+              sums[m][n] = Set::dot(x, weights[n], sums[m][n]);
+            }
+          }
+          a += Set::kChannels;
+          w += kRow;
+        }
+        b += kPanelBlock;
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < kColumns; ++n) {
+      float* c = g.c + n / Set::kPerPanel * Set::kMaxPixels * kPanel + n % Set::kPerPanel * kLanes;
+#pragma GCC unroll 16
+      for (int m = 0; m < kPixels; ++m) Set::store(c + m * kPanel, sums[m][n]);
+    }
+  }
+
+  using Product = void (*)(const Gemm<T>&);
+
+  template <int kPanels, int kDistance, int... kPixels>
+  static void dispatch(const Gemm<T>& g, std::integer_sequence<int, kPixels...>) {
+    static constexpr Product table[] = {product<kPixels + 1, kPanels, kDistance>...};
+    table[g.pixels - 1](g);
+  }
+
+  template <int kDistance>
+  static void dispatch(const Gemm<T>& g) {
+    constexpr auto pixels = std::make_integer_sequence<int, Set::kMaxPixels>();
+    if constexpr (Set::kMaxPanels == 2) {
+      if (g.panels == 2) return dispatch<2, kDistance>(g, pixels);
+    }
+    dispatch<1, kDistance>(g, pixels);
+  }
+
+ public:
+  // The distance of pixels is one block, two with a stride of two, or of no account
+  // because there is one pixel.
+  static void gemm(const Gemm<T>& g) {
+    if (g.pixel_step == 2 * kBlock) {
+      dispatch<2 * kBlock>(g);
+    } else {
+      dispatch<kBlock>(g);
+    }
+  }
+};
+
+}  // namespace rbln_vae

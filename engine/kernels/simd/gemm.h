@@ -1,0 +1,47 @@
+// The one product that every kernel is made of, and how its operands lie in memory.
+#pragma once
+
+#include "engine/kernels/element.h"
+
+namespace rbln_vae {
+
+// Elements of a weight panel for one block of 32 channels and one tap.
+constexpr Index kPanelBlock = kBlock * kPanel;
+
+// Where input channel `k` (0 to 31) and output channel `n` (0 to 15) lie in it: bfloat16
+// products take two input channels at once.
+[[maybe_unused]] static constexpr Index panel_index(const float*, Index k, Index n) {
+  return k * kPanel + n;
+}
+[[maybe_unused]] static constexpr Index panel_index(const BFloat16*, Index k, Index n) {
+  return (k / 2) * 2 * kPanel + n * 2 + k % 2;
+}
+
+// Sums over blocks and taps, for `rows` x `pixels` output pixels and `panels` panels:
+//
+//   c[panel][row][pixel][n] = sum over block, tap, k of
+//       a[block * plane + taps[tap] + row * row_step + pixel * pixel_step + k]
+//     * b[panel * panel_step + (block * tap_count + tap) * 512 + (k, n)]
+//
+// Rows of c are sums_pitch(pixels) of the instruction set apart, panels `rows` of them.
+// All steps count elements. Only the first `last_channels` of the last block are summed: the others
+// are zero.
+template <class T>
+struct Gemm {
+  const T* a;
+  Index row_step;
+  Index pixel_step;
+  const Index* taps;
+  Index tap_count;
+  Index blocks;
+  Index plane;
+  Index last_channels;
+  const T* b;
+  Index panel_step;
+  float* c;
+  Index rows;
+  Index pixels;
+  Index panels;
+};
+
+}  // namespace rbln_vae

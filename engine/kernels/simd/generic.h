@@ -1,0 +1,108 @@
+// Plain C++ for any machine: the measure of every other instruction set.
+#pragma once
+
+#include <cmath>
+
+#include "engine/kernels/simd/gemm.h"
+
+namespace rbln_vae {
+
+template <class Element>
+struct GenericSimd {
+  using T = Element;
+
+  static constexpr Index kMaxRows = 1;
+  static constexpr Index kMaxPixels = 4;
+  static constexpr Index kMaxPanels = 1;
+
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
+
+  struct Vector {
+    float lane[kPanel];
+  };
+
+  template <class F>
+  static Vector each(F&& f) {
+    Vector v;
+    for (Index i = 0; i < kPanel; ++i) v.lane[i] = f(i);
+    return v;
+  }
+
+  static Vector set(float x) {
+    return each([&](Index) { return x; });
+  }
+  static Vector load(const float* p) {
+    return each([&](Index i) { return p[i]; });
+  }
+  static void store(float* p, const Vector& v) {
+    for (Index i = 0; i < kPanel; ++i) p[i] = v.lane[i];
+  }
+  static Vector load_elements(const T* p) {
+    return each([&](Index i) { return to_float(p[i]); });
+  }
+  static void store_elements(T* p, const Vector& v) {
+    for (Index i = 0; i < kPanel; ++i) from_float(v.lane[i], p[i]);
+  }
+  static Vector add(const Vector& a, const Vector& b) {
+    return each([&](Index i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Vector subtract(const Vector& a, const Vector& b) {
+    return each([&](Index i) { return a.lane[i] - b.lane[i]; });
+  }
+  static Vector multiply(const Vector& a, const Vector& b) {
+    return each([&](Index i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
+    return each([&](Index i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  static Vector maximum(const Vector& a, const Vector& b) {
+    return each([&](Index i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static float largest(const Vector& v) {
+    float result = v.lane[0];
+    for (Index i = 1; i < kPanel; ++i) result = v.lane[i] > result ? v.lane[i] : result;
+    return result;
+  }
+  static float sum(const Vector& v) {
+    float result = 0;
+    for (Index i = 0; i < kPanel; ++i) result += v.lane[i];
+    return result;
+  }
+  // 2 to the power of x.
+  static Vector exp2(const Vector& v) {
+    return each([&](Index i) { return std::exp2(v.lane[i]); });
+  }
+  static Vector silu(const Vector& v) {
+    return each([&](Index i) { return v.lane[i] / (1.0f + std::exp(-v.lane[i])); });
+  }
+
+  static void gemm(const Gemm<T>& g) {
+    for (Index pixel = 0; pixel < g.pixels; ++pixel) {
+      float sums[kPanel] = {};
+      for (Index block = 0; block < g.blocks; ++block) {
+        const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
+        for (Index tap = 0; tap < g.tap_count; ++tap) {
+          const T* a = g.a + block * g.plane + g.taps[tap] + pixel * g.pixel_step;
+          const T* b = g.b + (block * g.tap_count + tap) * kPanelBlock;
+          for (Index k = 0; k < channels; ++k) {
+            const float x = to_float(a[k]);
+            for (Index n = 0; n < kPanel; ++n) {
+              sums[n] += x * to_float(b[panel_index(b, k, n)]);
+            }
+          }
+        }
+      }
+      for (Index n = 0; n < kPanel; ++n) g.c[pixel * kPanel + n] = sums[n];
+    }
+  }
+
+  // What a thread does before and after a step.
+  static void enter() {}
+  static void leave() {}
+};
+
+}  // namespace rbln_vae

@@ -1,0 +1,222 @@
+#include "engine/plan.h"
+
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+
+namespace rbln_vae {
+namespace {
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+void require(bool condition, const char* message) {
+  if (!condition) refuse(message);
+}
+
+// The product of sizes, none of them negative.
+Index product(const char* what, std::initializer_list<Index> sizes) {
+  Index result = 1;
+  for (const Index size : sizes) {
+    if (size < 0 || __builtin_mul_overflow(result, size, &result)) {
+      refuse(std::string(what) + ": a size overflows");
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+Plan::Plan(const Kernels& kernels, Index arena_bytes)
+    : kernels_(kernels), arena_bytes_(arena_bytes) {
+  require(arena_bytes >= 0 && arena_bytes < std::numeric_limits<Index>::max() / 2,
+          "the size of the arena overflows");
+}
+
+void Plan::append(Step step, Index items, Index scratch) {
+  constexpr Index most = std::numeric_limits<std::int32_t>::max();
+  require(items > 0 && items < most, "a step has too many items");
+  require(scratch >= 0 && scratch < std::numeric_limits<Index>::max() / 4096,
+          "the scratch of a step overflows");
+  steps_.push_back(std::move(step));
+  items_.push_back(items);
+  if (scratch > scratch_bytes_) scratch_bytes_ = scratch;
+}
+
+void Plan::check_range(const char* what, Index offset, Index bytes) const {
+  if (offset < 0 || offset % 64 != 0 || bytes < 0 || offset > arena_bytes_ - bytes) {
+    refuse(std::string(what) + ": " + std::to_string(bytes) + " bytes at " +
+           std::to_string(offset) + " don't lie in an arena of " + std::to_string(arena_bytes_));
+  }
+}
+
+void Plan::check_image(const char* what, Index batch, const Image& image) const {
+  require(batch > 0 && image.channels > 0 && image.height > 0 && image.width > 0,
+          "an image without pixels");
+  require(image.channels < (Index{1} << 31), "an image with too many channels");
+  check_range(what, image.offset,
+              product(what, {batch, image.blocks(), image.height, image.width, kBlock,
+                             element_bytes()}));
+}
+
+void Plan::check_reading(Index batch, const Image& image, const Reading& reading) const {
+  require(reading.activation >= Activation::kNone && reading.activation <= Activation::kRelu,
+          "unknown activation");
+  if (reading.coefficients == kNone) return;
+  check_range("coefficients", reading.coefficients,
+              product("coefficients", {batch, 2, image.blocks(), kBlock, 4}));
+}
+
+void Plan::add(const ImportStep& s) {
+  check_image("import", s.batch, s.image);
+  append(s, product("import", {s.batch, s.image.blocks(), s.image.height}), 0);
+}
+
+void Plan::add(const ExportStep& s) {
+  check_image("export", s.batch, s.image);
+  append(s, product("export", {s.batch, s.image.blocks(), s.image.height}), 0);
+}
+
+void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
+  check_image("convolution input", s.batch, s.input);
+  check_image("convolution output", s.batch, s.output);
+  check_reading(s.batch, s.input, s.reading);
+  if (s.residual != kNone) {
+    Image residual = s.output;
+    residual.offset = s.residual;
+    check_image("residual", s.batch, residual);
+  }
+  constexpr Index far = 1 << 20;
+  require(s.kernel_height > 0 && s.kernel_width > 0 && s.kernel_height < far &&
+              s.kernel_width < far && s.taps() <= kMaxTaps,
+          "a convolution kernel of this size isn't supported");
+  require(s.stride > 0 && s.stride < far && s.above >= 0 && s.above < far && s.left >= 0 &&
+              s.left < far,
+          "stride or padding out of range");
+  require(s.tile_height > 0 && s.tile_width > 0 && s.tile_height <= s.grid_height() &&
+              s.tile_width <= s.grid_width(),
+          "tiles larger than the image, or empty");
+  require(s.splits > 0 && s.splits <= s.panels(), "more splits than panels");
+  if (s.upsample) {
+    require(s.kernel_height == 2 && s.kernel_width == 2 && s.stride == 1,
+            "upsampling needs kernels of 2x2 and stride 1");
+    require(s.output.height == 2 * s.input.height && s.output.width == 2 * s.input.width,
+            "the output of upsampling isn't twice its input");
+  }
+  const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(), s.taps(),
+                                            kBlock, kPanel, element_bytes()});
+  require(s.weights != nullptr && weights == weight_bytes, "packed weights of another size");
+  require(s.bias != nullptr && bias_bytes == s.panels() * kPanel * 4, "a bias of another size");
+  if (s.partials != kNone) {
+    check_range("statistics", s.partials,
+                product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2, s.panels(),
+                                       kPanel, 4}));
+  }
+  product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 8});
+  append(s, product("items", {s.batch, s.tiles_down(), s.tiles_across(), s.splits}),
+         kernels_.conv2d_scratch(s));
+}
+
+void Plan::add(const StatisticsStep& s) {
+  check_image("statistics input", s.batch, s.input);
+  require(s.tile_height > 0 && s.tile_width > 0, "empty tiles");
+  check_range("statistics", s.partials,
+              product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2,
+                                     s.input.blocks(), kBlock, 4}));
+  append(s, product("items", {s.batch, s.tiles_down(), s.tiles_across()}), 0);
+}
+
+void Plan::add(const NormStep& s, Index weight_bytes, Index bias_bytes) {
+  require(s.batch > 0 && s.channels > 0 && s.groups > 0 && s.channels % s.groups == 0,
+          "channels don't make groups");
+  require(s.weight != nullptr && s.bias != nullptr && weight_bytes == 4 * s.channels &&
+              bias_bytes == 4 * s.channels,
+          "norm weights of another size");
+  require(s.grid_height > 0 && s.grid_width > 0 && s.tile_height > 0 && s.tile_width > 0 &&
+              s.points > 0 && s.partial_channels >= s.channels,
+          "statistics without pixels");
+  check_range("statistics", s.partials,
+              product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2,
+                                     s.partial_channels, 4}));
+  check_range("coefficients", s.coefficients,
+              product("coefficients", {s.batch, 2, ceil_div(s.channels, kBlock), kBlock, 4}));
+  append(s, s.items(), 0);
+}
+
+void Plan::add(const AttentionPackStep& s) {
+  check_image("key", s.batch, s.key);
+  check_image("value", s.batch, s.value);
+  require(s.key.height == s.value.height && s.key.width == s.value.width,
+          "keys and values of different sizes");
+  require(s.heads > 0 && s.key.channels % s.heads == 0 && s.value.channels % s.heads == 0,
+          "channels don't make heads");
+  check_range("packed keys", s.packed_keys,
+              product("packed keys",
+                      {s.batch, s.heads, s.key_blocks(), 2, ceil_div(s.key_channels(), kBlock),
+                       kBlock, kPanel, element_bytes()}));
+  check_range("packed values", s.packed_values,
+              product("packed values",
+                      {s.batch, s.heads, ceil_div(s.value_channels(), kPanel), s.key_blocks(),
+                       kBlock, kPanel, element_bytes()}));
+  append(s, product("items", {s.batch, s.heads, s.key_blocks()}), 0);
+}
+
+void Plan::add(const AttentionStep& s) {
+  check_image("query", s.batch, s.query);
+  check_image("attention", s.batch, s.output);
+  if (s.residual != kNone) {
+    Image residual = s.output;
+    residual.offset = s.residual;
+    check_image("residual", s.batch, residual);
+  }
+  require(s.query.height == s.output.height && s.query.width == s.output.width,
+          "queries and results of different sizes");
+  require(s.heads > 0 && s.query.channels % s.heads == 0 && s.output.channels % s.heads == 0,
+          "channels don't make heads");
+  require(s.scale > 0, "attention needs a scale above zero");
+  require(s.queries > 0 && s.keys > 0 && s.keys % kBlock == 0 && s.queries < (1 << 20) &&
+              s.keys < (1 << 20),
+          "blocks of queries or keys out of range");
+  check_range("packed keys", s.packed_keys,
+              product("packed keys",
+                      {s.batch, s.heads, s.key_blocks(), 2, ceil_div(s.key_channels(), kBlock),
+                       kBlock, kPanel, element_bytes()}));
+  check_range("packed values", s.packed_values,
+              product("packed values",
+                      {s.batch, s.heads, ceil_div(s.value_channels(), kPanel), s.key_blocks(),
+                       kBlock, kPanel, element_bytes()}));
+  append(s, product("items", {s.batch, s.heads, s.query_parts()}), kernels_.attention_scratch(s));
+}
+
+void Plan::add(const PointwiseStep& s) {
+  check_image("input", s.batch, s.input);
+  check_image("output", s.batch, s.output);
+  check_reading(s.batch, s.input, s.reading);
+  require(s.input.channels == s.output.channels, "channels differ");
+  require(s.above >= 0 && s.left >= 0, "negative padding");
+  if (s.residual != kNone) {
+    Image residual = s.output;
+    residual.offset = s.residual;
+    check_image("residual", s.batch, residual);
+  }
+  append(s, product("items", {s.batch, s.output.blocks(), s.output.height}), 0);
+}
+
+void Plan::run_item(std::size_t step, const Context& context, Index item) const {
+  struct Runner {
+    const Kernels& kernels;
+    const Context& context;
+    Index item;
+
+    void operator()(const ImportStep& s) { import_image(kernels.dtype, s, context, item); }
+    void operator()(const ExportStep& s) { export_image(kernels.dtype, s, context, item); }
+    void operator()(const ConvStep& s) { kernels.conv2d(s, context, item); }
+    void operator()(const StatisticsStep& s) { statistics(kernels.dtype, s, context, item); }
+    void operator()(const NormStep& s) { norm(s, context, item); }
+    void operator()(const AttentionPackStep& s) { kernels.attention_pack(s, context, item); }
+    void operator()(const AttentionStep& s) { kernels.attention(s, context, item); }
+    void operator()(const PointwiseStep& s) { pointwise(kernels.dtype, s, context, item); }
+  };
+  std::visit(Runner{kernels_, context, item}, steps_[step]);
+}
+
+}  // namespace rbln_vae

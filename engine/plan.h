@@ -1,0 +1,54 @@
+// A plan: the steps of one run for one input shape, checked when they are added.
+#pragma once
+
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "engine/kernels/kernels.h"
+
+namespace rbln_vae {
+
+using Step = std::variant<ImportStep, ExportStep, ConvStep, StatisticsStep, NormStep,
+                          AttentionPackStep, AttentionStep, PointwiseStep>;
+
+class Plan {
+ public:
+  // Throws std::invalid_argument where sizes overflow or are negative.
+  Plan(const Kernels& kernels, Index arena_bytes);
+
+  // Each checks that everything the step touches lies in the arena, and throws
+  // std::invalid_argument if not. Sizes of weights count bytes.
+  void add(const ImportStep& step);
+  void add(const ExportStep& step);
+  void add(const ConvStep& step, Index weight_bytes, Index bias_bytes);
+  void add(const StatisticsStep& step);
+  void add(const NormStep& step, Index weight_bytes, Index bias_bytes);
+  void add(const AttentionPackStep& step);
+  void add(const AttentionStep& step);
+  void add(const PointwiseStep& step);
+
+  const Kernels& kernels() const { return kernels_; }
+  const std::vector<Step>& steps() const { return steps_; }
+  Index arena_bytes() const { return arena_bytes_; }
+  // Of one thread.
+  Index scratch_bytes() const { return scratch_bytes_; }
+  Index items(std::size_t step) const { return items_[step]; }
+
+  void run_item(std::size_t step, const Context& context, Index item) const;
+
+ private:
+  void append(Step step, Index items, Index scratch);
+  Index element_bytes() const { return kernels_.dtype == DType::kFloat32 ? 4 : 2; }
+  void check_range(const char* what, Index offset, Index bytes) const;
+  void check_image(const char* what, Index batch, const Image& image) const;
+  void check_reading(Index batch, const Image& image, const Reading& reading) const;
+
+  const Kernels& kernels_;
+  Index arena_bytes_;
+  Index scratch_bytes_ = 0;
+  std::vector<Step> steps_;
+  std::vector<Index> items_;
+};
+
+}  // namespace rbln_vae

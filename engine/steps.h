@@ -1,0 +1,194 @@
+// What a plan consists of: plain structs, one for each kind of step.
+//
+// Offsets count bytes from the start of the arena; kNone stands for "not there".
+#pragma once
+
+#include <cstddef>
+
+#include "engine/kernels/element.h"
+
+namespace rbln_vae {
+
+constexpr Index kNone = -1;
+// The largest kernel that is taken has this many taps.
+constexpr Index kMaxTaps = 64;
+
+enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kMish = 3, kRelu = 4 };
+
+// An image in the arena.
+struct Image {
+  Index offset = 0;
+  Index channels = 0;
+  Index height = 0;
+  Index width = 0;
+
+  Index blocks() const { return (channels + kBlock - 1) / kBlock; }
+  Index pixels() const { return height * width; }
+};
+
+// What a group norm does on reading: x * scale + shift by channel, then an activation.
+// The coefficients are floats [N][2][blocks * 32], written by a NormStep.
+struct Reading {
+  Index coefficients = kNone;
+  Activation activation = Activation::kNone;
+};
+
+// A convolution over tiles of an image. With `upsample` the grid is the input, of which
+// each point makes 2x2 outputs with a kernel each; else the grid is the output.
+struct ConvStep {
+  Index batch = 1;
+  Image input;
+  Image output;
+  Reading reading;
+  Index residual = kNone;
+  Index kernel_height = 1;
+  Index kernel_width = 1;
+  Index stride = 1;
+  Index above = 0;  // rows of zeros
+  Index left = 0;   // columns of zeros
+  bool upsample = false;
+  const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
+  const float* bias = nullptr;    // [panels * 16]
+  Index tile_height = 1;          // of the grid
+  Index tile_width = 1;
+  Index splits = 1;        // parts that the output panels are divided into
+  Index partials = kNone;  // floats [N][tiles][2][panels * 16]: means, sums of squares
+
+  Index phases() const { return upsample ? 4 : 1; }
+  Index grid_height() const { return upsample ? input.height : output.height; }
+  Index grid_width() const { return upsample ? input.width : output.width; }
+  Index tiles_down() const { return ceil_div(grid_height(), tile_height); }
+  Index tiles_across() const { return ceil_div(grid_width(), tile_width); }
+  Index panels() const { return ceil_div(output.channels, kPanel); }
+  Index taps() const { return kernel_height * kernel_width; }
+  // Rows and columns of the input that a tile reads.
+  Index rows_read() const {
+    return upsample ? tile_height + 2 : (tile_height - 1) * stride + kernel_height;
+  }
+  Index columns_read() const {
+    return upsample ? tile_width + 2 : (tile_width - 1) * stride + kernel_width;
+  }
+  Index items() const { return batch * tiles_down() * tiles_across() * splits; }
+};
+
+// Rearranges keys and values so that attention reads them as a convolution its weights.
+struct AttentionPackStep {
+  Index batch = 1;
+  Image key;
+  Image value;
+  Index heads = 1;
+  Index packed_keys = 0;    // [N][heads][key panels][channel blocks][512]
+  Index packed_values = 0;  // [N][heads][channel panels][key blocks][512]
+
+  Index key_channels() const { return key.channels / heads; }
+  Index value_channels() const { return value.channels / heads; }
+  Index key_blocks() const { return ceil_div(key.pixels(), kBlock); }
+  Index items() const { return batch * heads * key_blocks(); }
+};
+
+struct AttentionStep {
+  Index batch = 1;
+  Image query;
+  Image output;
+  Index heads = 1;
+  float scale = 1.0f;
+  Index packed_keys = 0;
+  Index packed_values = 0;
+  Index residual = kNone;
+  Index queries = 1;  // of one item
+  Index keys = 32;    // worked on at once; a multiple of 32
+
+  Index key_channels() const { return query.channels / heads; }
+  Index value_channels() const { return output.channels / heads; }
+  Index key_blocks() const { return ceil_div(query.pixels(), kBlock); }
+  Index query_parts() const { return ceil_div(query.pixels(), queries); }
+  Index items() const { return batch * heads * query_parts(); }
+};
+
+// Statistics of an image that no convolution summed while writing it.
+struct StatisticsStep {
+  Index batch = 1;
+  Image input;
+  Index tile_height = 1;
+  Index tile_width = 1;
+  Index partials = 0;  // as a convolution's, with blocks * 32 channels
+
+  Index tiles_down() const { return ceil_div(input.height, tile_height); }
+  Index tiles_across() const { return ceil_div(input.width, tile_width); }
+  Index items() const { return batch * tiles_down() * tiles_across(); }
+};
+
+// From the statistics of tiles to the coefficients of a group norm.
+struct NormStep {
+  Index batch = 1;
+  Index channels = 0;
+  Index groups = 1;
+  float eps = 0;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  Index partials = 0;
+  Index partial_channels = 0;  // stride of a row of partials
+  Index grid_height = 1;
+  Index grid_width = 1;
+  Index tile_height = 1;
+  Index tile_width = 1;
+  Index points = 1;  // outputs of one grid point: 4 after upsampling
+  Index coefficients = 0;
+
+  Index tiles_down() const { return ceil_div(grid_height, tile_height); }
+  Index tiles_across() const { return ceil_div(grid_width, tile_width); }
+  // Groups are divided among threads only where there is work for several.
+  Index parts() const {
+    const Index work = tiles_down() * tiles_across() * channels;
+    return smaller(groups, larger(1, work / 16384));
+  }
+  Index items() const { return batch * parts(); }
+};
+
+// The rare operations that no convolution took in: norm, activation, a factor, doubling,
+// zeros around, and a sum, in this order.
+struct PointwiseStep {
+  Index batch = 1;
+  Image input;
+  Image output;
+  Reading reading;
+  float factor = 1.0f;
+  bool upsample = false;
+  Index above = 0;
+  Index left = 0;
+  Index residual = kNone;
+
+  Index items() const { return batch * output.blocks() * output.height; }
+};
+
+// Between a caller's tensor of any strides and an image in the arena.
+struct ImportStep {
+  Index batch = 1;
+  Image image;
+
+  Index items() const { return batch * image.blocks() * image.height; }
+};
+struct ExportStep {
+  Index batch = 1;
+  Image image;
+
+  Index items() const { return batch * image.blocks() * image.height; }
+};
+
+// A caller's tensor (N, C, H, W); strides count elements.
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  Index shape[4] = {};
+  Index strides[4] = {};
+};
+
+// What a kernel sees of a run.
+struct Context {
+  std::byte* arena = nullptr;
+  std::byte* scratch = nullptr;  // of the thread
+  const Tensor* input = nullptr;
+  const Tensor* output = nullptr;
+};
+
+}  // namespace rbln_vae

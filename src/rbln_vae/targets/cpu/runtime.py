@@ -1,0 +1,198 @@
+"""A part of a model on this machine's processor."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ... import _engine
+from ...errors import RBLNTargetUnavailableError
+from ...graph.ir import Graph, Shape
+from ...profiler import RunProfile
+from ...profiler import Step as StepTime
+from .packing import DTYPES, pack
+from .planner import Machine, Plan, make_plan
+
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+"""The instruction sets of the engine, the best last."""
+
+CACHED_PLANS = 64
+KEPT_PROFILES = 16
+
+
+def usable_kernels() -> list[_engine.Kernels]:
+    """The kernels that this machine can run and `RBLN_VAE_ISA` allows, the best last.
+
+    Raises:
+        ValueError: `RBLN_VAE_ISA` is no instruction set.
+        RBLNTargetUnavailableError: It is one that this machine doesn't have.
+    """
+    kernels = _engine.all_kernels()
+    forced = os.environ.get("RBLN_VAE_ISA")
+    if not forced:
+        return kernels
+    if forced not in ISAS:
+        raise ValueError(f"RBLN_VAE_ISA is {forced!r}, expected one of {', '.join(ISAS)}.")
+    present = {each.isa for each in kernels}
+    if forced not in present:
+        raise RBLNTargetUnavailableError(
+            f"RBLN_VAE_ISA is {forced!r}, but this machine only has "
+            f"{', '.join(isa for isa in ISAS if isa in present)}."
+        )
+    most = ISAS.index(forced)
+    return [each for each in kernels if ISAS.index(each.isa) <= most]
+
+
+def best_dtype() -> str:
+    """`"bfloat16"` where the machine multiplies it faster than float32."""
+    return usable_kernels()[-1].dtype
+
+
+class CpuRuntime:
+    """Runs a graph with the native engine; any number of threads may share it.
+
+    Args:
+        graph: What the passes made of it. With `packed` only the shapes of its weights
+            are read, so that they may be on the meta device.
+        packed: What `packing.pack` made of the weights for `dtype`.
+        dtype: In what to compute; `None` is what is fastest here.
+        num_threads: Threads of a run; `None` is one for each processor that this
+            process may use.
+        memory_limit: The most bytes that the activations of a run may take.
+        timeout: Seconds that a run may take.
+        activate_profiler: Whether to keep the times of the latest runs.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        packed: Mapping[str, Tensor] | None = None,
+        *,
+        dtype: str | None = None,
+        num_threads: int | None = None,
+        memory_limit: int | None = None,
+        timeout: float = 60.0,
+        activate_profiler: bool = False,
+    ) -> None:
+        dtype = best_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}, expected at least 1.")
+        self.graph = graph
+        self.timeout = timeout
+        self.memory_limit = memory_limit
+        self._packed = pack(graph, dtype) if packed is None else packed
+        self._kernels = [each for each in usable_kernels() if each.dtype == dtype][-1]
+        self._executor = _engine.Executor(num_threads or _engine.usable_processors())
+        self.machine = Machine(
+            isa=self._kernels.isa,
+            dtype=dtype,
+            rows=self._kernels.rows,
+            pixels=self._kernels.pixels,
+            panels=self._kernels.panels,
+            threads=self._executor.threads,
+        )
+        self._plans: dict[Shape, tuple[Plan, _engine.Plan]] = {}
+        self._lock = threading.Lock()
+        self._profiles: deque[RunProfile] | None = (
+            deque(maxlen=KEPT_PROFILES) if activate_profiler else None
+        )
+
+    def plan(self, shape: Shape) -> Plan:
+        """What a run on an input of that shape does; `print(plan.describe())`."""
+        return self._planned(tuple(shape))[0]
+
+    def bytes(self, shape: Shape) -> int:
+        """Memory that a run on an input of that shape takes, besides weights."""
+        return self._executor.bytes(self._planned(tuple(shape))[1])
+
+    def run(self, image: Tensor) -> Tensor:
+        """Run the part.
+
+        Args:
+            image: `(N, C, H, W)` on the CPU, of any floating dtype and strides.
+
+        Returns:
+            A new contiguous tensor in the dtype of the input.
+
+        Raises:
+            TimeoutError: The run took longer than the timeout.
+            MemoryError: It would need more than the memory limit, or than there is.
+        """
+        if not image.is_floating_point():
+            raise TypeError(f"The input is {image.dtype}, expected a floating-point tensor.")
+        plan, native = self._planned(tuple(image.shape))
+        if self.memory_limit is not None:
+            needed = self._executor.bytes(native)
+            if needed > self.memory_limit:
+                raise MemoryError(
+                    f"An input of {'x'.join(map(str, image.shape))} needs {needed:,} bytes "
+                    f"for activations, more than the memory limit of {self.memory_limit:,}."
+                )
+        source = image.detach()
+        if source.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            source = source.to(torch.float32)
+        result = torch.empty(plan.output_shape, dtype=source.dtype)
+        start = time.time()
+        times = self._executor.run(
+            native, source, result, self.timeout, self._profiles is not None
+        )
+        if self._profiles is not None:
+            self._profiles.append(self._profile(plan, start, times))
+        return result.to(image.dtype)
+
+    @property
+    def profiles(self) -> list[RunProfile]:
+        """The latest runs, if the profiler is active."""
+        return list(self._profiles or ())
+
+    def release_memory(self) -> None:
+        """Give the memory that is kept for the next run back to the system."""
+        self._executor.release()
+
+    def _planned(self, shape: Shape) -> tuple[Plan, _engine.Plan]:
+        with self._lock:
+            known = self._plans.get(shape)
+        if known is not None:
+            return known
+        if len(shape) != 4 or min(shape) < 1 or shape[1] != self.graph.input_channels:
+            raise ValueError(
+                f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
+            )
+        plan = make_plan(self.graph, shape, self.machine)
+        made = plan, self._bind(plan)
+        with self._lock:
+            while len(self._plans) >= CACHED_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[shape] = made
+        return made
+
+    def _bind(self, plan: Plan) -> _engine.Plan:
+        if plan.arena_bytes >= 2**62:
+            raise MemoryError(
+                f"An input of {'x'.join(map(str, plan.input_shape))} needs "
+                f"{plan.arena_bytes:,} bytes for activations."
+            )
+        native = _engine.Plan(
+            self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape
+        )
+        for step in plan.steps:
+            weights = {name: self._packed[weight] for name, weight in step.weights.items()}
+            getattr(native, step.call)(**step.arguments, **weights)
+        return native
+
+    def _profile(
+        self, plan: Plan, start: float, times: list[tuple[float, float]]
+    ) -> RunProfile:
+        steps = tuple(
+            StepTime(step.name, step.kind, begin, end - begin, step.flops, step.bytes)
+            for step, (begin, end) in zip(plan.steps, times, strict=True)
+        )
+        return RunProfile(self.graph.name, plan.input_shape, start, steps)
