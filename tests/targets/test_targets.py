@@ -232,6 +232,6 @@ def test_a_dtype_that_the_target_has_not_is_an_error():
 
 
 def test_one_device_is_no_option_of_the_npu():
-    assert place(target="cpu", num_devices=1).rbln_config == RBLNModelConfig.copy(
+    assert place(target="cpu", dtype="float32", num_devices=1).rbln_config == RBLNModelConfig.copy(
         default_compiled().rbln_config
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
-from ..graph.ir import Graph
+from ..graph.ir import Graph, Shape
 from ..profiler import RunProfile
 
 
@@ -132,7 +132,6 @@ class Target(ABC):
 
         Raises:
             RBLNTargetUnavailableError: This machine can't run it.
-            ValueError: The device isn't one of the target.
         """
 
     def require(self) -> None:
@@ -155,6 +154,23 @@ class GraphTarget(Target):
         Raises:
             RBLNCompileError: The target can't run the graph.
         """
+
+
+def timed_out(timeout: float) -> TimeoutError:
+    """The error of a run that took longer than its timeout."""
+    return TimeoutError(
+        f"A run took longer than timeout={timeout} seconds and was given up; the model can be "
+        "used again. Give a longer timeout, or a smaller batch or image."
+    )
+
+
+def over_memory_limit(part: str, shape: Shape, needed: int, limit: int) -> MemoryError:
+    """The error of a run that would need more memory than its limit."""
+    return MemoryError(
+        f"A run of the {part} on {'x'.join(map(str, shape))} needs {needed} bytes for "
+        f"activations, and memory_limit is {limit}. Raise the limit, or run a smaller batch or "
+        "image."
+    )
 
 
 _MODULES = {

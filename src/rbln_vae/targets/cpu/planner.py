@@ -219,12 +219,12 @@ class _Planner:
     def plan(self) -> Plan:
         graph = self.graph
         source = self.image(graph.input)
-        self.emit("import_image", graph.input, "Import", dict(image=source), writes=[source])
+        self.emit("import_image", graph.input, "Import", {"image": source}, writes=[source])
         self.statistics_of(graph.input, None)
         for index, operation in enumerate(graph.operations):
             self.operation(index, operation)
         result = self.images[graph.output]
-        self.emit("export_image", graph.output, "Export", dict(image=result), reads=[result])
+        self.emit("export_image", graph.output, "Export", {"image": result}, reads=[result])
         arena = place(self.buffers)
         return Plan(
             self.shapes[graph.input],
@@ -427,7 +427,7 @@ class _Planner:
         packed_values = self.buffer(
             f"{operation.output} values", matrices * -(-of_head[1] // PANEL)
         )
-        packed = dict(heads=heads, packed_keys=packed_keys, packed_values=packed_values)
+        packed = {"heads": heads, "packed_keys": packed_keys, "packed_values": packed_values}
         self.emit(
             "attention_pack",
             operation.output,
@@ -514,31 +514,29 @@ class _Planner:
                 "statistics",
                 value,
                 "Statistics",
-                dict(input=image, tile=tile, partials=buffer),
+                {"input": image, "tile": tile, "partials": buffer},
                 reads=[image],
                 writes=[buffer],
             )
         for norm in norms:
             blocks = -(-image.channels // BLOCK)
-            coefficients = self.buffer(
-                f"{value} coefficients", self.batch * 2 * blocks * BLOCK * 4
-            )
+            coefficients = self.buffer(f"{value} coefficients", self.batch * 2 * blocks * BLOCK * 4)
             self.coefficients[value, norm] = coefficients
             self.emit(
                 "norm",
                 value,
                 "Norm",
-                dict(
-                    channels=image.channels,
-                    groups=norm.groups,
-                    eps=norm.eps,
-                    partials=statistics.buffer,
-                    partial_channels=statistics.channels,
-                    grid=statistics.grid,
-                    tile=statistics.tile,
-                    points=statistics.points,
-                    coefficients=coefficients,
-                ),
+                {
+                    "channels": image.channels,
+                    "groups": norm.groups,
+                    "eps": norm.eps,
+                    "partials": statistics.buffer,
+                    "partial_channels": statistics.channels,
+                    "grid": statistics.grid,
+                    "tile": statistics.tile,
+                    "points": statistics.points,
+                    "coefficients": coefficients,
+                },
                 reads=[statistics.buffer],
                 writes=[coefficients],
                 weights={"weight": norm.weight, "bias": norm.bias},

@@ -16,6 +16,7 @@ from ...errors import RBLNTargetUnavailableError
 from ...graph.ir import Graph, Shape
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
+from ..base import over_memory_limit, timed_out
 from .packing import DTYPES, pack
 from .planner import Machine, Plan, make_plan
 
@@ -132,18 +133,18 @@ class CpuRuntime:
         if self.memory_limit is not None:
             needed = self._executor.bytes(native)
             if needed > self.memory_limit:
-                raise MemoryError(
-                    f"An input of {'x'.join(map(str, image.shape))} needs {needed:,} bytes "
-                    f"for activations, more than the memory limit of {self.memory_limit:,}."
-                )
+                shape = tuple(image.shape)
+                raise over_memory_limit(self.graph.name, shape, needed, self.memory_limit)
         source = image.detach()
         if source.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             source = source.to(torch.float32)
         result = torch.empty(plan.output_shape, dtype=source.dtype)
         start = time.time()
-        times = self._executor.run(
-            native, source, result, self.timeout, self._profiles is not None
-        )
+        profile = self._profiles is not None
+        try:
+            times = self._executor.run(native, source, result, self.timeout, profile)
+        except TimeoutError:
+            raise timed_out(self.timeout) from None
         if self._profiles is not None:
             self._profiles.append(self._profile(plan, start, times))
         return result.to(image.dtype)
@@ -180,17 +181,13 @@ class CpuRuntime:
                 f"An input of {'x'.join(map(str, plan.input_shape))} needs "
                 f"{plan.arena_bytes:,} bytes for activations."
             )
-        native = _engine.Plan(
-            self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape
-        )
+        native = _engine.Plan(self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape)
         for step in plan.steps:
             weights = {name: self._packed[weight] for name, weight in step.weights.items()}
             getattr(native, step.call)(**step.arguments, **weights)
         return native
 
-    def _profile(
-        self, plan: Plan, start: float, times: list[tuple[float, float]]
-    ) -> RunProfile:
+    def _profile(self, plan: Plan, start: float, times: list[tuple[float, float]]) -> RunProfile:
         steps = tuple(
             StepTime(step.name, step.kind, begin, end - begin, step.flops, step.bytes)
             for step, (begin, end) in zip(plan.steps, times, strict=True)
