@@ -21,8 +21,8 @@ from ..profiler import RunProfile, Step
 from .base import (
     CompiledModel,
     CompileOptions,
+    GraphTarget,
     RuntimeOptions,
-    Target,
     over_memory_limit,
     timed_out,
 )
@@ -30,7 +30,7 @@ from .base import (
 _PROFILES_KEPT = 100
 
 
-class InterpreterTarget(Target):
+class InterpreterTarget(GraphTarget):
     """A target that keeps the graph as it is and interprets it."""
 
     def unavailable_reason(self) -> str | None:

@@ -11,12 +11,12 @@ from ...artifact import Artifact, read_artifact
 from ...errors import RBLNArtifactError
 from ...graph.ir import Graph
 from ...graph.passes import optimise
-from ..base import CompiledModel, CompileOptions, RuntimeOptions, Target
+from ..base import CompiledModel, CompileOptions, GraphTarget, RuntimeOptions
 from .packing import check_packed, pack
 from .runtime import CpuRuntime, best_dtype
 
 
-class CpuTarget(Target):
+class CpuTarget(GraphTarget):
     """This machine's processor; one compiled model serves every shape and instruction set."""
 
     name = "cpu"
