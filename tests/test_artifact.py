@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import captured, evaluate, graph_of_every_kind, paths, picture, small_graph
+from graphs import captured, evaluate, graph_of_every_kind, paths, small_graph
 from safetensors.torch import save_file
+from vaes import noise
 
 from rbln_vae.artifact import Artifact, read_artifact
 from rbln_vae.errors import RBLNArtifactError
@@ -42,7 +43,12 @@ def assert_equal(one: Artifact, other: Artifact) -> None:
     assert one.graph.to_json() == other.graph.to_json()
     assert one.graph.weights.keys() == other.graph.weights.keys()
     for name, weight in one.graph.weights.items():
-        assert torch.equal(weight, other.graph.weights[name])
+        assert weight.shape == other.graph.weights[name].shape
+        assert one.packed is not None or torch.equal(weight, other.graph.weights[name])
+    assert (one.packed is None) == (other.packed is None)
+    for name, tensor in (one.packed or {}).items():
+        assert tensor.dtype == (other.packed or {})[name].dtype
+        assert torch.equal(tensor, (other.packed or {})[name])
     for name in ("target", "dtype", "version"):
         assert getattr(one, name) == getattr(other, name)
     assert dict(one.source) == dict(other.source)
@@ -89,8 +95,18 @@ def test_what_is_written_comes_back(tmp_path: Path, graph: Callable[[], Graph], 
     again = read_artifact(tmp_path / "part.rbln")
     assert_equal(again, made)
     assert again.path == tmp_path / "part.rbln"
-    image = picture(1, made.graph.input_channels, 8, 8)
+    image = noise(1, made.graph.input_channels, 8, 8)
     assert torch.equal(evaluate(again.graph, image), evaluate(made.graph, image))
+
+
+def test_packed_weights_come_back_beside_the_shapes_of_the_graph(tmp_path: Path) -> None:
+    packed = {"w": torch.randn(7).bfloat16(), "other": torch.randn(3)}
+    made = artifact(packed=packed)
+    made.save(tmp_path / "part")
+    again = read_artifact(tmp_path / "part")
+    assert_equal(again, made)
+    assert all(weight.is_meta for weight in again.graph.weights.values())
+    assert again.graph.flops((1, 2, 4, 4)) == made.graph.flops((1, 2, 4, 4))
 
 
 def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
@@ -129,6 +145,7 @@ def test_it_is_a_safetensors_file_with_one_key(tmp_path: Path) -> None:
     assert list(header["__metadata__"]) == ["rbln_vae"]
     assert list(description) == [
         "format_version", "checksum", "library_version", "target", "dtype", "source", "graph",
+        "shapes",
     ]  # fmt: skip
     assert description["format_version"] == 1 and description["source"] == SOURCE
 
@@ -204,7 +221,7 @@ def test_weights_of_diffusers_are_refused_with_advice(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RBLNArtifactError, match="There is no .*part"):
+    with pytest.raises(RBLNArtifactError, match=r"There is no .*part"):
         read_artifact(tmp_path / "part")
     with pytest.raises(RBLNArtifactError, match="can't be read"):
         read_artifact(tmp_path)
@@ -256,6 +273,12 @@ DESCRIBED: dict[str, tuple[str, Any]] = {
     "a source with a list": ("source", {"sha256": []}),
     "a graph that is a text": ("graph", "{}"),
     "no graph": ("graph", None),
+    "shapes that are a list": ("shapes", []),
+    "a shape that is a number": ("shapes", {"w": 2, "b": [1]}),
+    "a negative shape": ("shapes", {"w": [1, 2, 1, 1], "b": [-1]}),
+    "a shape of another weight": ("shapes", {"w": [2, 2, 1, 1], "b": [1]}),
+    "a shape beyond any memory": ("shapes", {"w": [1, 2, 1 << 30, 1 << 30], "b": [1]}),
+    "a shape too few": ("shapes", {"w": [1, 2, 1, 1]}),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -37,13 +38,16 @@ class Artifact:
     """One compiled part of a model, in memory or mapped from a file.
 
     Attributes:
-        graph: What it computes, with its weights.
+        graph: What it computes. Its weights are float32; beside `packed` they are shapes
+            alone, on the meta device.
         target: The name of the target that it was compiled for.
         dtype: In what it computes: `"float32"` or `"bfloat16"`.
         source: What it was compiled from: the model's id or class, and `sha256` of the
             weights.
         version: The version of the package that compiled it.
         path: The file, if it was loaded from one.
+        packed: The weights in the order in which the target reads them, for a target that
+            has an order of its own.
     """
 
     graph: Graph
@@ -52,6 +56,7 @@ class Artifact:
     source: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
     path: Path | None = None
+    packed: Mapping[str, torch.Tensor] | None = None
 
     def save(self, path: Path) -> None:
         """Write the file, atomically: a crash leaves the old one or none.
@@ -70,10 +75,11 @@ class Artifact:
             "dtype": self.dtype,
             "source": dict(self.source),
             "graph": json.loads(self.graph.to_json()),
+            "shapes": self._shapes_of_packed_weights(),
         }
         # One key, since the order of several is not kept: equal models give equal files.
         metadata = {FORMAT: json.dumps(description, separators=(",", ":"))}
-        weights = _apart(self.graph.weights)
+        weights = _apart(self.graph.weights if self.packed is None else self.packed)
         try:
             with atomic_path(path) as temporary:
                 save_file(weights, temporary, metadata)
@@ -83,6 +89,11 @@ class Artifact:
                 f"{path} can't be written: {error}. Nothing was left half-written; make room or "
                 "choose another directory."
             ) from error
+
+    def _shapes_of_packed_weights(self) -> dict[str, list[int]] | None:
+        if self.packed is None:
+            return None
+        return {name: list(weight.shape) for name, weight in self.graph.weights.items()}
 
 
 def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -112,7 +123,9 @@ def read_artifact(path: Path) -> Artifact:
     description = _checked_description(path)
     try:
         with safe_open(path, framework="pt") as stored:
-            weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        shapes = description["shapes"]
+        weights = tensors if shapes is None else _of_shapes(shapes)
         graph = Graph.from_json(json.dumps(description["graph"]), weights)
         texts = {name: description[name] for name in ("target", "dtype", "library_version")}
         source = description["source"]
@@ -130,7 +143,27 @@ def read_artifact(path: Path) -> Artifact:
         raise RBLNArtifactError(
             f"{path} is not valid: {error}. Compile the model again."
         ) from error
-    return Artifact(graph, texts["target"], texts["dtype"], source, texts["library_version"], path)
+    return Artifact(
+        graph,
+        texts["target"],
+        texts["dtype"],
+        source,
+        texts["library_version"],
+        path,
+        None if shapes is None else tensors,
+    )
+
+
+def _of_shapes(shapes: Any) -> dict[str, torch.Tensor]:
+    """Tensors that have shapes and no data, as the graph of packed weights wants them."""
+    if not isinstance(shapes, dict):
+        raise GraphError("shapes must be an object")
+    for shape in shapes.values():
+        if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+            raise GraphError(f"{shape!r} is not the shape of a weight")
+        if math.prod(shape) >= 2**48:
+            raise GraphError(f"a weight of shape {shape} is too large")
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _checked_description(path: Path) -> dict[str, Any]:

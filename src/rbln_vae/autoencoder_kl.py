@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,8 +20,6 @@ from .config import (
     reject_unknown,
 )
 from .errors import RBLNCompileError, RBLNRuntimeError
-from .graph.capture import capture
-from .graph.ir import Graph
 from .model import RBLNModel
 
 if TYPE_CHECKING:
@@ -35,6 +34,13 @@ def _image_size(value: object) -> tuple[int, int]:
     if len(sides) != 2:
         raise ValueError("expected an int, or (height, width)")
     return positive_int(sides[0]), positive_int(sides[1])
+
+
+def _scale_factor(value: object) -> int:
+    factor = positive_number(value)
+    if not isinstance(factor, int):
+        raise ValueError("expected a positive whole number")
+    return factor
 
 
 class RBLNAutoencoderKLConfig(RBLNModelConfig):
@@ -69,7 +75,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
         "batch_size": positive_int,
         "sample_size": _image_size,
         "uses_encoder": boolean,
-        "vae_scale_factor": positive_number,
+        "vae_scale_factor": _scale_factor,
         "in_channels": positive_int,
         "latent_channels": positive_int,
     }
@@ -78,7 +84,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
     batch_size: int
     sample_size: tuple[int, int] | None
     uses_encoder: bool | None
-    vae_scale_factor: int | float | None
+    vae_scale_factor: int | None
     in_channels: int | None
     latent_channels: int | None
 
@@ -124,7 +130,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
                 "from the rbln_config of a compiled model."
             )
         height, width = self.sample_size
-        return int(height // self.vae_scale_factor), int(width // self.vae_scale_factor)
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
 
 
 class RBLNAutoencoderKL(RBLNModel):
@@ -267,15 +273,38 @@ class RBLNAutoencoderKL(RBLNModel):
                 f"{shape}."
             )
 
+    # What pipelines and their users read, besides the members of every model
+
+    use_tiling = use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Do nothing: results are those of the whole image, within `memory_limit`."""
+
+    def disable_tiling(self) -> None:
+        """Do nothing, as `enable_tiling`."""
+
+    def enable_slicing(self) -> None:
+        """Do nothing: a batch is run within `memory_limit`."""
+
+    def disable_slicing(self) -> None:
+        """Do nothing, as `enable_slicing`."""
+
+    @property
+    def post_quant_conv(self) -> _PostQuantConv:
+        """A stand-in on which pipelines look up the dtype of the decoder."""
+        return _PostQuantConv(self.dtype)
+
     # What RBLNModel asks
 
     @classmethod
     def _resolve(cls, rbln_config: RBLNAutoencoderKLConfig, config: Mapping[str, Any]) -> None:
-        size = config.get("sample_size")
+        blocks = config.get("block_out_channels")
+        if not isinstance(blocks, (list, tuple)) or not blocks:
+            raise ValueError(f"block_out_channels={blocks!r} of the model is no list of channels.")
         own = {
             "in_channels": config.get("in_channels"),
             "latent_channels": config.get("latent_channels"),
-            "vae_scale_factor": 2 ** (len(config.get("block_out_channels", ())) - 1),
+            "vae_scale_factor": 2 ** (len(blocks) - 1),
         }
         for name, value in own.items():
             chosen = getattr(rbln_config, name)
@@ -288,7 +317,10 @@ class RBLNAutoencoderKL(RBLNModel):
         if rbln_config.uses_encoder is None:
             rbln_config.uses_encoder = True
         if rbln_config.sample_size is None:
-            rbln_config.sample_size = size
+            rbln_config.sample_size = config.get("sample_size")
+        for name in (*own, "sample_size"):
+            if getattr(rbln_config, name) is None:
+                raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
 
     @classmethod
     def _parts(cls, rbln_config: RBLNAutoencoderKLConfig) -> dict[str, tuple[int, int, int, int]]:
@@ -301,12 +333,10 @@ class RBLNAutoencoderKL(RBLNModel):
         return parts
 
     @classmethod
-    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
-        vae: Any = model
-        with _standard_attention(vae):
-            if part == ENCODER:
-                return capture(_Encoder(vae), part, vae.config.in_channels)
-            return capture(_Decoder(vae), part, vae.config.latent_channels)
+    @contextlib.contextmanager
+    def _module(cls, model: torch.nn.Module, part: str) -> Iterator[torch.nn.Module]:
+        with _standard_attention(model):
+            yield _Encoder(model) if part == ENCODER else _Decoder(model)
 
     @classmethod
     def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
@@ -326,6 +356,19 @@ class RBLNAutoencoderKL(RBLNModel):
                 f"{cls.original_class_name}. Name a VAE, or the subfolder that holds one."
             )
         return AutoencoderKL.from_pretrained(model_id, **kwargs)  # type: ignore[no-untyped-call]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PostQuantConv:
+    """What is left of the first layer of the decoder once it is compiled: its dtype."""
+
+    dtype: torch.dtype
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield torch.empty(0, dtype=self.dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> _PostQuantConv:
+        return self
 
 
 class _Encoder(torch.nn.Module):

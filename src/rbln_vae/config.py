@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import numbers
 import os
 import re
@@ -99,9 +100,10 @@ def byte_count(value: object) -> int:
     """A number of bytes from an `int` or a text such as `"2GiB"` or `"512MB"`."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        if match is None or match[2] not in _UNITS:
+        number = float(match[1]) if match is not None else math.inf
+        if match is None or match[2] not in _UNITS or math.isinf(number):
             raise ValueError("expected a number of bytes, such as 2147483648 or '2GiB'")
-        value = int(float(match[1]) * _UNITS[match[2]])
+        value = int(number * _UNITS[match[2]])
     return positive_int(value)
 
 
@@ -204,12 +206,12 @@ class RBLNModelConfig:
         rbln_vae_version: str | None = None,
         **kwargs: Any,
     ) -> None:
-        reject_unknown(kwargs, self._option_names(), f"option of {type(self).__name__}", ValueError)
         if cls_name is not None and cls_name != type(self).__name__:
             raise ValueError(
                 f"This configuration is one of {cls_name}, not of {type(self).__name__}. "
                 "RBLNAutoConfig.load finds the right class."
             )
+        reject_unknown(kwargs, self._option_names(), f"option of {type(self).__name__}", ValueError)
         if tensor_parallel_size is not None:
             if num_devices not in (None, tensor_parallel_size):
                 raise ValueError(
@@ -313,7 +315,7 @@ class RBLNModelConfig:
         reject_unknown(
             changes, self._option_names(), f"option of {type(self).__name__}", ValueError
         )
-        return type(self)(**{**self.given_options(), **changes})
+        return type(self)(**override(self.given_options(), changes))
 
     def compiled_options(self) -> dict[str, Any]:
         """The options that a compiled model keeps: all but `RUNTIME_OPTIONS`."""
@@ -373,13 +375,21 @@ class RBLNAutoConfig:
             >>> config = RBLNAutoConfig.load("compiled-vae")  # doctest: +SKIP
         """
         name = _read(path).get("cls_name")
-        found = getattr(importlib.import_module(__package__), name, None) if name else None
+        package = importlib.import_module(__package__)
+        found = getattr(package, name, None) if isinstance(name, str) else None
         if not (isinstance(found, type) and issubclass(found, RBLNModelConfig)):
             raise RBLNArtifactError(
                 f"{_config_file(path)} names the configuration class {name!r}, which this version "
                 f"of rbln-vae ({__version__}) doesn't have."
             )
         return found.load(path, **options)
+
+
+def override(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with changes that win over them, whichever of its names an option has."""
+    names = {"num_devices", "tensor_parallel_size"}
+    replaced = names if names & changes.keys() else set()
+    return {**{k: v for k, v in options.items() if k not in replaced}, **changes}
 
 
 def reject_unknown(
@@ -410,7 +420,7 @@ def nearest_multiples(size: int, factor: int) -> list[int]:
     return sorted(near - {0})
 
 
-def check_image_size(size: tuple[int, int], factor: float) -> None:
+def check_image_size(size: tuple[int, int], factor: int) -> None:
     """Raise a `ValueError` that names the nearest valid sizes, if there is a remainder.
 
     Args:
@@ -418,9 +428,7 @@ def check_image_size(size: tuple[int, int], factor: float) -> None:
         factor: Pixels per latent cell in a direction.
     """
     if any(side % factor for side in size):
-        height, width = (
-            " or ".join(map(str, nearest_multiples(side, int(factor)))) for side in size
-        )
+        height, width = (" or ".join(map(str, nearest_multiples(side, factor))) for side in size)
         raise ValueError(
             f"{size[0]}x{size[1]} is no image size of this model: height and width must be "
             f"multiples of {factor}. The nearest are height {height} and width {width}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,54 @@ def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path |
                 f"{path} is not a .safetensors file. Other checkpoints can hold code, so they are "
                 "not loaded: convert it to .safetensors first."
             )
+        if not path.is_file() and "://" not in model_id:
+            raise OSError(f"There is no file {path}.")
         return None
     return _download(model_id, subfolder, download)
+
+
+def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | None:
+    """The VAE of a diffusers pipeline, if that is what the name stands for.
+
+    Args:
+        model_id: A local path or a hub id.
+        **download: Arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        The subfolder of the VAE, and the side of the latents that the UNet or transformer
+        was trained on, where it says so; `None` if it is no pipeline with a VAE.
+    """
+    index = _json(model_id, "model_index.json", download)
+    if index is None or "vae" not in index:
+        return None
+    sides = (
+        (_json(model_id, f"{name}/config.json", download) or {}).get("sample_size")
+        for name in ("unet", "transformer")
+        if name in index
+    )
+    return "vae", next((side for side in sides if isinstance(side, int)), None)
+
+
+def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A JSON object of a model, or `None` if there is none."""
+    path = Path(model_id)
+    if path.is_dir():
+        file = path / name
+    elif path.exists() or is_single_file(model_id):
+        return None
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            file = Path(hf_hub_download(model_id, name, **download))
+        except (HfHubHTTPError, HFValidationError, OSError):
+            return None  # what loads the model says why
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def is_single_file(model_id: str) -> bool:
@@ -92,7 +139,7 @@ def _compiled_directory(directory: Path) -> Path | None:
 
 
 def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Path | None:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HFValidationError,
@@ -103,7 +150,17 @@ def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Pat
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
         hf_hub_download(model_id, prefix + CONFIG_NAME, **download)
-    except (EntryNotFoundError, LocalEntryNotFoundError):
+    except LocalEntryNotFoundError as error:
+        # The hub has not answered; what the cache holds of the model still may tell.
+        where = {k: download[k] for k in ("cache_dir", "revision") if k in download}
+        others = (prefix + "config.json", "model_index.json")
+        if not any(isinstance(try_to_load_from_cache(model_id, o, **where), str) for o in others):
+            raise OSError(
+                f"{model_id!r} is not in the cache, and the hub was not asked or can't be reached. "
+                "Check the connection, local_files_only and HF_HUB_OFFLINE, or name a directory."
+            ) from error
+        return None
+    except EntryNotFoundError:
         return None
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise OSError(

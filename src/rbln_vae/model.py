@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from . import hub
 from .artifact import SUFFIX
-from .config import CONFIG_NAME, RBLNModelConfig, reject_unknown
+from .config import CONFIG_NAME, RBLNModelConfig, override, reject_unknown
 from .errors import RBLNArtifactError, RBLNRuntimeError
 from .files import atomic_directory
 from .graph.ir import Graph
+from .module_members import ModuleMembers
 from .profiler import Profile
 from .targets.base import (
     CompiledModel,
@@ -37,7 +39,7 @@ ModelType = TypeVar("ModelType", bound="RBLNModel")
 Config = RBLNModelConfig | Mapping[str, Any] | None
 
 
-class RBLNModel(ABC):
+class RBLNModel(ModuleMembers):
     """A compiled model: its parts, its configurations and their runtimes.
 
     Made by `from_pretrained` or `from_model`, not by its constructor.
@@ -85,8 +87,10 @@ class RBLNModel(ABC):
 
     @classmethod
     @abstractmethod
-    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
-        """The graph of one part."""
+    def _module(
+        cls, model: torch.nn.Module, part: str
+    ) -> contextlib.AbstractContextManager[torch.nn.Module]:
+        """One part as a module from image to image, ready to be compiled within the block."""
 
     @classmethod
     @abstractmethod
@@ -133,7 +137,8 @@ class RBLNModel(ABC):
         """
         options, loader = _split(kwargs)
         wanted = cls._wanted(rbln_config, options)
-        compiled_directory = hub.find_compiled(str(model_id), **hub.options(loader))
+        name = os.fspath(model_id)
+        compiled_directory = hub.find_compiled(name, **hub.options(loader))
         if compiled_directory is not None:
             if export:
                 raise ValueError(
@@ -147,8 +152,8 @@ class RBLNModel(ABC):
                 f"{model_id} is not a compiled model: it has no {CONFIG_NAME}. Pass export=True to "
                 "compile it."
             )
-        model = cls._load_original(str(model_id), **loader)
-        return cls._compile(model, wanted, str(model_id))
+        model = cls._load_original(name, **loader)
+        return cls._compile(model, wanted, name)
 
     @classmethod
     def from_model(
@@ -192,7 +197,7 @@ class RBLNModel(ABC):
     def _wanted(cls, rbln_config: Config, options: Mapping[str, Any]) -> RBLNModelConfig:
         """The configuration that the caller asks for, not frozen."""
         if rbln_config is None or isinstance(rbln_config, Mapping):
-            return cls.config_class(**{**(rbln_config or {}), **options})
+            return cls.config_class(**override(rbln_config or {}, options))
         if not isinstance(rbln_config, cls.config_class):
             raise TypeError(
                 f"rbln_config must be a dict or a {cls.config_class.__name__}, and is a "
@@ -219,15 +224,13 @@ class RBLNModel(ABC):
             "class": type(model).__name__,
             "sha256": _weights_hash(model),
         }
-        compiled = {
-            part: target.compile(
-                cls._capture(model, part),
-                CompileOptions(
-                    shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices
-                ),
+        compiled = {}
+        for part, shape in parts.items():
+            options = CompileOptions(
+                shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices, part
             )
-            for part, shape in parts.items()
-        }
+            with cls._module(model, part) as module:
+                compiled[part] = target.compile_module(module, options)
         rbln_config.freeze()
         return cls(compiled, config, rbln_config)
 
@@ -245,10 +248,19 @@ class RBLNModel(ABC):
                     "with export=True."
                 )
         config = _model_config(directory, cls.original_class_name)
-        if rbln_config.target is None:
-            raise RBLNArtifactError(f"{directory / CONFIG_NAME} names no target. Compile again.")
-        target = get_target(rbln_config.target)
-        cls._resolve(rbln_config, config)
+        for name in ("target", "dtype"):
+            if compiled_options[name] is None:
+                raise RBLNArtifactError(
+                    f"{directory / CONFIG_NAME} names no {name}. Compile the model again."
+                )
+        target = get_target(str(rbln_config.target))
+        try:
+            cls._resolve(rbln_config, config)
+        except (ValueError, TypeError) as error:
+            raise RBLNArtifactError(
+                f"{CONFIG_NAME} and {MODEL_CONFIG_NAME} in {directory} don't fit together: "
+                f"{error} Save or compile the model again."
+            ) from error
         parts = cls._parts(rbln_config)
         _check_placement(rbln_config, target, parts)
         if rbln_config.create_runtimes:
@@ -399,6 +411,19 @@ class RBLNModel(ABC):
         """Where tensors come from and go to: the CPU, whatever the target."""
         return torch.device("cpu")
 
+    def _devices(self) -> list[int | str]:
+        devices = (_runtime_options(self.rbln_config, p).device for p in self.compiled_models)
+        own = self._target.default_device()
+        return list(dict.fromkeys(own if device is None else device for device in devices))
+
+    def register_to_config(self, **options: Any) -> None:
+        """Change the configuration, as pipelines do that correct an old `scaling_factor`.
+
+        Args:
+            **options: Keys of `config` and their new values; none changes what is compiled.
+        """
+        self.config = _frozen({**self.config, **options})
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"
 
@@ -421,12 +446,26 @@ def _choose_target(rbln_config: RBLNModelConfig) -> Target:
     """The target that is named, or that the device or the chip implies."""
     if rbln_config.target is not None:
         return get_target(rbln_config.target)
-    device = rbln_config.device
-    if isinstance(device, int) or rbln_config.npu is not None or rbln_config.num_devices > 1:
+    if rbln_config.npu is not None or rbln_config.num_devices > 1:
         return get_target("rbln")
-    if device is not None:
-        return get_target("cpu" if device == "cpu" else "cuda")
-    return default_target()
+    kinds = {_device_kind(device) for device in _devices(rbln_config)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The devices of the parts are of several targets, {' and '.join(sorted(kinds))}; a "
+            "model is compiled for one."
+        )
+    return get_target(kinds.pop()) if kinds else default_target()
+
+
+def _devices(rbln_config: RBLNModelConfig) -> list[int | str]:
+    """Every device that is named, for the model or for a part."""
+    own = [] if rbln_config.device is None else [rbln_config.device]
+    return own + list((rbln_config.device_map or {}).values())
+
+
+def _device_kind(device: int | str) -> str:
+    """The target that a device belongs to: `rbln`, `cpu` or `cuda`."""
+    return "rbln" if isinstance(device, int) else device.partition(":")[0]
 
 
 def _check_placement(
@@ -439,6 +478,12 @@ def _check_placement(
             f"dtype={rbln_config.dtype!r} is none of the target {name!r}, which computes in "
             f"{' or '.join(target.dtypes)}."
         )
+    for device in _devices(rbln_config):
+        if _device_kind(device) != _device_kind(target.default_device()):
+            raise ValueError(
+                f"device={device!r} is none of the target {name!r}, which runs on "
+                f"{target.default_device()!r}. Leave device out, or compile for another target."
+            )
     if name != "rbln":
         for option, value in (("npu", rbln_config.npu), ("num_devices", rbln_config.num_devices)):
             if value not in (None, 1):

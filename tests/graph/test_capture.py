@@ -1,5 +1,4 @@
-"""Capture: every legal AutoencoderKL becomes a graph that computes the same, and what can't be
-captured is an error that says what and where."""
+"""Capture: every legal AutoencoderKL becomes a graph; what can't is an error with its place."""
 
 from __future__ import annotations
 
@@ -13,22 +12,22 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     SlicedAttnProcessor,
 )
-from models import PARTS, captured, diffusers_part, evaluate, kinds, picture, tiny_vae
+from graphs import PARTS, captured, evaluate, kinds
 from torch import Tensor, nn
+from vaes import capture_part, make_vae, noise, part_of
 
-from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.errors import RBLNCompileError
 from rbln_vae.graph.capture import capture
 from rbln_vae.metrics import relative_l2
 
 FOUR = (4, 8, 8, 12)
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "one block": {"channels": (8,)},
-    "four blocks": {"channels": FOUR},
-    "channels that fall": {"channels": (16, 8)},
-    "three layers a block": {"layers_per_block": 3, "channels": (8,)},
+    "one block": {"block_out_channels": (8,)},
+    "four blocks": {"block_out_channels": FOUR},
+    "channels that fall": {"block_out_channels": (16, 8)},
+    "three layers a block": {"layers_per_block": 3, "block_out_channels": (8,)},
     "one group": {"norm_num_groups": 1},
-    "a group for each channel": {"norm_num_groups": 8, "channels": (8, 8)},
+    "a group for each channel": {"norm_num_groups": 8, "block_out_channels": (8, 8)},
     "16 latent channels": {"latent_channels": 16},
     "one latent channel": {"latent_channels": 1},
     "grey images": {"in_channels": 1, "out_channels": 1},
@@ -62,12 +61,12 @@ ALIKE = ("one group", "16 latent channels", "channels that fall", "gelu", "mish"
     [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in CONFIGURATIONS],
 )
 def test_every_legal_model_is_captured_as_diffusers_computes_it(name: str, part: str) -> None:
-    vae = tiny_vae(**CONFIGURATIONS[name])
-    graph = RBLNAutoencoderKL._capture(vae, part)
+    vae = make_vae(**CONFIGURATIONS[name])
+    graph = capture_part(vae, part)
     channels = vae.config.in_channels if part == "encoder" else vae.config.latent_channels
-    image = picture(2, channels, 24, 16) if part == "encoder" else picture(2, channels, 3, 5)
+    image = noise(2, channels, 24, 16) if part == "encoder" else noise(2, channels, 3, 5)
     assert (graph.name, graph.input_channels) == (part, channels)
-    assert relative_l2(evaluate(graph, image), diffusers_part(vae, part, image)) < 2e-6
+    assert relative_l2(evaluate(graph, image), part_of(vae, part, image)) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -75,13 +74,13 @@ def test_every_legal_model_is_captured_as_diffusers_computes_it(name: str, part:
     [("encoder", torch.float16), ("decoder", torch.bfloat16), ("decoder", torch.float64)],
 )
 def test_weights_of_any_precision_are_captured_as_float32(part: str, dtype: torch.dtype) -> None:
-    vae = tiny_vae((8,)).to(dtype)
-    graph = RBLNAutoencoderKL._capture(vae, part)
+    vae = make_vae(block_out_channels=(8,)).to(dtype)
+    graph = capture_part(vae, part)
     assert {weight.dtype for weight in graph.weights.values()} == {torch.float32}
     stored = vae.state_dict()
     assert all(torch.equal(w, stored[name].float()) for name, w in graph.weights.items())
-    image = picture(1, graph.input_channels, 8, 8)
-    expected = diffusers_part(vae.float(), part, image)
+    image = noise(1, graph.input_channels, 8, 8)
+    expected = part_of(vae.float(), part, image)
     assert relative_l2(evaluate(graph, image), expected) < 2e-6
 
 
@@ -105,9 +104,9 @@ PROCESSORS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_how_the_model_was_to_run_makes_no_difference(name: str) -> None:
-    vae = tiny_vae()
+    vae = make_vae()
     PROCESSORS[name](vae)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    graph = capture_part(vae, "decoder")
     assert graph.to_json() == captured("decoder").to_json()
     for weight, expected in zip(
         graph.weights.values(), captured("decoder").weights.values(), strict=True
@@ -116,22 +115,22 @@ def test_how_the_model_was_to_run_makes_no_difference(name: str) -> None:
 
 
 def test_fused_projections_are_captured_as_diffusers_runs_them() -> None:
-    vae = tiny_vae((8,))
+    vae = make_vae(block_out_channels=(8,))
     vae.fuse_qkv_projections()
     assert vae.decoder.mid_block.attentions[0].fused_projections
-    image = picture(1, 4, 5, 6)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
-    assert relative_l2(evaluate(graph, image), diffusers_part(vae, "decoder", image)) < 2e-6
+    image = noise(1, 4, 5, 6)
+    graph = capture_part(vae, "decoder")
+    assert relative_l2(evaluate(graph, image), part_of(vae, "decoder", image)) < 2e-6
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_model_is_not_changed(part: str) -> None:
-    vae = tiny_vae()
+    vae = make_vae()
     vae.set_attn_processor(SlicedAttnProcessor(2))
     before = {name: weight.clone() for name, weight in vae.state_dict().items()}
     processors, versions = dict(vae.attn_processors), [p._version for p in vae.parameters()]
     gradients = [p.requires_grad for p in vae.parameters()]
-    RBLNAutoencoderKL._capture(vae, part)
+    capture_part(vae, part)
     after = vae.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -144,28 +143,28 @@ def test_the_model_is_not_changed(part: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_is_kept(training: bool) -> None:
-    vae = tiny_vae().train(training)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")  # its dropout has probability 0
+    vae = make_vae().train(training)
+    graph = capture_part(vae, "decoder")  # its dropout has probability 0
     assert all(module.training is training for module in vae.modules())
-    assert evaluate(graph, picture(1, 4, 4, 4)).isfinite().all()
+    assert evaluate(graph, noise(1, 4, 4, 4)).isfinite().all()
 
 
 def test_the_processors_are_put_back_when_capture_fails() -> None:
-    vae = tiny_vae()
+    vae = make_vae()
     processor = SlicedAttnProcessor(2)
     vae.set_attn_processor(processor)
     vae.decoder.conv_out = nn.Sequential(vae.decoder.conv_out, nn.Tanh())
     with pytest.raises(RBLNCompileError, match=r"'tanh' in 'decoder\.conv_out\.1' of the decoder"):
-        RBLNAutoencoderKL._capture(vae, "decoder")
+        capture_part(vae, "decoder")
     assert all(p is processor for p in vae.attn_processors.values())
 
 
 def test_the_graph_shares_no_memory_with_the_model() -> None:
-    vae = tiny_vae()
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    vae = make_vae()
+    graph = capture_part(vae, "decoder")
     memory = {weight.untyped_storage().data_ptr() for weight in vae.state_dict().values()}
     assert not memory & {w.untyped_storage().data_ptr() for w in graph.weights.values()}
-    image = picture(1, 4, 4, 4)
+    image = noise(1, 4, 4, 4)
     before = evaluate(graph, image)
     with torch.no_grad():
         for parameter in vae.parameters():
@@ -176,7 +175,7 @@ def test_the_graph_shares_no_memory_with_the_model() -> None:
 def test_weights_keep_their_names_and_are_contiguous() -> None:
     for part in PARTS:
         graph = captured(part)
-        names = tiny_vae().state_dict().keys()
+        names = make_vae().state_dict().keys()
         assert graph.weights.keys() == {
             n
             for n in names
@@ -186,9 +185,9 @@ def test_weights_keep_their_names_and_are_contiguous() -> None:
 
 
 def test_capture_draws_nothing_from_the_global_generator() -> None:
-    vae = tiny_vae()
+    vae = make_vae()
     state = torch.random.get_rng_state()
-    RBLNAutoencoderKL._capture(vae, "decoder")
+    capture_part(vae, "decoder")
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -202,7 +201,7 @@ class Call(nn.Module):
         super().__init__()
         self.function = function
         self.parts = nn.ModuleList(parts)
-        self.weight = nn.Parameter(picture(4))
+        self.weight = nn.Parameter(noise(4))
 
     def forward(self, x: Tensor) -> Any:
         return self.function(x, *self.parts)
@@ -304,7 +303,7 @@ WHOLE: dict[str, tuple[nn.Module, str]] = {
         "can't be exported as one graph",
     ),
     "a loop that depends on values": (
-        Call(lambda x: [x for _ in range(int(x.sum()))][0]),
+        Call(lambda x: next(x for _ in range(int(x.sum())))),
         "can't be exported",
     ),
     "an error of its own": (Call(lambda x: x.no_such_method()), "no_such_method"),
@@ -363,7 +362,7 @@ def test_modules_of_other_kinds_are_captured(name: str) -> None:
     graph = capture(module, "part", 4)
     if expected:
         assert kinds(graph) == expected
-    image = picture(2, 4, 6, 9)
+    image = noise(2, 4, 6, 9)
     with torch.no_grad():
         assert relative_l2(evaluate(graph, image), module(image)) < 1e-6
 
@@ -394,7 +393,7 @@ def test_a_weight_that_is_a_buffer_is_captured() -> None:
 
 def test_a_wide_channel_count_is_not_taken_for_a_size() -> None:
     """241 is the odd part of the height that modules are exported at."""
-    vae = tiny_vae((241,), norm_num_groups=1, latent_channels=2)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
-    image = picture(1, 2, 2, 3)
-    assert relative_l2(evaluate(graph, image), diffusers_part(vae, "decoder", image)) < 5e-6
+    vae = make_vae(block_out_channels=(241,), norm_num_groups=1, latent_channels=2)
+    graph = capture_part(vae, "decoder")
+    image = noise(1, 2, 2, 3)
+    assert relative_l2(evaluate(graph, image), part_of(vae, "decoder", image)) < 5e-6

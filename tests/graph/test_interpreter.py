@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from models import captured, evaluate, graph_of_every_kind, picture, small_graph
+from graphs import captured, evaluate, graph_of_every_kind, small_graph
 from torch import Tensor
+from vaes import noise
 
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import (
@@ -119,7 +121,7 @@ TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weigh
 
 def layouts() -> dict[str, Tensor]:
     """One image, in every way in which memory can hold it."""
-    image = picture(2, 4, 6, 7)
+    image = noise(2, 4, 6, 7)
     return {
         "contiguous": image,
         "channels last": image.contiguous(memory_format=torch.channels_last),
@@ -156,7 +158,7 @@ def test_an_operation_is_that_of_torch(
 def test_input_of_any_floating_type_is_computed_in_that_of_the_interpreter(
     dtype: torch.dtype,
 ) -> None:
-    image = picture(1, 4, 6, 7)
+    image = noise(1, 4, 6, 7)
     graph = graph_of_every_kind()
     result = evaluate(graph, image.to(dtype))
     assert result.dtype == torch.float32
@@ -165,14 +167,14 @@ def test_input_of_any_floating_type_is_computed_in_that_of_the_interpreter(
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.05), (torch.float64, 1e-6)])
 def test_the_interpreter_computes_in_its_own_type(dtype: torch.dtype, error: float) -> None:
-    graph, image = optimise(captured("decoder")), picture(1, 4, 6, 7)
+    graph, image = optimise(captured("decoder")), noise(1, 4, 6, 7)
     result = evaluate(graph, image, dtype)
     assert result.dtype == dtype
     assert relative_l2(result.float(), evaluate(graph, image)) < error
 
 
 def test_an_input_that_requires_gradients_gives_a_result_that_does_not() -> None:
-    image = picture(1, 4, 6, 6).requires_grad_()
+    image = noise(1, 4, 6, 6).requires_grad_()
     assert not evaluate(graph_of_every_kind(), image).requires_grad
     assert not evaluate(small_graph(), image).requires_grad
 
@@ -189,13 +191,13 @@ def test_a_graph_that_does_nothing_returns_a_copy(layout: str) -> None:
 def test_the_weights_of_the_graph_are_not_written_to() -> None:
     graph = graph_of_every_kind()
     before = {name: weight.clone() for name, weight in graph.weights.items()}
-    evaluate(graph, picture(1, 4, 6, 6))
+    evaluate(graph, noise(1, 4, 6, 6))
     assert all(torch.equal(graph.weights[name], weight) for name, weight in before.items())
 
 
 def test_nothing_is_drawn_from_the_global_generator() -> None:
     state = torch.random.get_rng_state()
-    evaluate(graph_of_every_kind(), picture(1, 4, 6, 6))
+    evaluate(graph_of_every_kind(), noise(1, 4, 6, 6))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -212,7 +214,7 @@ def test_an_image_that_does_not_fit_is_refused_before_the_run(shape: tuple[int, 
 def test_the_callback_sees_each_operation_in_order_and_may_end_the_run() -> None:
     graph = graph_of_every_kind()
     seen: list[tuple[int, Operation]] = []
-    interpreter, image = Interpreter(graph), picture(1, 4, 6, 6)
+    interpreter, image = Interpreter(graph), noise(1, 4, 6, 6)
     expected = interpreter.run(image, lambda index, operation: seen.append((index, operation)))
     assert seen == list(enumerate(graph.operations))
 
@@ -228,7 +230,7 @@ def test_the_callback_sees_each_operation_in_order_and_may_end_the_run() -> None
 def test_values_are_freed_after_their_last_use() -> None:
     """A chain of any length holds what one operation reads and makes."""
     names = ["x", *(f"v{i}" for i in range(30))]
-    graph = small_graph(*(Scale(b, a, 1.01) for a, b in zip(names[:-1], names[1:], strict=True)))
+    graph = small_graph(*(Scale(b, a, 1.01) for a, b in itertools.pairwise(names)))
     interpreter = Interpreter(graph)
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = 0
@@ -242,13 +244,13 @@ def test_values_are_freed_after_their_last_use() -> None:
         return result
 
     interpreter._evaluate = watched  # type: ignore[method-assign,assignment]
-    interpreter.run(picture(1, 4, 8, 8))
+    interpreter.run(noise(1, 4, 8, 8))
     assert most == 2
 
 
 def test_threads_may_share_an_interpreter() -> None:
     interpreter = Interpreter(optimise(captured("decoder")))
-    images = [picture(1, 4, 4 + seed % 3, 5, seed=seed) for seed in range(12)]
+    images = [noise(1, 4, 4 + seed % 3, 5, seed=seed) for seed in range(12)]
     alone = [interpreter.run(image) for image in images]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(interpreter.run, images))

@@ -175,9 +175,11 @@ class Interpreter:
         return image if operation.residual is None else image + values[operation.residual]
 
     def _normalise(self, image: Tensor, norm: Norm) -> Tensor:
-        weight, bias = self._weights[norm.weight], self._weights[norm.bias]
-        result = F.group_norm(image, norm.groups, weight, bias, norm.eps)
-        return result if norm.activation is None else _ACTIVATIONS[norm.activation](result)
+        weight, bias = self._weights[norm.weight].float(), self._weights[norm.bias].float()
+        result = F.group_norm(image.float(), norm.groups, weight, bias, norm.eps)
+        if norm.activation is not None:
+            result = _ACTIVATIONS[norm.activation](result)
+        return result.to(self.dtype)  # rounded once, not after each of the two
 
 
 def _fast_layout(tensor: Tensor) -> Tensor:

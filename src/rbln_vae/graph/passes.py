@@ -149,7 +149,7 @@ def _on_images(graph: Graph) -> Graph:
         match operation:
             case View(axes=axes, like=like):
                 if shapes[like][2:] != sizes[first.image]:
-                    raise _NotRecognised
+                    raise _NotRecognisedError
                 arranged[output] = _viewed(first, axes, shapes[operation.input])
                 continue
             case Transpose():

@@ -212,7 +212,7 @@ def test_a_run_that_takes_too_long_is_stopped(decoder: Graph) -> None:
 
 def test_memory_that_is_not_there_is_an_error(decoder: Graph) -> None:
     native = CpuRuntime(decoder, memory_limit=1_000_000)
-    with pytest.raises(MemoryError, match="more than the memory limit of 1,000,000"):
+    with pytest.raises(MemoryError, match="memory_limit is 1000000"):
         native.run(torch.randn(1, 4, 64, 64))
     native = CpuRuntime(decoder)
     with pytest.raises(MemoryError, match="bytes"):

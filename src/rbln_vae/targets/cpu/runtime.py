@@ -17,6 +17,7 @@ from ...errors import RBLNTargetUnavailableError
 from ...graph.ir import Graph, Shape
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
+from ..base import over_memory_limit, timed_out
 from .packing import DTYPES, pack
 from .planner import Machine, Plan, make_plan
 
@@ -66,6 +67,14 @@ def usable_memory() -> int:
     return min(limits)
 
 
+def _aligned(weight: Tensor) -> Tensor:
+    """The weight, or a copy that begins on a line of the cache.
+
+    Kernels read lines; a file that is mapped may have put them astride of two.
+    """
+    return weight if weight.data_ptr() % 64 == 0 else weight.clone()
+
+
 class CpuRuntime:
     """Runs a graph with the native engine; any number of threads may share it.
 
@@ -101,7 +110,8 @@ class CpuRuntime:
         self.graph = graph
         self.timeout = timeout
         self.memory_limit = usable_memory() if memory_limit is None else memory_limit
-        self._packed = pack(graph, dtype) if packed is None else packed
+        weights = pack(graph, dtype) if packed is None else packed
+        self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._kernels = [each for each in usable_kernels() if each.dtype == dtype][-1]
         self._executor = _engine.Executor(num_threads or _engine.usable_processors())
         self.machine = Machine(
@@ -148,7 +158,11 @@ class CpuRuntime:
             source = source.to(torch.float32)
         result = torch.empty(plan.output_shape, dtype=source.dtype)
         start = time.time()
-        times = self._executor.run(native, source, result, self.timeout, self._profiles is not None)
+        profile = self._profiles is not None
+        try:
+            times = self._executor.run(native, source, result, self.timeout, profile)
+        except TimeoutError:
+            raise timed_out(self.timeout) from None
         if self._profiles is not None:
             self._profiles.append(self._profile(plan, start, times))
         return result.to(image.dtype)
@@ -181,11 +195,7 @@ class CpuRuntime:
 
     def _check_memory(self, plan: Plan, needed: int) -> None:
         if needed > self.memory_limit:
-            raise MemoryError(
-                f"A run of the {self.graph.name} on {'x'.join(map(str, plan.input_shape))} needs "
-                f"{needed:,} bytes for activations, more than the memory limit of "
-                f"{self.memory_limit:,}. Raise the limit, or run a smaller batch or image."
-            )
+            raise over_memory_limit(self.graph.name, plan.input_shape, needed, self.memory_limit)
 
     def _bind(self, plan: Plan) -> _engine.Plan:
         # Before the engine hears of sizes that it can't count.

@@ -1,4 +1,4 @@
-"""Small models, graphs and tools that several tests share."""
+"""Small graphs and tools that the tests of the compiler share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.attention_processor import Attention as DiffusersAttention
+from vaes import capture_part, default_vae
 
-from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import (
     Activation,
@@ -35,60 +33,10 @@ from rbln_vae.graph.ir import (
 PARTS = ("encoder", "decoder")
 
 
-def tiny_vae(
-    channels: tuple[int, ...] = (8, 16), *, seed: int = 0, **changes: Any
-) -> AutoencoderKL:
-    """A small AutoencoderKL, in which each layer's output has a natural spread.
-
-    The weights that diffusers starts from give flat images and inert attention, which would
-    hide mistakes.
-    """
-    config: dict[str, Any] = {
-        "block_out_channels": channels,
-        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "sample_size": 32,
-        **changes,
-    }
-    vae = AutoencoderKL(**config).eval()
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(tensor: torch.Tensor, spread: float) -> torch.Tensor:
-        return torch.randn(tensor.shape, generator=generator) * spread
-
-    with torch.no_grad():
-        for module in vae.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                module.weight.copy_(random(module.weight, module.weight[0].numel() ** -0.5))
-                if module.bias is not None:
-                    module.bias.copy_(random(module.bias, 0.2))
-            elif isinstance(module, torch.nn.GroupNorm):
-                module.weight.copy_(1 + random(module.weight, 0.3))
-                module.bias.copy_(random(module.bias, 0.3))
-        for module in vae.modules():
-            if isinstance(module, DiffusersAttention):
-                module.to_q.weight.mul_(2)  # attends to some pixels more than to others
-    return vae
-
-
 @functools.cache
 def captured(part: str) -> Graph:
-    """A part of `tiny_vae()` as captured."""
-    return RBLNAutoencoderKL._capture(tiny_vae(), part)
-
-
-def diffusers_part(vae: AutoencoderKL, part: str, image: torch.Tensor) -> torch.Tensor:
-    """What diffusers computes for a part: moments, or pixels."""
-    with torch.no_grad():
-        if part == "encoder":
-            return vae.encode(image).latent_dist.parameters
-        return vae.decode(image).sample
-
-
-def picture(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    """A part of `default_vae()` as captured."""
+    return capture_part(default_vae(), part)
 
 
 def evaluate(graph: Graph, image: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

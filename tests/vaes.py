@@ -1,0 +1,136 @@
+"""Small random `AutoencoderKL`s with lively weights, and what measures against them.
+
+A freshly initialised model is nearly flat: its signal fades from layer to layer, and its
+attention averages all pixels alike, so an error in it moves the result by less than
+rounding does. Here each layer is scaled until what it gives has a spread of about one,
+and attention until it prefers some pixels to others.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from rbln_vae import RBLNAutoencoderKL
+from rbln_vae.graph.capture import capture
+from rbln_vae.graph.ir import Graph
+from rbln_vae.metrics import relative_l2
+
+TOLERANCE = 1e-4
+"""The largest relative L2 error against diffusers in float32 that counts as equal."""
+
+
+def make_vae(seed: int = 0, **options: Any) -> AutoencoderKL:
+    """A diffusers model of 16 pixels a side, two blocks and 4 latent channels, unless told."""
+    channels = tuple(options.pop("block_out_channels", (8, 16)))
+    defaults: dict[str, Any] = {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(**{**defaults, **options}).eval().requires_grad_(False)
+        _enliven(vae)
+    return vae
+
+
+def _enliven(vae: AutoencoderKL) -> None:
+    """Scale each layer by what it gives for noise, from the first to the last."""
+
+    def scale(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
+        spread = output.std().clamp(min=1e-6)
+        module.weight.div_(spread)
+        if module.bias is not None:
+            module.bias.div_(spread)
+        return output / spread
+
+    hooks = []
+    for module in vae.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            hooks.append(module.register_forward_hook(scale))
+        elif isinstance(module, torch.nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.3)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.encode(torch.randn(2, vae.config.in_channels, 8 * factor, 8 * factor))
+    vae.decode(torch.randn(2, vae.config.latent_channels, 8, 8))
+    for hook in hooks:
+        hook.remove()
+    for name, module in vae.named_modules():
+        if name.endswith("to_q"):
+            module.weight.mul_(2)  # so that some pixels are preferred
+
+
+@functools.cache
+def default_vae() -> AutoencoderKL:
+    """One model for all tests that need any; not to be written to."""
+    return make_vae()
+
+
+@functools.cache
+def default_compiled() -> RBLNAutoencoderKL:
+    """`default_vae` compiled in float32; not to be written to."""
+    return compile_vae(default_vae())
+
+
+def compile_vae(vae: AutoencoderKL, **options: Any) -> RBLNAutoencoderKL:
+    """Compile for the CPU in float32, unless told."""
+    return RBLNAutoencoderKL.from_model(
+        vae, rbln_config={"target": "cpu", "dtype": "float32", **options}
+    )
+
+
+def capture_part(vae: AutoencoderKL, part: str) -> Graph:
+    """The graph of one part, before any pass."""
+    channels = vae.config.in_channels if part == "encoder" else vae.config.latent_channels
+    with RBLNAutoencoderKL._module(vae, part) as module:
+        return capture(module, part, channels)
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gaussian noise that is the same in every run."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def moments(vae: AutoencoderKL | RBLNAutoencoderKL, image: Tensor) -> Tensor:
+    """What the encoder gives."""
+    with torch.no_grad():
+        return vae.encode(image).latent_dist.parameters
+
+
+def pixels(vae: AutoencoderKL | RBLNAutoencoderKL, latent: Tensor) -> Tensor:
+    """What the decoder gives."""
+    with torch.no_grad():
+        return vae.decode(latent).sample
+
+
+def part_of(vae: AutoencoderKL | RBLNAutoencoderKL, part: str, image: Tensor) -> Tensor:
+    """What the encoder or the decoder gives, by its name."""
+    return moments(vae, image) if part == "encoder" else pixels(vae, image)
+
+
+def assert_same_model(
+    compiled: RBLNAutoencoderKL, vae: AutoencoderKL, tolerance: float = TOLERANCE
+) -> None:
+    """The compiled model gives what diffusers gives, both ways."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latent = noise(1, vae.config.latent_channels, 5, 4, seed=1)
+    assert relative_l2(pixels(compiled, latent), pixels(vae, latent)) <= tolerance
+    if compiled.rbln_config.uses_encoder:
+        image = noise(1, vae.config.in_channels, 5 * factor, 4 * factor, seed=2)
+        assert relative_l2(moments(compiled, image), moments(vae, image)) <= tolerance
+
+
+def save_vae(vae: AutoencoderKL, directory: Path) -> Path:
+    """The model in diffusers' format."""
+    vae.save_pretrained(directory)
+    return directory
