@@ -20,12 +20,13 @@ OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.2
 OPTIMUM_RBLN := optimum-rbln==0.12.0
 ENGINE := $(shell find engine -type f)
 
-.PHONY: help install demo test test-all test-optimum-rbln check format clean distclean
+.PHONY: help install demo test test-all test-engine test-optimum-rbln check format clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
 	@echo "make test       run the tests, but for the slow ones"
 	@echo "make test-all   run all tests"
+	@echo "make test-engine  test the engine with emulated AMX tiles, and under sanitizers"
 	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
 	@echo "make check      lint, formatting and types"
 	@echo "make format     format the Python sources"
@@ -38,6 +39,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-engine: $(INSTALLED)
+	PYTHON=$(RUN)/python tools/test_engine.sh emulated -q $(PYTEST_ARGS) tests/targets/cpu
+	PYTHON=$(RUN)/python tools/test_engine.sh address -q tests/targets/cpu/test_kernels.py
+	PYTHON=$(RUN)/python tools/test_engine.sh thread -q tests/targets/cpu/test_kernels.py \
+	  -k "float32_kernels or bfloat16_kernels"
 
 test-all: $(INSTALLED)
 	$(RUN)/python -m pytest $(PYTEST_ARGS)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 import time
 
-import models
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from vaes import capture_part, make_vae, part_of
 
-from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.errors import RBLNCompileError, RBLNTargetUnavailableError
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import (
@@ -30,9 +29,11 @@ from rbln_vae.graph.passes import optimise
 from rbln_vae.targets.cpu.packing import pack
 from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
 
+PARTS = ("encoder", "decoder")
+
 
 def optimised(vae: AutoencoderKL, part: str) -> Graph:
-    return optimise(RBLNAutoencoderKL._capture(vae, part))
+    return optimise(capture_part(vae, part))
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -41,12 +42,12 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compare(vae: AutoencoderKL, part: str, image: torch.Tensor) -> None:
-    expected = models.diffusers_part(vae, part, image)
+    expected = part_of(vae, part, image)
     graph = optimised(vae, part)
     found = CpuRuntime(graph, dtype="float32").run(image)
     assert difference(found, expected) < 1e-5
     found = CpuRuntime(graph, dtype="bfloat16").run(image)
-    theirs = models.diffusers_part(vae.to(torch.bfloat16), part, image.to(torch.bfloat16))
+    theirs = part_of(vae.to(torch.bfloat16), part, image.to(torch.bfloat16))
     assert difference(found, expected) <= difference(theirs.float(), expected)
 
 
@@ -58,27 +59,27 @@ ARCHITECTURES = [
 ]
 
 
-@pytest.mark.parametrize("part", models.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(("channels", "changes", "size"), ARCHITECTURES)
 def test_as_exact_as_diffusers(
     part: str, channels: tuple[int, ...], changes: dict[str, object], size: tuple[int, int]
 ) -> None:
-    vae = models.tiny_vae(channels, **changes)
+    vae = make_vae(block_out_channels=channels, **changes)
     scale = 2 ** (len(channels) - 1) if part == "encoder" else 1
     depth = 3 if part == "encoder" else vae.config.latent_channels
     compare(vae, part, torch.randn(2, depth, size[0] * scale, size[1] * scale))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", models.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_model_of_full_size(part: str) -> None:
-    vae = models.tiny_vae((128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
+    vae = make_vae(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
     compare(vae, part, torch.randn(1, *((4, 16, 24) if part == "decoder" else (3, 128, 192))))
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Graph:
-    return optimised(models.tiny_vae((16, 48), norm_num_groups=8), "decoder")
+    return optimised(make_vae(block_out_channels=(16, 48), norm_num_groups=8), "decoder")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
