@@ -11,14 +11,23 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INSTALLED := $(VENV)/.installed
+
+# optimum-rbln pins other versions than ours, so it has an environment of its own. What it
+# needs for a VAE is named here; the rest of what it asks for is left out.
+OPTIMUM_VENV := .venv-optimum-rbln
+OPTIMUM_INSTALLED := $(OPTIMUM_VENV)/.installed
+OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.22.1 accelerate pytest
+OPTIMUM_RBLN := optimum-rbln==0.12.0
 ENGINE := $(shell find engine -type f)
 
-.PHONY: help install demo test test-all check format clean distclean
+.PHONY: help install demo test test-all test-engine test-optimum-rbln check format clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
 	@echo "make test       run the tests, but for the slow ones"
 	@echo "make test-all   run all tests"
+	@echo "make test-engine  test the engine with emulated AMX tiles, and under sanitizers"
+	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
 	@echo "make check      lint, formatting and types"
 	@echo "make format     format the Python sources"
 	@echo "make clean      remove what was built; distclean removes $(VENV) too"
@@ -31,8 +40,17 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
+test-engine: $(INSTALLED)
+	PYTHON=$(RUN)/python tools/test_engine.sh emulated -q $(PYTEST_ARGS) tests/targets/cpu
+	PYTHON=$(RUN)/python tools/test_engine.sh address -q tests/targets/cpu/test_kernels.py
+	PYTHON=$(RUN)/python tools/test_engine.sh thread -q tests/targets/cpu/test_kernels.py \
+	  -k "float32_kernels or bfloat16_kernels"
+
 test-all: $(INSTALLED)
 	$(RUN)/python -m pytest $(PYTEST_ARGS)
+
+test-optimum-rbln: $(OPTIMUM_INSTALLED)
+	$(OPTIMUM_VENV)/bin/python -m pytest --confcutdir=tests/optimum_rbln tests/optimum_rbln $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(RUN)/ruff check
@@ -46,6 +64,12 @@ format: $(INSTALLED)
 # Editable: a change of a Python source needs no new install.
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(ENGINE) | $(RUN)/pip
 	$(RUN)/python -m pip install --editable '.[dev]'
+	@touch $@
+
+$(OPTIMUM_INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(ENGINE) Makefile
+	$(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install $(OPTIMUM_PACKAGES)
+	$(OPTIMUM_VENV)/bin/python -m pip install --no-deps $(OPTIMUM_RBLN) --editable .
 	@touch $@
 
 $(RUN)/pip:
@@ -63,4 +87,4 @@ clean:
 	find src tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OPTIMUM_VENV)

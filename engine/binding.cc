@@ -146,7 +146,8 @@ void bind_engine(nb::module_& m) {
              const Weights& bias, std::pair<Index, Index> kernel, Index stride, Index above,
              Index left, bool upsample, std::optional<Index> coefficients,
              const std::optional<std::string>& function, std::optional<Index> residual,
-             std::optional<Index> partials, std::pair<Index, Index> tile, Index splits) {
+             std::optional<Index> partials, std::pair<Index, Index> tile, Index splits,
+             Index together) {
             ConvStep s;
             s.batch = batch;
             s.input = image(input);
@@ -164,12 +165,14 @@ void bind_engine(nb::module_& m) {
             s.tile_height = tile.first;
             s.tile_width = tile.second;
             s.splits = splits;
+            s.together = together;
             s.partials = offset(partials);
             p.plan.add(s, bytes(weights), bytes(bias));
           },
           nb::kw_only(), "batch"_a, "input"_a, "output"_a, "weights"_a, "bias"_a, "kernel"_a,
           "stride"_a, "above"_a, "left"_a, "upsample"_a, "coefficients"_a.none(),
-          "activation"_a.none(), "residual"_a.none(), "partials"_a.none(), "tile"_a, "splits"_a)
+          "activation"_a.none(), "residual"_a.none(), "partials"_a.none(), "tile"_a, "splits"_a,
+          "together"_a)
       .def(
           "statistics",
           [](BoundPlan& p, Index batch, Sizes input, std::pair<Index, Index> tile,

@@ -112,7 +112,9 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
                                        kPanel, 4}));
   }
   product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 8});
-  append(s, product("items", {s.batch, s.tiles_down(), s.tiles_across(), s.splits}),
+  require(s.together > 0, "an item without tiles");
+  product("items", {s.batch, s.tiles_down(), s.tiles_across(), s.splits});
+  append(s, s.items(),
          kernels_.conv2d_scratch(s));
 }
 

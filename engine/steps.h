@@ -52,6 +52,7 @@ struct ConvStep {
   Index tile_height = 1;          // of the grid
   Index tile_width = 1;
   Index splits = 1;        // parts that the output panels are divided into
+  Index together = 1;      // tiles of one item; the next is loaded during one
   Index partials = kNone;  // floats [N][tiles][2][panels * 16]: means, sums of squares
 
   Index phases() const { return upsample ? 4 : 1; }
@@ -68,7 +69,8 @@ struct ConvStep {
   Index columns_read() const {
     return upsample ? tile_width + 2 : (tile_width - 1) * stride + kernel_width;
   }
-  Index items() const { return batch * tiles_down() * tiles_across() * splits; }
+  Index tiles() const { return batch * tiles_down() * tiles_across(); }
+  Index items() const { return ceil_div(tiles(), together) * splits; }
 };
 
 // Rearranges keys and values so that attention reads them as a convolution its weights.

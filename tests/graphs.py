@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vaes import default_vae
+from vaes import capture_part, default_vae
 
-from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import (
     Activation,
@@ -37,7 +36,7 @@ PARTS = ("encoder", "decoder")
 @functools.cache
 def captured(part: str) -> Graph:
     """A part of `default_vae()` as captured."""
-    return RBLNAutoencoderKL._capture(default_vae(), part)
+    return capture_part(default_vae(), part)
 
 
 def evaluate(graph: Graph, image: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

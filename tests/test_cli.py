@@ -190,6 +190,19 @@ def test_compile_finds_a_model_in_a_subfolder(vae, tmp_path) -> None:
     assert (tmp_path / "out" / "decoder.rbln").exists()
 
 
+def test_compile_finds_the_vae_and_the_size_of_a_pipeline(vae, tmp_path) -> None:
+    pipeline = tmp_path / "pipeline"
+    vae.save_pretrained(pipeline / "vae")
+    index = {"vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet2DConditionModel"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    (pipeline / "unet").mkdir()
+    (pipeline / "unet" / "config.json").write_text(json.dumps({"sample_size": 12}))
+    done(run("compile", pipeline, tmp_path / "one"))
+    assert RBLNAutoencoderKL.from_pretrained(tmp_path / "one").rbln_config.image_size == (24, 24)
+    done(run("compile", pipeline, tmp_path / "two", "--sample-size", "16"))
+    assert RBLNAutoencoderKL.from_pretrained(tmp_path / "two").rbln_config.image_size == (16, 16)
+
+
 def test_compile_names_the_sizes_next_to_a_wrong_one(source, tmp_path) -> None:
     said = failed(run("compile", source, tmp_path / "out", "--sample-size", "33"), 2)
     assert "32" in said

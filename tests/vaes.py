@@ -17,6 +17,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from rbln_vae import RBLNAutoencoderKL
+from rbln_vae.graph.capture import capture
+from rbln_vae.graph.ir import Graph
 from rbln_vae.metrics import relative_l2
 
 TOLERANCE = 1e-4
@@ -84,6 +86,13 @@ def compile_vae(vae: AutoencoderKL, **options: Any) -> RBLNAutoencoderKL:
     return RBLNAutoencoderKL.from_model(
         vae, rbln_config={"target": "cpu", "dtype": "float32", **options}
     )
+
+
+def capture_part(vae: AutoencoderKL, part: str) -> Graph:
+    """The graph of one part, before any pass."""
+    channels = vae.config.in_channels if part == "encoder" else vae.config.latent_channels
+    with RBLNAutoencoderKL._module(vae, part) as module:
+        return capture(module, part, channels)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

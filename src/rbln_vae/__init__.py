@@ -14,6 +14,7 @@ from .errors import (
     RBLNRuntimeError,
     RBLNTargetUnavailableError,
 )
+from .registration import register
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
     "__version__",
     "demo_model",
 ]
+
+register()
 
 # Loaded when first used: torch takes a second or two to import.
 _LAZY = {

@@ -53,6 +53,7 @@ class Plan:
         partials: int | None,
         tile: tuple[int, int],
         splits: int,
+        together: int,
     ) -> None: ...
     def statistics(
         self, *, batch: int, input: _Sizes, tile: tuple[int, int], partials: int

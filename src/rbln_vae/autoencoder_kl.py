@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,8 +20,6 @@ from .config import (
     reject_unknown,
 )
 from .errors import RBLNCompileError, RBLNRuntimeError
-from .graph.capture import capture
-from .graph.ir import Graph
 from .model import RBLNModel
 
 if TYPE_CHECKING:
@@ -274,6 +273,27 @@ class RBLNAutoencoderKL(RBLNModel):
                 f"{shape}."
             )
 
+    # What pipelines and their users read, besides the members of every model
+
+    use_tiling = use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Do nothing: results are those of the whole image, within `memory_limit`."""
+
+    def disable_tiling(self) -> None:
+        """Do nothing, as `enable_tiling`."""
+
+    def enable_slicing(self) -> None:
+        """Do nothing: a batch is run within `memory_limit`."""
+
+    def disable_slicing(self) -> None:
+        """Do nothing, as `enable_slicing`."""
+
+    @property
+    def post_quant_conv(self) -> _PostQuantConv:
+        """A stand-in on which pipelines look up the dtype of the decoder."""
+        return _PostQuantConv(self.dtype)
+
     # What RBLNModel asks
 
     @classmethod
@@ -313,12 +333,10 @@ class RBLNAutoencoderKL(RBLNModel):
         return parts
 
     @classmethod
-    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
-        vae: Any = model
-        with _standard_attention(vae):
-            if part == ENCODER:
-                return capture(_Encoder(vae), part, vae.config.in_channels)
-            return capture(_Decoder(vae), part, vae.config.latent_channels)
+    @contextlib.contextmanager
+    def _module(cls, model: torch.nn.Module, part: str) -> Iterator[torch.nn.Module]:
+        with _standard_attention(model):
+            yield _Encoder(model) if part == ENCODER else _Decoder(model)
 
     @classmethod
     def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
@@ -338,6 +356,19 @@ class RBLNAutoencoderKL(RBLNModel):
                 f"{cls.original_class_name}. Name a VAE, or the subfolder that holds one."
             )
         return AutoencoderKL.from_pretrained(model_id, **kwargs)  # type: ignore[no-untyped-call]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PostQuantConv:
+    """What is left of the first layer of the decoder once it is compiled: its dtype."""
+
+    dtype: torch.dtype
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield torch.empty(0, dtype=self.dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> _PostQuantConv:
+        return self
 
 
 class _Encoder(torch.nn.Module):

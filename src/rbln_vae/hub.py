@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,50 @@ def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path |
             raise OSError(f"There is no file {path}.")
         return None
     return _download(model_id, subfolder, download)
+
+
+def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | None:
+    """The VAE of a diffusers pipeline, if that is what the name stands for.
+
+    Args:
+        model_id: A local path or a hub id.
+        **download: Arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        The subfolder of the VAE, and the side of the latents that the UNet or transformer
+        was trained on, where it says so; `None` if it is no pipeline with a VAE.
+    """
+    index = _json(model_id, "model_index.json", download)
+    if index is None or "vae" not in index:
+        return None
+    sides = (
+        (_json(model_id, f"{name}/config.json", download) or {}).get("sample_size")
+        for name in ("unet", "transformer")
+        if name in index
+    )
+    return "vae", next((side for side in sides if isinstance(side, int)), None)
+
+
+def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A JSON object of a model, or `None` if there is none."""
+    path = Path(model_id)
+    if path.is_dir():
+        file = path / name
+    elif path.exists() or is_single_file(model_id):
+        return None
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            file = Path(hf_hub_download(model_id, name, **download))
+        except (HfHubHTTPError, HFValidationError, OSError):
+            return None  # what loads the model says why
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def is_single_file(model_id: str) -> bool:

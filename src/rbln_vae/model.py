@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from .config import CONFIG_NAME, RBLNModelConfig, override, reject_unknown
 from .errors import RBLNArtifactError, RBLNRuntimeError
 from .files import atomic_directory
 from .graph.ir import Graph
+from .module_members import ModuleMembers
 from .profiler import Profile
 from .targets.base import (
     CompiledModel,
@@ -37,7 +39,7 @@ ModelType = TypeVar("ModelType", bound="RBLNModel")
 Config = RBLNModelConfig | Mapping[str, Any] | None
 
 
-class RBLNModel(ABC):
+class RBLNModel(ModuleMembers):
     """A compiled model: its parts, its configurations and their runtimes.
 
     Made by `from_pretrained` or `from_model`, not by its constructor.
@@ -85,8 +87,10 @@ class RBLNModel(ABC):
 
     @classmethod
     @abstractmethod
-    def _capture(cls, model: torch.nn.Module, part: str) -> Graph:
-        """The graph of one part."""
+    def _module(
+        cls, model: torch.nn.Module, part: str
+    ) -> contextlib.AbstractContextManager[torch.nn.Module]:
+        """One part as a module from image to image, ready to be compiled within the block."""
 
     @classmethod
     @abstractmethod
@@ -220,15 +224,13 @@ class RBLNModel(ABC):
             "class": type(model).__name__,
             "sha256": _weights_hash(model),
         }
-        compiled = {
-            part: target.compile(
-                cls._capture(model, part),
-                CompileOptions(
-                    shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices
-                ),
+        compiled = {}
+        for part, shape in parts.items():
+            options = CompileOptions(
+                shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices, part
             )
-            for part, shape in parts.items()
-        }
+            with cls._module(model, part) as module:
+                compiled[part] = target.compile_module(module, options)
         rbln_config.freeze()
         return cls(compiled, config, rbln_config)
 
@@ -438,6 +440,19 @@ class RBLNModel(ABC):
     def device(self) -> torch.device:
         """Where tensors come from and go to: the CPU, whatever the target."""
         return torch.device("cpu")
+
+    def _devices(self) -> list[int | str]:
+        devices = (_runtime_options(self.rbln_config, p).device for p in self.compiled_models)
+        own = self._target.default_device()
+        return list(dict.fromkeys(own if device is None else device for device in devices))
+
+    def register_to_config(self, **options: Any) -> None:
+        """Change the configuration, as pipelines do that correct an old `scaling_factor`.
+
+        Args:
+            **options: Keys of `config` and their new values; none changes what is compiled.
+        """
+        self.config = _frozen({**self.config, **options})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"

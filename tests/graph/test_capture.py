@@ -14,9 +14,8 @@ from diffusers.models.attention_processor import (
 )
 from graphs import PARTS, captured, evaluate, kinds
 from torch import Tensor, nn
-from vaes import make_vae, noise, part_of
+from vaes import capture_part, make_vae, noise, part_of
 
-from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.errors import RBLNCompileError
 from rbln_vae.graph.capture import capture
 from rbln_vae.metrics import relative_l2
@@ -63,7 +62,7 @@ ALIKE = ("one group", "16 latent channels", "channels that fall", "gelu", "mish"
 )
 def test_every_legal_model_is_captured_as_diffusers_computes_it(name: str, part: str) -> None:
     vae = make_vae(**CONFIGURATIONS[name])
-    graph = RBLNAutoencoderKL._capture(vae, part)
+    graph = capture_part(vae, part)
     channels = vae.config.in_channels if part == "encoder" else vae.config.latent_channels
     image = noise(2, channels, 24, 16) if part == "encoder" else noise(2, channels, 3, 5)
     assert (graph.name, graph.input_channels) == (part, channels)
@@ -76,7 +75,7 @@ def test_every_legal_model_is_captured_as_diffusers_computes_it(name: str, part:
 )
 def test_weights_of_any_precision_are_captured_as_float32(part: str, dtype: torch.dtype) -> None:
     vae = make_vae(block_out_channels=(8,)).to(dtype)
-    graph = RBLNAutoencoderKL._capture(vae, part)
+    graph = capture_part(vae, part)
     assert {weight.dtype for weight in graph.weights.values()} == {torch.float32}
     stored = vae.state_dict()
     assert all(torch.equal(w, stored[name].float()) for name, w in graph.weights.items())
@@ -107,7 +106,7 @@ PROCESSORS: dict[str, Callable[[Any], Any]] = {
 def test_how_the_model_was_to_run_makes_no_difference(name: str) -> None:
     vae = make_vae()
     PROCESSORS[name](vae)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    graph = capture_part(vae, "decoder")
     assert graph.to_json() == captured("decoder").to_json()
     for weight, expected in zip(
         graph.weights.values(), captured("decoder").weights.values(), strict=True
@@ -120,7 +119,7 @@ def test_fused_projections_are_captured_as_diffusers_runs_them() -> None:
     vae.fuse_qkv_projections()
     assert vae.decoder.mid_block.attentions[0].fused_projections
     image = noise(1, 4, 5, 6)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    graph = capture_part(vae, "decoder")
     assert relative_l2(evaluate(graph, image), part_of(vae, "decoder", image)) < 2e-6
 
 
@@ -131,7 +130,7 @@ def test_the_model_is_not_changed(part: str) -> None:
     before = {name: weight.clone() for name, weight in vae.state_dict().items()}
     processors, versions = dict(vae.attn_processors), [p._version for p in vae.parameters()]
     gradients = [p.requires_grad for p in vae.parameters()]
-    RBLNAutoencoderKL._capture(vae, part)
+    capture_part(vae, part)
     after = vae.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -145,7 +144,7 @@ def test_the_model_is_not_changed(part: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_is_kept(training: bool) -> None:
     vae = make_vae().train(training)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")  # its dropout has probability 0
+    graph = capture_part(vae, "decoder")  # its dropout has probability 0
     assert all(module.training is training for module in vae.modules())
     assert evaluate(graph, noise(1, 4, 4, 4)).isfinite().all()
 
@@ -156,13 +155,13 @@ def test_the_processors_are_put_back_when_capture_fails() -> None:
     vae.set_attn_processor(processor)
     vae.decoder.conv_out = nn.Sequential(vae.decoder.conv_out, nn.Tanh())
     with pytest.raises(RBLNCompileError, match=r"'tanh' in 'decoder\.conv_out\.1' of the decoder"):
-        RBLNAutoencoderKL._capture(vae, "decoder")
+        capture_part(vae, "decoder")
     assert all(p is processor for p in vae.attn_processors.values())
 
 
 def test_the_graph_shares_no_memory_with_the_model() -> None:
     vae = make_vae()
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    graph = capture_part(vae, "decoder")
     memory = {weight.untyped_storage().data_ptr() for weight in vae.state_dict().values()}
     assert not memory & {w.untyped_storage().data_ptr() for w in graph.weights.values()}
     image = noise(1, 4, 4, 4)
@@ -188,7 +187,7 @@ def test_weights_keep_their_names_and_are_contiguous() -> None:
 def test_capture_draws_nothing_from_the_global_generator() -> None:
     vae = make_vae()
     state = torch.random.get_rng_state()
-    RBLNAutoencoderKL._capture(vae, "decoder")
+    capture_part(vae, "decoder")
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -395,6 +394,6 @@ def test_a_weight_that_is_a_buffer_is_captured() -> None:
 def test_a_wide_channel_count_is_not_taken_for_a_size() -> None:
     """241 is the odd part of the height that modules are exported at."""
     vae = make_vae(block_out_channels=(241,), norm_num_groups=1, latent_channels=2)
-    graph = RBLNAutoencoderKL._capture(vae, "decoder")
+    graph = capture_part(vae, "decoder")
     image = noise(1, 2, 2, 3)
     assert relative_l2(evaluate(graph, image), part_of(vae, "decoder", image)) < 5e-6

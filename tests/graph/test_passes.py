@@ -10,9 +10,8 @@ import torch
 from graphs import PARTS, captured, evaluate, kinds, small_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vaes import make_vae, noise
+from vaes import capture_part, make_vae, noise
 
-from rbln_vae.autoencoder_kl import RBLNAutoencoderKL
 from rbln_vae.graph.ir import (
     Activation,
     Add,
@@ -183,7 +182,7 @@ def test_attention_in_every_block_is_optimised_too(part: str) -> None:
         down_block_types=("AttnDownEncoderBlock2D",) * 2,
         up_block_types=("AttnUpDecoderBlock2D",) * 2,
     )
-    original = RBLNAutoencoderKL._capture(vae, part)
+    original = capture_part(vae, part)
     result = optimise(original)
     assert set(kinds(result)) == {"Attention", "Conv2d"}
     assert_same(original, result, size=(4, 6))

@@ -92,7 +92,7 @@ def test_it_is_said_before_the_work_not_after_it(monkeypatch):
     def never(*_: object) -> None:
         raise AssertionError("nothing is captured for a target that can't run")
 
-    monkeypatch.setattr(RBLNAutoencoderKL, "_capture", never)
+    monkeypatch.setattr(RBLNAutoencoderKL, "_module", never)
     with pytest.raises(RBLNTargetUnavailableError):
         place(target="rbln")
 
@@ -194,7 +194,7 @@ def test_the_processor_is_a_device_too(options):
     ids=str,
 )
 def test_a_device_of_another_target_is_an_error_before_the_work(monkeypatch, options):
-    monkeypatch.setattr(RBLNAutoencoderKL, "_capture", None)
+    monkeypatch.setattr(RBLNAutoencoderKL, "_module", None)
     with pytest.raises(ValueError, match=r"is none of the target '(cpu|reference)'.*on 'cpu'"):
         place(**options)
 
@@ -232,6 +232,6 @@ def test_a_dtype_that_the_target_has_not_is_an_error():
 
 
 def test_one_device_is_no_option_of_the_npu():
-    assert place(target="cpu", num_devices=1).rbln_config == RBLNModelConfig.copy(
+    assert place(target="cpu", dtype="float32", num_devices=1).rbln_config == RBLNModelConfig.copy(
         default_compiled().rbln_config
     )

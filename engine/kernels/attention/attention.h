@@ -41,13 +41,19 @@ class AttentionPack {
     T* keys = reinterpret_cast<T*>(context.arena + s.packed_keys) +
               (head_item * s.key_blocks() + block) * 2 * channel_blocks * kPanelBlock;
     clear(keys, 2 * channel_blocks * kPanelBlock);
-    for (Index c = 0; c < channels; ++c) {
-      const T* from = key + element_at<T>(s.key, n, head * channels + c, first);
-      T* to = keys + c / kBlock * kPanelBlock;
+    for (Index begin = 0; begin < channels;) {
+      // Channels that lie side by side in the image and in the panel.
+      const Index channel = head * channels + begin;
+      const Index together = smaller(smaller(channels - begin, kBlock - channel % kBlock),
+                                     kBlock - begin % kBlock);
+      const T* from = key + element_at<T>(s.key, n, channel, first);
       for (Index i = 0; i < count; ++i) {
-        to[i / kPanel * channel_blocks * kPanelBlock +
-           panel_index(none, c % kBlock, i % kPanel)] = from[i * kBlock];
+        T* to = keys + (i / kPanel * channel_blocks + begin / kBlock) * kPanelBlock;
+        for (Index c = 0; c < together; ++c) {
+          to[panel_index(none, begin % kBlock + c, i % kPanel)] = from[i * kBlock + c];
+        }
       }
+      begin += together;
     }
 
     // Values: an output is a channel, what is summed over are keys.
@@ -59,10 +65,17 @@ class AttentionPack {
     for (Index panel = 0; panel < panels; ++panel) {
       T* to = values + panel * s.key_blocks() * kPanelBlock;
       clear(to, kPanelBlock);
-      for (Index c = 0; c < smaller(kPanel, outputs - panel * kPanel); ++c) {
-        const T* from =
-            value + element_at<T>(s.value, n, head * outputs + panel * kPanel + c, first);
-        for (Index i = 0; i < count; ++i) to[panel_index(none, i, c)] = from[i * kBlock];
+      const Index width = smaller(kPanel, outputs - panel * kPanel);
+      for (Index begin = 0; begin < width;) {
+        const Index channel = head * outputs + panel * kPanel + begin;
+        const Index together = smaller(width - begin, kBlock - channel % kBlock);
+        const T* from = value + element_at<T>(s.value, n, channel, first);
+        for (Index i = 0; i < count; ++i) {
+          for (Index c = 0; c < together; ++c) {
+            to[panel_index(none, i, begin + c)] = from[i * kBlock + c];
+          }
+        }
+        begin += together;
       }
     }
   }

@@ -22,7 +22,8 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="A diffusers AutoencoderKL: a directory, a hub id or a .safetensors file.",
+        help="A diffusers AutoencoderKL, or a pipeline with one: a directory, a hub id or a "
+        ".safetensors file.",
         show_default=False,
     ),
 ]

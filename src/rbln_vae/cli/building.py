@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import typer
+from diffusers import AutoencoderKL
 
 from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
 from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
 from ..config import check_image_size
+from ..hub import find_pipeline
 from ..images import Fitting, format_size, load_image, parse_size, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
 from ..targets.base import all_targets
@@ -46,6 +48,8 @@ def compile_model(
         options["sample_size"] = parse_size(sample_size)
     start = time.perf_counter()
     with working(f"Compiling {model} …"):
+        if loading.get("subfolder") is None:
+            _find_in_pipeline(model, options, loading)
         compiled = RBLNAutoencoderKL.from_pretrained(
             model,
             export=True,
@@ -55,6 +59,19 @@ def compile_model(
         compiled.save_pretrained(directory)
     _print_parts(directory, image_size(compiled.rbln_config))
     out().print(f"compiled to {directory} in {time.perf_counter() - start:.1f} s")
+
+
+def _find_in_pipeline(model: str, options: dict[str, Any], loading: dict[str, Any]) -> None:
+    """Point to the VAE of a pipeline, and to the size that the pipeline makes by default."""
+    where = given(revision=loading.get("revision"))
+    found = find_pipeline(model, **where)
+    if found is None:
+        return
+    loading["subfolder"], side = found
+    if side is not None and "sample_size" not in options:
+        config = AutoencoderKL.load_config(model, subfolder=loading["subfolder"], **where)
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        options["sample_size"] = side * factor
 
 
 def inspect_model(directory: Path, size: str | None, graph: bool) -> None:

@@ -1,6 +1,6 @@
 """What a target is, and the list of them.
 
-A target compiles graphs, loads what it compiled, and makes runtimes, which run images.
+A target compiles parts of models, loads what it compiled, and makes runtimes, which run images.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import RBLNTargetUnavailableError
-from ..graph.ir import Graph
+from ..graph.capture import capture
+from ..graph.ir import Graph, Shape
 from ..profiler import RunProfile
 
 
@@ -36,6 +37,7 @@ class CompileOptions:
         source: What the graph was captured from, kept in the file.
         npu: The RBLN chip.
         num_devices: Devices that share the model.
+        part: The name of the part of the model.
     """
 
     input_shape: tuple[int, int, int, int]
@@ -43,6 +45,7 @@ class CompileOptions:
     source: Mapping[str, str] = field(default_factory=dict)
     npu: str | None = None
     num_devices: int = 1
+    part: str = "model"
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,15 @@ class Target(ABC):
         """What is fastest here at an error that the model bears."""
 
     @abstractmethod
-    def compile(self, graph: Graph, options: CompileOptions) -> CompiledModel:
-        """Set a captured graph up for the target.
+    def compile_module(self, module: nn.Module, options: CompileOptions) -> CompiledModel:
+        """Compile a part of a model.
+
+        Args:
+            module: Takes an image and gives an image; it is not changed.
+            options: What to compile it for.
 
         Raises:
-            RBLNCompileError: The target can't run the graph.
+            RBLNCompileError: The target can't run what the module does.
         """
 
     @abstractmethod
@@ -134,7 +141,6 @@ class Target(ABC):
 
         Raises:
             RBLNTargetUnavailableError: This machine can't run it.
-            ValueError: The device isn't one of the target.
         """
 
     def require(self) -> None:
@@ -142,6 +148,38 @@ class Target(ABC):
         reason = self.unavailable_reason()
         if reason is not None:
             raise RBLNTargetUnavailableError(f"The target {self.name!r} can't run here: {reason}")
+
+
+class GraphTarget(Target):
+    """A target that runs our own graphs, not what another compiler makes of a module."""
+
+    def compile_module(self, module: nn.Module, options: CompileOptions) -> CompiledModel:
+        return self.compile(capture(module, options.part, options.input_shape[1]), options)
+
+    @abstractmethod
+    def compile(self, graph: Graph, options: CompileOptions) -> CompiledModel:
+        """Set a captured graph up for the target.
+
+        Raises:
+            RBLNCompileError: The target can't run the graph.
+        """
+
+
+def timed_out(timeout: float) -> TimeoutError:
+    """The error of a run that took longer than its timeout."""
+    return TimeoutError(
+        f"A run took longer than timeout={timeout} seconds and was given up; the model can be "
+        "used again. Give a longer timeout, or a smaller batch or image."
+    )
+
+
+def over_memory_limit(part: str, shape: Shape, needed: int, limit: int) -> MemoryError:
+    """The error of a run that would need more memory than its limit."""
+    return MemoryError(
+        f"A run of the {part} on {'x'.join(map(str, shape))} needs {needed} bytes for "
+        f"activations, and memory_limit is {limit}. Raise the limit, or run a smaller batch or "
+        "image."
+    )
 
 
 _MODULES = {

@@ -1,13 +1,46 @@
-"""The target `rbln`: an RBLN NPU, by Rebellions' compiler."""
+"""The target `rbln`: an RBLN NPU, by Rebellions' compiler.
+
+That compiler, the module `rebel`, takes a torch module and fixes every shape; it is given
+the part of the model itself, not our graph of it, since that is what it was made for. It is
+called as optimum-rbln 0.12 calls it.
+"""
 
 from __future__ import annotations
 
+import copy
+import importlib
 import importlib.util
+import inspect
+import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from ..graph.ir import Graph
-from .base import CompiledModel, CompileOptions, Runtime, RuntimeOptions, Target
+from torch import Tensor, nn
+
+from ..errors import (
+    RBLNArtifactError,
+    RBLNCompileError,
+    RBLNRuntimeError,
+    RBLNTargetUnavailableError,
+)
+from ..profiler import RunProfile
+from .base import CompiledModel, CompileOptions, RuntimeOptions, Target
+
+DTYPE = "float32"
+
+_NO_COMPILER = (
+    "Rebellions' compiler, the package rebel-compiler, is not installed. Install it as "
+    "https://docs.rbln.ai says (it needs an account there), or use target='cpu'."
+)
+
+
+def _rebel() -> Any:
+    """Rebellions' compiler."""
+    if importlib.util.find_spec("rebel") is None:
+        raise RBLNTargetUnavailableError(f"The target 'rbln' can't compile here: {_NO_COMPILER}")
+    return importlib.import_module("rebel")
 
 
 class RblnTarget(Target):
@@ -16,37 +49,114 @@ class RblnTarget(Target):
     name = "rbln"
     description = "an RBLN NPU, by Rebellions' compiler"
     static_shapes = True
-    dtypes = ("float32",)
+    dtypes = (DTYPE,)
 
     def unavailable_reason(self) -> str | None:
         if importlib.util.find_spec("rebel") is None:
+            return _NO_COMPILER
+        if _rebel().get_npu_name(0) is None:
             return (
-                "Rebellions' compiler, the package rebel-compiler, is not installed. Install it "
-                "as https://docs.rbln.ai says (it needs an account there), or use target='cpu'."
+                "the compiler finds no NPU. Check that rbln-smi lists one, use target='cpu', or "
+                "compile without a device by create_runtimes=False and an npu."
             )
-        return (
-            "this version of rbln-vae doesn't compile for the NPU. Use target='cpu', or "
-            "optimum-rbln."
-        )
+        return None
 
     def default_device(self) -> int | str:
         return 0
 
     def best_dtype(self) -> str:
-        return "float32"
+        return DTYPE
 
-    def compile(self, graph: Graph, options: CompileOptions) -> CompiledModel:
-        self._refuse()
+    def compile_module(self, module: nn.Module, options: CompileOptions) -> RblnModel:
+        rebel = _rebel()
+        (name,) = inspect.signature(module.forward).parameters
+        try:
+            compiled = rebel.compile_from_torch(
+                copy.deepcopy(module).float().eval(),
+                input_info=[(name, list(options.input_shape), DTYPE)],
+                npu=options.npu,
+                **{_devices_keyword(rebel): options.num_devices},
+            )
+        except Exception as error:
+            # It runs the model's own Python code, so anything can be raised.
+            raise RBLNCompileError(
+                f"Rebellions' compiler can't compile the {options.part}: {error}"
+            ) from error
+        return RblnModel(compiled)
 
-    def load(self, path: Path) -> CompiledModel:
-        self._refuse()
+    def load(self, path: Path) -> RblnModel:
+        try:
+            return RblnModel(_rebel().RBLNCompiledModel(path))
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, RBLNTargetUnavailableError):
+                raise
+            raise RBLNArtifactError(
+                f"{path} can't be read by Rebellions' compiler: {error}. Compile the model again."
+            ) from error
 
-    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> Runtime:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> RblnRuntime:
+        assert isinstance(compiled, RblnModel)
+        if isinstance(options.device, str):
+            raise ValueError(
+                f"device={options.device!r} is none of the target 'rbln', whose devices are "
+                "numbers: 0 is the first NPU. Leave device out, or compile for another target."
+            )
         self.require()
-        raise AssertionError("a reason is always given")
+        try:
+            runtime = _rebel().Runtime(
+                compiled.compiled,
+                tensor_type="pt",
+                device=options.device,
+                activate_profiler=options.activate_profiler,
+                timeout=options.timeout,
+            )
+        except RuntimeError as error:
+            raise RBLNRuntimeError(
+                f"The NPU can't take the model: {error}. Check it with rbln-smi, name another "
+                "device, or load the model with create_runtimes=False."
+            ) from error
+        return RblnRuntime(runtime)
+
+
+@dataclass(frozen=True)
+class RblnModel:
+    """One part of a model, as Rebellions' compiler gives it."""
+
+    compiled: Any
+
+    def save(self, path: Path) -> None:
+        try:
+            # Under its own name in a directory beside: the compiler may look at the suffix.
+            with TemporaryDirectory(dir=path.parent) as directory:
+                temporary = Path(directory) / path.name
+                self.compiled.save(temporary)
+                temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            raise RBLNArtifactError(f"{path} can't be written: {error}.") from error
+
+
+class RblnRuntime:
+    """A compiled part on its NPU."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self._lock = threading.Lock()
+
+    @property
+    def profiles(self) -> list[RunProfile]:
+        """None: Rebellions' profiler writes its own files."""
+        return []
+
+    def run(self, image: Tensor) -> Tensor:
+        with self._lock:
+            result: Tensor = self._runtime(image.float().contiguous())
+            return result.to(image.dtype, copy=True)
+
+
+def _devices_keyword(rebel: Any) -> str:
+    """What this version of the compiler calls the number of devices."""
+    known = inspect.signature(rebel.compile).parameters
+    return "num_devices" if "num_devices" in known else "tensor_parallel_size"
 
 
 TARGET = RblnTarget()

@@ -18,12 +18,19 @@ from ..graph.interpreter import Interpreter
 from ..graph.ir import Graph, Operation, Shape, Value
 from ..graph.passes import optimise
 from ..profiler import RunProfile, Step
-from .base import CompiledModel, CompileOptions, RuntimeOptions, Target
+from .base import (
+    CompiledModel,
+    CompileOptions,
+    GraphTarget,
+    RuntimeOptions,
+    over_memory_limit,
+    timed_out,
+)
 
 _PROFILES_KEPT = 100
 
 
-class InterpreterTarget(Target):
+class InterpreterTarget(GraphTarget):
     """A target that keeps the graph as it is and interprets it."""
 
     def unavailable_reason(self) -> str | None:
@@ -58,11 +65,6 @@ class InterpreterTarget(Target):
     ) -> InterpreterRuntime:
         assert isinstance(compiled, Artifact)
         device = self.default_device() if options.device is None else options.device
-        if torch.device(str(device)).type != torch.device(str(self.default_device())).type:
-            raise ValueError(
-                f"device={device!r} is none of the target {self.name!r}, which runs on "
-                f"{self.default_device()!r}. Leave device out, or compile for another target."
-            )
         return InterpreterRuntime(compiled, str(device), options)
 
 
@@ -106,11 +108,8 @@ class InterpreterRuntime:
             return
         needed = self.memory_needed(shape)
         if needed > limit:
-            raise MemoryError(
-                f"A run of the {self._interpreter.graph.name} on {'x'.join(map(str, shape))} needs "
-                f"{needed} bytes for activations, and memory_limit is {limit}. Raise the limit, or "
-                "run a smaller batch or image."
-            )
+            name = self._interpreter.graph.name
+            raise over_memory_limit(name, tuple(shape), needed, limit)
 
 
 def peak_elements(graph: Graph, input_shape: Shape) -> int:
@@ -133,10 +132,7 @@ class _Clock:
 
     def check(self) -> None:
         if time.monotonic() > self.end:
-            raise TimeoutError(
-                f"A run took longer than timeout={self.timeout} seconds and was given up; the "
-                "model can be used again. Give a longer timeout, or a smaller batch or image."
-            )
+            raise timed_out(self.timeout)
 
 
 class _Stopwatch:

@@ -1,15 +1,74 @@
-"""The target `cpu`."""
+"""The target `cpu`: this machine's processor, by the package's own engine."""
 
 from __future__ import annotations
 
-from ..reference import InterpreterTarget
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ...artifact import Artifact, read_artifact
+from ...errors import RBLNArtifactError
+from ...graph.ir import Graph
+from ...graph.passes import optimise
+from ..base import CompiledModel, CompileOptions, GraphTarget, RuntimeOptions
+from .packing import check_packed, pack
+from .runtime import CpuRuntime, best_dtype
 
 
-class CpuTarget(InterpreterTarget):
-    """This machine's processor."""
+class CpuTarget(GraphTarget):
+    """This machine's processor; one compiled model serves every shape and instruction set."""
 
     name = "cpu"
-    description = "this machine's processor"
+    description = "this machine's processor, by the native engine"
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def default_device(self) -> int | str:
+        return "cpu"
+
+    def best_dtype(self) -> str:
+        return best_dtype()
+
+    def compile(self, graph: Graph, options: CompileOptions) -> Artifact:
+        graph = optimise(graph)
+        dtype = options.dtype or self.best_dtype()
+        packed = pack(graph, dtype)
+        shapes = {
+            name: torch.empty(weight.shape, device="meta") for name, weight in graph.weights.items()
+        }
+        graph = dataclasses.replace(graph, weights=shapes)
+        # What the engine has no kernel for is an error now, not at the first run.
+        CpuRuntime(graph, packed, dtype=dtype, num_threads=1).plan(options.input_shape)
+        return Artifact(graph, self.name, dtype, options.source, packed=packed)
+
+    def load(self, path: Path) -> Artifact:
+        artifact = read_artifact(path)
+        if artifact.target != self.name or artifact.packed is None:
+            raise RBLNArtifactError(
+                f"{path} was compiled for the target {artifact.target!r}, and the configuration "
+                f"beside it says {self.name!r}: they don't belong together. Save the model again."
+            )
+        try:
+            check_packed(artifact.graph, artifact.packed, artifact.dtype)
+        except ValueError as error:
+            raise RBLNArtifactError(
+                f"{path} is not valid: {error}. Compile the model again."
+            ) from error
+        return artifact
+
+    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> CpuRuntime:
+        assert isinstance(compiled, Artifact) and compiled.packed is not None
+        return CpuRuntime(
+            compiled.graph,
+            compiled.packed,
+            dtype=compiled.dtype,
+            num_threads=options.num_threads,
+            memory_limit=options.memory_limit,
+            timeout=options.timeout,
+            activate_profiler=options.activate_profiler,
+        )
 
 
 TARGET = CpuTarget()

@@ -50,6 +50,41 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
     return packed
 
 
+def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None:
+    """Raise a `ValueError` unless the tensors are just those that `pack` makes.
+
+    The engine reads them by address, so this is what keeps it within them.
+
+    Args:
+        graph: Whose weights were packed; their shapes alone are read.
+        packed: What is to be checked.
+        dtype: For what they were packed.
+    """
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: (tuple(graph.weights[name].shape), torch.float32)
+        for operation in graph.operations
+        for name in operation.weights
+    }
+    for operation in graph.operations:
+        if isinstance(operation, Conv2d):
+            outputs, inputs, height, width = operation.kernel(graph.weights)
+            panels, blocks = -(-outputs // PANEL), -(-inputs // BLOCK)
+            phases = 4 if operation.upsample else 1
+            size = panels * PANEL * phases * blocks * BLOCK * height * width
+            expected[operation.weight] = ((size,), DTYPES[dtype])
+            expected[bias_name(operation)] = ((panels * PANEL,), torch.float32)
+    if packed.keys() != expected.keys():
+        odd = sorted(packed.keys() ^ expected.keys())
+        raise ValueError(f"the packed weights are not those of the graph: {', '.join(odd)}")
+    for name, (shape, wanted) in expected.items():
+        tensor = packed[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != wanted or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name!r} is packed as {tuple(tensor.shape)} of {tensor.dtype}, expected {shape} "
+                f"of {wanted}"
+            )
+
+
 def bias_name(operation: Conv2d) -> str:
     """Under what name the padded bias of a convolution is packed."""
     return operation.bias if operation.bias is not None else f"{operation.weight}.no_bias"

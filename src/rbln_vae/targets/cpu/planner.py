@@ -71,7 +71,34 @@ class Machine:
         A constant of the instruction set, so that results are the same on all machines
         that have it.
         """
-        return 1_200_000 if self.isa == "amx_bf16" else 560_000
+        # With AMX two tiles are held, in a cache of 2 MiB.
+        return 700_000 if self.isa == "amx_bf16" else 560_000
+
+    @property
+    def costs(self) -> Costs:
+        return COSTS.get(self.isa, Costs(24, 6, 8))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What else a convolution does, in products of two numbers that take as long.
+
+    Attributes:
+        norm: Norm and activation of an element.
+        copy: Copying one.
+        weights: Fetching a weight that isn't in the L2 cache.
+    """
+
+    norm: float
+    copy: float
+    weights: float
+
+
+COSTS: Mapping[str, Costs] = {
+    "avx512_bf16": Costs(48, 12, 16),
+    "amx_bf16": Costs(256, 64, 100),
+}
+"""By instruction set: the faster its products are, the more everything else costs."""
 
 
 @dataclass(eq=False)
@@ -219,12 +246,12 @@ class _Planner:
     def plan(self) -> Plan:
         graph = self.graph
         source = self.image(graph.input)
-        self.emit("import_image", graph.input, "Import", dict(image=source), writes=[source])
+        self.emit("import_image", graph.input, "Import", {"image": source}, writes=[source])
         self.statistics_of(graph.input, None)
         for index, operation in enumerate(graph.operations):
             self.operation(index, operation)
         result = self.images[graph.output]
-        self.emit("export_image", graph.output, "Export", dict(image=result), reads=[result])
+        self.emit("export_image", graph.output, "Export", {"image": result}, reads=[result])
         arena = place(self.buffers)
         return Plan(
             self.shapes[graph.input],
@@ -364,6 +391,7 @@ class _Planner:
             normed=operation.norm is not None,
         )
         tile = conv.tile(machine)
+        splits = conv.splits(tile, self.batch, machine)
         panels = -(-outputs // PANEL)
         statistics: _Statistics | None = None
         if operation.output in self.norms:
@@ -394,7 +422,8 @@ class _Planner:
                 residual=residual.buffer if residual else None,
                 partials=statistics.buffer if statistics else None,
                 tile=tile,
-                splits=conv.splits(tile, self.batch, machine),
+                splits=splits,
+                together=conv.together(tile, self.batch, splits, machine),
                 **norm,
             ),
             reads=[source, residual, norm["coefficients"]],
@@ -427,7 +456,7 @@ class _Planner:
         packed_values = self.buffer(
             f"{operation.output} values", matrices * -(-of_head[1] // PANEL)
         )
-        packed = dict(heads=heads, packed_keys=packed_keys, packed_values=packed_values)
+        packed = {"heads": heads, "packed_keys": packed_keys, "packed_values": packed_values}
         self.emit(
             "attention_pack",
             operation.output,
@@ -514,7 +543,7 @@ class _Planner:
                 "statistics",
                 value,
                 "Statistics",
-                dict(input=image, tile=tile, partials=buffer),
+                {"input": image, "tile": tile, "partials": buffer},
                 reads=[image],
                 writes=[buffer],
             )
@@ -526,17 +555,17 @@ class _Planner:
                 "norm",
                 value,
                 "Norm",
-                dict(
-                    channels=image.channels,
-                    groups=norm.groups,
-                    eps=norm.eps,
-                    partials=statistics.buffer,
-                    partial_channels=statistics.channels,
-                    grid=statistics.grid,
-                    tile=statistics.tile,
-                    points=statistics.points,
-                    coefficients=coefficients,
-                ),
+                {
+                    "channels": image.channels,
+                    "groups": norm.groups,
+                    "eps": norm.eps,
+                    "partials": statistics.buffer,
+                    "partial_channels": statistics.channels,
+                    "grid": statistics.grid,
+                    "tile": statistics.tile,
+                    "points": statistics.points,
+                    "coefficients": coefficients,
+                },
                 reads=[statistics.buffer],
                 writes=[coefficients],
                 weights={"weight": norm.weight, "bias": norm.bias},
@@ -570,11 +599,11 @@ class Convolution:
     def tiles(self, tile: tuple[int, int]) -> int:
         return math.prod(-(-size // part) for size, part in zip(self.grid, tile, strict=True))
 
-    def load_cost(self, tile: tuple[int, int]) -> float:
+    def load_cost(self, tile: tuple[int, int], costs: Costs) -> float:
         """Loading a tile's input, in the units of `product_cost`."""
-        rows, columns = self.read(tile)
-        # Norm and activation of an element cost about as much as this many products.
-        return rows * columns * self.inputs * (24 if self.normed else 4)
+        return (
+            math.prod(self.read(tile)) * self.inputs * (costs.norm if self.normed else costs.copy)
+        )
 
     def product_cost(self, tile: tuple[int, int]) -> float:
         phases = 4 if self.upsample else 1
@@ -585,16 +614,15 @@ class Convolution:
         """Height and width of the tiles: the least overhead that fits the cache."""
         height, width = self.grid
         pixel = -(-self.inputs // BLOCK) * BLOCK * machine.element_bytes
-        enough = max(256, height * width // 16)
+        # Tiles for some threads, whose number isn't known here; more are made by splits.
+        enough = max(256, height * width // 8)
         best, best_cost = (1, 1), math.inf
-        for parts in range(1, width + 1):
-            columns = -(-width // parts)
-            if columns > 16:
-                columns = -(-columns // 16) * 16
-            columns = min(columns, width)
+        for wanted in (width, 512, 256, 192, 128, 96, 64, 48, 32, 16):
+            if wanted > width:
+                continue
+            columns = -(-width // -(-width // wanted))
+            columns = min(width, -(-columns // 16) * 16)
             across = self.read((1, columns))[1] * pixel
-            if parts > 1 and columns < 16:
-                break
             rows = machine.scratch_bytes // across
             taken = self.read((1, 1))[0] if not self.upsample else 3
             rows = (rows - taken) // self.stride + 1
@@ -613,8 +641,8 @@ class Convolution:
                 else even * columns
             )
             filled = self.product_cost(tile) * padded / (even * columns)
-            weights = self.product_cost((1, 1)) * 8
-            cost = (filled + self.load_cost(tile) + weights) * self.tiles(tile)
+            weights = self.product_cost((1, 1)) * machine.costs.weights
+            cost = (filled + self.load_cost(tile, machine.costs) + weights) * self.tiles(tile)
             if self.read(tile)[0] * across > machine.scratch_bytes:
                 cost *= 1.5
             if cost < best_cost:
@@ -629,10 +657,21 @@ class Convolution:
         for splits in range(1, min(groups, 4 * machine.threads) + 1):
             rounds = -(-tiles * splits // machine.threads)
             part = self.product_cost(tile) * -(-groups // splits) / groups
-            cost = rounds * (self.load_cost(tile) + part)
+            cost = rounds * (self.load_cost(tile, machine.costs) + part)
             if cost < best_cost * 0.97:
                 best, best_cost = splits, cost
         return best
+
+    def together(self, tile: tuple[int, int], batch: int, splits: int, machine: Machine) -> int:
+        """Tiles that one item does in turn, loading the next during one.
+
+        Only tile registers leave the vector units time for that; and there must be items
+        enough for all threads to finish together.
+        """
+        if machine.isa != "amx_bf16":
+            return 1
+        items = batch * self.tiles(tile) * splits
+        return max(1, min(16, items // (8 * machine.threads)))
 
 
 def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
@@ -641,7 +680,7 @@ def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int,
     The keys decide in what order sums are made, and so don't depend on the threads.
     """
     together = machine.rows * machine.pixels
-    most = 192 if machine.isa == "amx_bf16" else 56
+    most = 192 if machine.isa == "amx_bf16" else 112
     queries = max(together, most // together * together)
     # Smaller items where there would be too few of them.
     while queries > together and matrices * -(-pixels // queries) < 3 * machine.threads:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ...errors import RBLNTargetUnavailableError
 from ...graph.ir import Graph, Shape
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
+from ..base import over_memory_limit, timed_out
 from .packing import DTYPES, pack
 from .planner import Machine, Plan, make_plan
 
@@ -54,6 +56,25 @@ def best_dtype() -> str:
     return usable_kernels()[-1].dtype
 
 
+def usable_memory() -> int:
+    """Bytes of the machine, or of the control group that this process is in."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(limits)
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """The weight, or a copy that begins on a line of the cache.
+
+    Kernels read lines; a file that is mapped may have put them astride of two.
+    """
+    return weight if weight.data_ptr() % 64 == 0 else weight.clone()
+
+
 class CpuRuntime:
     """Runs a graph with the native engine; any number of threads may share it.
 
@@ -64,7 +85,8 @@ class CpuRuntime:
         dtype: In what to compute; `None` is what is fastest here.
         num_threads: Threads of a run; `None` is one for each processor that this
             process may use.
-        memory_limit: The most bytes that the activations of a run may take.
+        memory_limit: The most bytes that a run may take, besides the weights; `None` is
+            the memory of the machine or of the control group, whichever is less.
         timeout: Seconds that a run may take.
         activate_profiler: Whether to keep the times of the latest runs.
     """
@@ -87,8 +109,9 @@ class CpuRuntime:
             raise ValueError(f"num_threads is {num_threads}, expected at least 1.")
         self.graph = graph
         self.timeout = timeout
-        self.memory_limit = memory_limit
-        self._packed = pack(graph, dtype) if packed is None else packed
+        self.memory_limit = usable_memory() if memory_limit is None else memory_limit
+        weights = pack(graph, dtype) if packed is None else packed
+        self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._kernels = [each for each in usable_kernels() if each.dtype == dtype][-1]
         self._executor = _engine.Executor(num_threads or _engine.usable_processors())
         self.machine = Machine(
@@ -109,8 +132,8 @@ class CpuRuntime:
         """What a run on an input of that shape does; `print(plan.describe())`."""
         return self._planned(tuple(shape))[0]
 
-    def bytes(self, shape: Shape) -> int:
-        """Memory that a run on an input of that shape takes, besides weights."""
+    def memory_needed(self, shape: Shape) -> int:
+        """Bytes that a run on an input of that shape takes, besides weights."""
         return self._executor.bytes(self._planned(tuple(shape))[1])
 
     def run(self, image: Tensor) -> Tensor:
@@ -129,19 +152,17 @@ class CpuRuntime:
         if not image.is_floating_point():
             raise TypeError(f"The input is {image.dtype}, expected a floating-point tensor.")
         plan, native = self._planned(tuple(image.shape))
-        if self.memory_limit is not None:
-            needed = self._executor.bytes(native)
-            if needed > self.memory_limit:
-                raise MemoryError(
-                    f"An input of {'x'.join(map(str, image.shape))} needs {needed:,} bytes "
-                    f"for activations, more than the memory limit of {self.memory_limit:,}."
-                )
+        self._check_memory(plan, self._executor.bytes(native))
         source = image.detach()
         if source.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             source = source.to(torch.float32)
         result = torch.empty(plan.output_shape, dtype=source.dtype)
         start = time.time()
-        times = self._executor.run(native, source, result, self.timeout, self._profiles is not None)
+        profile = self._profiles is not None
+        try:
+            times = self._executor.run(native, source, result, self.timeout, profile)
+        except TimeoutError:
+            raise timed_out(self.timeout) from None
         if self._profiles is not None:
             self._profiles.append(self._profile(plan, start, times))
         return result.to(image.dtype)
@@ -172,12 +193,13 @@ class CpuRuntime:
             self._plans[shape] = made
         return made
 
+    def _check_memory(self, plan: Plan, needed: int) -> None:
+        if needed > self.memory_limit:
+            raise over_memory_limit(self.graph.name, plan.input_shape, needed, self.memory_limit)
+
     def _bind(self, plan: Plan) -> _engine.Plan:
-        if plan.arena_bytes >= 2**62:
-            raise MemoryError(
-                f"An input of {'x'.join(map(str, plan.input_shape))} needs "
-                f"{plan.arena_bytes:,} bytes for activations."
-            )
+        # Before the engine hears of sizes that it can't count.
+        self._check_memory(plan, plan.arena_bytes)
         native = _engine.Plan(self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape)
         for step in plan.steps:
             weights = {name: self._packed[weight] for name, weight in step.weights.items()}

@@ -1,0 +1,158 @@
+// What is done with the sums of a product: bias and residual are added, the result is
+// stored, and the statistics of its channels are kept. It can be done a few pixels at a
+// time, so that an instruction set whose products run beside its vectors overlaps them.
+#pragma once
+
+#include "engine/kernels/element.h"
+#include "engine/steps.h"
+
+namespace rbln_vae {
+
+template <class Simd>
+class Epilogue {
+  using T = typename Simd::T;
+  using Vector = typename Simd::Vector;
+
+ public:
+  // Sums of `rows` x `pixels` outputs whose first is (y, x), for `panels` panels.
+  struct Job {
+    const float* sums;  // [panels][rows][pitch][16]
+    Index pitch;
+    Index panel;
+    Index panels;
+    Index rows;
+    Index pixels;
+    T* output;          // of the first pixel, in the block of the first panel
+    const T* residual;  // likewise, or null
+    Index pixel_step;   // elements from one output pixel to the next
+    Index row_step;
+    Index block_step;
+    bool first;  // of the tile, for these panels
+    bool last;
+  };
+
+  Epilogue(const ConvStep& s, float* partials, Index points)
+      : s_(s), partials_(partials), points_(points) {}
+
+  // The job before must be finished.
+  void start(const Job& job) {
+    job_ = job;
+    p_ = row_ = pixel_ = 0;
+    left_ = job.panels * job.rows * job.pixels;
+  }
+
+  Index left() const { return left_; }
+
+  void advance(Index count) {
+    while (count > 0 && left_ > 0) {
+      const Index now = smaller(count, job_.pixels - pixel_);
+      do_pixels(now);
+      count -= now;
+      left_ -= now;
+      pixel_ += now;
+      if (pixel_ < job_.pixels) continue;
+      end_row();
+      pixel_ = 0;
+      if (++row_ < job_.rows) continue;
+      if (job_.last && partials_ != nullptr) end_panel();
+      row_ = 0;
+      ++p_;
+    }
+  }
+
+  void finish() { advance(left_); }
+
+ private:
+  // Statistics of a panel. Values are taken relative to the tile's first pixel, so that a
+  // mean far from zero costs no precision.
+  struct Statistics {
+    alignas(64) float shift[kPanel];
+    alignas(64) float row_sum[kPanel];
+    alignas(64) float row_square[kPanel];
+    alignas(64) double sum[kPanel];
+    alignas(64) double square[kPanel];
+  };
+
+  void do_pixels(Index count) {
+    const Index panel = job_.panel + p_;
+    const Index at = panel / 2 * job_.block_step - job_.panel / 2 * job_.block_step +
+                     row_ * job_.row_step + pixel_ * job_.pixel_step + panel % 2 * kPanel;
+    const float* sums =
+        job_.sums + ((p_ * job_.rows + row_) * job_.pitch + pixel_) * kPanel;
+    T* to = job_.output + at;
+    const T* residual = job_.residual == nullptr ? nullptr : job_.residual + at;
+    const Vector bias = Simd::load(s_.bias + panel * kPanel);
+    // The rest of a block that has no channels must read as zero.
+    const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();
+    const bool count_in = partials_ != nullptr;
+    Statistics& statistics = statistics_[p_];
+    Vector shift = bias, sum = bias, square = bias;
+    if (count_in) {
+      if (job_.first && row_ == 0 && pixel_ == 0) {
+        Vector v = Simd::add(Simd::load(sums), bias);
+        if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual));
+        Simd::store(statistics.shift, v);
+        for (Index i = 0; i < kPanel; ++i) statistics.sum[i] = statistics.square[i] = 0.0;
+      }
+      if (pixel_ == 0) {
+        Simd::store(statistics.row_sum, Simd::set(0.0f));
+        Simd::store(statistics.row_square, Simd::set(0.0f));
+      }
+      shift = Simd::load(statistics.shift);
+      sum = Simd::load(statistics.row_sum);
+      square = Simd::load(statistics.row_square);
+    }
+    for (Index i = 0; i < count; ++i) {
+      Vector v = Simd::add(Simd::load(sums + i * kPanel), bias);
+      if (residual != nullptr) {
+        v = Simd::add(v, Simd::load_elements(residual + i * job_.pixel_step));
+      }
+      Simd::store_elements(to + i * job_.pixel_step, v);
+      if (pad) Simd::store_elements(to + i * job_.pixel_step + kPanel, Simd::set(0.0f));
+      if (count_in) {
+        const Vector distance = Simd::subtract(v, shift);
+        sum = Simd::add(sum, distance);
+        square = Simd::multiply_add(distance, distance, square);
+      }
+    }
+    if (count_in) {
+      Simd::store(statistics.row_sum, sum);
+      Simd::store(statistics.row_square, square);
+    }
+  }
+
+  // Sums of a row are added up in double precision.
+  void end_row() {
+    if (partials_ == nullptr) return;
+    Statistics& statistics = statistics_[p_];
+    for (Index i = 0; i < kPanel; ++i) {
+      statistics.sum[i] += static_cast<double>(statistics.row_sum[i]);
+      statistics.square[i] += static_cast<double>(statistics.row_square[i]);
+    }
+  }
+
+  // The mean of each channel over the tile, and the sum of squared distances from it.
+  void end_panel() {
+    const Statistics& statistics = statistics_[p_];
+    float* means = partials_ + (job_.panel + p_) * kPanel;
+    float* squares = means + s_.panels() * kPanel;
+    for (Index i = 0; i < kPanel; ++i) {
+      const double mean = statistics.sum[i] / static_cast<double>(points_);
+      const double rest = statistics.square[i] - statistics.sum[i] * mean;
+      means[i] = static_cast<float>(static_cast<double>(statistics.shift[i]) + mean);
+      squares[i] = static_cast<float>(rest < 0 ? 0 : rest);
+    }
+  }
+
+  const ConvStep& s_;
+  float* partials_;  // of the tile, or null
+  Index points_;     // outputs of the tile, by channel
+  Job job_ = {};
+  Index p_ = 0;
+  Index row_ = 0;
+  Index pixel_ = 0;
+  Index left_ = 0;
+  Statistics statistics_[Simd::kMaxPanels];
+};
+
+}  // namespace rbln_vae

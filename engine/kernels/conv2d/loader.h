@@ -1,0 +1,168 @@
+// Copies what a tile reads into a thread's scratch: with its halo, zeros around the image,
+// norm and activation applied. It can be done a few pixels at a time, so that an
+// instruction set whose products run beside its vectors loads one tile during another.
+#pragma once
+
+#include <cstring>
+
+#include "engine/kernels/activation.h"
+#include "engine/kernels/element.h"
+#include "engine/steps.h"
+
+namespace rbln_vae {
+
+// A part of the grid of one image.
+struct ConvTile {
+  Index index;  // among all tiles of the step
+  Index n;
+  Index y;
+  Index x;
+  Index height;
+  Index width;
+
+  ConvTile(const ConvStep& s, Index tile) : index(tile) {
+    x = tile % s.tiles_across() * s.tile_width;
+    y = tile / s.tiles_across() % s.tiles_down() * s.tile_height;
+    n = tile / s.tiles_across() / s.tiles_down();
+    height = smaller(s.tile_height, s.grid_height() - y);
+    width = smaller(s.tile_width, s.grid_width() - x);
+  }
+};
+
+template <class Simd>
+class Loader {
+  using T = typename Simd::T;
+  using Vector = typename Simd::Vector;
+
+ public:
+  Loader(const ConvStep& s, const Context& context) : s_(s), context_(context) {}
+
+  // The tile before must be finished.
+  void start(const ConvTile& tile, T* scratch) {
+    scratch_ = scratch;
+    top_ = s_.upsample ? tile.y - 1 : tile.y * s_.stride - s_.above;
+    left_ = s_.upsample ? tile.x - 1 : tile.x * s_.stride - s_.left;
+    rows_ = s_.upsample ? tile.height + 2 : (tile.height - 1) * s_.stride + s_.kernel_height;
+    columns_ = s_.upsample ? tile.width + 2 : (tile.width - 1) * s_.stride + s_.kernel_width;
+    // The part of the columns that lies in the image.
+    begin_ = smaller(columns_, larger(0, -left_));
+    end_ = larger(begin_, smaller(columns_, s_.input.width - left_));
+    const Index blocks = s_.input.blocks();
+    source_ = reinterpret_cast<const T*>(context_.arena + s_.input.offset) +
+              tile.n * blocks * s_.input.pixels() * kBlock;
+    coefficients_ = nullptr;
+    if (s_.reading.coefficients != kNone) {
+      coefficients_ = reinterpret_cast<const float*>(context_.arena + s_.reading.coefficients) +
+                      tile.n * 2 * blocks * kBlock;
+    }
+    block_ = row_ = column_ = 0;
+    left_over_ = blocks * rows_ * columns_;
+  }
+
+  // Pixels of blocks that are still to be loaded.
+  Index left() const { return left_over_; }
+
+  void advance(Index pixels) {
+    while (pixels > 0 && left_over_ > 0) {
+      const Index now = smaller(pixels, columns_ - column_);
+      load(now);
+      pixels -= now;
+      left_over_ -= now;
+      column_ += now;
+      if (column_ < columns_) continue;
+      column_ = 0;
+      if (++row_ < rows_) continue;
+      row_ = 0;
+      ++block_;
+    }
+  }
+
+  void finish() { advance(left_over_); }
+
+ private:
+  // Some pixels of the current row.
+  void load(Index pixels) {
+    const Index pitch = s_.columns_read();
+    T* to = scratch_ + ((block_ * s_.rows_read() + row_) * pitch + column_) * kBlock;
+    const Index y = top_ + row_;
+    if (y < 0 || y >= s_.input.height) {
+      zero(to, pixels);
+      return;
+    }
+    const Index last = column_ + pixels;
+    const Index begin = smaller(larger(column_, begin_), last);
+    const Index end = larger(begin, smaller(last, end_));
+    zero(to, begin - column_);
+    zero(to + (end - column_) * kBlock, last - end);
+    if (begin == end) return;
+    const T* from =
+        source_ + ((block_ * s_.input.height + y) * s_.input.width + left_ + begin) * kBlock;
+    read(from, to + (begin - column_) * kBlock, end - begin);
+  }
+
+  static void zero(T* to, Index pixels) {
+    std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(pixels * kBlock) * sizeof(T));
+  }
+
+  void read(const T* from, T* to, Index pixels) const {
+    if (coefficients_ == nullptr && s_.reading.activation == Activation::kNone) {
+      std::memcpy(static_cast<void*>(to), from,
+                  static_cast<std::size_t>(pixels * kBlock) * sizeof(T));
+      return;
+    }
+    Vector scale[2] = {Simd::set(1.0f), Simd::set(1.0f)};
+    Vector shift[2] = {Simd::set(0.0f), Simd::set(0.0f)};
+    if (coefficients_ != nullptr) {
+      for (Index half = 0; half < 2; ++half) {
+        scale[half] = Simd::load(coefficients_ + block_ * kBlock + half * kPanel);
+        shift[half] = Simd::load(coefficients_ + (s_.input.blocks() + block_) * kBlock + half * kPanel);
+      }
+    }
+    switch (s_.reading.activation) {
+      case Activation::kSilu:
+        each_half(from, to, pixels, [&](const Vector& x, Index half) {
+          return Simd::silu(Simd::multiply_add(x, scale[half], shift[half]));
+        });
+        break;
+      case Activation::kNone:
+        each_half(from, to, pixels, [&](const Vector& x, Index half) {
+          return Simd::multiply_add(x, scale[half], shift[half]);
+        });
+        break;
+      default:
+        each_half(from, to, pixels, [&](const Vector& x, Index half) {
+          alignas(64) float lanes[kPanel];
+          Simd::store(lanes, Simd::multiply_add(x, scale[half], shift[half]));
+          for (float& lane : lanes) lane = activate(s_.reading.activation, lane);
+          return Simd::load(lanes);
+        });
+    }
+  }
+
+  // Applies a function of 16 channels to all pixels of a block.
+  template <class Function>
+  static void each_half(const T* from, T* to, Index pixels, Function&& function) {
+    for (Index i = 0; i < pixels; ++i, from += kBlock, to += kBlock) {
+      Simd::store_elements(to, function(Simd::load_elements(from), 0));
+      Simd::store_elements(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
+    }
+  }
+
+  const ConvStep& s_;
+  const Context& context_;
+  T* scratch_ = nullptr;
+  Index top_ = 0;  // of the tile, in the input; less than zero where zeros come first
+  Index left_ = 0;
+  Index rows_ = 0;
+  Index columns_ = 0;
+  Index begin_ = 0;
+  Index end_ = 0;
+  const T* source_ = nullptr;
+  const float* coefficients_ = nullptr;
+  Index block_ = 0;
+  Index row_ = 0;
+  Index column_ = 0;
+  Index left_over_ = 0;
+};
+
+}  // namespace rbln_vae

@@ -1,0 +1,158 @@
+"""The one table of shapes over which every kernel is tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rbln_vae.graph.ir import Attention, Conv2d, Graph, Norm, Operation, Value
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """A convolution, with what is fused into it.
+
+    `groups` norms the input first, `residual` adds a second convolution of the input, and
+    `normed_after` norms the output, from the statistics that were summed while writing.
+    """
+
+    inputs: int
+    outputs: int
+    height: int
+    width: int
+    batch: int = 1
+    kernel: tuple[int, int] = (3, 3)
+    stride: int = 1
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
+    upsample: bool = False
+    groups: int = 0
+    activation: str | None = "silu"
+    residual: bool = False
+    normed_after: int = 0
+
+    def graph(self) -> Graph:
+        torch.manual_seed(self.inputs * 1000 + self.outputs)
+        rows, columns = self.kernel
+        weights: dict[str, torch.Tensor] = {}
+        operations: list[Operation] = []
+
+        def conv(output: Value, norm: Norm | None, residual: Value | None) -> None:
+            shape: tuple[int, ...] = (self.outputs, self.inputs, rows, columns)
+            if self.upsample:
+                shape = (2, 2, self.outputs, self.inputs, 2, 2)
+            spread = (self.inputs * rows * columns) ** -0.5
+            weights[f"{output}.weight"] = torch.randn(shape) * spread
+            weights[f"{output}.bias"] = torch.randn(self.outputs)
+            operations.append(
+                Conv2d(
+                    output,
+                    "x",
+                    f"{output}.weight",
+                    f"{output}.bias",
+                    self.stride,
+                    self.padding,
+                    self.upsample,
+                    norm,
+                    residual,
+                )
+            )
+
+        def norm(name: str, groups: int, channels: int, activation: str | None) -> Norm:
+            weights[f"{name}.weight"] = 1 + 0.2 * torch.randn(channels)
+            weights[f"{name}.bias"] = 0.2 * torch.randn(channels)
+            return Norm(groups, 1e-6, f"{name}.weight", f"{name}.bias", activation)
+
+        before = None
+        if self.groups:
+            before = norm("norm", self.groups, self.inputs, self.activation)
+        if self.residual:
+            conv("r", None, None)
+        conv("y", before, "r" if self.residual else None)
+        if self.normed_after:
+            after = norm("after", self.normed_after, self.outputs, None)
+            weights["z.weight"] = torch.randn(5, self.outputs, 1, 1) * self.outputs**-0.5
+            operations.append(Conv2d("z", "y", "z.weight", None, norm=after))
+        output = operations[-1].output
+        return Graph("case", "x", self.inputs, output, tuple(operations), weights).verify()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.inputs, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Attention of an image to itself, over three convolutions of it."""
+
+    channels: int
+    height: int
+    width: int
+    batch: int = 1
+    heads: int = 1
+    value_channels: int = 0
+    residual: bool = True
+    sharp: float = 1.0
+
+    def graph(self) -> Graph:
+        torch.manual_seed(self.channels)
+        channels = self.channels
+        values = self.value_channels or channels
+        weights = {
+            "q": torch.randn(channels, channels, 1, 1) * channels**-0.5 * self.sharp,
+            "k": torch.randn(channels, channels, 1, 1) * channels**-0.5,
+            "v": torch.randn(values, channels, 1, 1) * channels**-0.5,
+        }
+        projections = tuple(Conv2d(f"%{name}", "x", name, None) for name in weights)
+        residual = "x" if self.residual and values == channels else None
+        scale = (channels // self.heads) ** -0.5
+        attention = Attention("y", "%q", "%k", "%v", self.heads, scale, residual)
+        operations = (*projections, attention)
+        return Graph("case", "x", channels, "y", operations, weights).verify()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.channels, self.height, self.width)
+
+
+_NONE = (0, 0, 0, 0)
+
+CONVOLUTIONS = (
+    # Channels that don't divide a block, and sizes that don't divide a product.
+    ConvCase(3, 16, 17, 19),
+    ConvCase(4, 24, 1, 1),
+    ConvCase(16, 3, 5, 33),
+    ConvCase(24, 40, 9, 14, groups=8),
+    ConvCase(40, 96, 7, 15, groups=8, residual=True),
+    ConvCase(96, 24, 6, 31, groups=32, residual=True, normed_after=8),
+    ConvCase(48, 48, 3, 3, groups=16, activation="gelu", normed_after=3),
+    ConvCase(32, 64, 8, 47, groups=4, activation="mish", batch=2, normed_after=32),
+    ConvCase(64, 32, 13, 64, groups=32, activation="relu", batch=3),
+    ConvCase(64, 64, 2, 100, groups=1, activation=None, normed_after=1),
+    # Other kernels, and one-sided padding.
+    ConvCase(40, 33, 11, 13, kernel=(1, 1), padding=_NONE, groups=5, residual=True),
+    ConvCase(128, 128, 1, 1, kernel=(1, 1), padding=_NONE, normed_after=32),
+    ConvCase(8, 8, 12, 10, kernel=(5, 5), padding=(2, 2, 2, 2)),
+    ConvCase(8, 72, 12, 10, kernel=(3, 1), padding=(1, 1, 0, 0)),
+    ConvCase(24, 40, 16, 18, stride=2, padding=(0, 1, 0, 1), normed_after=8),
+    ConvCase(40, 24, 9, 41, stride=2, padding=_NONE),
+    ConvCase(16, 16, 10, 11, stride=3),
+    # Upsampling within the convolution.
+    ConvCase(24, 40, 5, 7, kernel=(2, 2), upsample=True, normed_after=8),
+    ConvCase(64, 64, 1, 1, kernel=(2, 2), upsample=True),
+    ConvCase(32, 96, 9, 40, kernel=(2, 2), upsample=True, batch=2, normed_after=32),
+    # Several tiles each way.
+    ConvCase(64, 64, 130, 70, groups=32, residual=True, normed_after=32),
+    ConvCase(256, 64, 40, 60, groups=32, normed_after=32),
+)
+
+ATTENTIONS = (
+    AttentionCase(32, 4, 4),
+    AttentionCase(64, 1, 1),
+    AttentionCase(40, 7, 9, batch=2),
+    AttentionCase(48, 5, 5, heads=3),
+    AttentionCase(24, 6, 11, heads=2, batch=2),
+    AttentionCase(96, 19, 17, heads=1, sharp=6.0),
+    AttentionCase(64, 17, 31, value_channels=24),
+    AttentionCase(128, 12, 13, residual=False),
+)

@@ -1,0 +1,280 @@
+"""Whole graphs on the engine: against diffusers, from many threads, and when all goes wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from vaes import capture_part, make_vae, part_of
+
+from rbln_vae.errors import RBLNCompileError, RBLNTargetUnavailableError
+from rbln_vae.graph.interpreter import Interpreter
+from rbln_vae.graph.ir import (
+    Activation,
+    Add,
+    Conv2d,
+    Graph,
+    GroupNorm,
+    Identity,
+    Norm,
+    Pad,
+    Scale,
+    Transpose,
+    Upsample,
+)
+from rbln_vae.graph.passes import optimise
+from rbln_vae.targets.cpu.packing import pack
+from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
+
+PARTS = ("encoder", "decoder")
+
+
+def optimised(vae: AutoencoderKL, part: str) -> Graph:
+    return optimise(capture_part(vae, part))
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def compare(vae: AutoencoderKL, part: str, image: torch.Tensor) -> None:
+    expected = part_of(vae, part, image)
+    graph = optimised(vae, part)
+    found = CpuRuntime(graph, dtype="float32").run(image)
+    assert difference(found, expected) < 1e-5
+    found = CpuRuntime(graph, dtype="bfloat16").run(image)
+    theirs = part_of(vae.to(torch.bfloat16), part, image.to(torch.bfloat16))
+    assert difference(found, expected) <= difference(theirs.float(), expected)
+
+
+ARCHITECTURES = [
+    ((8, 16), {}, (6, 10)),
+    ((24, 40, 96), {"norm_num_groups": 8, "layers_per_block": 2}, (9, 7)),
+    ((32, 64, 64), {"latent_channels": 16, "act_fn": "mish"}, (5, 12)),
+    ((16, 32), {"mid_block_add_attention": False, "act_fn": "gelu"}, (20, 8)),
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("channels", "changes", "size"), ARCHITECTURES)
+def test_as_exact_as_diffusers(
+    part: str, channels: tuple[int, ...], changes: dict[str, object], size: tuple[int, int]
+) -> None:
+    vae = make_vae(block_out_channels=channels, **changes)
+    scale = 2 ** (len(channels) - 1) if part == "encoder" else 1
+    depth = 3 if part == "encoder" else vae.config.latent_channels
+    compare(vae, part, torch.randn(2, depth, size[0] * scale, size[1] * scale))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_of_full_size(part: str) -> None:
+    vae = make_vae(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
+    compare(vae, part, torch.randn(1, *((4, 16, 24) if part == "decoder" else (3, 128, 192))))
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Graph:
+    return optimised(make_vae(block_out_channels=(16, 48), norm_num_groups=8), "decoder")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_do_not_change_a_bit(decoder: Graph, dtype: str) -> None:
+    image = torch.randn(2, 4, 30, 21)
+    results = [CpuRuntime(decoder, dtype=dtype, num_threads=n).run(image) for n in (1, 2, 3, 5)]
+    assert all(torch.equal(results[0], each) for each in results)
+
+
+def test_many_threads_share_a_runtime(decoder: Graph) -> None:
+    native = CpuRuntime(decoder, num_threads=2)
+    images = [torch.randn(1, 4, 3 + i, 9 - i) for i in range(7)]
+    expected = [native.run(image) for image in images]
+    wrong: list[int] = []
+
+    def work(offset: int) -> None:
+        for i in range(20):
+            which = (i + offset) % len(images)
+            if not torch.equal(native.run(images[which]), expected[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_any_strides_and_dtypes(decoder: Graph, dtype: torch.dtype) -> None:
+    native = CpuRuntime(decoder, dtype="float32")
+    image = torch.randn(2, 4, 8, 6).to(dtype)
+    expected = Interpreter(decoder).run(image.float())
+    wide = torch.zeros(2, 8, 16, 6, dtype=dtype)
+    wide[:, ::2, ::2] = image
+    for each in (image, image.to(memory_format=torch.channels_last), wide[:, ::2, ::2]):
+        found = native.run(each)
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        assert difference(found.float(), expected) < (4e-3 if dtype.itemsize == 2 else 1e-5)
+
+
+def test_half_precision_is_rounded_to_the_nearest() -> None:
+    graph = Graph(
+        "case", "x", 1, "y", (Conv2d("y", "x", "w", None),), {"w": torch.ones(1, 1, 1, 1)}
+    )
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    image = torch.nan_to_num(every).view(1, 1, 256, 256)
+    assert torch.equal(CpuRuntime(graph, dtype="float32").run(image), image)
+    image = torch.cat([torch.randn(30_000), torch.randn(30_000) * 1e-6, torch.randn(5536) * 1e5])
+    graph.weights["w"].fill_(1.0)
+    rounded = image.to(torch.float16)
+    found = CpuRuntime(graph, dtype="float32").run(rounded.view(1, 1, 256, 256))
+    assert torch.equal(found.view(-1), rounded)
+
+
+def rare_operations() -> Graph:
+    torch.manual_seed(3)
+    weights = {"g": torch.randn(6), "h": torch.randn(6), "w": torch.randn(6, 3, 1, 1)}
+    norm = Norm(3, 1e-5, "g", "h")
+    operations = (
+        Identity("i", "x"),
+        Conv2d("a", "i", "w", None),
+        GroupNorm("b", "a", norm),
+        Activation("c", "b", "gelu"),
+        Scale("d", "c", 0.7),
+        Pad("e", "d", (0, 1, 2, 3)),
+        Upsample("f", "e"),
+        Add("y", "f", "f"),
+    )
+    return Graph("rare", "x", 3, "y", operations, weights).verify()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_operations_that_no_convolution_took_in(dtype: str, limit: float) -> None:
+    graph, image = rare_operations(), torch.randn(2, 3, 5, 4)
+    expected = Interpreter(graph).run(image)
+    assert difference(CpuRuntime(graph, dtype=dtype).run(image), expected) < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mean_far_from_zero(dtype: str) -> None:
+    # A spread of 1 about 1000: the sum of squares alone would lose it in float32.
+    weights = {"w": torch.eye(32).view(32, 32, 1, 1), "b": torch.full((32,), 1000.0)}
+    weights |= {"g": torch.ones(32), "h": torch.zeros(32)}
+    norm = Norm(4, 1e-6, "g", "h")
+    operations = (Conv2d("a", "x", "w", "b"), GroupNorm("y", "a", norm))
+    graph = Graph("case", "x", 32, "y", operations, weights).verify()
+    image = torch.randn(1, 32, 40, 40) * (1 if dtype == "float32" else 100)
+    expected = torch.nn.functional.group_norm(image.double() + 1000, 4, eps=1e-6)
+    assert difference(CpuRuntime(graph, dtype=dtype).run(image), expected) < (
+        1e-4 if dtype == "float32" else 3e-2
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_visible(decoder: Graph, dtype: str, value: float) -> None:
+    image = torch.randn(1, 4, 8, 8)
+    image[0, 1, 2, 3] = value
+    native = CpuRuntime(decoder, dtype=dtype)
+    assert native.run(image).isnan().all()
+    assert native.run(torch.randn(1, 4, 8, 8)).isfinite().all()
+
+
+def test_denormals_are_not_slow(decoder: Graph) -> None:
+    native = CpuRuntime(decoder, dtype="float32", num_threads=1)
+
+    def seconds(image: torch.Tensor) -> float:
+        times = []
+        for _ in range(5):
+            start = time.thread_time()
+            native.run(image)
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    image = torch.randn(1, 4, 32, 32)
+    assert seconds(image * 1e-40) < 2 * seconds(image) + 0.01
+    # The caller's own arithmetic keeps its denormals.
+    assert (torch.full((4,), 1e-40) * 1.0).count_nonzero() == 4
+
+
+def test_a_run_that_takes_too_long_is_stopped(decoder: Graph) -> None:
+    native = CpuRuntime(decoder, timeout=0.0)
+    with pytest.raises(TimeoutError, match="timeout"):
+        native.run(torch.randn(1, 4, 8, 8))
+    native.timeout = 60
+    assert native.run(torch.randn(1, 4, 8, 8)).isfinite().all()
+
+
+def test_memory_that_is_not_there_is_an_error(decoder: Graph) -> None:
+    native = CpuRuntime(decoder, memory_limit=1_000_000)
+    with pytest.raises(MemoryError, match="memory_limit is 1000000"):
+        native.run(torch.randn(1, 4, 64, 64))
+    native = CpuRuntime(decoder)
+    with pytest.raises(MemoryError, match="bytes"):
+        native.run(torch.empty(1).expand(1, 4, 2**17, 2**17))
+    with pytest.raises((MemoryError, ValueError)):
+        native.run(torch.empty(1).expand(1, 4, 2**29, 2**29))
+    assert native.run(torch.randn(1, 4, 8, 8)).isfinite().all()
+
+
+def test_wrong_inputs_are_refused(decoder: Graph) -> None:
+    native = CpuRuntime(decoder)
+    for shape in ((4, 8, 8), (1, 3, 8, 8), (1, 4, 0, 8)):
+        with pytest.raises(ValueError, match="shape"):
+            native.run(torch.zeros(shape))
+    with pytest.raises(TypeError, match="floating"):
+        native.run(torch.zeros(1, 4, 8, 8, dtype=torch.int32))
+    with pytest.raises(ValueError, match="num_threads"):
+        CpuRuntime(decoder, num_threads=0)
+
+
+def test_weights_packed_before_need_no_weights(decoder: Graph) -> None:
+    import dataclasses
+
+    image = torch.randn(1, 4, 8, 8)
+    bare = dataclasses.replace(
+        decoder, weights={name: w.to("meta") for name, w in decoder.weights.items()}
+    )
+    native = CpuRuntime(bare, pack(decoder, "float32"), dtype="float32")
+    assert torch.equal(native.run(image), CpuRuntime(decoder, dtype="float32").run(image))
+
+
+def test_an_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RBLN_VAE_ISA", "generic")
+    assert best_dtype() == "bfloat16" or {k.isa for k in usable_kernels()} == {"generic"}
+    monkeypatch.setenv("RBLN_VAE_ISA", "abacus")
+    with pytest.raises(ValueError, match="abacus"):
+        usable_kernels()
+
+
+def test_what_it_can_not_run_is_named() -> None:
+    operation = Transpose("y", "x", 2, 3)
+    graph = Graph("case", "x", 3, "y", (operation,), {})
+    with pytest.raises(RBLNCompileError, match="Transpose 'y'"):
+        CpuRuntime(graph).run(torch.zeros(1, 3, 4, 4))
+
+
+def test_profile_has_every_step(decoder: Graph) -> None:
+    native = CpuRuntime(decoder, activate_profiler=True)
+    native.run(torch.randn(1, 4, 8, 8))
+    (profile,) = native.profiles
+    assert profile.part == "decoder"
+    assert len(profile.steps) == len(native.plan((1, 4, 8, 8)).steps)
+    assert sum(s.flops for s in profile.steps) == decoder.flops((1, 4, 8, 8))
+    assert all(step.seconds >= 0 and step.bytes > 0 for step in profile.steps)
+
+
+def test_unavailable_instruction_sets_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = {each.isa for each in usable_kernels()}
+    missing = {"generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"} - present
+    if not missing:
+        pytest.skip("this machine has every instruction set")
+    monkeypatch.setenv("RBLN_VAE_ISA", missing.pop())
+    with pytest.raises(RBLNTargetUnavailableError, match="only has"):
+        usable_kernels()

@@ -1,0 +1,117 @@
+"""What code written against a `torch.nn.Module` finds on a compiled model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from rbln_vae import RBLNAutoencoderKL, RBLNRuntimeError
+
+
+@pytest.fixture(scope="module")
+def compiled() -> RBLNAutoencoderKL:
+    return RBLNAutoencoderKL.from_model(tiny.vae(), rbln_target="cpu", rbln_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda vae: vae.to("cpu"),
+        lambda vae: vae.to(torch.device("cpu")),
+        lambda vae: vae.to(torch.float16),
+        lambda vae: vae.to("cpu", torch.bfloat16, non_blocking=True),
+        lambda vae: vae.to(dtype=torch.float32, memory_format=torch.channels_last),
+        lambda vae: vae.to(torch.zeros(1)),
+        lambda vae: vae.cpu(),
+        lambda vae: vae.half().bfloat16().float(),
+        lambda vae: vae.eval(),
+        lambda vae: vae.train(False),
+        lambda vae: vae.requires_grad_(False),
+    ],
+)
+def test_what_changes_nothing_gives_the_model_itself(compiled, call):
+    assert call(compiled) is compiled
+    assert compiled.dtype == torch.float32
+
+
+def test_dtype_and_device_are_found_in_every_way(compiled):
+    for found in (
+        compiled,
+        next(compiled.parameters()),
+        next(compiled.post_quant_conv.parameters()),
+    ):
+        assert found.dtype == torch.float32
+        assert (
+            found.device == torch.device("cpu") if found is not compiled.post_quant_conv else True
+        )
+    assert list(compiled.modules()) == []
+    assert compiled.training is False
+
+
+@pytest.mark.parametrize(
+    "method", ["enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing"]
+)
+def test_tiling_and_slicing_change_nothing(compiled, method):
+    latent = torch.randn(2, 4, 3, 5)
+    before = compiled.decode(latent).sample
+    getattr(compiled, method)()
+    assert torch.equal(compiled.decode(latent).sample, before)
+    assert not compiled.use_tiling and not compiled.use_slicing
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "meta", torch.device("cuda", 0)])
+def test_another_device_is_refused_with_the_way_round(compiled, device):
+    with pytest.raises(RBLNRuntimeError, match=r"runs on cpu, and can't be moved to .*compile"):
+        compiled.to(device)
+
+
+def test_training_is_refused(compiled):
+    with pytest.raises(RBLNRuntimeError, match="can't be trained"):
+        compiled.train()
+    with pytest.raises(RBLNRuntimeError, match="no gradients"):
+        compiled.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("load_state_dict", "weights are compiled in"),
+        ("add_adapter", "adapters can't be added"),
+        ("set_attn_processor", "attention is compiled in"),
+        ("enable_gradient_checkpointing", "can't be trained"),
+    ],
+)
+def test_a_member_that_cannot_be_is_missing_and_says_why(compiled, name, reason):
+    assert not hasattr(compiled, name)
+    with pytest.raises(AttributeError, match=f"{name}.*{reason}"):
+        getattr(compiled, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["_hf_hook", "_diffusers_hook", "_reset_stateful_cache", "is_loaded_in_4bit", "__len__"]
+)
+def test_what_pipelines_probe_for_is_missing(compiled, name):
+    assert not hasattr(compiled, name)
+
+
+def test_the_configuration_is_a_mapping_with_attributes(compiled):
+    assert compiled.config.latent_channels == compiled.config["latent_channels"] == 4
+    assert compiled.config.scaling_factor == 0.18215
+    with pytest.raises(AttributeError):
+        _ = compiled.config.no_such_key
+
+
+def test_register_to_config_changes_the_configuration_that_is_saved(tmp_path):
+    vae = RBLNAutoencoderKL.from_model(tiny.vae(), rbln_target="cpu")
+    vae.register_to_config(scaling_factor=0.5)
+    assert vae.config.scaling_factor == 0.5
+    vae.save_pretrained(tmp_path)
+    assert RBLNAutoencoderKL.from_pretrained(tmp_path).config.scaling_factor == 0.5
+
+
+def test_a_shallow_copy_runs(compiled):
+    latent = torch.randn(1, 4, 2, 2)
+    assert torch.equal(copy.copy(compiled).decode(latent).sample, compiled.decode(latent).sample)
