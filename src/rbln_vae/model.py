@@ -377,7 +377,9 @@ class RBLNModel(ModuleMembers):
         Example:
             >>> vae.memory_needed("decoder", (1, 4, 64, 64))  # doctest: +SKIP
         """
-        return self._runtime(part).memory_needed(shape)
+        runtime = self._runtime(part)
+        self._check_shape(part, tuple(shape))
+        return runtime.memory_needed(tuple(shape))
 
     @property
     def exact_batches(self) -> bool:
@@ -398,16 +400,20 @@ class RBLNModel(ModuleMembers):
             f"machine that has the target {self.rbln_config.target!r}."
         )
 
+    def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
+        """Raise if the target takes only another shape."""
+        compiled_shape = self._parts(self.rbln_config)[part]
+        if self._target.static_shapes and shape != compiled_shape:
+            raise ValueError(
+                f"The {part} was compiled for the shape {compiled_shape}, and got "
+                f"{shape}. The target {self._target.name!r} takes no other: compile "
+                "the model again with rbln_batch_size and rbln_sample_size."
+            )
+
     def _run(self, part: str, image: Tensor) -> Tensor:
         """Run a part on a checked image; the result has its dtype and device."""
         runtime = self._runtime(part)
-        compiled_shape = self._parts(self.rbln_config)[part]
-        if self._target.static_shapes and tuple(image.shape) != compiled_shape:
-            raise ValueError(
-                f"The {part} was compiled for the shape {compiled_shape}, and got "
-                f"{tuple(image.shape)}. The target {self._target.name!r} takes no other: compile "
-                "the model again with rbln_batch_size and rbln_sample_size."
-            )
+        self._check_shape(part, tuple(image.shape))
         return runtime.run(image.detach().cpu()).to(image.device)
 
     def profile(self) -> Profile:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from services import Answer, GatedModel, ask, call, make_app, query_of, raw
-from vaes import compile_vae, default_compiled, default_vae, noise
+from vaes import compile_vae, default_compiled, default_vae, make_vae, noise
 
 from rbln_vae.serving.app import Limits
 from rbln_vae.serving.errors import CODES
@@ -59,9 +59,12 @@ async def never_read() -> dict[str, Any]:
 # Batches, the queue, and those who leave
 
 
-def test_requests_that_wait_together_get_the_bits_that_they_get_alone() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_requests_that_wait_together_get_the_bits_that_they_get_alone(
+    target: str, dtype: str
+) -> None:
     async def main() -> list[Answer]:
-        model = GatedModel()
         app = make_app(model, max_batch=4)
         calls = [asyncio.ensure_future(decode(app, latent)) for latent in latents]
         await asyncio.to_thread(model.started.acquire)
@@ -69,9 +72,38 @@ def test_requests_that_wait_together_get_the_bits_that_they_get_alone() -> None:
         model.gate.set()
         return await asyncio.gather(*calls)
 
+    vae = compile_vae(default_vae(), target=target, dtype=dtype)
+    model = GatedModel(vae=vae)
     latents = [noise(1, 4, 6, 5, seed=seed) for seed in range(9)]
     for latent, answer in zip(latents, asyncio.run(main()), strict=True):
-        assert answer.body == raw(default_compiled().decode(latent).sample)
+        assert answer.body == raw(vae.decode(latent).sample)
+    # Together in one tensor only where that is exact.
+    assert [shape[0] for shape in model.shapes] == ([1, 4, 4] if vae.exact_batches else [1] * 9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_target_that_says_so_has_exact_batches(dtype: str) -> None:
+    for threads in (1, 3, 8):
+        vae = compile_vae(make_vae(block_out_channels=(32, 64)), dtype=dtype, num_threads=threads)
+        assert vae.exact_batches
+        for batch, height, width in ((2, 9, 4), (5, 3, 8), (3, 17, 16)):
+            latents = noise(batch, 4, height, width)
+            images = noise(batch, 3, 2 * height, 2 * width)
+            together = vae.decode(latents).sample
+            moments = vae.encode(images).latent_dist.parameters
+            for i in range(batch):
+                assert torch.equal(vae.decode(latents[i : i + 1]).sample[0], together[i])
+                alone = vae.encode(images[i : i + 1]).latent_dist.parameters[0]
+                assert torch.equal(alone, moments[i])
+
+
+def test_a_shape_that_the_target_doesnt_take_is_refused() -> None:
+    class Fixed(ServedModel):
+        def memory_needed(self, part: str, shape: tuple[int, ...]) -> int:
+            raise ValueError("The decoder was compiled for another shape.")
+
+    answer = asyncio.run(decode(make_app(Fixed("fixed", default_compiled()))))
+    assert (answer.status, answer.code) == (422, "wrong_shape")
 
 
 def test_beyond_the_queue_the_answer_is_429_and_says_when_to_come_back() -> None:

@@ -259,6 +259,8 @@ class _Service:
         self._require_pixels(model.pixels(part, shape))
         try:
             self.backend.check(model.name, part, shape)
+        except ValueError as error:
+            raise RefusedError(422, "wrong_shape", str(error)) from error
         except Exception as error:
             raise _refused(error) from error
 
