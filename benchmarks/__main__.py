@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,21 @@ def speed(
     command = "python -m benchmarks " + " ".join(f"'{a}'" if " " in a else a for a in sys.argv[1:])
     print(report.table(measured))
     print(f"saved {report.save(name, command, measured)}")
+
+
+@app.command()
+def serving(
+    model: Annotated[
+        Path | None, typer.Option(help="a model; by default Stable Diffusion's, random weights")
+    ] = None,
+    size: Annotated[int, typer.Option(help="pixels a side")] = 512,
+    rounds: Annotated[int, typer.Option(help="counted runs of each")] = 10,
+    minutes: Annotated[float, typer.Option(help="how long it is overloaded")] = 10,
+) -> None:
+    """Latency, throughput and overload of the HTTP service."""
+    from .serving import measure
+
+    print(measure(model, size, rounds, minutes))
 
 
 if __name__ == "__main__":

@@ -363,22 +363,58 @@ class RBLNModel(ModuleMembers):
 
     # Running one
 
-    def _run(self, part: str, image: Tensor) -> Tensor:
-        """Run a part on a checked image; the result has its dtype and device."""
-        if part not in self._runtimes:
+    def memory_needed(self, part: str, shape: tuple[int, ...]) -> int:
+        """Bytes that the activations of a run take.
+
+        Args:
+            part: The name of a compiled part.
+            shape: `(N, C, H, W)` of its input.
+
+        Raises:
+            RBLNRuntimeError: There is no such part, or there are no runtimes.
+            ValueError: The part takes no such input.
+
+        Example:
+            >>> vae.memory_needed("decoder", (1, 4, 64, 64))  # doctest: +SKIP
+        """
+        runtime = self._runtime(part)
+        self._check_shape(part, tuple(shape))
+        return runtime.memory_needed(tuple(shape))
+
+    @property
+    def exact_batches(self) -> bool:
+        """Whether each sample of a batch gets the same bits as in a run of its own."""
+        return self._target.exact_batches
+
+    def _runtime(self, part: str) -> Runtime:
+        if part in self._runtimes:
+            return self._runtimes[part]
+        if self._runtimes:
             raise RBLNRuntimeError(
-                "This model was compiled with create_runtimes=False, so it can't run. Save it with "
-                "save_pretrained(DIRECTORY) and load it with from_pretrained(DIRECTORY) on a "
-                f"machine that has the target {self.rbln_config.target!r}."
+                f"This model has no {part}, only {', '.join(self._runtimes)}. Compile it again "
+                "with that part."
             )
+        raise RBLNRuntimeError(
+            "This model was compiled with create_runtimes=False, so it can't run. Save it with "
+            "save_pretrained(DIRECTORY) and load it with from_pretrained(DIRECTORY) on a "
+            f"machine that has the target {self.rbln_config.target!r}."
+        )
+
+    def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
+        """Raise if the target takes only another shape."""
         compiled_shape = self._parts(self.rbln_config)[part]
-        if self._target.static_shapes and tuple(image.shape) != compiled_shape:
+        if self._target.static_shapes and shape != compiled_shape:
             raise ValueError(
                 f"The {part} was compiled for the shape {compiled_shape}, and got "
-                f"{tuple(image.shape)}. The target {self._target.name!r} takes no other: compile "
+                f"{shape}. The target {self._target.name!r} takes no other: compile "
                 "the model again with rbln_batch_size and rbln_sample_size."
             )
-        return self._runtimes[part].run(image.detach().cpu()).to(image.device)
+
+    def _run(self, part: str, image: Tensor) -> Tensor:
+        """Run a part on a checked image; the result has its dtype and device."""
+        runtime = self._runtime(part)
+        self._check_shape(part, tuple(image.shape))
+        return runtime.run(image.detach().cpu()).to(image.device)
 
     def profile(self) -> Profile:
         """The latest runs, operation by operation.

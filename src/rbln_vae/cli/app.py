@@ -348,6 +348,102 @@ def profile(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A compiled model, or a diffusers one, which is compiled in memory. By default "
+            "the small one that comes with the package.",
+            show_default=False,
+        ),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME=MODEL",
+            help="A further model, which requests name with ?model=NAME. Can be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The interface to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port.", min=0, max=65535)] = 8000,
+    max_batch: Annotated[int, typer.Option(help="The most images that run together.", min=1)] = 8,
+    max_wait_ms: Annotated[
+        float, typer.Option(help="How long a request waits for others to join it.", min=0)
+    ] = 0,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="The most memory that the activations of all runs may take, such as 2GiB. By "
+            "default half of the machine's.",
+            show_default=False,
+        ),
+    ] = None,
+    queue: Annotated[
+        float,
+        typer.Option(
+            help="How much may wait, in images of the size that the model was compiled for; "
+            "beyond it the answer is 429."
+        ),
+    ] = 32,
+    concurrency: Annotated[int, typer.Option(help="Runs at once.", min=1)] = 1,
+    threads: Threads = None,
+    run_timeout: Annotated[
+        float, typer.Option(help="Seconds that one run may take.", min=0.001)
+    ] = 120,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RBLN_VAE_API_KEY",
+            help="What clients must show. The variable keeps it out of the list of processes.",
+            show_default=False,
+        ),
+    ] = None,
+    max_body: Annotated[str, typer.Option(help="The largest body.")] = "64MiB",
+    max_pixels: Annotated[
+        int, typer.Option(help="The most pixels of a request.", min=1)
+    ] = 16_777_216,
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds in which a body must arrive.", min=0.001)
+    ] = 30,
+    grace: Annotated[
+        float, typer.Option(help="Seconds to finish what was admitted, after SIGTERM.", min=0)
+    ] = 120,
+    target: Target = None,
+    dtype: Dtype = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+) -> None:
+    """Serve models over HTTP, to diffusers' remote_decode and remote_encode and to browsers."""
+    from . import serving
+
+    serving.serve(
+        model,
+        models or [],
+        _settings(target=target, dtype=dtype, num_threads=threads, timeout=run_timeout),
+        given={"subfolder": subfolder, "revision": revision},
+        host=host,
+        port=port,
+        grace=grace,
+        memory_limit=memory_limit,
+        max_body=max_body,
+        batching={
+            "max_batch": max_batch,
+            "max_wait": max_wait_ms / 1000,
+            "queue": queue,
+            "concurrency": concurrency,
+        },
+        limits={
+            "max_pixels": max_pixels,
+            "body_timeout": body_timeout,
+            "api_key": api_key,
+        },
+    )
+
+
+@app.command()
 def targets() -> None:
     """Show what this machine can run, and why not the rest."""
     from . import building

@@ -77,6 +77,13 @@ class Runtime(Protocol):
             MemoryError: It would need more than its memory limit.
         """
 
+    def memory_needed(self, shape: tuple[int, ...]) -> int:
+        """Bytes that the activations of a run on an input of that shape take.
+
+        Raises:
+            ValueError: The part takes no such input.
+        """
+
     @property
     def profiles(self) -> list[RunProfile]:
         """The latest runs, if the profiler is active."""
@@ -91,6 +98,8 @@ class Target(ABC):
     """What it is, in a line."""
     static_shapes: ClassVar[bool] = False
     """Whether a compiled model takes only the shape that it was compiled for."""
+    exact_batches: ClassVar[bool] = False
+    """Whether each sample of a batch gets the same bits as in a run of its own."""
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     """In what it can compute."""
 

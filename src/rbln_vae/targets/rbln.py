@@ -147,6 +147,10 @@ class RblnRuntime:
         """None: Rebellions' profiler writes its own files."""
         return []
 
+    def memory_needed(self, shape: tuple[int, ...]) -> int:
+        """Nothing of this machine's: the NPU has its own, taken since the model was loaded."""
+        return 0
+
     def run(self, image: Tensor) -> Tensor:
         with self._lock:
             result: Tensor = self._runtime(image.float().contiguous())

@@ -99,14 +99,17 @@ class InterpreterRuntime:
         clock.check()
         return result.to(image.device, image.dtype)
 
+    def memory_needed(self, shape: Shape) -> int:
+        return peak_elements(self._interpreter.graph, shape) * self._interpreter.dtype.itemsize
+
     def _check_memory(self, shape: Shape) -> None:
         limit = self._options.memory_limit
         if limit is None:
             return
-        graph = self._interpreter.graph
-        needed = peak_elements(graph, shape) * self._interpreter.dtype.itemsize
+        needed = self.memory_needed(shape)
         if needed > limit:
-            raise over_memory_limit(graph.name, tuple(shape), needed, limit)
+            name = self._interpreter.graph.name
+            raise over_memory_limit(name, tuple(shape), needed, limit)
 
 
 def peak_elements(graph: Graph, input_shape: Shape) -> int:

@@ -21,6 +21,7 @@ class CpuTarget(GraphTarget):
 
     name = "cpu"
     description = "this machine's processor, by the native engine"
+    exact_batches = True  # how work is divided doesn't change the order of any sum
 
     def unavailable_reason(self) -> str | None:
         return None

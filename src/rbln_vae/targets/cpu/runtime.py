@@ -144,8 +144,8 @@ class CpuRuntime:
         """What a run on an input of that shape does; `print(plan.describe())`."""
         return self._planned(tuple(shape))[0]
 
-    def bytes(self, shape: Shape) -> int:
-        """Memory that a run on an input of that shape takes, besides weights."""
+    def memory_needed(self, shape: Shape) -> int:
+        """Bytes that a run on an input of that shape takes, besides weights."""
         return self._executor.bytes(self._planned(tuple(shape))[1])
 
     def run(self, image: Tensor) -> Tensor:

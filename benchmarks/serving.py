@@ -1,0 +1,314 @@
+"""The service under load: one client, eight, and more than it can answer.
+
+The server is `rbln-vae serve` in a process of its own; the clients are diffusers' own
+`remote_decode`, which gets a PNG, and a raw one, which gets the tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import requests
+import torch
+
+from .contenders import make_input, make_model
+from .machine import describe, threads
+from .report import RESULTS
+
+CLIENTS = 8
+QUEUE = 16
+PATIENCE = 600.0
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def memory(self) -> int:
+        """Resident bytes now."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        found = re.search(r"VmRSS:\s*(\d+)", status)
+        assert found
+        return int(found[1]) * 1024
+
+
+@contextlib.contextmanager
+def server(model: Path, log: Path) -> Iterator[Server]:
+    """`rbln-vae serve` on a free port, ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "rbln_vae", "serve", str(model), "--port", str(port)]
+    command += ["--queue", str(QUEUE), "--threads", str(threads()), "--run-timeout", "600"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file)
+    running = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        while True:
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{running.address}/ready", timeout=PATIENCE).ok:
+                    break
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended: {log.read_text(encoding='utf-8')}")
+            time.sleep(0.1)
+        yield running
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+# Clients: each gives the status, and the seconds that the model had
+
+
+def raw_client(address: str, latent: torch.Tensor) -> tuple[int, float]:
+    """Post bytes, get the tensor."""
+    answer = requests.post(
+        f"{address}/decode",
+        params={"shape": list(latent.shape), "dtype": "float32", "output_type": "pt"},
+        data=latent.numpy().tobytes(),
+        timeout=PATIENCE,
+    )
+    found = re.search(r"run;dur=([\d.]+)", answer.headers.get("server-timing", ""))
+    return answer.status_code, float(found[1]) / 1e3 if found else math.nan
+
+
+def diffusers_client(address: str, latent: torch.Tensor) -> tuple[int, float]:
+    """Post a latent with diffusers' client, get a picture."""
+    from diffusers.utils.remote_utils import remote_decode
+
+    try:
+        remote_decode(f"{address}/decode", latent, do_scaling=False, image_format="png")
+    except RuntimeError as error:
+        (answer,) = error.args
+        return 429 if answer["code"] == "queue_full" else 500, math.nan
+    return 200, math.nan
+
+
+KINDS: dict[str, Callable[[str, torch.Tensor], tuple[int, float]]] = {
+    "raw tensor": raw_client,
+    "diffusers, PNG": diffusers_client,
+}
+
+
+@dataclass
+class Added:
+    """One client: seconds of a decode alone, and through the service."""
+
+    bare: list[float] = field(default_factory=list)
+    served: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    around_the_run: list[float] = field(default_factory=list)
+
+
+def added(
+    address: str, decode: Callable[[torch.Tensor], object], latent: torch.Tensor, rounds: int
+) -> Added:
+    """Decode here and there in turn, after one of each to warm up."""
+    result = Added()
+    for number in range(rounds + 1):
+        start = time.perf_counter()
+        decode(latent)
+        bare = time.perf_counter() - start
+        seconds = {}
+        for kind, client in KINDS.items():
+            start = time.perf_counter()
+            status, ran = client(address, latent)
+            seconds[kind] = time.perf_counter() - start
+            assert status == 200, status
+            if number and kind == "raw tensor":
+                result.around_the_run.append(seconds[kind] - ran)
+        if number:
+            result.bare.append(bare)
+            for kind, value in seconds.items():
+                result.served[kind].append(value)
+    return result
+
+
+def loop_rate(decode: Callable[[torch.Tensor], object], latent: torch.Tensor, calls: int) -> float:
+    """Images a second of calls one after the other in this process."""
+    decode(latent)
+    start = time.perf_counter()
+    for _ in range(calls):
+        decode(latent)
+    return calls / (time.perf_counter() - start)
+
+
+def served_rate(address: str, kind: str, latent: torch.Tensor, calls: int) -> float:
+    """Images a second of eight clients that each wait for their answer."""
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        start = time.perf_counter()
+        answers = list(pool.map(lambda _: KINDS[kind](address, latent), range(calls)))
+        seconds = time.perf_counter() - start
+    assert all(status == 200 for status, _ in answers)
+    return calls / seconds
+
+
+@dataclass
+class Overload:
+    """What became of more requests than the server can answer.
+
+    Attributes:
+        rate: Requests a second that were sent.
+        statuses: How many were answered how; 0 is no answer.
+        p50: Seconds of those that were admitted, at the median.
+        p99: The same at the 99th percentile.
+        bound: Seconds that a full queue takes, and a batch before it.
+        memory: Resident bytes of the server, every few seconds.
+    """
+
+    rate: float
+    statuses: dict[int, int]
+    p50: float
+    p99: float
+    bound: float
+    memory: list[int]
+
+
+def overload(running: Server, latent: torch.Tensor, capacity: float, seconds: float) -> Overload:
+    """Send twice as much as the server can answer, whatever it answers."""
+    rate = 2 * capacity
+    # Those that are admitted wait, and all that wait have a thread here.
+    most = 4 * (QUEUE + 8) + 64
+    statuses: Counter[int] = Counter()
+    admitted: list[float] = []
+    memory: list[int] = []
+
+    def one(client: Callable[[str, torch.Tensor], tuple[int, float]]) -> None:
+        start = time.perf_counter()
+        try:
+            status, _ = client(running.address, latent)
+        except Exception:
+            status = 0
+        statuses[status] += 1
+        if status == 200:
+            admitted.append(time.perf_counter() - start)
+
+    kinds = list(KINDS.values())
+    with ThreadPoolExecutor(most) as pool:
+        start, sampled = time.perf_counter(), -math.inf
+        for number in range(max(1, math.ceil(rate * seconds))):
+            while (now := time.perf_counter() - start) < number / rate:
+                time.sleep(min(0.05, number / rate - now))
+            if now - sampled >= max(1.0, seconds / 120):
+                memory.append(running.memory)
+                sampled = now
+            pool.submit(one, kinds[number % len(kinds)])
+    memory.append(running.memory)
+    admitted.sort()
+    return Overload(
+        rate,
+        dict(statuses),
+        statistics.median(admitted),
+        admitted[min(len(admitted) - 1, math.floor(0.99 * len(admitted)))],
+        (QUEUE + 8 + 1) / capacity,
+        memory,
+    )
+
+
+def measure(model: Path | None, size: int, rounds: int, minutes: float) -> str:
+    """Run all of it.
+
+    Args:
+        model: A compiled or a diffusers model; `None` is that of Stable Diffusion with
+            random weights.
+        size: Pixels a side.
+        rounds: Counted runs of each kind.
+        minutes: How long the overload lasts.
+
+    Returns:
+        A Markdown table.
+    """
+    from rbln_vae import RBLNAutoencoderKL
+
+    warnings.simplefilter("ignore", FutureWarning)
+    with TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        if model is None:
+            make_model(directory / "original")
+            model = directory / "original"
+        ours = RBLNAutoencoderKL.from_pretrained(
+            model,
+            export=None,
+            rbln_target="cpu",
+            rbln_num_threads=threads(),
+            rbln_timeout=PATIENCE,
+            **({} if (model / "rbln_config.json").exists() else {"rbln_sample_size": size}),
+        )
+        compiled = directory / "compiled"
+        ours.save_pretrained(compiled)
+        factor = int(ours.rbln_config.vae_scale_factor or 1)
+        channels = ours.rbln_config.latent_channels or 4
+        latent = make_input("decode", size)
+        if latent.shape[1] != channels or factor != 8:
+            latent = torch.randn(1, channels, size // factor, size // factor)
+        with server(compiled, directory / "log") as running:
+            one = added(running.address, ours.decode, latent, rounds)
+            loop = loop_rate(ours.decode, latent, 2 * rounds)
+            rates = {
+                kind: served_rate(running.address, kind, latent, max(CLIENTS, 2 * rounds))
+                for kind in KINDS
+            }
+            load = overload(running, latent, rates["raw tensor"], 60 * minutes)
+    return _save(size, minutes, one, loop, rates, load)
+
+
+def _save(
+    size: int, minutes: float, one: Added, loop: float, rates: dict[str, float], load: Overload
+) -> str:
+    bare = statistics.median(one.bare)
+    rows = [f"| a decode of {size}² alone | {bare * 1e3:.0f} ms |"]
+    for kind, seconds in one.served.items():
+        more = statistics.median(seconds) - bare
+        rows.append(f"| added by the service, {kind} | {more * 1e3:.0f} ms, {more / bare:.1%} |")
+    around = statistics.median(one.around_the_run)
+    rows.append(f"| a raw call less the run that it contains | {around * 1e3:.1f} ms |")
+    rows.append(f"| calls in a loop in one process | {loop:.2f} images/s |")
+    for kind, rate in rates.items():
+        rows.append(f"| {CLIENTS} clients, {kind} | {rate:.2f} images/s, {rate / loop:.1%} |")
+    counts = load.statuses
+    refused = counts.get(429, 0)
+    others = sum(n for status, n in counts.items() if status not in (200, 429, 0))
+    rows += [
+        f"| {minutes:g} minutes of {load.rate:.1f} requests/s, twice the capacity | "
+        f"{counts.get(200, 0)} results, {refused} refused with 429, {others} other answers, "
+        f"{counts.get(0, 0)} without an answer |",
+        f"| latency of the admitted | median {load.p50:.2f} s, p99 {load.p99:.2f} s, "
+        f"a full queue is {load.bound:.2f} s |",
+        f"| memory of the server, after a tenth of the time and at the end | "
+        f"{load.memory[len(load.memory) // 10] / 1e6:.0f} MB, {load.memory[-1] / 1e6:.0f} MB |",
+    ]
+    table = "\n".join(["| | |", "| --- | --- |", *rows])
+    command = "python -m benchmarks " + " ".join(sys.argv[1:])
+    machine = describe()
+    listed = "\n".join(f"- {key}: {value}" for key, value in machine.items())
+    RESULTS.mkdir(exist_ok=True)
+    text = f"# serving\n\n`{command}`\n\n{listed}\n\n{table}\n"
+    (RESULTS / "serving.md").write_text(text, encoding="utf-8")
+    data = {
+        "command": command,
+        "machine": machine,
+        "one client": asdict(one),
+        "loop": loop,
+        "rates": rates,
+        "overload": asdict(load),
+    }
+    (RESULTS / "serving.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return table

@@ -1,0 +1,148 @@
+"""Receives bodies: no more, no slower, and no stranger than allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from .edge import CLIENT_GONE
+from .errors import RefusedError
+
+Result = TypeVar("Result")
+
+_RETRY_AFTER = 1
+_REFUSED_TYPES = ("application/json", "multipart/", "application/x-www-form-urlencoded")
+
+
+class Bodies:
+    """The bodies that are held in memory, and a bound on all of them.
+
+    Args:
+        most: Bytes of all of them together.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[int]:
+        """Keep room for a body, which gives its size.
+
+        Raises:
+            RefusedError: There is none now.
+        """
+        if self.held and self.held + size > self.most:
+            raise RefusedError(
+                429,
+                "busy",
+                f"The server holds {self.held:,} bytes of other requests and has no room for "
+                f"{size:,} more. Try again after {_RETRY_AFTER} second.",
+                retry_after=_RETRY_AFTER,
+            )
+        self.held += size
+        try:
+            yield size
+        finally:
+            self.held -= size
+
+
+def announced_length(request: Request, most: int) -> int | None:
+    """How long the body says that it is, without reading it.
+
+    Raises:
+        RefusedError: It is too long, or of a kind that is never read.
+    """
+    headers = request.headers
+    coding = headers.get("content-encoding", "identity").lower()
+    kind = headers.get("content-type", "").lower()
+    if coding != "identity" or kind.startswith(_REFUSED_TYPES):
+        raise RefusedError(
+            415,
+            "unsupported_body",
+            "The body must be the bytes of a tensor or of a picture, not compressed and not JSON. "
+            f"It came with Content-Type {kind[:100]!r} and Content-Encoding {coding[:100]!r}.",
+        )
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    # More digits than these are too many bytes, and cost time to read as a number.
+    length = int(text) if text.isdecimal() and len(text) < 20 else most + 1
+    if length > most:
+        raise too_long(most)
+    return length
+
+
+def too_long(most: int) -> RefusedError:
+    """What to answer if a body is longer than allowed."""
+    return RefusedError(
+        413,
+        "too_large",
+        f"The body has more than the {most:,} bytes that this server takes. Send a smaller image "
+        "or batch.",
+    )
+
+
+async def read_body(request: Request, most: int, seconds: float) -> bytearray:
+    """The body.
+
+    Args:
+        request: Whose body.
+        most: Bytes after which reading ends.
+        seconds: Time after which reading ends.
+
+    Raises:
+        RefusedError: It is too long or too slow, or the client has gone.
+    """
+    body = bytearray()
+
+    async def receive() -> None:
+        more = True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise _gone()
+            body.extend(message.get("body", b""))
+            if len(body) > most:
+                raise too_long(most)
+            more = message.get("more_body", False)
+
+    try:
+        await asyncio.wait_for(receive(), seconds)
+    except asyncio.TimeoutError:
+        raise RefusedError(
+            408,
+            "slow_client",
+            f"Of the body {len(body):,} bytes came in {seconds:g} seconds, and then time was up.",
+        ) from None
+    return body
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do the work, or cancel it when the client has gone; its body must have been read.
+
+    Raises:
+        RefusedError: The client has gone.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise _gone()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _gone() -> RefusedError:
+    return RefusedError(CLIENT_GONE, "client_gone", "The client has gone.")

@@ -1,0 +1,47 @@
+"""The answers of a service that isn't pleased: a status, a stable code, and words."""
+
+from __future__ import annotations
+
+
+class RefusedError(Exception):
+    """A request that gets no result.
+
+    Args:
+        status: The HTTP status.
+        code: What programs go by; it never changes.
+        message: What people read: what was expected, what came, what to do.
+        retry_after: Seconds after which to try again, where that may help.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after: int | None = None
+    ) -> None:
+        super().__init__(status, code, message)
+        self.status, self.code, self.message = status, code, message
+        self.retry_after = retry_after
+
+
+CODES = {
+    "invalid_query": "422: a parameter is missing, unknown or of a wrong value",
+    "unknown_model": "404: the server has no model of that name",
+    "no_encoder": "422: the model was compiled without its encoder",
+    "wrong_shape": "422: the shape doesn't fit the model",
+    "wrong_body_size": "422: the body isn't as long as shape and dtype say",
+    "not_finite": "422: the tensor, or the result that should be a picture, has NaN or infinity",
+    "not_an_image": "422: the body isn't a picture that can be read",
+    "unsupported_body": "415: the body is compressed or is JSON",
+    "too_large": "413: the body or the image exceeds the server's limits",
+    "needs_too_much_memory": "413: the run doesn't fit in the server's memory limit",
+    "unauthorized": "401: the key is missing or wrong",
+    "not_found": "404: there is no such address",
+    "method_not_allowed": "405: the address takes another method",
+    "headers_too_large": "431: the headers or the query are too long",
+    "slow_client": "408: the body didn't arrive in time",
+    "queue_full": "429: too much waits; Retry-After says when to try again",
+    "busy": "429: too many bodies are being received; Retry-After says when to try again",
+    "shutting_down": "503: the server finishes its work and takes no more",
+    "out_of_memory": "503: the machine had no memory for the run",
+    "timeout": "504: the run took longer than it may",
+    "internal_error": "500: a defect of the server; its log has the request id",
+}
+"""Every code, and when it is sent."""

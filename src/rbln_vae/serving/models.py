@@ -1,0 +1,132 @@
+"""The models of a service, and what the other modules ask of one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..autoencoder_kl import DECODER, ENCODER, RBLNAutoencoderKL
+
+Shape = tuple[int, ...]
+
+_CACHED_PLANS = 1024
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a client may know of a model, and what turns a request into a tensor.
+
+    Attributes:
+        name: What `?model=` says.
+        parts: `"decoder"`, and `"encoder"` if it was compiled.
+        in_channels: Channels of an image that is encoded.
+        latent_channels: Channels of a latent.
+        vae_scale_factor: Pixels per latent cell in a direction.
+        sample_size: `(height, width)` that it was compiled for.
+        scaling_factor: What pipelines multiply latents by after encoding.
+        shift_factor: What they subtract before that.
+        latents_mean: One number a channel that some models have instead.
+        latents_std: The same, of the spread.
+        dtype: In what it computes.
+        target: On what it runs.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    in_channels: int
+    latent_channels: int
+    vae_scale_factor: int
+    sample_size: tuple[int, int]
+    scaling_factor: float | None
+    shift_factor: float | None
+    latents_mean: tuple[float, ...] | None
+    latents_std: tuple[float, ...] | None
+    dtype: str
+    target: str
+
+    @classmethod
+    def of(cls, name: str, vae: RBLNAutoencoderKL) -> ModelInfo:
+        """What there is to know of a compiled model."""
+        compiled, config = vae.rbln_config, vae.config
+        assert compiled.sample_size and compiled.in_channels and compiled.latent_channels
+        return cls(
+            name=name,
+            parts=tuple(vae.compiled_models),
+            in_channels=compiled.in_channels,
+            latent_channels=compiled.latent_channels,
+            vae_scale_factor=int(compiled.vae_scale_factor or 1),
+            sample_size=compiled.sample_size,
+            scaling_factor=config.get("scaling_factor"),
+            shift_factor=config.get("shift_factor"),
+            latents_mean=_numbers(config, "latents_mean"),
+            latents_std=_numbers(config, "latents_std"),
+            dtype=str(compiled.dtype),
+            target=str(compiled.target),
+        )
+
+    def pixels(self, part: str, shape: Shape) -> int:
+        """Pixels of all the images that an input of a part stands for."""
+        count = shape[0] * math.prod(shape[2:])
+        return count if part == ENCODER else count * self.vae_scale_factor**2
+
+
+def _numbers(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
+    values = config.get(name)
+    return None if values is None else tuple(map(float, values))
+
+
+class Runner(Protocol):
+    """A model as the batcher sees it: tensors in, tensors out, at a price in memory."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from other models."""
+
+    @property
+    def exact_batches(self) -> bool:
+        """Whether each sample of a batch gets the same bits as in a run of its own."""
+
+    def memory_needed(self, part: str, shape: Shape) -> int:
+        """Bytes that a run takes; called often, so it should be quick."""
+
+    def weight(self, part: str, shape: Shape) -> float:
+        """How long a run takes, about, in images of the size that the model is tuned for."""
+
+    def run(self, part: str, tensor: Tensor) -> Tensor:
+        """Run a part; blocks, and several threads may call it."""
+
+
+class ServedModel:
+    """A compiled model behind a name, shared by all requests."""
+
+    def __init__(self, name: str, vae: RBLNAutoencoderKL) -> None:
+        self.info = ModelInfo.of(name, vae)
+        self._vae = vae
+        self._memory = functools.lru_cache(_CACHED_PLANS)(vae.memory_needed)
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def exact_batches(self) -> bool:
+        return self._vae.exact_batches
+
+    def memory_needed(self, part: str, shape: Shape) -> int:
+        return self._memory(part, shape)
+
+    def weight(self, part: str, shape: Shape) -> float:
+        height, width = self.info.sample_size
+        return self.info.pixels(part, shape) / (height * width)
+
+    def run(self, part: str, tensor: Tensor) -> Tensor:
+        vae: Any = self._vae
+        latent_or_image: Tensor = (
+            vae.decode(tensor).sample if part == DECODER else vae.encode(tensor).latent_dist.mode()
+        )
+        return latent_or_image

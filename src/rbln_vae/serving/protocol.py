@@ -1,0 +1,430 @@
+"""The wire protocol of diffusers' remote VAE client, `diffusers.utils.remote_utils`.
+
+Pure functions between bytes and tensors. Before a body is read, a query and a model say
+what it must be (`decode_input`, `encode_input`); a body becomes what the model takes, and
+a result the bytes and headers that the client reads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ..config import check_image_size
+from ..images import load_image
+from .errors import RefusedError
+from .models import ModelInfo, Shape
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+TENSOR = "tensor/binary"
+IMAGE_TYPES = {"png": "image/png", "jpg": "image/jpeg"}
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+"""What is read: formats that tell their size before they take memory."""
+
+_LARGEST_SIDE = 1 << 24
+_MOST_AXES = 8
+
+# Level 1 is three times as fast as Pillow's own choice, and a few percent larger.
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG", "compress_level": 1},
+    "jpg": {"format": "JPEG", "quality": 95},
+}
+
+Side = Field(gt=0, le=_LARGEST_SIDE)
+
+
+class Query(BaseModel):
+    """What every request may say."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str | None = Field(
+        None, max_length=100, description="Which model; the first by default."
+    )
+    scaling_factor: float | None = Field(
+        None, gt=0, description="What latents were, or are to be, multiplied by."
+    )
+    shift_factor: float | None = Field(
+        None, description="What was, or is to be, subtracted from latents before that."
+    )
+
+
+class DecodeQuery(Query):
+    """The query of `remote_decode`."""
+
+    shape: list[int] = Field(
+        min_length=1,
+        max_length=_MOST_AXES,
+        description="Of the latent: (N, C, H, W), or packed (N, H / 2 * W / 2, 4 * C). One "
+        "parameter for each number.",
+    )
+    dtype: Dtype = Field(description="Of the latent; a tensor comes back in the same.")
+    output_type: Literal["pil", "pt"] = Field(
+        "pil", description="A picture, or a tensor (N, C, H, W) in [-1, 1]."
+    )
+    image_format: Literal["png", "jpg"] = Field("jpg", description="Of the picture.")
+    partial_postprocess: bool = Field(
+        False, description="With output_type=pt: uint8 (N, H, W, C) instead."
+    )
+    do_scaling: bool = Field(
+        False, description="Take factors that aren't given from the model's configuration."
+    )
+    height: int | None = Field(
+        None, gt=0, le=_LARGEST_SIDE, description="Of the image, for packed latents."
+    )
+    width: int | None = Field(
+        None, gt=0, le=_LARGEST_SIDE, description="Of the image, for packed latents."
+    )
+
+
+class EncodeQuery(Query):
+    """The query of `remote_encode`."""
+
+    shape: list[int] | None = Field(
+        None,
+        min_length=1,
+        max_length=_MOST_AXES,
+        description="Of the image (N, C, H, W) in [-1, 1], if the body is a tensor. One "
+        "parameter for each number.",
+    )
+    dtype: Dtype | None = Field(None, description="Of the tensor. A picture has none.")
+
+
+@dataclass(frozen=True)
+class TensorInput:
+    """What a body that is a tensor must hold.
+
+    Attributes:
+        shape: As it comes.
+        dtype: Of its elements.
+        model_shape: `(N, C, H, W)` that the model gets.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    model_shape: Shape
+
+    @property
+    def bytes(self) -> int:
+        """The length of the body."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, body: bytearray) -> Tensor:
+        """The tensor, in the shape in which it came; it shares the memory of the body.
+
+        Raises:
+            RefusedError: The length doesn't fit, or an element isn't finite.
+        """
+        if len(body) != self.bytes:
+            raise wrong_body_size(self, len(body))
+        tensor = torch.frombuffer(body, dtype=self.dtype).reshape(self.shape)
+        if not torch.isfinite(tensor).all():
+            raise RefusedError(
+                422,
+                "not_finite",
+                "The tensor holds NaN or infinity. Look for an overflow where it was made, and "
+                "check that dtype names the type of the bytes.",
+            )
+        return tensor
+
+
+def wrong_body_size(expected: TensorInput, found: int) -> RefusedError:
+    """What to answer if a body is too short or too long for its shape."""
+    return RefusedError(
+        422,
+        "wrong_body_size",
+        f"A tensor of shape {_text(expected.shape)} in {_name(expected.dtype)} has "
+        f"{expected.bytes:,} bytes, and the body has {found:,}. Send the raw bytes of the tensor, "
+        "contiguous, and its own shape and dtype.",
+    )
+
+
+# Decoding
+
+
+def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
+    """What the body of a decode must be.
+
+    Raises:
+        RefusedError: The shape doesn't fit the model.
+    """
+    shape = _positive(query.shape)
+    channels = model.latent_channels
+    if len(shape) == 3:
+        model_shape = _unpacked_shape(shape, query, model)
+    elif len(shape) == 4 and shape[1] == channels:
+        model_shape = shape
+    else:
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"The model {model.name!r} decodes latents of shape (N, {channels}, H, W), or packed "
+            f"(N, H / 2 * W / 2, {4 * channels}) with height and width. It got {_text(shape)}.",
+        )
+    if query.output_type == "pil" and model_shape[0] != 1:
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"A picture shows one image, and the latent {_text(shape)} holds {shape[0]}. Send "
+            "them one by one, or ask for output_type=pt with partial_postprocess=true.",
+        )
+    return TensorInput(shape, DTYPES[query.dtype], model_shape)
+
+
+def _unpacked_shape(shape: Shape, query: DecodeQuery, model: ModelInfo) -> Shape:
+    """The shape of a packed latent, in which two by two cells lie one after the other."""
+    if query.height is None or query.width is None:
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"A packed latent, such as this of shape {_text(shape)}, needs the height and the "
+            "width of its image.",
+        )
+    pixels = 2 * model.vae_scale_factor
+    rows, columns = query.height // pixels, query.width // pixels
+    expected = (shape[0], rows * columns, 4 * model.latent_channels)
+    if shape != expected or not rows or not columns:
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"The packed latent of an image of height {query.height} and width {query.width} has "
+            f"the shape {_text(expected)} for the model {model.name!r}, and this one has "
+            f"{_text(shape)}.",
+        )
+    return (shape[0], model.latent_channels, 2 * rows, 2 * columns)
+
+
+def prepare_latent(
+    latent: Tensor, query: DecodeQuery, model: ModelInfo, expected: TensorInput
+) -> Tensor:
+    """The unscaled `(N, C, H, W)` that the decoder takes, as pipelines compute it."""
+    if latent.dim() == 3:
+        batch, channels, height, width = expected.model_shape
+        cells = latent.view(batch, height // 2, width // 2, channels, 2, 2)
+        latent = cells.permute(0, 3, 1, 4, 2, 5).reshape(expected.model_shape)
+    scale, shift = query.scaling_factor, query.shift_factor
+    if query.do_scaling:
+        scale = model.scaling_factor if scale is None else scale
+        shift = model.shift_factor if shift is None else shift
+        if model.latents_std is not None:
+            latent = latent * _by_channel(model.latents_std, latent)
+    if scale is not None:
+        latent = latent / scale
+    if query.do_scaling and model.latents_mean is not None:
+        latent = latent + _by_channel(model.latents_mean, latent)
+    return latent if shift is None else latent + shift
+
+
+def _by_channel(values: tuple[float, ...], latent: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=latent.dtype).view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The bytes of a result, and what a client must know to read them."""
+
+    body: bytes
+    media_type: str
+    headers: dict[str, str]
+
+
+def decode_reply(sample: Tensor, query: DecodeQuery, accept: str) -> Reply:
+    """What `remote_decode` reads.
+
+    Args:
+        sample: `(N, C, H, W)`, about in `[-1, 1]`.
+        query: The query of the request.
+        accept: Its `Accept` header: with `output_type=pil` and a processor, the client
+            asks there for a tensor in `[0, 1]`.
+
+    Raises:
+        RefusedError: The result can't be shown as it was asked for.
+    """
+    if query.output_type == "pt":
+        return tensor_reply(_as_bytes_of_colour(sample) if query.partial_postprocess else sample)
+    _require_finite(sample)
+    if TENSOR in accept:
+        shown: Any = VaeImageProcessor.denormalize(sample)
+        return tensor_reply(shown)
+    picture = _as_bytes_of_colour(sample)[0].numpy()
+    if picture.shape[2] not in (1, 3):
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"A result of {picture.shape[2]} channels is no picture. Ask for output_type=pt.",
+        )
+    image = Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture)
+    file = io.BytesIO()
+    image.save(file, **_SAVE_OPTIONS[query.image_format])
+    return Reply(file.getvalue(), IMAGE_TYPES[query.image_format], {})
+
+
+def _as_bytes_of_colour(sample: Tensor) -> Tensor:
+    """`[-1, 1]` as uint8, channels last, with the arithmetic of diffusers' postprocessing."""
+    _require_finite(sample)
+    shown: Any = VaeImageProcessor.denormalize(sample)
+    levels: Tensor = (shown.float() * 255).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous()
+
+
+def _require_finite(sample: Tensor) -> None:
+    if not torch.isfinite(sample).all():
+        raise RefusedError(
+            422,
+            "not_finite",
+            "The result isn't finite, so it can't be shown. output_type=pt without "
+            "partial_postprocess gives it as it is; scaling that was left out or done twice is a "
+            "common cause.",
+        )
+
+
+def tensor_reply(tensor: Tensor) -> Reply:
+    """The raw bytes of a tensor, with its shape and dtype as headers."""
+    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    shape = json.dumps(list(tensor.shape))
+    return Reply(raw, TENSOR, {"shape": shape, "dtype": _name(tensor.dtype)})
+
+
+# Encoding
+
+
+def encode_input(query: EncodeQuery, model: ModelInfo) -> TensorInput | None:
+    """What the body of an encode must be; `None` is a picture.
+
+    Raises:
+        RefusedError: The shape doesn't fit the model.
+    """
+    if query.shape is None and query.dtype is None:
+        if model.in_channels != 3:
+            raise RefusedError(
+                422,
+                "wrong_shape",
+                f"The model {model.name!r} encodes images of {model.in_channels} channels, and a "
+                "picture has 3. Send a tensor, with shape and dtype.",
+            )
+        return None
+    if query.shape is None or query.dtype is None:
+        raise RefusedError(
+            422,
+            "invalid_query",
+            "A tensor needs both shape and dtype in the query, a picture neither of them.",
+        )
+    shape = _positive(query.shape)
+    if len(shape) != 4 or shape[1] != model.in_channels:
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"The model {model.name!r} encodes images of shape (N, {model.in_channels}, H, W) in "
+            f"[-1, 1], and this one has {_text(shape)}.",
+        )
+    try:
+        check_image_size((shape[2], shape[3]), model.vae_scale_factor)
+    except ValueError as error:
+        raise RefusedError(422, "wrong_shape", str(error)) from None
+    return TensorInput(shape, DTYPES[query.dtype], shape)
+
+
+def picture_size(body: bytearray) -> tuple[int, int]:
+    """Height and width of a picture, from its head alone.
+
+    Raises:
+        RefusedError: It isn't a picture of a kind that is read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(body), formats=PICTURE_FORMATS) as image:
+                return image.height, image.width
+    except (UnidentifiedImageError, Image.DecompressionBombError, *_BROKEN) as error:
+        raise _not_an_image(error) from None
+
+
+def fitted_size(size: tuple[int, int], model: ModelInfo) -> tuple[int, int]:
+    """The size at which a picture is encoded: each side down to a multiple, as diffusers does.
+
+    Raises:
+        RefusedError: The picture is smaller than one latent cell.
+    """
+    factor = model.vae_scale_factor
+    height, width = (side - side % factor for side in size)
+    if not (height and width):
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"The picture is {size[0]} pixels high and {size[1]} wide, and the least that the "
+            f"model {model.name!r} encodes is {factor} by {factor}.",
+        )
+    return height, width
+
+
+def read_picture(body: bytearray, model: ModelInfo) -> Tensor:
+    """A picture as the encoder takes it, prepared as diffusers' pipelines do.
+
+    Raises:
+        RefusedError: The picture is damaged.
+    """
+    try:
+        image = load_image(io.BytesIO(body))
+    except (UnidentifiedImageError, *_BROKEN) as error:
+        raise _not_an_image(error) from None
+    processor: Any = VaeImageProcessor(vae_scale_factor=model.vae_scale_factor)
+    tensor: Tensor = processor.preprocess(image)
+    return tensor
+
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError)
+
+
+def _not_an_image(error: BaseException) -> RefusedError:
+    return RefusedError(
+        422,
+        "not_an_image",
+        f"The body can't be read as a picture ({', '.join(PICTURE_FORMATS)}): "
+        f"{type(error).__name__}. Send one of these, or a tensor with shape and dtype in the "
+        "query.",
+    )
+
+
+def encode_reply(latent: Tensor, query: EncodeQuery) -> Reply:
+    """What `remote_encode` reads: the latent, scaled if that was asked for."""
+    if query.shift_factor is not None:
+        latent = latent - query.shift_factor
+    if query.scaling_factor is not None:
+        latent = latent * query.scaling_factor
+    return tensor_reply(latent)
+
+
+def _positive(shape: list[int]) -> Shape:
+    if not all(0 < side <= _LARGEST_SIDE for side in shape):
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"Every side of a shape is 1 to {_LARGEST_SIDE:,}, and this one is "
+            f"{_text(tuple(shape))}.",
+        )
+    return tuple(shape)
+
+
+def _text(shape: Shape) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,211 @@
+"""The service on Ray Serve: one front that speaks HTTP, and workers that run the models.
+
+    serve run rbln_vae.serving.ray:build model=DIR replicas=2
+
+The front is the same application as that of `rbln-vae serve`; its backend sends tensors to
+a worker, which has the same batcher and models. A worker that dies costs its requests some
+time: the front sends them to another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.serve
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
+
+from ..config import byte_count
+from . import logs
+from .app import Limits, create_app
+from .backend import LocalBackend
+from .batcher import BatcherOptions, Outcome, QueueFullError
+from .models import ModelInfo, ServedModel, Shape
+from .server import default_memory_limit
+
+_MANY = 10_000
+"""Requests at once that Ray lets through: the batcher's queue is the bound."""
+
+_PATIENCE = 60.0
+"""Seconds in which a request whose worker died must find another."""
+
+_PAUSE = 0.25
+
+
+class Options(BaseModel):
+    """What `build` takes, as `name=value` of `serve run` or as `args` of a configuration file.
+
+    Those that `rbln-vae serve` has too mean the same.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="NAME=MODEL, or several with commas; or one without a name.")
+    replicas: int = Field(1, gt=0, description="Workers.")
+    cpus: float = Field(1, ge=0, description="Processors that Ray keeps for a worker.")
+    threads: int | None = Field(None, gt=0, description="By default as many as cpus.")
+    max_batch: int = 8
+    max_wait_ms: float = 0
+    memory_limit: str | None = Field(None, description="Of each worker.")
+    queue: float = Field(32, description="Of each worker.")
+    concurrency: int = 1
+    run_timeout: float = Field(120, gt=0)
+    api_key: str | None = Field(None, description="By default RBLN_VAE_API_KEY, if that is set.")
+    max_body: str = "64MiB"
+    max_pixels: int = Field(Limits.max_pixels, gt=0)
+    body_timeout: float = Field(Limits.body_timeout, gt=0)
+    target: str | None = None
+    dtype: str | None = None
+
+    def named_models(self) -> dict[str, str]:
+        """The models by name, the default first."""
+        named = {}
+        for each in self.model.split(","):
+            name, equals, where = each.partition("=")
+            named[name if equals else Path(name).name] = where or name
+        return named
+
+    def batching(self) -> BatcherOptions:
+        """The options of a worker's batcher."""
+        return BatcherOptions(
+            max_batch=self.max_batch,
+            max_wait=self.max_wait_ms / 1000,
+            memory_limit=byte_count(self.memory_limit)
+            if self.memory_limit
+            else default_memory_limit(),
+            queue=self.queue,
+            concurrency=self.concurrency,
+        )
+
+    def limits(self) -> Limits:
+        """The limits of the front."""
+        return Limits(
+            max_body=byte_count(self.max_body),
+            max_pixels=self.max_pixels,
+            body_timeout=self.body_timeout,
+            api_key=self.api_key or os.environ.get("RBLN_VAE_API_KEY"),
+        )
+
+
+def build(args: Mapping[str, Any]) -> ray.serve.Application:
+    """The application that Ray Serve runs.
+
+    Args:
+        args: The names and values of `Options`.
+
+    Returns:
+        An application for `serve.run`.
+
+    Example:
+        >>> serve.run(build({"model": "compiled-vae", "replicas": 2}))  # doctest: +SKIP
+    """
+    options = Options.model_validate(dict(args))
+    worker = ray.serve.deployment(
+        name="Worker",
+        num_replicas=options.replicas,
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": options.cpus},
+    )(Worker).bind(options)
+    front = ray.serve.deployment(
+        name="Front", max_ongoing_requests=_MANY, ray_actor_options={"num_cpus": 0}
+    )(ray.serve.ingress()(Front))
+    return front.bind(worker, options.limits())
+
+
+class Worker:
+    """Runs models for the front, in a process of its own."""
+
+    def __init__(self, options: Options) -> None:
+        from ..autoencoder_kl import RBLNAutoencoderKL
+
+        batching = options.batching()
+        run = {
+            "target": options.target,
+            "dtype": options.dtype,
+            "num_threads": options.threads or max(1, math.ceil(options.cpus)),
+            "timeout": options.run_timeout,
+            "memory_limit": batching.memory_limit,
+        }
+        settings = {name: value for name, value in run.items() if value is not None}
+        models = [
+            ServedModel(
+                name, RBLNAutoencoderKL.from_pretrained(where, export=None, rbln_config=settings)
+            )
+            for name, where in options.named_models().items()
+        ]
+        self._backend = LocalBackend(models, batching)
+
+    async def models(self) -> dict[str, ModelInfo]:
+        """The models by name."""
+        return dict(self._backend.models)
+
+    async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
+        """Run a tensor, as `Backend.run`."""
+        return await self._backend.run(model, part, tensor)
+
+
+class Front:
+    """Speaks HTTP, and leaves the models to workers."""
+
+    async def __init__(self, workers: DeploymentHandle[Any], limits: Limits) -> None:  # type: ignore[misc]
+        logs.configure()
+        self._limits = limits
+        self._backend = RemoteBackend(workers, await workers.models.remote())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._backend, self._limits)
+
+
+class RemoteBackend:
+    """Workers behind a handle of Ray Serve."""
+
+    def __init__(self, workers: DeploymentHandle[Any], models: Mapping[str, ModelInfo]) -> None:
+        self._workers = workers
+        self._models = models
+
+    @property
+    def models(self) -> Mapping[str, ModelInfo]:
+        return self._models
+
+    def check(self, model: str, part: str, shape: Shape) -> None:
+        """Only a worker knows; it answers when it gets the tensor."""
+
+    async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return await self._run_once(model, part, tensor)
+            except (RayActorError, DeploymentUnavailableError):
+                # The worker died. Runs have no effects, so another may do it again.
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(_PAUSE)
+
+    async def _run_once(self, model: str, part: str, tensor: Tensor) -> Outcome:
+        response: Any = self._workers.run.remote(model, part, tensor)
+        try:
+            outcome: Outcome = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise QueueFullError(1) from None
+        except RayTaskError as error:
+            raise error.cause from None  # what the worker raised, as it was
+        return outcome
+
+    def load(self) -> Mapping[str, float]:
+        return {}  # workers have it, and Ray's own metrics show it
+
+    async def close(self) -> None:
+        """Nothing to do: Ray ends workers by itself, after the front."""

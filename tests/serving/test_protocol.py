@@ -1,0 +1,190 @@
+"""Between bytes and tensors: the arithmetic of diffusers' pipelines, and clear refusals."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from services import raw
+from vaes import noise
+
+from rbln_vae.serving import protocol
+from rbln_vae.serving.errors import CODES, RefusedError
+from rbln_vae.serving.models import ModelInfo
+from rbln_vae.serving.protocol import DecodeQuery, EncodeQuery
+
+
+def model(**changes: Any) -> ModelInfo:
+    facts: dict[str, Any] = {
+        "name": "m",
+        "parts": ("encoder", "decoder"),
+        "in_channels": 3,
+        "latent_channels": 4,
+        "vae_scale_factor": 8,
+        "sample_size": (64, 64),
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+        "latents_mean": None,
+        "latents_std": None,
+        "dtype": "float32",
+        "target": "cpu",
+    }
+    return ModelInfo(**{**facts, **changes})
+
+
+def prepared(latent: torch.Tensor, info: ModelInfo | None = None, **query: Any) -> torch.Tensor:
+    """What the decoder gets for a latent that was sent."""
+    info = info or model()
+    parsed = DecodeQuery(
+        shape=list(latent.shape),
+        dtype=str(latent.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        output_type="pt",
+        **query,
+    )
+    expected = protocol.decode_input(parsed, info)
+    read = expected.read(bytearray(raw(latent)))
+    return protocol.prepare_latent(read, parsed, info, expected)
+
+
+def refused(code: str) -> Any:
+    assert code in CODES
+    return pytest.raises(RefusedError, match=code)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_latent_arrives_as_it_was_sent(dtype: torch.dtype) -> None:
+    latent = noise(2, 4, 3, 5, dtype=dtype)
+    assert torch.equal(prepared(latent), latent)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (70, 101), (16, 16)])
+def test_packed_latents_are_unpacked_as_flux_does(height: int, width: int) -> None:
+    packed = noise(2, (height // 16) * (width // 16), 16)
+    expected = FluxPipeline._unpack_latents(packed, height, width, 8)
+    assert torch.equal(prepared(packed, height=height, width=width), expected)
+
+
+def test_scaling_is_that_of_pipelines() -> None:
+    latent = noise(1, 4, 2, 2, dtype=torch.float16)
+    assert torch.equal(prepared(latent, scaling_factor=0.3), latent / 0.3)
+    assert torch.equal(prepared(latent, scaling_factor=0.3, shift_factor=0.1), latent / 0.3 + 0.1)
+    assert torch.equal(prepared(latent, do_scaling=True), latent / 0.5 + 0.25)
+    assert torch.equal(prepared(latent, do_scaling=True, shift_factor=0.1), latent / 0.5 + 0.1)
+    assert torch.equal(prepared(latent, do_scaling=False), latent)
+
+
+def test_scaling_by_the_model_uses_its_statistics_if_it_has_any() -> None:
+    mean, std = (0.1, -0.2, 0.3, 0.0), (1.5, 2.0, 0.5, 1.0)
+    info = model(latents_mean=mean, latents_std=std, shift_factor=None)
+    latent = noise(1, 4, 2, 2)
+    by_channel = [torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std)]
+    expected = latent * by_channel[1] / 0.5 + by_channel[0]
+    assert torch.equal(prepared(latent, info, do_scaling=True), expected)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 8, 8), (1, 5, 8, 8), (1, 4, 8), (1, 4, 8, 8, 1), (8, 8), (1, 0, 8, 8), (-1, 4, 8, 8)],
+)
+def test_refuses_latents_of_other_shapes(shape: tuple[int, ...]) -> None:
+    with refused("wrong_shape"):
+        protocol.decode_input(DecodeQuery(shape=list(shape), dtype="float32"), model())
+
+
+@pytest.mark.parametrize(
+    ("shape", "height", "width"),
+    [((1, 16, 16), None, None), ((1, 16, 16), 64, None), ((1, 16, 16), 64, 80), ((1, 4, 16), 8, 8)],
+)
+def test_refuses_packed_latents_that_dont_fit(
+    shape: tuple[int, ...], height: int | None, width: int | None
+) -> None:
+    query = DecodeQuery(shape=list(shape), dtype="float32", height=height, width=width)
+    with refused("wrong_shape"):
+        protocol.decode_input(query, model())
+
+
+def test_refuses_a_picture_of_several_images() -> None:
+    with pytest.raises(RefusedError, match="output_type=pt"):
+        protocol.decode_input(DecodeQuery(shape=[2, 4, 8, 8], dtype="float32"), model())
+
+
+@pytest.mark.parametrize("length", [0, 1, 1023, 1025, 4096])
+def test_refuses_bytes_that_dont_fit_the_shape(length: int) -> None:
+    expected = protocol.decode_input(DecodeQuery(shape=[1, 4, 8, 8], dtype="float32"), model())
+    assert expected.bytes == 1024
+    with pytest.raises(RefusedError, match=f"1,024 bytes, and the body has {length:,}"):
+        expected.read(bytearray(length))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_what_isnt_finite(value: float) -> None:
+    latent = noise(1, 4, 2, 2)
+    latent[0, 1, 1, 1] = value
+    with refused("not_finite"):
+        prepared(latent)
+
+
+def test_a_result_that_isnt_finite_is_no_picture_but_can_be_had() -> None:
+    sample = torch.full((1, 3, 8, 8), float("nan"))
+    picture = DecodeQuery(shape=[1, 4, 1, 1], dtype="float32")
+    with refused("not_finite"):
+        protocol.decode_reply(sample, picture, "")
+    tensor = picture.model_copy(update={"output_type": "pt"})
+    assert protocol.decode_reply(sample, tensor, "").body == raw(sample)
+
+
+def test_one_channel_is_a_grey_picture_and_four_are_none() -> None:
+    query = DecodeQuery(shape=[1, 4, 1, 1], dtype="float32", image_format="png")
+    reply = protocol.decode_reply(torch.ones(1, 1, 8, 8), query, "")
+    assert Image.open(io.BytesIO(reply.body)).mode == "L"
+    with refused("wrong_shape"):
+        protocol.decode_reply(torch.ones(1, 4, 8, 8), query, "")
+
+
+def test_a_tensor_to_encode_needs_shape_and_dtype() -> None:
+    with refused("invalid_query"):
+        protocol.encode_input(EncodeQuery(shape=[1, 3, 8, 8]), model())
+    with refused("invalid_query"):
+        protocol.encode_input(EncodeQuery(dtype="float32"), model())
+
+
+def test_refuses_images_that_the_encoder_doesnt_take() -> None:
+    with refused("wrong_shape"):
+        protocol.encode_input(EncodeQuery(shape=[1, 4, 8, 8], dtype="float32"), model())
+    with pytest.raises(RefusedError, match="16"):
+        protocol.encode_input(EncodeQuery(shape=[1, 3, 8, 13], dtype="float32"), model())
+    with refused("wrong_shape"):
+        protocol.encode_input(EncodeQuery(), model(in_channels=4))
+
+
+def test_a_picture_is_taken_down_to_a_size_that_the_model_takes() -> None:
+    assert protocol.fitted_size((65, 31), model()) == (64, 24)
+    with refused("wrong_shape"):
+        protocol.fitted_size((64, 7), model())
+
+
+@pytest.mark.parametrize("body", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"BM" + bytes(100)])
+def test_refuses_what_is_no_picture(body: bytes) -> None:
+    with refused("not_an_image"):
+        protocol.picture_size(bytearray(body))
+
+
+def test_refuses_a_picture_that_breaks_off() -> None:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(file, "PNG")
+    body = bytearray(file.getvalue()[:-500])
+    assert protocol.picture_size(body) == (64, 64)
+    with refused("not_an_image"):
+        protocol.read_picture(body, model())
+
+
+def test_encoded_latents_are_scaled_as_pipelines_do() -> None:
+    latent = noise(1, 4, 2, 2)
+    query = EncodeQuery(scaling_factor=0.3, shift_factor=0.1)
+    reply = protocol.encode_reply(latent, query)
+    assert reply.body == raw((latent - 0.1) * 0.3)
+    assert reply.headers == {"shape": "[1, 4, 2, 2]", "dtype": "float32"}

@@ -1,0 +1,140 @@
+"""The service on a real local Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from diffusers.utils.remote_utils import remote_decode, remote_encode
+from services import PATIENCE, query_of, raw, wait_until
+from vaes import default_compiled, noise
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rbln-vae[ray]'")
+pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'rbln-vae[ray]'")
+
+pytestmark = pytest.mark.slow
+
+MARK = "RBLN_VAE_TEST_CLUSTER"
+
+
+@pytest.fixture(scope="module")
+def mark() -> str:
+    """What the processes of this test's cluster have in their environment."""
+    return uuid.uuid4().hex
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Iterator[str]:
+    from ray import serve
+
+    from rbln_vae.serving.ray import build
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    default_compiled().save_pretrained(directory)
+    os.environ[MARK] = mark
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        # As many threads as here, which is what bits depend on.
+        threads = str(torch.get_num_threads())
+        options = {"model": str(directory), "replicas": "2", "queue": "1000", "threads": threads}
+        serve.run(build(options))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        del os.environ[MARK]
+
+
+def workers(mark: str) -> list[int]:
+    """The processes of this cluster that run models."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (directory / "cmdline").read_bytes()
+            ours = f"{MARK}={mark}".encode() in (directory / "environ").read_bytes()
+        except OSError:
+            continue
+        if ours and title.startswith(b"ray::") and b"Worker" in title:
+            found.append(int(directory.name))
+    return found
+
+
+def post(address: str, tensor: torch.Tensor) -> Any:
+    return requests.post(
+        f"{address}/decode",
+        params=query_of(tensor, output_type="pt"),
+        data=raw(tensor),
+        timeout=2 * PATIENCE,
+    )
+
+
+def test_answers_diffusers_client(server: str) -> None:
+    latent, image = noise(1, 4, 6, 5), noise(1, 3, 12, 10)
+    found = remote_decode(
+        f"{server}/decode", latent, do_scaling=False, output_type="pt", return_type="pt"
+    )
+    assert torch.equal(found, default_compiled().decode(latent).sample)
+    expected = default_compiled().encode(image).latent_dist.mode()
+    assert torch.equal(remote_encode(f"{server}/encode", image), expected)
+
+
+def test_refuses_in_the_same_form(server: str) -> None:
+    with pytest.raises(RuntimeError, match="'code': 'wrong_shape'"):
+        remote_decode(f"{server}/decode", noise(1, 5, 6, 5), do_scaling=False)
+    assert requests.get(f"{server}/models", timeout=PATIENCE).json()["models"][0]["name"] == "tiny"
+
+
+def test_a_worker_that_is_killed_costs_no_answer(server: str, mark: str) -> None:
+    wait_until(lambda: len(workers(mark)) == 2)
+    latents = [noise(1, 4, 24, 24, seed=seed) for seed in range(8)]
+    expected = [raw(default_compiled().decode(latent).sample) for latent in latents]
+    stop = threading.Event()
+
+    def client(number: int) -> list[Any]:
+        answers = []
+        while not stop.is_set():
+            answers.append(post(server, latents[number]))
+        return answers
+
+    before = workers(mark)
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, number) for number in range(8)]
+        time.sleep(2)
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: before[0] not in workers(mark))
+        time.sleep(4)
+        stop.set()
+        answers = [each.result() for each in clients]
+    assert min(map(len, answers)) > 1
+    for number, received in enumerate(answers):
+        for answer in received:
+            assert answer.status_code == 200, answer.text
+            assert answer.content == expected[number]
+    # And another takes its place.
+    wait_until(lambda: len(workers(mark)) == 2)
+
+
+def test_options_that_are_wrong_are_named() -> None:
+    from rbln_vae.serving.ray import Options
+
+    with pytest.raises(ValueError, match="replica"):
+        Options.model_validate({"model": "x", "replica": 2})
+    options = Options.model_validate({"model": "a=x,b=y/z", "replicas": "3"})
+    assert options.replicas == 3
+    assert options.named_models() == {"a": "x", "b": "y/z"}
+    assert Options(model="dir/tiny/").named_models() == {"tiny": "dir/tiny/"}
