@@ -20,7 +20,7 @@ OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.2
 OPTIMUM_RBLN := optimum-rbln==0.12.0
 ENGINE := $(shell find engine -type f)
 
-.PHONY: help install demo test test-all test-engine test-optimum-rbln check format clean distclean
+.PHONY: help install demo test test-all test-engine test-optimum-rbln bench check format clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-all   run all tests"
 	@echo "make test-engine  test the engine with emulated AMX tiles, and under sanitizers"
 	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
+	@echo "make bench      measure speed and memory against OpenVINO, diffusers and torch.compile"
 	@echo "make check      lint, formatting and types"
 	@echo "make format     format the Python sources"
 	@echo "make clean      remove what was built; distclean removes $(VENV) too"
@@ -51,6 +52,10 @@ test-all: $(INSTALLED)
 
 test-optimum-rbln: $(OPTIMUM_INSTALLED)
 	$(OPTIMUM_VENV)/bin/python -m pytest --confcutdir=tests/optimum_rbln tests/optimum_rbln $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(RUN)/python -m pip install --quiet --editable '.[bench]'
+	$(RUN)/python -m benchmarks speed
 
 check: $(INSTALLED)
 	$(RUN)/ruff check

@@ -27,10 +27,22 @@ def describe() -> dict[str, str]:
         "processor": model[1] if model else platform.machine(),
         "cores used": str(threads()),
         "instruction sets": " ".join(name for name in _SETS if name in found),
+        "limit measured": _limits(),
         "memory": f"{int(memory[1]) / 2**20:.1f} GiB" if memory else "unknown",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         **{name: _version(name) for name in ("rbln-vae", "torch", "diffusers", "openvino")},
     }
+
+
+def _limits() -> str:
+    """What all threads together can multiply, on random data, by instruction set."""
+    from rbln_vae import _engine
+
+    limits = {
+        kernels.isa: kernels.measure_limit(threads(), 1.0) / 1e9
+        for kernels in _engine.all_kernels()
+    }
+    return ", ".join(f"{isa} {limit:.0f} GFLOP/s" for isa, limit in limits.items() if limit)
 
 
 def _version(package: str) -> str:

@@ -15,7 +15,10 @@ OURS = "rbln-vae"
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """A Markdown table: median seconds, peak memory, and how many times as fast we are."""
+    """A Markdown table: median seconds, peak memory, and how many times as fast we are.
+
+    The ratio compares what has the same precision.
+    """
     lines = [
         "| | | median s | min to max | peak memory | time against rbln-vae |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

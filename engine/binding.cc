@@ -8,8 +8,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -98,7 +100,24 @@ void bind_engine(nb::module_& m) {
                    })
       .def_ro("rows", &Kernels::rows)
       .def_ro("pixels", &Kernels::pixels)
-      .def_ro("panels", &Kernels::panels);
+      .def_ro("panels", &Kernels::panels)
+      .def(
+          "measure_limit",
+          [](const Kernels& k, int threads, double seconds) {
+            std::vector<double> rates(static_cast<std::size_t>(larger(1, threads)), 0.0);
+            if (k.limit != nullptr) {
+              const nb::gil_scoped_release release;
+              std::vector<std::thread> workers;
+              for (double& rate : rates) {
+                workers.emplace_back([&] { rate = k.limit(seconds); });
+              }
+              for (std::thread& worker : workers) worker.join();
+            }
+            return std::accumulate(rates.begin(), rates.end(), 0.0);
+          },
+          "threads"_a, "seconds"_a,
+          "Floating-point operations per second that so many threads can do together,\n"
+          "measured for so many seconds; 0 where no limit is known.");
 
   m.def(
       "all_kernels",

@@ -12,6 +12,8 @@
 
 NB_MODULE(RBLN_VAE_MODULE, m) {
   m.doc() = "The CPU engine.";
+  // Models that live until the interpreter ends, in a cache or a thread, are no leaks.
+  nanobind::set_leak_warnings(false);
   m.def(
       "cpu_features", [] { return rbln_vae::names(rbln_vae::cpu_features()); },
       "The instruction sets that this processor and operating system support, by the\n"

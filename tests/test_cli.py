@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from skimage import data
 from typer.testing import CliRunner, Result
+from vaes import make_vae
 
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.cli import app
@@ -25,22 +26,9 @@ FACTOR = 2
 """Pixels per latent cell, in a direction, of the models made here."""
 
 
-def make_vae(seed: int = 0, **changes) -> AutoencoderKL:
-    torch.manual_seed(seed)
-    options = {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "sample_size": 32,
-    }
-    return AutoencoderKL(**(options | changes)).eval()
-
-
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    return make_vae()
+    return make_vae(sample_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -452,3 +440,18 @@ def test_targets_lists_each_and_says_why_not() -> None:
     assert row(text, "rbln")
     assert row(text, "cuda")
     assert "processor:" in text
+
+
+def test_profile_shows_every_operation_and_its_share_of_the_limit(compiled, tmp_path) -> None:
+    trace = tmp_path / "trace.json"
+    text = done(run("profile", compiled, "--size", "64x32", "--trace", trace))
+    assert "encoder of 1x3x64x32" in text and "decoder of 1x4x32x16" in text
+    rows = [line.split() for line in text.splitlines() if "decoder.conv_in" in line]
+    assert rows and rows[0][-2:] == ["Conv2d", "decoder.conv_in"]
+    assert "the machine's limit is" in text and " % " in text
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    assert "Conv2d decoder.conv_in" in names
+
+
+def test_profile_takes_a_compiled_model(source) -> None:
+    assert "not a compiled model" in failed(run("profile", source), 2)

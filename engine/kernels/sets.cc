@@ -9,9 +9,11 @@ namespace rbln_vae {
 namespace {
 
 constexpr Kernels join(Isa isa, DType dtype, const Conv2dKernels& conv2d,
-                       const AttentionKernels& attention) {
+                       const AttentionKernels& attention,
+                       double (*limit)(double) = nullptr) {
   return {isa,           dtype,          conv2d.pixels,     conv2d.rows,   conv2d.panels,
-          conv2d.scratch, conv2d.run,    attention.pack,    attention.scratch, attention.run};
+          conv2d.scratch, conv2d.run,    attention.pack,    attention.scratch, attention.run,
+          limit};
 }
 
 // Every set of kernels in this build, the best last.
@@ -21,12 +23,12 @@ const std::vector<Kernels>& built() {
       join(Isa::kGeneric, DType::kBFloat16, generic_bfloat16::conv2d,
            generic_bfloat16::attention),
 #if defined(RBLN_VAE_X86_KERNELS)
-      join(Isa::kAvx2, DType::kFloat32, avx2::conv2d, avx2::attention),
-      join(Isa::kAvx512, DType::kFloat32, avx512::conv2d, avx512::attention),
-      join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention),
+      join(Isa::kAvx2, DType::kFloat32, avx2::conv2d, avx2::attention, avx2::limit),
+      join(Isa::kAvx512, DType::kFloat32, avx512::conv2d, avx512::attention, avx512::limit),
+      join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention, avx512_bf16::limit),
 #endif
 #if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
-      join(Isa::kAmxBf16, DType::kBFloat16, amx_bf16::conv2d, amx_bf16::attention),
+      join(Isa::kAmxBf16, DType::kBFloat16, amx_bf16::conv2d, amx_bf16::attention, amx_bf16::limit),
 #endif
   };
   return list;

@@ -31,16 +31,19 @@ extern const AttentionKernels attention;
 namespace avx2 {
 extern const Conv2dKernels conv2d;
 extern const AttentionKernels attention;
+double limit(double seconds);
 }  // namespace avx2
 
 namespace avx512 {
 extern const Conv2dKernels conv2d;
 extern const AttentionKernels attention;
+double limit(double seconds);
 }  // namespace avx512
 
 namespace avx512_bf16 {
 extern const Conv2dKernels conv2d;
 extern const AttentionKernels attention;
+double limit(double seconds);
 }  // namespace avx512_bf16
 #endif
 
@@ -48,6 +51,7 @@ extern const AttentionKernels attention;
 namespace amx_bf16 {
 extern const Conv2dKernels conv2d;
 extern const AttentionKernels attention;
+double limit(double seconds);
 }  // namespace amx_bf16
 #endif
 

@@ -50,12 +50,15 @@ class RunProfile:
         input_shape: `(N, C, H, W)`.
         start: Seconds since the epoch, when the run started.
         steps: Its operations, in order.
+        limit: Floating-point operations per second that the machine can do, as measured;
+            0 where that is not known.
     """
 
     part: str
     input_shape: tuple[int, ...]
     start: float
     steps: tuple[Step, ...]
+    limit: float = 0
 
     @property
     def seconds(self) -> float:
@@ -64,15 +67,24 @@ class RunProfile:
 
     def __str__(self) -> str:
         head = f"{self.part} of {'x'.join(map(str, self.input_shape))}: {self.seconds:.4f} s"
+        if self.limit:
+            head += f"; the machine's limit is {self.limit / 1e9:.0f} GFLOP/s"
         rows = [
             f"{step.seconds * 1e3:10.3f} {100 * step.seconds / (self.seconds or 1):6.1f} "
-            f"{step.gflops_per_second:9.1f} {step.gbytes_per_second:8.1f}  "
+            f"{step.gflops_per_second:9.1f} {self._share(step):>7} "
+            f"{step.gbytes_per_second:8.1f}  "
             f"{step.kind:<12} {step.name}"
             for step in self.steps
         ]
         return "\n".join(
-            [head, f"{'ms':>10} {'%':>6} {'GFLOP/s':>9} {'GB/s':>8}  operation", *rows]
+            [head, f"{'ms':>10} {'%':>6} {'GFLOP/s':>9} {'limit':>7} {'GB/s':>8}  operation", *rows]
         )
+
+    def _share(self, step: Step) -> str:
+        """How much of the limit a step reaches."""
+        if not self.limit or not step.flops:
+            return ""
+        return f"{100 * step.gflops_per_second * 1e9 / self.limit:.0f} %"
 
 
 @dataclass(frozen=True)

@@ -322,6 +322,32 @@ def verify(
 
 
 @app.command()
+def profile(
+    directory: Compiled,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="The image size, in pixels. By default the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="A file for the trace, which Perfetto opens.", dir_okay=False),
+    ] = None,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+) -> None:
+    """Show the time of every operation, its speed, and its share of the machine's limit."""
+    from . import profiling
+
+    settings = _settings(num_threads=threads, memory_limit=memory_limit)
+    profiling.profile_model(directory, size, batch_size, trace, settings)
+
+
+@app.command()
 def serve(
     model: Annotated[
         str | None,

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from vaes import capture_part, make_vae, part_of
 
+from rbln_vae import _engine
 from rbln_vae.errors import RBLNCompileError, RBLNTargetUnavailableError
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import (
@@ -278,3 +279,9 @@ def test_unavailable_instruction_sets_say_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RBLN_VAE_ISA", missing.pop())
     with pytest.raises(RBLNTargetUnavailableError, match="only has"):
         usable_kernels()
+
+
+def test_every_instruction_set_but_the_portable_one_tells_the_limit_of_the_machine() -> None:
+    limits = {k.isa: k.measure_limit(1, 0.02) for k in _engine.all_kernels()}
+    assert limits.pop("generic") == 0
+    assert all(1e9 < limit < 1e14 for limit in limits.values())

@@ -1,0 +1,39 @@
+#include "engine/kernels/limit/limit.h"
+#include "engine/kernels/simd/tiles.h"
+
+namespace rbln_vae::amx_bf16 {
+
+// Six sums, each product with a tile of the image from the L1 cache, as in convolutions.
+double limit(double seconds) {
+  constexpr Index kElements = kTileRows * kTileBytes / 2;
+  constexpr int kTurns = 8;
+  const RandomElements<BFloat16, (kTurns + 1) * kElements> data;
+  begin_tiles();
+  zero_tile<0>();
+  zero_tile<1>();
+  zero_tile<2>();
+  zero_tile<3>();
+  zero_tile<4>();
+  zero_tile<5>();
+  const double result = operations_per_second(seconds, [&] {
+    constexpr int kRepeats = 1000;
+    tiles_read_memory();
+    for (int repeat = 0; repeat < kRepeats; ++repeat) {
+      load_tile<6>(data.values + kTurns * kElements, kTileBytes);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        load_tile<7>(data.values + turn * kElements, kTileBytes);
+        multiply_tiles<0, 7, 6>();
+        multiply_tiles<1, 7, 6>();
+        multiply_tiles<2, 7, 6>();
+        multiply_tiles<3, 7, 6>();
+        multiply_tiles<4, 7, 6>();
+        multiply_tiles<5, 7, 6>();
+      }
+    }
+    return 2.0 * kRepeats * kTurns * 6 * kTileRows * 16 * 32;
+  });
+  end_tiles();
+  return result;
+}
+
+}  // namespace rbln_vae::amx_bf16

@@ -1,0 +1,74 @@
+// The most products that an instruction set does in a second: what kernels are measured
+// against. On random data, since the clock falls with the power that the data costs.
+#pragma once
+
+#include <chrono>
+#include <random>
+
+#include "engine/kernels/element.h"
+#include "engine/kernels/sets.h"
+
+namespace rbln_vae {
+
+// Floating-point operations per second of one thread that does `work`, which returns how
+// many it did, for at least so many seconds.
+template <class Work>
+double operations_per_second(double seconds, Work&& work) {
+  using Clock = std::chrono::steady_clock;
+  const auto begin = Clock::now();
+  double done = 0;
+  for (;;) {
+    done += work();
+    const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
+    if (elapsed >= seconds) return done / elapsed;
+  }
+}
+
+// Elements that fit in the L1 cache, from -1 to 1.
+template <class T, Index kCount>
+struct RandomElements {
+  alignas(64) T values[kCount];
+
+  RandomElements() {
+    std::minstd_rand random(1);
+    for (T& value : values) {
+      from_float(static_cast<float>(random() % 2001) / 1000.0f - 1.0f, value);
+    }
+  }
+};
+
+// Of products that sum in registers: as many independent sums as hide their latency.
+template <class Products, int kSums>
+double limit_of_products(double seconds) {
+  using T = typename Products::T;
+  using Vector = typename Products::Vector;
+  constexpr Index kLanes = sizeof(Vector) / sizeof(float);
+  constexpr Index kStep = kLanes * Products::kChannels;
+  constexpr Index kTurns = 32;
+  const RandomElements<T, 2 * kTurns * kStep> data;
+  // Where the sums go: what nobody reads, the compiler leaves out.
+  alignas(64) float kept[kSums * kLanes] = {};
+  return operations_per_second(seconds, [&] {
+    constexpr int kRepeats = 1000;
+    Vector sums[kSums];
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; ++i) {  // all different, or the compiler makes one of them
+      sums[i] = Products::dot(Products::spread(data.values + i * Products::kChannels),
+                              Products::weights(data.values + i * kStep), Products::zero());
+    }
+    for (int repeat = 0; repeat < kRepeats; ++repeat) {
+      for (Index turn = 0; turn < kTurns; ++turn) {
+        const auto w = Products::weights(data.values + turn * kStep);
+        const auto x = Products::spread(data.values + (kTurns + turn) * kStep);
+#pragma GCC unroll 24
+        for (int i = 0; i < kSums; ++i) sums[i] = Products::dot(x, w, sums[i]);
+      }
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; ++i) Products::store(kept + i * kLanes, sums[i]);
+    __asm__ volatile("" : : "r"(kept) : "memory");  // somebody may read them all
+    return 2.0 * kRepeats * kTurns * kSums * kStep;
+  });
+}
+
+}  // namespace rbln_vae
