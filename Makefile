@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 PYTEST_ARGS ?=
+# A process for each core; torch in each keeps to one thread, or they would be in each other's way.
+PYTEST = OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Build environments that pip makes for itself read this too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -39,7 +41,7 @@ demo: $(INSTALLED)
 	$(RUN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(RUN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-engine: $(INSTALLED)
 	PYTHON=$(RUN)/python tools/test_engine.sh emulated -q $(PYTEST_ARGS) tests/targets/cpu
@@ -48,7 +50,7 @@ test-engine: $(INSTALLED)
 	  -k "float32_kernels or bfloat16_kernels"
 
 test-all: $(INSTALLED)
-	$(RUN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-optimum-rbln: $(OPTIMUM_INSTALLED)
 	$(OPTIMUM_VENV)/bin/python -m pytest --confcutdir=tests/optimum_rbln tests/optimum_rbln $(PYTEST_ARGS)

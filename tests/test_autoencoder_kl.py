@@ -629,7 +629,7 @@ def test_the_profile_is_a_readable_table():
     (run,) = vae.profile().runs
     head, titles, *rows = str(vae.profile()).splitlines()
     assert head.startswith("decoder of 1x4x8x8: ")
-    assert titles.split() == ["ms", "%", "GFLOP/s", "GB/s", "operation"]
+    assert titles.split() == ["ms", "%", "GFLOP/s", "limit", "GB/s", "operation"]
     assert len(rows) == len(run.steps)
     shares = [float(row.split()[1]) for row in rows]
     assert sum(shares) == pytest.approx(100, abs=0.1 * len(rows))

@@ -33,10 +33,10 @@ def test_psnr_is_that_of_scikit_image(noise: float) -> None:
 @pytest.mark.parametrize("noise", [0.001, 0.1, 1.0])
 def test_ssim_is_that_of_scikit_image(noise: float) -> None:
     a, b = photo(noise), photo()
-    expected = structural_similarity(
-        for_skimage(a),
-        for_skimage(b),
-        data_range=2,
+    expected = structural_similarity(  # of levels from 0 to 255, as everybody computes it
+        (for_skimage(a) + 1) * 127.5,
+        (for_skimage(b) + 1) * 127.5,
+        data_range=255,
         channel_axis=2,
         gaussian_weights=True,
         sigma=1.5,

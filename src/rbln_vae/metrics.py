@@ -11,6 +11,7 @@ SSIM_WINDOW = 11
 """Side in pixels of the window over which SSIM compares; the smallest image it takes."""
 
 _SSIM_SIGMA = 1.5
+_SSIM_RANGE = 2.0  # from black to white
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 
 
@@ -33,7 +34,7 @@ def psnr(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) 
     return 10 * math.log10(data_range**2 / error) if error else math.inf
 
 
-def ssim(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) -> float:
+def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
     """Structural similarity: 1 where the images are equal, about 0 where unrelated.
 
     The index of Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error
@@ -41,9 +42,8 @@ def ssim(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) 
     where it lies wholly within the image; the mean over pixels, channels and batch.
 
     Args:
-        image: `(N, C, H, W)`, at least 11x11.
+        image: `(N, C, H, W)` in `[-1, 1]`, at least 11x11.
         reference: Of the same shape.
-        data_range: As in `psnr`.
 
     Raises:
         ValueError: The shapes differ, aren't images, or are smaller than the window.
@@ -54,9 +54,11 @@ def ssim(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) 
             f"SSIM compares images (N, C, H, W) of at least {SSIM_WINDOW}x{SSIM_WINDOW}, "
             f"found {tuple(image.shape)}"
         )
+    # The index compares means too, so levels must begin at black.
+    image, reference = image + 1, reference + 1
     # One channel at a time bounds the memory, which is many times that of the input.
     planes = zip(image.flatten(0, 1), reference.flatten(0, 1), strict=True)
-    values = [_ssim_plane(a, b, data_range) for a, b in planes]
+    values = [_ssim_plane(a, b) for a, b in planes]
     return math.fsum(values) / len(values)
 
 
@@ -93,12 +95,12 @@ def _pair(value: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, t
     return value.detach().to("cpu", torch.float64), reference.detach().to("cpu", torch.float64)
 
 
-def _ssim_plane(a: torch.Tensor, b: torch.Tensor, data_range: float) -> float:
+def _ssim_plane(a: torch.Tensor, b: torch.Tensor) -> float:
     mean_a, mean_b = _blur(a), _blur(b)
     variance_a = _blur(a * a) - mean_a**2
     variance_b = _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
-    c1, c2 = (_SSIM_K1 * data_range) ** 2, (_SSIM_K2 * data_range) ** 2
+    c1, c2 = (_SSIM_K1 * _SSIM_RANGE) ** 2, (_SSIM_K2 * _SSIM_RANGE) ** 2
     index = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
         (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
     )
