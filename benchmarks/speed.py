@@ -82,6 +82,8 @@ def measure(
                             else:
                                 with worker:
                                     pass
+                        seconds = measured[name].seconds[-1]
+                        progress.console.print(f"{part} {size} {name}: {seconds:.3f} s")
                         progress.advance(task)
             results += measured.values()
     return results
