@@ -13,7 +13,7 @@ from rbln_vae.targets.cpu.planner import Convolution
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 
 try:
-    # AMX tiles in plain C++; `make test-engines` builds it.
+    # AMX tiles in plain C++; `make test-engine` builds it.
     from rbln_vae import _engine_emulated as emulated
 except ImportError:
     emulated = None
@@ -73,7 +73,7 @@ def test_bfloat16_kernels_agree(case: Case, isa: str, monkeypatch: pytest.Monkey
     assert difference(run(case, isa, "bfloat16", monkeypatch), expected) < limit
 
 
-@pytest.mark.skipif(emulated is None, reason="`make test-engines` builds the emulated tiles")
+@pytest.mark.skipif(emulated is None, reason="`make test-engine` builds the emulated tiles")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_emulated_tiles_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_engine", emulated)
