@@ -20,17 +20,21 @@ OPTIMUM_VENV := .venv-optimum-rbln
 OPTIMUM_INSTALLED := $(OPTIMUM_VENV)/.installed
 OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.22.1 accelerate pytest
 OPTIMUM_RBLN := optimum-rbln==0.12.0
+TEST_ENGINE := PYTHON=$(RUN)/python tools/test_engine/run.sh
 ENGINE := $(shell find engine -type f)
 
-.PHONY: help install demo test test-all test-engine test-optimum-rbln bench check format clean distclean
+.PHONY: help install demo test test-all test-engine test-engine-all test-optimum-rbln bench bench-memory \
+  check format clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
 	@echo "make test       run the tests, but for the slow ones"
 	@echo "make test-all   run all tests"
-	@echo "make test-engine  test the engine with emulated AMX tiles, and under sanitizers"
+	@echo "make test-engine  test the engine under sanitizers, and with emulated AMX tiles"
+	@echo "make test-engine-all  the same over more tests"
 	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
 	@echo "make bench      measure speed and memory against OpenVINO, diffusers and torch.compile"
+	@echo "make bench-memory  measure memory and time against the size of the image"
 	@echo "make check      lint, formatting and types"
 	@echo "make format     format the Python sources"
 	@echo "make clean      remove what was built; distclean removes $(VENV) too"
@@ -43,11 +47,18 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
+# The whole table of kernels and small whole models under AddressSanitizer, which runs the
+# emulated tiles too; runs that meet each other under ThreadSanitizer.
 test-engine: $(INSTALLED)
-	PYTHON=$(RUN)/python tools/test_engine.sh emulated -q $(PYTEST_ARGS) tests/targets/cpu
-	PYTHON=$(RUN)/python tools/test_engine.sh address -q tests/targets/cpu/test_kernels.py
-	PYTHON=$(RUN)/python tools/test_engine.sh thread -q tests/targets/cpu/test_kernels.py \
-	  -k "float32_kernels or bfloat16_kernels"
+	$(TEST_ENGINE) address -q -n auto -m "not slow" \
+	  tests/targets/cpu/test_kernels.py tests/targets/cpu/test_runtime.py
+	$(TEST_ENGINE) thread -q -m "not slow" tests/targets/cpu/test_runtime.py -k "share or threads"
+	$(TEST_ENGINE) emulated -q -m "not slow" tests/targets/cpu/test_runtime.py
+
+test-engine-all: $(INSTALLED)
+	$(TEST_ENGINE) address -q -n auto -m "not slow" tests/targets/cpu
+	$(TEST_ENGINE) thread -q -m "not slow" tests/targets/cpu
+	$(TEST_ENGINE) emulated -q tests/targets/cpu
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
@@ -58,6 +69,10 @@ test-optimum-rbln: $(OPTIMUM_INSTALLED)
 bench: $(INSTALLED)
 	$(RUN)/python -m pip install --quiet --editable '.[bench]'
 	$(RUN)/python -m benchmarks speed
+
+bench-memory: $(INSTALLED)
+	$(RUN)/python -m pip install --quiet --editable '.[bench]'
+	$(RUN)/python -m benchmarks memory
 
 check: $(INSTALLED)
 	$(RUN)/ruff check

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .contenders import CONTENDERS
+from .contenders import FOR_SPEED
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def speed(
         "decode,encode"
     ),
     sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "256,512,1024",
-    contenders: Annotated[str, typer.Option(help="names, with commas")] = ",".join(CONTENDERS),
+    contenders: Annotated[str, typer.Option(help="names, with commas")] = ",".join(FOR_SPEED),
     rounds: Annotated[int, typer.Option(help="counted runs of each")] = 5,
     name: Annotated[str, typer.Option(help="of the files under benchmarks/results")] = "speed",
 ) -> None:
@@ -35,9 +35,21 @@ def speed(
     measured = measure(
         parts.split(","), [int(s) for s in sizes.split(",")], contenders.split(","), rounds
     )
-    command = "python -m benchmarks " + " ".join(f"'{a}'" if " " in a else a for a in sys.argv[1:])
     print(report.table(measured))
-    print(f"saved {report.save(name, command, measured)}")
+    print(f"saved {report.save(name, _command(), measured)}")
+
+
+@app.command()
+def memory(
+    sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "512,1024,2048,4096",
+    name: Annotated[str, typer.Option(help="of the files under benchmarks/results")] = "memory",
+) -> None:
+    """Peak memory and time of decode against the size, and the seams of tiles."""
+    from .memory import measure, save
+
+    measured = measure([int(s) for s in sizes.split(",")])
+    command = "python -m benchmarks " + " ".join(sys.argv[1:])
+    print(f"saved {save(name, command, measured)}")
 
 
 @app.command()
@@ -53,6 +65,66 @@ def serving(
     from .serving import measure
 
     print(measure(model, size, rounds, minutes))
+
+
+@app.command()
+def ablation(
+    parts: Annotated[str, typer.Option(help="decode, encode or both, with commas")] = (
+        "decode,encode"
+    ),
+    size: Annotated[int, typer.Option(help="pixels a side")] = 512,
+    cases: Annotated[
+        str, typer.Option(help="what to switch off, names with commas; all by default")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="counted pairs of runs of each case")] = 5,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default what is fastest")
+    ] = None,
+    save: Annotated[bool, typer.Option(help="write benchmarks/results/ablation.md")] = True,
+) -> None:
+    """What each optimisation gains, by switching it off alone."""
+    from . import ablation
+
+    wanted = cases.split(",") if cases else ablation.usual_cases()
+    compared = ablation.measure(parts.split(","), size, wanted, rounds, dtype)
+    if save:
+        print(f"saved {ablation.save(_command(), compared)}")
+
+
+@app.command()
+def datasets(
+    cases: Annotated[
+        str, typer.Option(help="throughput, kills, memory and workers, with commas")
+    ] = "throughput,kills,memory,workers",
+    size: Annotated[int, typer.Option(help="pixels a side")] = 512,
+    images: Annotated[int, typer.Option(help="of throughput and workers")] = 16,
+    rounds: Annotated[int, typer.Option(help="of throughput and workers")] = 3,
+    peer: Annotated[bool, typer.Option(help="run the loop with diffusers, too")] = True,
+    kill_images: Annotated[int, typer.Option(help="of the job that is killed")] = 2000,
+    kill_times: Annotated[int, typer.Option(help="how often it is killed")] = 20,
+    samples: Annotated[str, typer.Option(help="of memory, with commas")] = "1000,1000000",
+    name: Annotated[str, typer.Option(help="of the files under benchmarks/results")] = "datasets",
+) -> None:
+    """Encoding a data set: throughput, kills, memory, and workers of Ray."""
+    from .datasets import measure
+
+    print(
+        measure(
+            cases.split(","),
+            size=size,
+            images=images,
+            rounds=rounds,
+            peer=peer,
+            kill_images=kill_images,
+            kill_times=kill_times,
+            samples=[int(each) for each in samples.split(",")],
+            name=name,
+        )
+    )
+
+
+def _command() -> str:
+    return "python -m benchmarks " + " ".join(f"'{a}'" if " " in a else a for a in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -43,32 +43,54 @@ class Contender(ABC):
         self.directory, self.part, self.size, self.threads = directory, part, size, threads
         torch.set_num_threads(threads)
         self.input = make_input(part, size)
-        self.prepare()
+
+    def convert(self) -> None:  # noqa: B027
+        """Make a file of the model's own kind, where there is one.
+
+        It is done in another process than the runs, whose memory it would raise. Most have
+        nothing to convert.
+        """
+
+    @property
+    def converted(self) -> Path:
+        """Where that file is."""
+        return self.directory / f"{type(self).__name__}-{self.part}-{self.size}"
 
     @abstractmethod
     def prepare(self) -> None:
-        """Load and compile."""
+        """Load it, or compile."""
 
     @abstractmethod
     def run(self) -> torch.Tensor:
         """One run on `self.input`."""
 
+    def details(self) -> dict[str, float]:
+        """What else is known of the latest run."""
+        return {}
+
 
 class Ours(Contender):
     dtype = "bfloat16"
 
-    def prepare(self) -> None:
+    def convert(self) -> None:
         from rbln_vae import RBLNAutoencoderKL
 
-        self.model = RBLNAutoencoderKL.from_pretrained(
+        model = RBLNAutoencoderKL.from_pretrained(
             self.directory,
             export=True,
             rbln_target="cpu",
             rbln_dtype=self.dtype,
             rbln_sample_size=self.size,
             rbln_uses_encoder=self.part == "encode",
-            rbln_num_threads=self.threads,
-            rbln_timeout=3600,
+            rbln_create_runtimes=False,
+        )
+        model.save_pretrained(self.converted)
+
+    def prepare(self) -> None:
+        from rbln_vae import RBLNAutoencoderKL
+
+        self.model = RBLNAutoencoderKL.from_pretrained(
+            self.converted, rbln_num_threads=self.threads, rbln_timeout=3600
         )
 
     def run(self) -> torch.Tensor:
@@ -79,6 +101,30 @@ class Ours(Contender):
 
 class OursFloat32(Ours):
     dtype = "float32"
+
+
+class OursProfiled(Ours):
+    """Tells the time of its convolutions, too."""
+
+    def prepare(self) -> None:
+        from rbln_vae import RBLNAutoencoderKL
+
+        self.model = RBLNAutoencoderKL.from_pretrained(
+            self.converted,
+            rbln_num_threads=self.threads,
+            rbln_timeout=3600,
+            rbln_activate_profiler=True,
+        )
+
+    def details(self) -> dict[str, float]:
+        steps = self.model.profile().runs[-1].steps
+        return {"convolutions": sum(s.seconds for s in steps if s.kind == "Conv2d")}
+
+
+class OursInLeastMemory(OursProfiled):
+    def prepare(self) -> None:
+        super().prepare()
+        self.model.enable_tiling()
 
 
 class Diffusers(Contender):
@@ -120,15 +166,21 @@ class Compiled(Diffusers):
 class OpenVino(Contender):
     precision = "bf16"
 
-    def prepare(self) -> None:
+    def convert(self) -> None:
         import openvino
         from diffusers import AutoencoderKL
 
         model = AutoencoderKL.from_pretrained(self.directory).eval()
-        graph = openvino.convert_model(_Part(model, self.part), example_input=self.input)
+        example = make_input(self.part, 64)  # its values don't matter, and memory is spared
+        graph = openvino.convert_model(_Part(model, self.part), example_input=example)
         graph.reshape([*self.input.shape])
+        openvino.save_model(graph, self.converted / "model.xml", compress_to_fp16=False)
+
+    def prepare(self) -> None:
+        import openvino
+
         self.compiled = openvino.Core().compile_model(
-            graph,
+            self.converted / "model.xml",
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": self.precision,
@@ -157,8 +209,22 @@ class _Part(torch.nn.Module):
         return self.model.decode(x, return_dict=False)[0]
 
 
+FOR_SPEED = (
+    "rbln-vae bf16",
+    "OpenVINO bf16",
+    "diffusers bf16",
+    "diffusers tiled bf16",
+    "torch.compile bf16",
+    "rbln-vae f32",
+    "OpenVINO f32",
+    "diffusers f32",
+)
+"""What the benchmark of speed compares."""
+
 CONTENDERS: dict[str, type[Contender]] = {
     "rbln-vae bf16": Ours,
+    "rbln-vae profiled bf16": OursProfiled,
+    "rbln-vae least memory bf16": OursInLeastMemory,
     "rbln-vae f32": OursFloat32,
     "OpenVINO bf16": OpenVino,
     "OpenVINO f32": OpenVinoFloat32,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+import torch
+
+from benchmarks.contenders import Contender
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -21,28 +27,45 @@ def peak_memory() -> int:
 
 
 def main() -> None:
-    name, directory, part, size, threads = sys.argv[1:]
-    from benchmarks.contenders import CONTENDERS
-
+    task, name, directory, part, size, threads = sys.argv[1:]
+    contender = _contender(name)(Path(directory), part, int(size), int(threads))
+    if task == "convert":
+        if not contender.converted.exists():
+            contender.convert()
+        return
     start = time.perf_counter()
-    contender = CONTENDERS[name](Path(directory), part, int(size), int(threads))
+    contender.prepare()
     answer: dict[str, float] = {"prepare": time.perf_counter() - start}
     while True:
         print(json.dumps(answer), flush=True)
         if not sys.stdin.readline():
             return
         start = time.perf_counter()
-        contender.run()
-        answer = {"seconds": time.perf_counter() - start, "memory": peak_memory()}
+        result = contender.run()
+        seconds = time.perf_counter() - start
+        answer = {"seconds": seconds, "memory": peak_memory(), **contender.details()}
+        answer["power"] = float(result.float().square().mean(dtype=torch.float64))
+
+
+def _contender(name: str) -> Callable[[Path, str, int, int], Contender]:
+    if name.startswith("without "):
+        from benchmarks.ablation import CASES, Ablated
+
+        return functools.partial(Ablated, CASES[name.removeprefix("without ")])
+    from benchmarks.contenders import CONTENDERS
+
+    return CONTENDERS[name]
 
 
 class Worker:
     """A contender's process, seen from the benchmark."""
 
     def __init__(self, name: str, directory: Path, part: str, size: int, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.worker"]
         arguments = [name, str(directory), part, str(size), str(threads)]
+        subprocess.run([*command, "convert", *arguments], cwd=HERE, check=True, capture_output=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", *arguments],
+            [*command, "run", *arguments],
             cwd=HERE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -51,7 +74,12 @@ class Worker:
         self.prepare_seconds: float = self._answer()["prepare"]
 
     def run(self) -> dict[str, float]:
-        """Run once; gives `seconds` and `memory`, the peak so far in bytes."""
+        """Run once.
+
+        Returns:
+            `seconds`; `memory`, the peak so far in bytes; and `power`, the mean square of
+            the result.
+        """
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
-#if defined(__unix__) || defined(__APPLE__)
+// AddressSanitizer watches what comes from the allocator, to its exact end.
+#if (defined(__unix__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
+#define RBLN_VAE_MAPS_ARENAS
 #include <sys/mman.h>
 #else
 #include <new>
@@ -20,7 +22,7 @@ constexpr std::size_t kPage = std::size_t{2} << 20;
 
 }  // namespace
 
-#if defined(__unix__) || defined(__APPLE__)
+#if defined(RBLN_VAE_MAPS_ARENAS)
 
 Arena::Arena(std::size_t bytes) {
   if (bytes > SIZE_MAX - 2 * kPage) refuse(bytes);
@@ -46,7 +48,7 @@ Arena::~Arena() { munmap(data_, capacity_); }
 
 #else
 
-Arena::Arena(std::size_t bytes) : capacity_(std::max(kPage, bytes)) {
+Arena::Arena(std::size_t bytes) : capacity_(bytes) {
   data_ = static_cast<std::byte*>(
       ::operator new(capacity_, std::align_val_t{64}, std::nothrow));
   if (data_ == nullptr) refuse(bytes);

@@ -25,12 +25,13 @@ namespace {
 
 using Weights = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using AnyTensor = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
-using Sizes = std::array<Index, 4>;  // offset, channels, height, width
+using Shape = std::array<Index, 4>;
+using Sizes = std::array<Index, 6>;  // those of an Image, in their order
 
 // A plan, and the arrays whose memory its steps point into.
 class BoundPlan {
  public:
-  BoundPlan(const Kernels& kernels, Index arena_bytes, Sizes input, Sizes output)
+  BoundPlan(const Kernels& kernels, Index arena_bytes, Shape input, Shape output)
       : plan(kernels, arena_bytes), input_shape(input), output_shape(output) {}
 
   const void* keep(const Weights& weights) {
@@ -39,14 +40,25 @@ class BoundPlan {
   }
 
   Plan plan;
-  Sizes input_shape;
-  Sizes output_shape;
+  Shape input_shape;
+  Shape output_shape;
 
  private:
   std::vector<Weights> kept_;
 };
 
-Image image(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
+Image image(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+
+Image residual(const std::optional<Sizes>& sizes) { return sizes ? image(*sizes) : Image{}; }
+
+// Whether rows of an image are rows of a tensor, from the first one given.
+void require_rows(const char* what, const Shape& tensor, Index batch, const Sizes& image,
+                  Index first_row) {
+  if (tensor[0] != batch || tensor[1] != image[1] || tensor[3] != image[3] || first_row < 0 ||
+      image[2] > tensor[2] - first_row) {
+    throw nb::value_error((std::string(what) + " hasn't the shape of the plan").c_str());
+  }
+}
 
 Index bytes(const Weights& weights) { return static_cast<Index>(weights.nbytes()); }
 
@@ -61,7 +73,7 @@ Activation activation(const std::optional<std::string>& name) {
   throw nb::value_error(("unknown activation " + *name).c_str());
 }
 
-Tensor tensor(const AnyTensor& given, const Sizes& expected, const char* what) {
+Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what) {
   Tensor result;
   result.data = given.data();
   const nb::dlpack::dtype type = given.dtype();
@@ -133,38 +145,38 @@ void bind_engine(nb::module_& m) {
   nb::class_<BoundPlan>(m, "Plan", "The steps of a run for one input shape.")
       .def(
           "__init__",
-          [](BoundPlan* self, const Kernels& kernels, Index arena_bytes, Sizes input_shape,
-             Sizes output_shape) {
+          [](BoundPlan* self, const Kernels& kernels, Index arena_bytes, Shape input_shape,
+             Shape output_shape) {
             new (self) BoundPlan(kernels, arena_bytes, input_shape, output_shape);
           },
           "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a)
       .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
       .def(
           "import_image",
-          [](BoundPlan& p, Index batch, Sizes to) {
-            const Sizes& outside = p.input_shape;
-            if (outside != Sizes{batch, to[1], to[2], to[3]}) {
-              throw nb::value_error("the input hasn't the shape of the plan");
-            }
-            p.plan.add(ImportStep{batch, image(to)});
+          [](BoundPlan& p, Index batch, Sizes to, Index first_row) {
+            require_rows("the input", p.input_shape, batch, to, first_row);
+            p.plan.add(ImportStep{batch, image(to), first_row});
           },
-          nb::kw_only(), "batch"_a, "image"_a)
+          nb::kw_only(), "batch"_a, "image"_a, "first_row"_a)
       .def(
           "export_image",
-          [](BoundPlan& p, Index batch, Sizes from) {
-            const Sizes& outside = p.output_shape;
-            if (outside != Sizes{batch, from[1], from[2], from[3]}) {
-              throw nb::value_error("the output hasn't the shape of the plan");
-            }
-            p.plan.add(ExportStep{batch, image(from)});
+          [](BoundPlan& p, Index batch, Sizes from, Index first_row) {
+            require_rows("the output", p.output_shape, batch, from, first_row);
+            p.plan.add(ExportStep{batch, image(from), first_row});
           },
-          nb::kw_only(), "batch"_a, "image"_a)
+          nb::kw_only(), "batch"_a, "image"_a, "first_row"_a)
+      .def(
+          "move_rows",
+          [](BoundPlan& p, Index batch, Sizes rows_of, Index from, Index rows) {
+            p.plan.add(MoveRowsStep{batch, image(rows_of), from, rows});
+          },
+          nb::kw_only(), "batch"_a, "image"_a, "from_row"_a, "rows"_a)
       .def(
           "convolution",
-          [](BoundPlan& p, Index batch, Sizes input, Sizes output, const Weights& weights,
-             const Weights& bias, std::pair<Index, Index> kernel, Index stride, Index above,
+          [](BoundPlan& p, Index batch, Sizes input, Sizes output, const Weights& bias,
+             const std::optional<Weights>& weights, std::optional<Index> kernels, std::pair<Index, Index> kernel, Index stride, Index above,
              Index left, bool upsample, std::optional<Index> coefficients,
-             const std::optional<std::string>& function, std::optional<Index> residual,
+             const std::optional<std::string>& function, std::optional<Sizes> added,
              std::optional<Index> partials, std::pair<Index, Index> tile, Index splits,
              Index together) {
             ConvStep s;
@@ -172,26 +184,37 @@ void bind_engine(nb::module_& m) {
             s.input = image(input);
             s.output = image(output);
             s.reading = {offset(coefficients), activation(function)};
-            s.residual = offset(residual);
+            s.residual = residual(added);
             s.kernel_height = kernel.first;
             s.kernel_width = kernel.second;
             s.stride = stride;
             s.above = above;
             s.left = left;
             s.upsample = upsample;
-            s.weights = p.keep(weights);
+            if (weights) s.weights = p.keep(*weights);
+            s.kernels = offset(kernels);
             s.bias = static_cast<const float*>(p.keep(bias));
             s.tile_height = tile.first;
             s.tile_width = tile.second;
             s.splits = splits;
             s.together = together;
             s.partials = offset(partials);
-            p.plan.add(s, bytes(weights), bytes(bias));
+            p.plan.add(s, weights ? bytes(*weights) : 0, bytes(bias));
           },
-          nb::kw_only(), "batch"_a, "input"_a, "output"_a, "weights"_a, "bias"_a, "kernel"_a,
+          nb::kw_only(), "batch"_a, "input"_a, "output"_a, "bias"_a,
+          "weights"_a = nb::none(), "kernels"_a = nb::none(), "kernel"_a,
           "stride"_a, "above"_a, "left"_a, "upsample"_a, "coefficients"_a.none(),
           "activation"_a.none(), "residual"_a.none(), "partials"_a.none(), "tile"_a, "splits"_a,
           "together"_a)
+      .def(
+          "winograd_kernels",
+          [](BoundPlan& p, Index, const Weights& weights, Index panels, Index blocks,
+             bool upsample, Index kernels) {
+            p.plan.add(WinogradStep{p.keep(weights), panels, blocks, upsample, kernels},
+                       bytes(weights));
+          },
+          nb::kw_only(), "batch"_a, "weights"_a, "panels"_a, "blocks"_a, "upsample"_a,
+          "kernels"_a)
       .def(
           "statistics",
           [](BoundPlan& p, Index batch, Sizes input, std::pair<Index, Index> tile,
@@ -236,11 +259,11 @@ void bind_engine(nb::module_& m) {
       .def(
           "attention",
           [](BoundPlan& p, Index batch, Sizes query, Sizes output, Index heads, double scale,
-             Index packed_keys, Index packed_values, std::optional<Index> residual,
+             Index packed_keys, Index packed_values, std::optional<Sizes> added,
              Index queries, Index keys) {
             p.plan.add(AttentionStep{batch, image(query), image(output), heads,
                                      static_cast<float>(scale), packed_keys, packed_values,
-                                     offset(residual), queries, keys});
+                                     residual(added), queries, keys});
           },
           nb::kw_only(), "batch"_a, "query"_a, "output"_a, "heads"_a, "scale"_a,
           "packed_keys"_a, "packed_values"_a, "residual"_a.none(), "queries"_a, "keys"_a)
@@ -249,11 +272,11 @@ void bind_engine(nb::module_& m) {
           [](BoundPlan& p, Index batch, Sizes input, Sizes output,
              std::optional<Index> coefficients, const std::optional<std::string>& function,
              double factor, bool upsample, Index above, Index left,
-             std::optional<Index> residual) {
+             std::optional<Sizes> added) {
             p.plan.add(PointwiseStep{batch, image(input), image(output),
                                      {offset(coefficients), activation(function)},
                                      static_cast<float>(factor), upsample, above, left,
-                                     offset(residual)});
+                                     residual(added)});
           },
           nb::kw_only(), "batch"_a, "input"_a, "output"_a, "coefficients"_a.none(),
           "activation"_a.none(), "factor"_a, "upsample"_a, "above"_a, "left"_a,

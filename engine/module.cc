@@ -6,11 +6,7 @@
 #include "engine/binding.h"
 #include "engine/cpu_features.h"
 
-#if !defined(RBLN_VAE_MODULE)
-#define RBLN_VAE_MODULE _engine
-#endif
-
-NB_MODULE(RBLN_VAE_MODULE, m) {
+NB_MODULE(_engine, m) {
   m.doc() = "The CPU engine.";
   // Models that live until the interpreter ends, in a cache or a thread, are no leaks.
   nanobind::set_leak_warnings(false);

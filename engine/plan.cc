@@ -39,6 +39,8 @@ void Plan::append(Step step, Index items, Index scratch) {
           "the scratch of a step overflows");
   steps_.push_back(std::move(step));
   items_.push_back(items);
+  ranges_.push_back(std::move(checked_));
+  checked_.clear();
   if (scratch > scratch_bytes_) scratch_bytes_ = scratch;
 }
 
@@ -47,15 +49,29 @@ void Plan::check_range(const char* what, Index offset, Index bytes) const {
     refuse(std::string(what) + ": " + std::to_string(bytes) + " bytes at " +
            std::to_string(offset) + " don't lie in an arena of " + std::to_string(arena_bytes_));
   }
+  checked_.push_back({offset, bytes});
 }
 
 void Plan::check_image(const char* what, Index batch, const Image& image) const {
   require(batch > 0 && image.channels > 0 && image.height > 0 && image.width > 0,
           "an image without pixels");
   require(image.channels < (Index{1} << 31), "an image with too many channels");
+  // Before any sum: neither of the steps can overflow it.
+  product(what, {batch, image.sample, kBlock, element_bytes()});
+  require(image.plane >= product(what, {image.height, image.width}) &&
+              image.sample >= product(what, {image.blocks(), image.plane}),
+          "planes of an image overlap");
+  const Index last = (batch - 1) * image.sample + (image.blocks() - 1) * image.plane;
   check_range(what, image.offset,
-              product(what, {batch, image.blocks(), image.height, image.width, kBlock,
-                             element_bytes()}));
+              product(what, {last + image.pixels(), kBlock, element_bytes()}));
+}
+
+void Plan::check_residual(Index batch, const Image& residual, const Image& output) const {
+  if (residual.channels == 0) return;
+  check_image("residual", batch, residual);
+  require(residual.channels == output.channels && residual.height == output.height &&
+              residual.width == output.width,
+          "a residual of another size than the output");
 }
 
 void Plan::check_reading(Index batch, const Image& image, const Reading& reading) const {
@@ -68,11 +84,13 @@ void Plan::check_reading(Index batch, const Image& image, const Reading& reading
 
 void Plan::add(const ImportStep& s) {
   check_image("import", s.batch, s.image);
+  require(s.first_row >= 0, "import: a row below zero");
   append(s, product("import", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
 void Plan::add(const ExportStep& s) {
   check_image("export", s.batch, s.image);
+  require(s.first_row >= 0, "export: a row below zero");
   append(s, product("export", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
@@ -80,11 +98,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
   check_image("convolution input", s.batch, s.input);
   check_image("convolution output", s.batch, s.output);
   check_reading(s.batch, s.input, s.reading);
-  if (s.residual != kNone) {
-    Image residual = s.output;
-    residual.offset = s.residual;
-    check_image("residual", s.batch, residual);
-  }
+  check_residual(s.batch, s.residual, s.output);
   constexpr Index far = 1 << 20;
   require(s.kernel_height > 0 && s.kernel_width > 0 && s.kernel_height < far &&
               s.kernel_width < far && s.taps() <= kMaxTaps,
@@ -99,12 +113,28 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
   if (s.upsample) {
     require(s.kernel_height == 2 && s.kernel_width == 2 && s.stride == 1,
             "upsampling needs kernels of 2x2 and stride 1");
-    require(s.output.height == 2 * s.input.height && s.output.width == 2 * s.input.width,
+    require(s.output.height % 2 == 0 && s.output.height / 2 <= s.input.height &&
+                s.output.width == 2 * s.input.width,
             "the output of upsampling isn't twice its input");
   }
-  const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(), s.taps(),
-                                            kBlock, kPanel, element_bytes()});
-  require(s.weights != nullptr && weights == weight_bytes, "packed weights of another size");
+  if (s.winograd()) {
+    require(kernels_.dtype == DType::kFloat32 && s.stride == 1 &&
+                (s.upsample || (s.kernel_height == 3 && s.kernel_width == 3)),
+            "Winograd's algorithm needs float32 and kernels of 3x3 with stride 1");
+    require(s.together == 1, "one tile for each item");
+    require((s.tile_height % kWinogradTile == 0 || s.tiles_down() == 1) &&
+                (s.tile_width % kWinogradTile == 0 || s.tiles_across() == 1),
+            "tiles that don't begin where those of Winograd's algorithm do");
+    const Index positions = WinogradStep{.upsample = s.upsample}.positions();
+    check_range("kernels", s.kernels,
+                product("kernels", {s.panels(), s.phases(), positions, s.input.blocks(), kBlock,
+                                    kPanel, 4}));
+    product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 16});
+  } else {
+    const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(), s.taps(),
+                                              kBlock, kPanel, element_bytes()});
+    require(s.weights != nullptr && weights == weight_bytes, "packed weights of another size");
+  }
   require(s.bias != nullptr && bias_bytes == s.panels() * kPanel * 4, "a bias of another size");
   if (s.partials != kNone) {
     check_range("statistics", s.partials,
@@ -116,6 +146,18 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
   product("items", {s.batch, s.tiles_down(), s.tiles_across(), s.splits});
   append(s, s.items(),
          kernels_.conv2d_scratch(s));
+}
+
+void Plan::add(const WinogradStep& s, Index weight_bytes) {
+  require(kernels_.dtype == DType::kFloat32, "Winograd's algorithm needs float32");
+  const Index weights =
+      product("weights", {s.panels, s.phases(), s.blocks, s.taps(), kBlock, kPanel, 4});
+  require(s.weights != nullptr && weights > 0 && weights == weight_bytes,
+          "packed weights of another size");
+  check_range("kernels", s.kernels,
+              product("kernels", {s.panels, s.phases(), s.positions(), s.blocks, kBlock, kPanel,
+                                  4}));
+  append(s, s.items(), 0);
 }
 
 void Plan::add(const StatisticsStep& s) {
@@ -165,11 +207,7 @@ void Plan::add(const AttentionPackStep& s) {
 void Plan::add(const AttentionStep& s) {
   check_image("query", s.batch, s.query);
   check_image("attention", s.batch, s.output);
-  if (s.residual != kNone) {
-    Image residual = s.output;
-    residual.offset = s.residual;
-    check_image("residual", s.batch, residual);
-  }
+  check_residual(s.batch, s.residual, s.output);
   require(s.query.height == s.output.height && s.query.width == s.output.width,
           "queries and results of different sizes");
   require(s.heads > 0 && s.query.channels % s.heads == 0 && s.output.channels % s.heads == 0,
@@ -195,12 +233,15 @@ void Plan::add(const PointwiseStep& s) {
   check_reading(s.batch, s.input, s.reading);
   require(s.input.channels == s.output.channels, "channels differ");
   require(s.above >= 0 && s.left >= 0, "negative padding");
-  if (s.residual != kNone) {
-    Image residual = s.output;
-    residual.offset = s.residual;
-    check_image("residual", s.batch, residual);
-  }
+  check_residual(s.batch, s.residual, s.output);
   append(s, product("items", {s.batch, s.output.blocks(), s.output.height}), 0);
+}
+
+void Plan::add(const MoveRowsStep& s) {
+  check_image("rows", s.batch, s.image);
+  require(s.from >= 0 && s.rows > 0 && s.rows <= s.image.height - s.from,
+          "rows that the image doesn't have");
+  append(s, product("items", {s.batch, s.image.blocks()}), 0);
 }
 
 void Plan::run_item(std::size_t step, const Context& context, Index item) const {
@@ -212,11 +253,13 @@ void Plan::run_item(std::size_t step, const Context& context, Index item) const 
     void operator()(const ImportStep& s) { import_image(kernels.dtype, s, context, item); }
     void operator()(const ExportStep& s) { export_image(kernels.dtype, s, context, item); }
     void operator()(const ConvStep& s) { kernels.conv2d(s, context, item); }
+    void operator()(const WinogradStep& s) { kernels.winograd_kernels(s, context, item); }
     void operator()(const StatisticsStep& s) { statistics(kernels.dtype, s, context, item); }
     void operator()(const NormStep& s) { norm(s, context, item); }
     void operator()(const AttentionPackStep& s) { kernels.attention_pack(s, context, item); }
     void operator()(const AttentionStep& s) { kernels.attention(s, context, item); }
     void operator()(const PointwiseStep& s) { pointwise(kernels.dtype, s, context, item); }
+    void operator()(const MoveRowsStep& s) { move_rows(kernels.dtype, s, context, item); }
   };
   std::visit(Runner{kernels_, context, item}, steps_[step]);
 }

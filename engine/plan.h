@@ -9,8 +9,15 @@
 
 namespace rbln_vae {
 
-using Step = std::variant<ImportStep, ExportStep, ConvStep, StatisticsStep, NormStep,
-                          AttentionPackStep, AttentionStep, PointwiseStep>;
+using Step =
+    std::variant<ImportStep, ExportStep, ConvStep, WinogradStep, StatisticsStep, NormStep,
+                 AttentionPackStep, AttentionStep, PointwiseStep, MoveRowsStep>;
+
+// Bytes of the arena.
+struct Range {
+  Index offset;
+  Index bytes;
+};
 
 class Plan {
  public:
@@ -22,11 +29,13 @@ class Plan {
   void add(const ImportStep& step);
   void add(const ExportStep& step);
   void add(const ConvStep& step, Index weight_bytes, Index bias_bytes);
+  void add(const WinogradStep& step, Index weight_bytes);
   void add(const StatisticsStep& step);
   void add(const NormStep& step, Index weight_bytes, Index bias_bytes);
   void add(const AttentionPackStep& step);
   void add(const AttentionStep& step);
   void add(const PointwiseStep& step);
+  void add(const MoveRowsStep& step);
 
   const Kernels& kernels() const { return kernels_; }
   const std::vector<Step>& steps() const { return steps_; }
@@ -34,6 +43,8 @@ class Plan {
   // Of one thread.
   Index scratch_bytes() const { return scratch_bytes_; }
   Index items(std::size_t step) const { return items_[step]; }
+  // The parts of the arena that a step may touch.
+  const std::vector<Range>& ranges(std::size_t step) const { return ranges_[step]; }
 
   void run_item(std::size_t step, const Context& context, Index item) const;
 
@@ -42,6 +53,8 @@ class Plan {
   Index element_bytes() const { return kernels_.dtype == DType::kFloat32 ? 4 : 2; }
   void check_range(const char* what, Index offset, Index bytes) const;
   void check_image(const char* what, Index batch, const Image& image) const;
+  // A residual may be left out.
+  void check_residual(Index batch, const Image& residual, const Image& output) const;
   void check_reading(Index batch, const Image& image, const Reading& reading) const;
 
   const Kernels& kernels_;
@@ -49,6 +62,8 @@ class Plan {
   Index scratch_bytes_ = 0;
   std::vector<Step> steps_;
   std::vector<Index> items_;
+  std::vector<std::vector<Range>> ranges_;
+  mutable std::vector<Range> checked_;  // of the step that is being added
 };
 
 }  // namespace rbln_vae

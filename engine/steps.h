@@ -12,18 +12,26 @@ namespace rbln_vae {
 constexpr Index kNone = -1;
 // The largest kernel that is taken has this many taps.
 constexpr Index kMaxTaps = 64;
+// Rows and columns of outputs that Winograd's algorithm makes at once.
+constexpr Index kWinogradTile = 4;
 
 enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kMish = 3, kRelu = 4 };
 
-// An image in the arena.
+// An image in the arena, or some rows of one.
 struct Image {
-  Index offset = 0;
+  Index offset = 0;  // of the first pixel
   Index channels = 0;
   Index height = 0;
   Index width = 0;
+  Index plane = 0;   // pixels from one block of channels to the next
+  Index sample = 0;  // and from one image of the batch to the next
 
   Index blocks() const { return (channels + kBlock - 1) / kBlock; }
   Index pixels() const { return height * width; }
+  // Elements from the first pixel to a row of a block.
+  Index at(Index n, Index block, Index y) const {
+    return (n * sample + block * plane + y * width) * kBlock;
+  }
 };
 
 // What a group norm does on reading: x * scale + shift by channel, then an activation.
@@ -33,14 +41,15 @@ struct Reading {
   Activation activation = Activation::kNone;
 };
 
-// A convolution over tiles of an image. With `upsample` the grid is the input, of which
-// each point makes 2x2 outputs with a kernel each; else the grid is the output.
+// A convolution over tiles of an image. With `upsample` each point of the grid makes 2x2
+// outputs with a kernel each; else the grid is the output. The input may have more rows
+// than the outputs read.
 struct ConvStep {
   Index batch = 1;
   Image input;
   Image output;
   Reading reading;
-  Index residual = kNone;
+  Image residual;  // without channels where there is none
   Index kernel_height = 1;
   Index kernel_width = 1;
   Index stride = 1;
@@ -48,6 +57,7 @@ struct ConvStep {
   Index left = 0;   // columns of zeros
   bool upsample = false;
   const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
+  Index kernels = kNone;          // made of them by a WinogradStep, where one did
   const float* bias = nullptr;    // [panels * 16]
   Index tile_height = 1;          // of the grid
   Index tile_width = 1;
@@ -56,21 +66,37 @@ struct ConvStep {
   Index partials = kNone;  // floats [N][tiles][2][panels * 16]: means, sums of squares
 
   Index phases() const { return upsample ? 4 : 1; }
-  Index grid_height() const { return upsample ? input.height : output.height; }
-  Index grid_width() const { return upsample ? input.width : output.width; }
+  Index grid_height() const { return output.height / (upsample ? 2 : 1); }
+  Index grid_width() const { return output.width / (upsample ? 2 : 1); }
   Index tiles_down() const { return ceil_div(grid_height(), tile_height); }
   Index tiles_across() const { return ceil_div(grid_width(), tile_width); }
   Index panels() const { return ceil_div(output.channels, kPanel); }
   Index taps() const { return kernel_height * kernel_width; }
+  bool winograd() const { return kernels != kNone; }
   // Rows and columns of the input that a tile reads.
-  Index rows_read() const {
-    return upsample ? tile_height + 2 : (tile_height - 1) * stride + kernel_height;
-  }
-  Index columns_read() const {
-    return upsample ? tile_width + 2 : (tile_width - 1) * stride + kernel_width;
+  Index rows_read() const { return read(tile_height, kernel_height); }
+  Index columns_read() const { return read(tile_width, kernel_width); }
+  Index read(Index size, Index kernel) const {
+    if (winograd()) return ceil_div(size, kWinogradTile) * kWinogradTile + 2;
+    return upsample ? size + 2 : (size - 1) * stride + kernel;
   }
   Index tiles() const { return batch * tiles_down() * tiles_across(); }
   Index items() const { return ceil_div(tiles(), together) * splits; }
+};
+
+// Transforms the packed kernels of a convolution for Winograd's algorithm.
+struct WinogradStep {
+  const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
+  Index panels = 1;
+  Index blocks = 1;
+  bool upsample = false;
+  Index kernels = 0;  // floats [panels][phases][positions][input blocks][512]
+
+  Index phases() const { return upsample ? 4 : 1; }
+  Index taps() const { return upsample ? 4 : 9; }
+  // A row and a column of zeros in a 3x3 kernel leave 5x5 products of 6x6.
+  Index positions() const { return upsample ? 25 : 36; }
+  Index items() const { return panels * blocks; }
 };
 
 // Rearranges keys and values so that attention reads them as a convolution its weights.
@@ -96,7 +122,7 @@ struct AttentionStep {
   float scale = 1.0f;
   Index packed_keys = 0;
   Index packed_values = 0;
-  Index residual = kNone;
+  Image residual;
   Index queries = 1;  // of one item
   Index keys = 32;    // worked on at once; a multiple of 32
 
@@ -158,21 +184,33 @@ struct PointwiseStep {
   bool upsample = false;
   Index above = 0;
   Index left = 0;
-  Index residual = kNone;
+  Image residual;
 
   Index items() const { return batch * output.blocks() * output.height; }
+};
+
+// Moves rows of an image to its first: what a strip leaves for the next one.
+struct MoveRowsStep {
+  Index batch = 1;
+  Image image;
+  Index from = 0;
+  Index rows = 0;
+
+  Index items() const { return batch * image.blocks(); }
 };
 
 // Between a caller's tensor of any strides and an image in the arena.
 struct ImportStep {
   Index batch = 1;
   Image image;
+  Index first_row = 0;  // of the tensor
 
   Index items() const { return batch * image.blocks() * image.height; }
 };
 struct ExportStep {
   Index batch = 1;
   Image image;
+  Index first_row = 0;
 
   Index items() const { return batch * image.blocks() * image.height; }
 };

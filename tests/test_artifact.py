@@ -64,8 +64,13 @@ def parts(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     return header, json.loads(header["__metadata__"]["rbln_vae"]), data[8 + length :]
 
 
-def sealed(header: dict[str, Any], description: Any, tensors: bytes) -> bytes:
-    """A file with a right checksum, whatever it says otherwise."""
+def sealed(
+    header: dict[str, Any], description: Any, tensors: bytes, line: int = 64, shift: int = 0
+) -> bytes:
+    """A file with a right checksum, whatever it says otherwise.
+
+    Its tensors begin `shift` bytes after a multiple of `line`.
+    """
     if isinstance(description, dict) and "checksum" in description:
         description["checksum"] = "0" * 64
     text = (
@@ -75,7 +80,7 @@ def sealed(header: dict[str, Any], description: Any, tensors: bytes) -> bytes:
     )
     header = {**header, "__metadata__": {"rbln_vae": text}}
     head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * ((shift - 8 - len(head)) % line)
     data = struct.pack("<Q", len(head)) + head + tensors
     digest = hashlib.sha256(data).hexdigest().encode()
     return data.replace(b'\\"checksum\\":\\"' + b"0" * 64, b'\\"checksum\\":\\"' + digest, 1)
@@ -159,6 +164,49 @@ def test_weights_are_views_of_the_file(tmp_path: Path) -> None:
     ranges = [line.split()[0].split("-") for line in maps if line.endswith("/large")]
     address = weight.data_ptr()
     assert any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+
+def many_sizes() -> Artifact:
+    """Packed tensors of whole lines and not, in two dtypes, in no order."""
+    sizes = {"e": 5, "a": 16, "d": 48, "b": 3, "c": 64, "f": 1}
+    halves = {f"{name} in half": torch.randn(size).bfloat16() for name, size in sizes.items()}
+    return artifact(packed={name: torch.randn(size) for name, size in sizes.items()} | halves)
+
+
+def test_tensors_of_whole_lines_begin_on_a_line_of_the_file(tmp_path: Path) -> None:
+    made = many_sizes()
+    data = written(tmp_path / "part", made)
+    header, _, tensors = parts(data)
+    del header["__metadata__"]
+    begin, end, ended = len(data) - len(tensors), 0, False
+    assert begin % 64 == 0
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] == end
+        tensor = (made.packed or {})[name]
+        assert (begin + end) % tensor.element_size() == 0
+        whole = tensor.nbytes % 64 == 0
+        assert not (whole and ended)
+        assert not whole or (begin + end) % 64 == 0
+        ended, end = ended or not whole, entry["data_offsets"][1]
+    assert ended and end == len(tensors)
+    again = read_artifact(tmp_path / "part")
+    assert_equal(again, made)
+    for tensor in (again.packed or {}).values():
+        assert tensor.nbytes % 64 != 0 or tensor.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("shift", [0, 8, 40])
+def test_tensors_may_lie_in_any_order_and_place(tmp_path: Path, shift: int) -> None:
+    made = many_sizes()
+    header, description, tensors = parts(written(tmp_path / "part", made))
+    del header["__metadata__"]
+    moved, turned = b"", {}
+    for name, entry in sorted(header.items(), key=lambda item: item[0]):
+        start, end = entry["data_offsets"]
+        moved += tensors[start:end]
+        turned[name] = {**entry, "data_offsets": [len(moved) - end + start, len(moved)]}
+    (tmp_path / "part").write_bytes(sealed(turned, description, moved, shift=shift))
+    assert_equal(read_artifact(tmp_path / "part"), made)
 
 
 # Damage
@@ -384,7 +432,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rbln_vae.artifact._seal", full)
+    monkeypatch.setattr("rbln_vae.artifact._write", full)
     with pytest.raises(RBLNArtifactError, match="No space left"):
         artifact(graph_of_every_kind()).save(tmp_path / "part")
     assert (tmp_path / "part").read_bytes() == before

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -402,6 +403,37 @@ def test_an_output_may_be_written_to():
     expected = first.clone()
     first.mul_(0)
     assert torch.equal(default_compiled().decode(z).sample, expected)
+
+
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_an_image_is_written_to_where_the_caller_says(target, tmp_path):
+    compiled = compile_vae(make_vae(), target=target, dtype="float32")
+    z = latent(2, 6, 5)
+    expected = pixels(compiled, z)
+    file = np.lib.format.open_memmap(tmp_path / "large.npy", "w+", "float32", (2, 3, 12, 10))
+    sample = compiled.decode(z, out=file).sample
+    file.flush()
+    assert torch.equal(torch.from_numpy(np.load(tmp_path / "large.npy")), expected)
+    assert torch.equal(sample, expected)
+    half = torch.zeros(2, 12, 10, 3, dtype=torch.float16).permute(0, 3, 1, 2)
+    assert compiled.decode(z, out=half, return_dict=False)[0].data_ptr() == half.data_ptr()
+    assert torch.equal(half, expected.half())
+
+
+def test_what_can_not_be_written_to_is_refused():
+    compiled, z = default_compiled(), latent(1, 4, 4)
+    with pytest.raises(ValueError, match=r"must have the shape \(1, 3, 8, 8\)"):
+        compiled.decode(z, out=torch.zeros(1, 3, 8, 9))
+    with pytest.raises(TypeError, match="float64"):
+        compiled.decode(z, out=np.zeros((1, 3, 8, 8)))
+    with pytest.raises(TypeError, match="int32"):
+        compiled.decode(z, out=torch.zeros(1, 3, 8, 8, dtype=torch.int32))
+    with pytest.raises(TypeError, match="a list"):
+        compiled.decode(z, out=[])
+    fixed = np.zeros((1, 3, 8, 8), dtype=np.float32)
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="can't be written to"):
+        compiled.decode(z, out=fixed)
 
 
 def test_the_global_generator_is_not_drawn_from():

@@ -455,3 +455,13 @@ def test_profile_shows_every_operation_and_its_share_of_the_limit(compiled, tmp_
 
 def test_profile_takes_a_compiled_model(source) -> None:
     assert "not a compiled model" in failed(run("profile", source), 2)
+def test_plan_shows_what_a_size_takes_and_what_less_memory_would_cost(compiled) -> None:
+    text = done(run("plan", compiled, "--size", "512x256"))
+    assert "encoder on 1x3x512x256" in text and "decoder on 1x4x256x128" in text
+    assert text.count("computed again, in strips") == 2
+    assert "Conv2d" not in text
+    steps = done(run("plan", compiled, "--size", "512x256", "--batch-size", 2, "--steps"))
+    assert "decoder on 2x4x256x128" in steps and "Conv2d decoder.conv_in" in steps
+    assert "at least" in failed(run("plan", compiled, "--size", 512, "--memory-limit", "1KiB"), 1)
+
+

@@ -54,12 +54,15 @@ def test_dtype_and_device_are_found_in_every_way(compiled):
 @pytest.mark.parametrize(
     "method", ["enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing"]
 )
-def test_tiling_and_slicing_change_nothing(compiled, method):
+def test_tiling_and_slicing_change_no_pixel(compiled, method):
     latent = torch.randn(2, 4, 3, 5)
     before = compiled.decode(latent).sample
     getattr(compiled, method)()
     assert torch.equal(compiled.decode(latent).sample, before)
-    assert not compiled.use_tiling and not compiled.use_slicing
+    assert compiled.use_tiling == (method == "enable_tiling")
+    assert compiled.use_slicing == (method == "enable_slicing")
+    compiled.disable_tiling()
+    compiled.disable_slicing()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "meta", torch.device("cuda", 0)])

@@ -20,6 +20,8 @@ struct Kernels {
   Index panels;  // and panels of 16 channels
   Index (*conv2d_scratch)(const ConvStep&);
   void (*conv2d)(const ConvStep&, const Context&, Index item);
+  // Null but in float32.
+  void (*winograd_kernels)(const WinogradStep&, const Context&, Index item);
   void (*attention_pack)(const AttentionPackStep&, const Context&, Index item);
   Index (*attention_scratch)(const AttentionStep&);
   void (*attention)(const AttentionStep&, const Context&, Index item);
@@ -43,6 +45,7 @@ std::span<const Kernels* const> all_kernels();
 void statistics(DType dtype, const StatisticsStep&, const Context&, Index item);
 void norm(const NormStep&, const Context&, Index item);
 void pointwise(DType dtype, const PointwiseStep&, const Context&, Index item);
+void move_rows(DType dtype, const MoveRowsStep&, const Context&, Index item);
 void import_image(DType dtype, const ImportStep&, const Context&, Index item);
 void export_image(DType dtype, const ExportStep&, const Context&, Index item);
 

@@ -1,5 +1,6 @@
 // The steps that are bound by memory, in plain C++ for any machine.
 #include <cmath>
+#include <cstring>
 
 #include "engine/kernels/activation.h"
 #include "engine/kernels/kernels.h"
@@ -23,8 +24,8 @@ void statistics_of(const StatisticsStep& s, const Context& context, Index item) 
   const Index blocks = s.input.blocks();
   float* partials = at<float>(context, s.partials) + tile * 2 * blocks * kBlock;
   for (Index block = 0; block < blocks; ++block) {
-    const T* from = at<const T>(context, s.input.offset) +
-                    (((n * blocks + block) * s.input.height + y) * s.input.width + x) * kBlock;
+    const T* from =
+        at<const T>(context, s.input.offset) + s.input.at(n, block, y) + x * kBlock;
     double sum[kBlock] = {}, square[kBlock] = {};
     float shift[kBlock];
     for (Index c = 0; c < kBlock; ++c) shift[c] = to_float(from[c]);
@@ -58,10 +59,11 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
   const Index block = item / s.output.height % s.output.blocks();
   const Index n = item / s.output.height / s.output.blocks();
   const Index blocks = s.output.blocks();
-  const Index line = ((n * blocks + block) * s.output.height + y) * s.output.width * kBlock;
-  T* to = at<T>(context, s.output.offset) + line;
+  T* to = at<T>(context, s.output.offset) + s.output.at(n, block, y);
   const T* residual =
-      s.residual == kNone ? nullptr : at<const T>(context, s.residual) + line;
+      s.residual.channels == 0
+          ? nullptr
+          : at<const T>(context, s.residual.offset) + s.residual.at(n, block, y);
   float scale[kBlock], shift[kBlock];
   for (Index c = 0; c < kBlock; ++c) {
     // Channels that only fill the block stay zero.
@@ -86,8 +88,7 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
       const Index row = s.upsample ? down / 2 : down;
       const Index column = s.upsample ? right / 2 : right;
       const T* from =
-          at<const T>(context, s.input.offset) +
-          (((n * blocks + block) * s.input.height + row) * s.input.width + column) * kBlock;
+          at<const T>(context, s.input.offset) + s.input.at(n, block, row) + column * kBlock;
       for (Index c = 0; c < kBlock; ++c) {
         values[c] = to_float(from[c]) * scale[c] + shift[c];
       }
@@ -106,15 +107,15 @@ template <class T, class Outside>
 void import_line(const ImportStep& s, const Context& context, Index n, Index block, Index y) {
   const Tensor& tensor = *context.input;
   const Index width = s.image.width;
-  T* to = at<T>(context, s.image.offset) +
-          ((n * s.image.blocks() + block) * s.image.height + y) * width * kBlock;
+  T* to = at<T>(context, s.image.offset) + s.image.at(n, block, y);
   const Index channels = smaller(kBlock, s.image.channels - block * kBlock);
   for (Index x = 0; x < width; ++x) {
     for (Index c = channels; c < kBlock; ++c) from_float(0.0f, to[x * kBlock + c]);
   }
   for (Index c = 0; c < channels; ++c) {
     const Outside* from = static_cast<const Outside*>(tensor.data) + n * tensor.strides[0] +
-                          (block * kBlock + c) * tensor.strides[1] + y * tensor.strides[2];
+                          (block * kBlock + c) * tensor.strides[1] +
+                          (s.first_row + y) * tensor.strides[2];
     for (Index x = 0; x < width; ++x) {
       from_float(to_float(from[x * tensor.strides[3]]), to[x * kBlock + c]);
     }
@@ -125,12 +126,12 @@ template <class T, class Outside>
 void export_line(const ExportStep& s, const Context& context, Index n, Index block, Index y) {
   const Tensor& tensor = *context.output;
   const Index width = s.image.width;
-  const T* from = at<const T>(context, s.image.offset) +
-                  ((n * s.image.blocks() + block) * s.image.height + y) * width * kBlock;
+  const T* from = at<const T>(context, s.image.offset) + s.image.at(n, block, y);
   const Index channels = smaller(kBlock, s.image.channels - block * kBlock);
   for (Index c = 0; c < channels; ++c) {
     Outside* to = static_cast<Outside*>(tensor.data) + n * tensor.strides[0] +
-                  (block * kBlock + c) * tensor.strides[1] + y * tensor.strides[2];
+                  (block * kBlock + c) * tensor.strides[1] +
+                  (s.first_row + y) * tensor.strides[2];
     for (Index x = 0; x < width; ++x) {
       from_float(to_float(from[x * kBlock + c]), to[x * tensor.strides[3]]);
     }
@@ -214,6 +215,14 @@ void pointwise(DType dtype, const PointwiseStep& s, const Context& context, Inde
   } else {
     pointwise_of<float>(s, context, item);
   }
+}
+
+void move_rows(DType dtype, const MoveRowsStep& s, const Context& context, Index item) {
+  const Index size = dtype == DType::kBFloat16 ? 2 : 4;
+  const Index row = s.image.width * kBlock * size;
+  std::byte* to = context.arena + s.image.offset +
+                  s.image.at(item / s.image.blocks(), item % s.image.blocks(), 0) * size;
+  std::memmove(to, to + s.from * row, static_cast<std::size_t>(s.rows * row));
 }
 
 void import_image(DType dtype, const ImportStep& s, const Context& context, Index item) {

@@ -11,8 +11,17 @@ namespace {
 constexpr Kernels join(Isa isa, DType dtype, const Conv2dKernels& conv2d,
                        const AttentionKernels& attention,
                        double (*limit)(double) = nullptr) {
-  return {isa,           dtype,          conv2d.pixels,     conv2d.rows,   conv2d.panels,
-          conv2d.scratch, conv2d.run,    attention.pack,    attention.scratch, attention.run,
+  return {isa,
+          dtype,
+          conv2d.pixels,
+          conv2d.rows,
+          conv2d.panels,
+          conv2d.scratch,
+          conv2d.run,
+          conv2d.winograd_kernels,
+          attention.pack,
+          attention.scratch,
+          attention.run,
           limit};
 }
 

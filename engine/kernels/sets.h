@@ -9,6 +9,7 @@ struct Conv2dKernels {
   Index rows, pixels, panels;
   Index (*scratch)(const ConvStep&);
   void (*run)(const ConvStep&, const Context&, Index item);
+  void (*winograd_kernels)(const WinogradStep&, const Context&, Index item);
 };
 
 struct AttentionKernels {

@@ -1,7 +1,7 @@
 from torch import Tensor
 
-_Sizes = tuple[int, int, int, int]
-"""Offset in the arena, channels, height, width."""
+_Sizes = tuple[int, int, int, int, int, int]
+"""Offset in the arena, channels, height, width, pixels of a plane, pixels of a sample."""
 
 def cpu_features() -> list[str]: ...
 def all_kernels() -> list[Kernels]: ...
@@ -33,16 +33,18 @@ class Plan:
     ) -> None: ...
     @property
     def scratch_bytes(self) -> int: ...
-    def import_image(self, *, batch: int, image: _Sizes) -> None: ...
-    def export_image(self, *, batch: int, image: _Sizes) -> None: ...
+    def import_image(self, *, batch: int, image: _Sizes, first_row: int) -> None: ...
+    def export_image(self, *, batch: int, image: _Sizes, first_row: int) -> None: ...
+    def move_rows(self, *, batch: int, image: _Sizes, from_row: int, rows: int) -> None: ...
     def convolution(
         self,
         *,
         batch: int,
         input: _Sizes,
         output: _Sizes,
-        weights: Tensor,
         bias: Tensor,
+        weights: Tensor | None = None,
+        kernels: int | None = None,
         kernel: tuple[int, int],
         stride: int,
         above: int,
@@ -50,11 +52,21 @@ class Plan:
         upsample: bool,
         coefficients: int | None,
         activation: str | None,
-        residual: int | None,
+        residual: _Sizes | None,
         partials: int | None,
         tile: tuple[int, int],
         splits: int,
         together: int,
+    ) -> None: ...
+    def winograd_kernels(
+        self,
+        *,
+        batch: int,
+        weights: Tensor,
+        panels: int,
+        blocks: int,
+        upsample: bool,
+        kernels: int,
     ) -> None: ...
     def statistics(
         self, *, batch: int, input: _Sizes, tile: tuple[int, int], partials: int
@@ -95,7 +107,7 @@ class Plan:
         scale: float,
         packed_keys: int,
         packed_values: int,
-        residual: int | None,
+        residual: _Sizes | None,
         queries: int,
         keys: int,
     ) -> None: ...
@@ -111,7 +123,7 @@ class Plan:
         upsample: bool,
         above: int,
         left: int,
-        residual: int | None,
+        residual: _Sizes | None,
     ) -> None: ...
 
 class Executor:

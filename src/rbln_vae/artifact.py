@@ -11,14 +11,14 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import RBLNArtifactError
 from .files import atomic_path
@@ -31,6 +31,13 @@ SUFFIX = ".rbln"
 
 _NO_CHECKSUM = "0" * 64
 _LARGEST_HEADER = 100_000_000  # the limit that safetensors itself sets
+_LINE = 64  # bytes of a line of the cache, at which tensors begin
+
+# What safetensors calls a dtype, and the integers of its size in little-endian order.
+_STORED = {
+    torch.float32: ("F32", torch.int32, "<i4"),
+    torch.bfloat16: ("BF16", torch.int16, "<i2"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,12 @@ class Artifact:
             "graph": json.loads(self.graph.to_json()),
             "shapes": self._shapes_of_packed_weights(),
         }
-        # One key, since the order of several is not kept: equal models give equal files.
-        metadata = {FORMAT: json.dumps(description, separators=(",", ":"))}
-        weights = _apart(self.graph.weights if self.packed is None else self.packed)
+        weights = _in_order(self.graph.weights if self.packed is None else self.packed)
+        header = _header_of(description, weights)
         try:
             with atomic_path(path) as temporary:
-                save_file(weights, temporary, metadata)
-                _seal(temporary)
-        except (OSError, SafetensorError) as error:
+                _write(temporary, header, weights.values())
+        except OSError as error:
             raise RBLNArtifactError(
                 f"{path} can't be written: {error}. Nothing was left half-written; make room or "
                 "choose another directory."
@@ -96,15 +101,55 @@ class Artifact:
         return {name: list(weight.shape) for name, weight in self.graph.weights.items()}
 
 
-def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, contiguous and each with its own bytes, as safetensors wants them."""
-    result: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
+def _in_order(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as they follow each other in the file.
+
+    Those of whole lines come first, and so each begins on a line; of the others the largest
+    elements come first, and so each begins on a multiple of its element.
+    """
+
+    def place(item: tuple[str, torch.Tensor]) -> tuple[bool, int, str]:
+        name, weight = item
+        return (weight.nbytes % _LINE != 0, -weight.element_size(), name)
+
+    return dict(sorted(weights.items(), key=place))
+
+
+def _header_of(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> bytes:
+    """The header of safetensors with its length before it; whole lines."""
+    # One key, since readers don't keep the order of several.
+    text = json.dumps(description, separators=(",", ":"))
+    entries: dict[str, Any] = {"__metadata__": {FORMAT: text}}
+    end = 0
     for name, weight in weights.items():
-        weight = weight.contiguous()
-        result[name] = weight.clone() if weight.data_ptr() in seen else weight
-        seen.add(weight.data_ptr())
-    return result
+        start, end = end, end + weight.nbytes
+        entries[name] = {
+            "dtype": _STORED[weight.dtype][0],
+            "shape": list(weight.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % _LINE)
+    return struct.pack("<Q", len(header)) + header
+
+
+def _write(path: Path, header: bytes, weights: Iterable[torch.Tensor]) -> None:
+    """Write a file whose checksum is zeros, then put in the right one."""
+    digest = hashlib.sha256(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for weight in weights:
+            data = _little_endian(weight)
+            digest.update(data)
+            file.write(data)
+        file.seek(_place_of_digits(header, _NO_CHECKSUM))
+        file.write(digest.hexdigest().encode())
+
+
+def _little_endian(weight: torch.Tensor) -> memoryview:
+    _, integers, order = _STORED[weight.dtype]
+    data: NDArray[Any] = weight.detach().contiguous().reshape(-1).view(integers).numpy()
+    return data.astype(order, copy=False).data
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -211,7 +256,7 @@ def _description(header: bytes, path: Path) -> dict[str, Any]:
 
 def _check_sum(data: mmap.mmap, header: bytes, description: Mapping[str, Any], path: Path) -> None:
     found = description.get("checksum")
-    place = header.find(_checksum_field(found)) if isinstance(found, str) else -1
+    place = _place_of_digits(header, found) if isinstance(found, str) else -1
     if place < 0 or _digest(data, 8 + place) != found:
         raise RBLNArtifactError(
             f"{path} is damaged: its checksum doesn't match its content. Copy it again from where "
@@ -219,25 +264,17 @@ def _check_sum(data: mmap.mmap, header: bytes, description: Mapping[str, Any], p
         )
 
 
-def _checksum_field(checksum: str) -> bytes:
-    """How the checksum stands in the header, as JSON within JSON."""
-    return f'\\"checksum\\":\\"{checksum}\\"'.encode()
+def _place_of_digits(header: bytes, checksum: str) -> int:
+    """Where the digits of the checksum begin, which is JSON within JSON; negative if nowhere."""
+    name = b'\\"checksum\\":\\"'
+    place = header.find(name + checksum.encode(errors="replace") + b'\\"')
+    return place + len(name) if place >= 0 else -1
 
 
-def _digest(data: mmap.mmap, place: int) -> str:
-    """SHA-256 of the file, with zeros where the checksum itself stands."""
-    start = place + len(_checksum_field("")) - 2
+def _digest(data: mmap.mmap, start: int) -> str:
+    """SHA-256 of the file, with zeros where the digits of the checksum stand."""
     with memoryview(data) as view:
         digest = hashlib.sha256(view[:start])
         digest.update(_NO_CHECKSUM.encode())
         digest.update(view[start + len(_NO_CHECKSUM) :])
     return digest.hexdigest()
-
-
-def _seal(path: Path) -> None:
-    """Compute the checksum of a file written without one, and put it in."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
-        place = data.find(_checksum_field(_NO_CHECKSUM))
-        start = place + len(_checksum_field("")) - 2
-        data[start : start + len(_NO_CHECKSUM)] = _digest(data, place).encode()
-        data.flush()

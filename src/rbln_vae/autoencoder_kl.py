@@ -23,6 +23,7 @@ from .errors import RBLNCompileError, RBLNRuntimeError
 from .model import RBLNModel
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
@@ -193,7 +194,12 @@ class RBLNAutoencoderKL(RBLNModel):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
-        self, z: Tensor, return_dict: bool = True, **kwargs: Any
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        *,
+        out: Tensor | npt.NDArray[Any] | None = None,
+        **kwargs: Any,
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into images.
 
@@ -201,6 +207,10 @@ class RBLNAutoencoderKL(RBLNModel):
             z: Unscaled latents `(N, latent_channels, H, W)`, of any floating dtype and
                 strides.
             return_dict: Whether to return an output class or a tuple.
+            out: Where to write the images instead of to a new tensor: a tensor on the CPU,
+                an array or a memory map `(N, out_channels, f * H, f * W)` of float32,
+                float16 or (a tensor) bfloat16, of any strides. It doesn't count against
+                `memory_limit`.
             **kwargs: `generator` is accepted, and draws nothing.
 
         Returns:
@@ -208,8 +218,8 @@ class RBLNAutoencoderKL(RBLNModel):
             W)`, about in `[-1, 1]`.
 
         Raises:
-            ValueError: The shape or the device is wrong.
-            TypeError: It is no floating tensor, or a name is unknown.
+            ValueError: The shape or the device is wrong, of `z` or of `out`.
+            TypeError: One is no floating tensor, or a name is unknown.
             RBLNRuntimeError: There are no runtimes.
             TimeoutError: The run took longer than `timeout`.
             MemoryError: It would need more than `memory_limit`.
@@ -217,12 +227,18 @@ class RBLNAutoencoderKL(RBLNModel):
         Example:
             >>> image = vae.decode(latent / vae.config.scaling_factor).sample
             ... # doctest: +SKIP
+            >>> pixels = numpy.lib.format.open_memmap(
+            ...     "large.npy", "w+", "float16", (1, 3, 16384, 16384)
+            ... )  # doctest: +SKIP
+            >>> vae.decode(large_latent, out=pixels)  # doctest: +SKIP
         """
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         reject_unknown(kwargs, ["generator"], "argument of decode")
         self._check_input(z, "z", self.rbln_config.latent_channels)
-        sample = self._run(DECODER, z)
+        factor = self.rbln_config.vae_scale_factor or 1
+        shape = (z.shape[0], self.config.out_channels, z.shape[2] * factor, z.shape[3] * factor)
+        sample = self._run(DECODER, z, None if out is None else _writable(out, shape))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -278,16 +294,31 @@ class RBLNAutoencoderKL(RBLNModel):
     use_tiling = use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Do nothing: results are those of the whole image, within `memory_limit`."""
+        """Run each image in the least memory that it can; the pixels stay the same.
+
+        Nothing is tiled: the target `cpu` computes some of the image twice instead of
+        keeping all of it, which takes up to a third more time.
+        """
+        self.use_tiling = use_tiling
+        self._save_memory()
 
     def disable_tiling(self) -> None:
-        """Do nothing, as `enable_tiling`."""
+        """Be as fast as `memory_limit` allows again."""
+        self.enable_tiling(False)
 
     def enable_slicing(self) -> None:
-        """Do nothing: a batch is run within `memory_limit`."""
+        """Run the images of a batch one by one; the pixels stay the same."""
+        self.use_slicing = True
+        self._save_memory()
 
     def disable_slicing(self) -> None:
-        """Do nothing, as `enable_slicing`."""
+        """Run batches together again, as far as `memory_limit` allows."""
+        self.use_slicing = False
+        self._save_memory()
+
+    def _save_memory(self) -> None:
+        for runtime in self._runtimes.values():
+            runtime.save_memory(slicing=self.use_slicing, tiling=self.use_tiling)
 
     @property
     def post_quant_conv(self) -> _PostQuantConv:
@@ -356,6 +387,28 @@ class RBLNAutoencoderKL(RBLNModel):
                 f"{cls.original_class_name}. Name a VAE, or the subfolder that holds one."
             )
         return AutoencoderKL.from_pretrained(model_id, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _writable(out: Tensor | npt.NDArray[Any], shape: tuple[int, ...]) -> Tensor:
+    """The tensor that a caller gave to write to, or that shares the memory of an array."""
+    if not isinstance(out, Tensor):
+        import numpy as np
+
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a tensor or an array, and is a {type(out).__name__}.")
+        if not out.flags.writeable:
+            raise ValueError("out can't be written to. Open a memory map with mode 'r+' or 'w+'.")
+        if out.dtype.kind != "f" or out.dtype.itemsize > 4:
+            raise TypeError(f"out must hold float32 or float16, and holds {out.dtype}.")
+        out = torch.from_numpy(out)
+    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"out must hold float32, float16 or bfloat16, and holds {out.dtype}.")
+    if tuple(out.shape) != shape or out.device.type != "cpu":
+        raise ValueError(
+            f"out must have the shape {shape} and be on the CPU, and has {tuple(out.shape)} on "
+            f"{out.device}."
+        )
+    return out.detach()
 
 
 @dataclasses.dataclass(frozen=True)

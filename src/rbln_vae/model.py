@@ -8,6 +8,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
@@ -26,6 +27,7 @@ from .profiler import Profile
 from .targets.base import (
     CompiledModel,
     CompileOptions,
+    GraphTarget,
     Runtime,
     RuntimeOptions,
     Target,
@@ -265,7 +267,11 @@ class RBLNModel(ModuleMembers):
         _check_placement(rbln_config, target, parts)
         if rbln_config.create_runtimes:
             target.require()
-        compiled = {part: target.load(directory / f"{part}{SUFFIX}") for part in parts}
+        # Most of it is computing checksums, which parts of our own can do at the same time.
+        together = len(parts) if isinstance(target, GraphTarget) else 1
+        with ThreadPoolExecutor(together) as pool:
+            files = (directory / f"{part}{SUFFIX}" for part in parts)
+            compiled = dict(zip(parts, pool.map(target.load, files), strict=True))
         cls._check_parts(compiled, rbln_config, directory)
         rbln_config.freeze()
         return cls(compiled, config, rbln_config)
@@ -364,7 +370,7 @@ class RBLNModel(ModuleMembers):
     # Running one
 
     def memory_needed(self, part: str, shape: tuple[int, ...]) -> int:
-        """Bytes that the activations of a run take.
+        """Bytes that a run takes besides the weights: activations, and the result.
 
         Args:
             part: The name of a compiled part.
@@ -373,6 +379,7 @@ class RBLNModel(ModuleMembers):
         Raises:
             RBLNRuntimeError: There is no such part, or there are no runtimes.
             ValueError: The part takes no such input.
+            MemoryError: It needs more than `memory_limit`, however it is run.
 
         Example:
             >>> vae.memory_needed("decoder", (1, 4, 64, 64))  # doctest: +SKIP
@@ -381,10 +388,35 @@ class RBLNModel(ModuleMembers):
         self._check_shape(part, tuple(shape))
         return runtime.memory_needed(tuple(shape))
 
+    def describe(self, part: str, shape: tuple[int, ...], *, steps: bool = False) -> str:
+        """What a run takes in memory and work, and on the target `cpu` what less would cost.
+
+        Args:
+            part: The name of a compiled part.
+            shape: `(N, C, H, W)` of its input.
+            steps: Whether to list the steps of the run, too.
+
+        Raises:
+            RBLNRuntimeError: There is no such part, or there are no runtimes.
+            ValueError: The part takes no such input.
+            MemoryError: It needs more than `memory_limit`, however it is run.
+
+        Example:
+            >>> print(vae.describe("decoder", (1, 4, 512, 512)))  # doctest: +SKIP
+        """
+        runtime = self._runtime(part)
+        self._check_shape(part, tuple(shape))
+        return runtime.describe(tuple(shape), steps=steps)
+
     @property
     def exact_batches(self) -> bool:
         """Whether each sample of a batch gets the same bits as in a run of its own."""
         return self._target.exact_batches
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether the model takes only the shape that it was compiled for."""
+        return self._target.static_shapes
 
     def _runtime(self, part: str) -> Runtime:
         if part in self._runtimes:
@@ -410,11 +442,12 @@ class RBLNModel(ModuleMembers):
                 "the model again with rbln_batch_size and rbln_sample_size."
             )
 
-    def _run(self, part: str, image: Tensor) -> Tensor:
-        """Run a part on a checked image; the result has its dtype and device."""
+    def _run(self, part: str, image: Tensor, out: Tensor | None = None) -> Tensor:
+        """Run a part on a checked image; a new result has its dtype and device."""
         runtime = self._runtime(part)
         self._check_shape(part, tuple(image.shape))
-        return runtime.run(image.detach().cpu()).to(image.device)
+        source = image.detach().cpu()
+        return runtime.run(source).to(image.device) if out is None else runtime.run(source, out)
 
     def profile(self) -> Profile:
         """The latest runs, operation by operation.

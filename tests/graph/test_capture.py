@@ -18,6 +18,7 @@ from vaes import capture_part, make_vae, noise, part_of
 
 from rbln_vae.errors import RBLNCompileError
 from rbln_vae.graph.capture import capture
+from rbln_vae.graph.passes import drop_no_ops
 from rbln_vae.metrics import relative_l2
 
 FOUR = (4, 8, 8, 12)
@@ -107,7 +108,8 @@ def test_how_the_model_was_to_run_makes_no_difference(name: str) -> None:
     vae = make_vae()
     PROCESSORS[name](vae)
     graph = capture_part(vae, "decoder")
-    assert graph.to_json() == captured("decoder").to_json()
+    # But for copies: torch.export notes those of memory that isn't contiguous.
+    assert drop_no_ops(graph).to_json() == drop_no_ops(captured("decoder")).to_json()
     for weight, expected in zip(
         graph.weights.values(), captured("decoder").weights.values(), strict=True
     ):

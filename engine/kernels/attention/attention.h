@@ -16,8 +16,7 @@ namespace rbln_vae {
 
 template <class T>
 static inline Index element_at(const Image& image, Index n, Index channel, Index pixel) {
-  return ((n * image.blocks() + channel / kBlock) * image.pixels() + pixel) * kBlock +
-         channel % kBlock;
+  return image.at(n, channel / kBlock, 0) + pixel * kBlock + channel % kBlock;
 }
 
 template <class Simd>
@@ -307,9 +306,10 @@ class Attention {
   void store() {
     const Index channels = s_.value_channels();
     T* output = reinterpret_cast<T*>(context_.arena + s_.output.offset);
-    const T* residual = s_.residual == kNone
-                            ? nullptr
-                            : reinterpret_cast<const T*>(context_.arena + s_.residual);
+    const T* residual =
+        s_.residual.channels == 0
+            ? nullptr
+            : reinterpret_cast<const T*>(context_.arena + s_.residual.offset);
     for (Index panel = 0; panel < layout_.panels; ++panel) {
       const Index channel = head_ * channels + panel * kPanel;
       const Index lanes = smaller(kPanel, channels - panel * kPanel);
@@ -318,7 +318,10 @@ class Attention {
         Vector v = Simd::multiply(Simd::load(sums), Simd::set(1.0f / floats(layout_.sum)[i]));
         const Index at = element_at<T>(s_.output, n_, channel, first_ + i);
         if (lanes == kPanel && channel % kPanel == 0) {
-          if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual + at));
+          if (residual != nullptr) {
+            const Index from = element_at<T>(s_.residual, n_, channel, first_ + i);
+            v = Simd::add(v, Simd::load_elements(residual + from));
+          }
           Simd::store_elements(output + at, v);
           continue;
         }
@@ -326,7 +329,10 @@ class Attention {
         Simd::store(values, v);
         for (Index c = 0; c < lanes; ++c) {
           const Index each = element_at<T>(s_.output, n_, channel + c, first_ + i);
-          const float add = residual == nullptr ? 0.0f : to_float(residual[each]);
+          const float add =
+              residual == nullptr
+                  ? 0.0f
+                  : to_float(residual[element_at<T>(s_.residual, n_, channel + c, first_ + i)]);
           from_float(values[c] + add, output[each]);
         }
       }

@@ -3,6 +3,6 @@
 
 namespace rbln_vae::avx2 {
 
-constexpr Conv2dKernels conv2d = conv2d_kernels<Float32>();
+constexpr Conv2dKernels conv2d = conv2d_or_winograd_kernels<Float32>();
 
 }  // namespace rbln_vae::avx2

@@ -11,6 +11,7 @@
 
 #include "engine/kernels/conv2d/epilogue.h"
 #include "engine/kernels/conv2d/loader.h"
+#include "engine/kernels/conv2d/winograd.h"
 #include "engine/kernels/sets.h"
 #include "engine/kernels/simd/gemm.h"
 #include "engine/steps.h"
@@ -43,7 +44,10 @@ class Conv2d {
     return (s.input.blocks() * s.rows_read() * s.columns_read() + slack) * kBlock;
   }
 
-  T* image(Index offset) const { return reinterpret_cast<T*>(context_.arena + offset); }
+  T* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
+    return reinterpret_cast<T*>(context_.arena + image.offset) + image.at(n, block, y) +
+           x * kBlock;
+  }
 
   void run(Index item) {
     Simd::enter();
@@ -61,10 +65,10 @@ class Conv2d {
     for (Index tile = begin; tile < end; ++tile) {
       const ConvTile current(s_, tile);
       if (tile == begin) {
-        loader.start(current, here);
+        loader.start(current, here, plane_);
       }
       loader.finish();
-      if (tile + 1 < end) loader.start(ConvTile(s_, tile + 1), there);
+      if (tile + 1 < end) loader.start(ConvTile(s_, tile + 1), there, plane_);
       float* partials = nullptr;
       if (s_.partials != kNone) {
         partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
@@ -115,8 +119,8 @@ class Conv2d {
     job.panels = panels;
     job.pixel_step = scale * kBlock;
     job.row_step = scale * s_.output.width * kBlock;
-    job.block_step = s_.output.pixels() * kBlock;
-    const Index first_block = tile.n * s_.output.blocks() + panel / 2;
+    job.block_step = s_.output.plane * kBlock;
+    job.residual_block_step = s_.residual.plane * kBlock;
 
     // How often there is time to load a part of the next tile.
     [[maybe_unused]] const Index turns =
@@ -145,14 +149,14 @@ class Conv2d {
           g.c = sums_[turn_];
           const Index y = (tile.y + row) * scale + down;
           const Index x = (tile.x + column) * scale + right;
-          const Index at =
-              (first_block * s_.output.pixels() + y * s_.output.width + x) * kBlock;
           job.sums = g.c;
           job.pitch = Simd::sums_pitch(g.pixels);
           job.rows = g.rows;
           job.pixels = g.pixels;
-          job.output = image(s_.output.offset) + at;
-          job.residual = s_.residual == kNone ? nullptr : image(s_.residual) + at;
+          job.output = pixel(s_.output, tile.n, panel / 2, y, x);
+          job.residual = s_.residual.channels == 0
+                             ? nullptr
+                             : pixel(s_.residual, tile.n, panel / 2, y, x);
           job.first = phase == 0 && row == 0 && chunk == 0;
           job.last = phase + 1 == phases && row + g.rows == tile.height && chunk + 1 == chunks;
           if constexpr (Simd::kOverlaps) {
@@ -193,8 +197,22 @@ class Conv2d {
 
 template <class Simd>
 constexpr Conv2dKernels conv2d_kernels() {
-  return {Simd::kMaxRows, Simd::kMaxPixels, Simd::kMaxPanels, Conv2d<Simd>::scratch_bytes,
-          Conv2d<Simd>::run};
+  return {Simd::kMaxRows,     Simd::kMaxPixels, Simd::kMaxPanels, Conv2d<Simd>::scratch_bytes,
+          Conv2d<Simd>::run, nullptr};
+}
+
+// In float32: by Winograd's algorithm where the step says so.
+template <class Simd>
+constexpr Conv2dKernels conv2d_or_winograd_kernels() {
+  Conv2dKernels kernels = conv2d_kernels<Simd>();
+  kernels.scratch = [](const ConvStep& s) {
+    return s.winograd() ? Winograd<Simd>::scratch_bytes(s) : Conv2d<Simd>::scratch_bytes(s);
+  };
+  kernels.run = [](const ConvStep& s, const Context& context, Index item) {
+    s.winograd() ? Winograd<Simd>::run(s, context, item) : Conv2d<Simd>::run(s, context, item);
+  };
+  kernels.winograd_kernels = Winograd<Simd>::transform;
+  return kernels;
 }
 
 }  // namespace rbln_vae

@@ -27,6 +27,7 @@ class Epilogue {
     Index pixel_step;   // elements from one output pixel to the next
     Index row_step;
     Index block_step;
+    Index residual_block_step;
     bool first;  // of the tile, for these panels
     bool last;
   };
@@ -75,12 +76,15 @@ class Epilogue {
 
   void do_pixels(Index count) {
     const Index panel = job_.panel + p_;
-    const Index at = panel / 2 * job_.block_step - job_.panel / 2 * job_.block_step +
-                     row_ * job_.row_step + pixel_ * job_.pixel_step + panel % 2 * kPanel;
+    const Index block = panel / 2 - job_.panel / 2;
+    const Index at =
+        row_ * job_.row_step + pixel_ * job_.pixel_step + panel % 2 * kPanel;
     const float* sums =
         job_.sums + ((p_ * job_.rows + row_) * job_.pitch + pixel_) * kPanel;
-    T* to = job_.output + at;
-    const T* residual = job_.residual == nullptr ? nullptr : job_.residual + at;
+    T* to = job_.output + block * job_.block_step + at;
+    const T* residual =
+        job_.residual == nullptr ? nullptr
+                                 : job_.residual + block * job_.residual_block_step + at;
     const Vector bias = Simd::load(s_.bias + panel * kPanel);
     // The rest of a block that has no channels must read as zero.
     const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();

@@ -5,7 +5,7 @@
 namespace rbln_vae {
 
 namespace generic_float32 {
-constexpr Conv2dKernels conv2d = conv2d_kernels<GenericSimd<float>>();
+constexpr Conv2dKernels conv2d = conv2d_or_winograd_kernels<GenericSimd<float>>();
 }  // namespace generic_float32
 
 namespace generic_bfloat16 {

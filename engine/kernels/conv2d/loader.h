@@ -37,19 +37,20 @@ class Loader {
  public:
   Loader(const ConvStep& s, const Context& context) : s_(s), context_(context) {}
 
-  // The tile before must be finished.
-  void start(const ConvTile& tile, T* scratch) {
+  // The tile before must be finished. Blocks lie `plane` elements apart in the scratch.
+  void start(const ConvTile& tile, T* scratch, Index plane) {
     scratch_ = scratch;
-    top_ = s_.upsample ? tile.y - 1 : tile.y * s_.stride - s_.above;
-    left_ = s_.upsample ? tile.x - 1 : tile.x * s_.stride - s_.left;
+    plane_ = plane;
+    top_ = tile.y * s_.stride - s_.above;
+    left_ = tile.x * s_.stride - s_.left;
     rows_ = s_.upsample ? tile.height + 2 : (tile.height - 1) * s_.stride + s_.kernel_height;
     columns_ = s_.upsample ? tile.width + 2 : (tile.width - 1) * s_.stride + s_.kernel_width;
     // The part of the columns that lies in the image.
     begin_ = smaller(columns_, larger(0, -left_));
     end_ = larger(begin_, smaller(columns_, s_.input.width - left_));
     const Index blocks = s_.input.blocks();
-    source_ = reinterpret_cast<const T*>(context_.arena + s_.input.offset) +
-              tile.n * blocks * s_.input.pixels() * kBlock;
+    source_ = reinterpret_cast<const T*>(context_.arena + s_.input.offset);
+    n_ = tile.n;
     coefficients_ = nullptr;
     if (s_.reading.coefficients != kNone) {
       coefficients_ = reinterpret_cast<const float*>(context_.arena + s_.reading.coefficients) +
@@ -83,7 +84,7 @@ class Loader {
   // Some pixels of the current row.
   void load(Index pixels) {
     const Index pitch = s_.columns_read();
-    T* to = scratch_ + ((block_ * s_.rows_read() + row_) * pitch + column_) * kBlock;
+    T* to = scratch_ + block_ * plane_ + (row_ * pitch + column_) * kBlock;
     const Index y = top_ + row_;
     if (y < 0 || y >= s_.input.height) {
       zero(to, pixels);
@@ -95,8 +96,7 @@ class Loader {
     zero(to, begin - column_);
     zero(to + (end - column_) * kBlock, last - end);
     if (begin == end) return;
-    const T* from =
-        source_ + ((block_ * s_.input.height + y) * s_.input.width + left_ + begin) * kBlock;
+    const T* from = source_ + s_.input.at(n_, block_, y) + (left_ + begin) * kBlock;
     read(from, to + (begin - column_) * kBlock, end - begin);
   }
 
@@ -139,10 +139,16 @@ class Loader {
     }
   }
 
-  // Applies a function of 16 channels to all pixels of a block.
+  // Applies a function of 16 channels to all pixels of a block. The row below is fetched
+  // meanwhile: the hardware fetches what follows in a row, and a tile's rows are short.
   template <class Function>
-  static void each_half(const T* from, T* to, Index pixels, Function&& function) {
+  void each_half(const T* from, T* to, Index pixels, Function&& function) const {
+    const Index below = row_ + 1 < rows_ ? s_.input.width * kBlock : 0;
     for (Index i = 0; i < pixels; ++i, from += kBlock, to += kBlock) {
+      if constexpr (!Simd::kOverlaps) {
+        __builtin_prefetch(from + below);
+        __builtin_prefetch(from + below + kPanel);
+      }
       Simd::store_elements(to, function(Simd::load_elements(from), 0));
       Simd::store_elements(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
     }
@@ -151,6 +157,7 @@ class Loader {
   const ConvStep& s_;
   const Context& context_;
   T* scratch_ = nullptr;
+  Index plane_ = 0;
   Index top_ = 0;  // of the tile, in the input; less than zero where zeros come first
   Index left_ = 0;
   Index rows_ = 0;
@@ -158,6 +165,7 @@ class Loader {
   Index begin_ = 0;
   Index end_ = 0;
   const T* source_ = nullptr;
+  Index n_ = 0;
   const float* coefficients_ = nullptr;
   Index block_ = 0;
   Index row_ = 0;

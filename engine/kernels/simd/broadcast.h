@@ -34,6 +34,7 @@ class Broadcast {
       for (int n = 0; n < kColumns; ++n) sums[m][n] = Set::zero();
     }
     const T* b = g.b;
+    const T* ahead = g.ahead;
     const Index panel_step = g.panel_step;
     for (Index block = 0; block < g.blocks; ++block) {
       const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
@@ -41,6 +42,10 @@ class Broadcast {
         const T* a = g.a + block * g.plane + g.taps[tap];
         const T* w = b;
         for (Index k = 0; k < channels; k += Set::kChannels) {
+          if (ahead != nullptr) {
+            __builtin_prefetch(ahead, 0, 2);
+            ahead += kRow;
+          }
           typename Set::Weights weights[kColumns];
 #pragma GCC unroll 4
           for (int n = 0; n < kColumns; ++n) {

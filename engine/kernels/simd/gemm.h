@@ -42,6 +42,8 @@ struct Gemm {
   Index rows;
   Index pixels;
   Index panels;
+  // What is to be fetched meanwhile, as much as one panel of weights; may be null.
+  const T* ahead = nullptr;
 };
 
 }  // namespace rbln_vae

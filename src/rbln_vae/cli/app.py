@@ -454,3 +454,26 @@ def targets() -> None:
 def main() -> None:
     """Run the command that the arguments name, and exit."""
     app(prog_name="rbln-vae")
+@app.command()
+def plan(
+    directory: Compiled,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="The image size, in pixels. By default the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    steps: Annotated[bool, typer.Option("--steps", help="List the steps of the run.")] = False,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+) -> None:
+    """Show the memory and the work that an image takes, and what less memory would cost."""
+    from . import planning
+
+    settings = _settings(num_threads=threads, memory_limit=memory_limit)
+    planning.describe_model(directory, size, batch_size, steps, settings)
+
+

@@ -52,8 +52,8 @@ def profile_model(
             if config.uses_encoder:
                 model.encode(image)
             model.decode(latent)
-    runs = model.profile().runs[-len(model.compiled_models) :]
-    profile = Profile(runs)
+    latest = {run.part: run for run in model.profile().runs}
+    profile = Profile(list(latest.values()))
     out().print(str(profile))
     if trace is not None:
         profile.save(trace)

@@ -11,6 +11,7 @@ attention works on pixels in a row until a pass recognises it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -628,9 +629,12 @@ def _operation(stored: Any) -> Operation:
     return typing.cast(Operation, _build(OPERATIONS[kind], fields))
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _build(cls: type[Any], stored: Mapping[str, Any]) -> Any:
     """An instance of a dataclass from JSON, each field checked against its type."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable
     names = {f.name for f in dataclasses.fields(cls)}
     _require(
         stored.keys() == names,
@@ -660,8 +664,7 @@ def _decode(hint: Any, item: Any, name: str) -> Any:
         except OverflowError:
             raise GraphError(f"{name} is larger than any float") from None
     wanted = typing.get_origin(hint) or hint
-    _require(
-        isinstance(item, wanted) and not (isinstance(item, bool) and wanted is not bool),
-        f"{name} is {item!r}, expected {getattr(wanted, '__name__', wanted)}",
-    )
+    if not isinstance(item, wanted) or (isinstance(item, bool) and wanted is not bool):
+        # Not for `_require`, which would have every weight printed.
+        raise GraphError(f"{name} is {item!r}, expected {getattr(wanted, '__name__', wanted)}")
     return item

@@ -62,15 +62,17 @@ class RuntimeOptions:
 class Runtime(Protocol):
     """A compiled part on its device, ready to run; several threads may share it."""
 
-    def run(self, image: Tensor) -> Tensor:
+    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
         """Run the part.
 
         Args:
             image: `(N, C, H, W)` on the CPU, of any floating dtype and strides; not
                 written to.
+            out: Where to write the result, on the CPU, of its shape and any floating dtype
+                and strides.
 
         Returns:
-            A new tensor on the CPU, in the dtype of the input.
+            `out`, or a new tensor on the CPU in the dtype of the input.
 
         Raises:
             TimeoutError: The run took longer than its timeout.
@@ -78,10 +80,31 @@ class Runtime(Protocol):
         """
 
     def memory_needed(self, shape: tuple[int, ...]) -> int:
-        """Bytes that the activations of a run on an input of that shape take.
+        """Bytes that a run on an input of that shape takes, besides weights.
 
         Raises:
             ValueError: The part takes no such input.
+            MemoryError: It would need more than its memory limit.
+        """
+
+    def save_memory(self, *, slicing: bool, tiling: bool) -> None:
+        """Take less memory than the limit allows, where the target knows how.
+
+        Args:
+            slicing: Whether to run the images of a batch one by one.
+            tiling: Whether to run each in the least memory that it can.
+        """
+
+    def describe(self, shape: tuple[int, ...], *, steps: bool = False) -> str:
+        """What a run on an input of that shape takes in memory and work, for a reader.
+
+        Args:
+            shape: `(N, C, H, W)`.
+            steps: Whether to list what it does, too.
+
+        Raises:
+            ValueError: The part takes no such input.
+            MemoryError: It would need more than its memory limit.
         """
 
     @property
@@ -173,13 +196,22 @@ def timed_out(timeout: float) -> TimeoutError:
     )
 
 
-def over_memory_limit(part: str, shape: Shape, needed: int, limit: int) -> MemoryError:
-    """The error of a run that would need more memory than its limit."""
+def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> MemoryError:
+    """The error of a run that needs more memory than its limit, however it is run."""
     return MemoryError(
-        f"A run of the {part} on {'x'.join(map(str, shape))} needs {needed} bytes for "
-        f"activations, and memory_limit is {limit}. Raise the limit, or run a smaller batch or "
-        "image."
+        f"A run of the {part} on {sizes(shape)} needs at least {least} bytes besides the "
+        f"weights, and memory_limit is {limit}. Raise the limit, or run a smaller image."
     )
+
+
+def sizes(shape: Shape) -> str:
+    """`1x4x64x64`."""
+    return "x".join(map(str, shape))
+
+
+def mebibytes(size: float) -> str:
+    """`3.0 MiB` for 3145728 bytes."""
+    return f"{size / 2**20:,.1f} MiB"
 
 
 _MODULES = {

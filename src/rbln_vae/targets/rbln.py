@@ -26,7 +26,7 @@ from ..errors import (
     RBLNTargetUnavailableError,
 )
 from ..profiler import RunProfile
-from .base import CompiledModel, CompileOptions, RuntimeOptions, Target
+from .base import CompiledModel, CompileOptions, RuntimeOptions, Target, sizes
 
 DTYPE = "float32"
 
@@ -151,10 +151,16 @@ class RblnRuntime:
         """Nothing of this machine's: the NPU has its own, taken since the model was loaded."""
         return 0
 
-    def run(self, image: Tensor) -> Tensor:
+    def describe(self, shape: tuple[int, ...], *, steps: bool = False) -> str:
+        return f"{sizes(shape)}: planned by the compiler, in the memory of the NPU"
+
+    def save_memory(self, *, slicing: bool, tiling: bool) -> None:
+        """The compiler has chosen already."""
+
+    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
         with self._lock:
             result: Tensor = self._runtime(image.float().contiguous())
-            return result.to(image.dtype, copy=True)
+            return result.to(image.dtype, copy=True) if out is None else out.copy_(result)
 
 
 def _devices_keyword(rebel: Any) -> str:

@@ -23,7 +23,9 @@ from .base import (
     CompileOptions,
     GraphTarget,
     RuntimeOptions,
+    mebibytes,
     over_memory_limit,
+    sizes,
     timed_out,
 )
 
@@ -80,7 +82,7 @@ class InterpreterRuntime:
     def profiles(self) -> list[RunProfile]:
         return list(self._profiles)
 
-    def run(self, image: Tensor) -> Tensor:
+    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
         interpreter = self._interpreter
         self._check_memory(image.shape)
         clock = _Clock(self._options.timeout)
@@ -97,10 +99,19 @@ class InterpreterRuntime:
                 watch.lap()
                 self._profiles.append(watch.profile(tuple(image.shape)))
         clock.check()
-        return result.to(image.device, image.dtype)
+        return result.to(image.device, image.dtype) if out is None else out.copy_(result)
 
     def memory_needed(self, shape: Shape) -> int:
         return peak_elements(self._interpreter.graph, shape) * self._interpreter.dtype.itemsize
+
+    def describe(self, shape: Shape, *, steps: bool = False) -> str:
+        graph = self._interpreter.graph
+        memory = mebibytes(self.memory_needed(shape))
+        text = f"{graph.name} on {sizes(shape)}: {memory} for activations, everything computed once"
+        return f"{text}\n{graph}" if steps else text
+
+    def save_memory(self, *, slicing: bool, tiling: bool) -> None:
+        """A graph is run as it is: there is nothing to choose."""
 
     def _check_memory(self, shape: Shape) -> None:
         limit = self._options.memory_limit

@@ -80,6 +80,10 @@ class ConvCase:
     def shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.inputs, self.height, self.width)
 
+    @property
+    def suits_winograd(self) -> bool:
+        return self.upsample or (self.kernel == (3, 3) and self.stride == 1)
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -141,6 +145,9 @@ CONVOLUTIONS = (
     ConvCase(24, 40, 5, 7, kernel=(2, 2), upsample=True, normed_after=8),
     ConvCase(64, 64, 1, 1, kernel=(2, 2), upsample=True),
     ConvCase(32, 96, 9, 40, kernel=(2, 2), upsample=True, batch=2, normed_after=32),
+    # Padding that is none, and more than a kernel reaches.
+    ConvCase(72, 40, 21, 45, padding=_NONE, groups=8),
+    ConvCase(33, 65, 18, 7, padding=(2, 3, 0, 1), normed_after=5),
     # Several tiles each way.
     ConvCase(64, 64, 130, 70, groups=32, residual=True, normed_after=32),
     ConvCase(256, 64, 40, 60, groups=32, normed_after=32),

@@ -1,22 +1,24 @@
-"""Every kernel of every instruction set that this machine has, over one table of shapes."""
+"""Every kernel of every instruction set that this machine has, over one table of shapes.
+
+`make test-engine` runs them under sanitizers, and those of AMX on any machine.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from cases import ATTENTIONS, CONVOLUTIONS, AttentionCase, ConvCase
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rbln_vae import _engine
 from rbln_vae.graph.interpreter import Interpreter
-from rbln_vae.targets.cpu import runtime
+from rbln_vae.targets.cpu import planner
 from rbln_vae.targets.cpu.planner import Convolution
 from rbln_vae.targets.cpu.runtime import CpuRuntime
-
-try:
-    # AMX tiles in plain C++; `make test-engine` builds it.
-    from rbln_vae import _engine_emulated as emulated
-except ImportError:
-    emulated = None
 
 Case = ConvCase | AttentionCase
 CASES: tuple[Case, ...] = (*CONVOLUTIONS, *ATTENTIONS)
@@ -73,25 +75,157 @@ def test_bfloat16_kernels_agree(case: Case, isa: str, monkeypatch: pytest.Monkey
     assert difference(run(case, isa, "bfloat16", monkeypatch), expected) < limit
 
 
-@pytest.mark.skipif(emulated is None, reason="`make test-engine` builds the emulated tiles")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_emulated_tiles_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_engine", emulated)
-    expected = run(case, "generic", "bfloat16", monkeypatch)
-    limit = 0.03 if isinstance(case, AttentionCase) and case.sharp > 1 else 0.008
-    assert difference(run(case, "amx_bf16", "bfloat16", monkeypatch), expected) < limit
-
-
 @pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.height * c.width > 60], ids=str)
 def test_tiles_of_one_item_follow_each_other(
     case: ConvCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if emulated is not None:
-        monkeypatch.setattr(runtime, "_engine", emulated)
-    isa = "amx_bf16" if emulated is not None else BFLOAT16[-1] if BFLOAT16 else "generic"
+    isa = BFLOAT16[-1] if BFLOAT16 else "generic"
     monkeypatch.setattr(
         Convolution, "tile", lambda self, _: (min(4, self.grid[0]), min(19, self.grid[1]))
     )
     alone = run(case, isa, "bfloat16", monkeypatch)
     monkeypatch.setattr(Convolution, "together", lambda *_: 3)
     assert torch.equal(run(case, isa, "bfloat16", monkeypatch), alone)
+
+
+WINOGRAD = [case for case in CONVOLUTIONS if case.suits_winograd]
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Makes every convolution of 3x3 one by Winograd's algorithm, or none."""
+
+    def choose(winograd: bool) -> None:
+        monkeypatch.setattr(
+            planner,
+            "gains_by_winograd",
+            lambda conv: winograd and (conv.upsample or (conv.kernel, conv.stride) == ((3, 3), 1)),
+        )
+
+    return choose
+
+
+def convolved(case: ConvCase, x: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    native = CpuRuntime(case.graph(), dtype="float32", num_threads=threads)
+    steps = native.plan(tuple(x.shape)).steps
+    assert ("Winograd", "y") in [(step.kind, step.name) for step in steps]
+    return native.run(x)
+
+
+@pytest.mark.parametrize("isa", ["generic", *FLOAT32])
+@pytest.mark.parametrize("case", WINOGRAD, ids=str)
+def test_winograd_is_what_the_definition_gives(
+    case: ConvCase, isa: str, choose: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(False)
+    expected = run(case, "generic", "float32", monkeypatch)
+    choose(True)
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
+    assert difference(convolved(case, image(case)), expected) < 3e-6
+
+
+sizes = st.integers(1, 70)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(sizes, sizes, sizes, sizes, st.integers(1, 3), st.booleans(), st.data())
+def test_winograd_takes_any_shape_and_tiles(
+    choose: Callable[[bool], None],
+    inputs: int,
+    outputs: int,
+    height: int,
+    width: int,
+    batch: int,
+    upsample: bool,
+    data: st.DataObject,
+) -> None:
+    kernel = (2, 2) if upsample else (3, 3)
+    case = ConvCase(
+        inputs, outputs, height, width, batch=batch, kernel=kernel, upsample=upsample, residual=True
+    )
+    choose(False)
+    expected = CpuRuntime(case.graph(), dtype="float32").run(image(case))
+    choose(True)
+    found = convolved(case, image(case))
+    assert difference(found, expected) < 3e-6
+    # Neither the batch nor tiles and threads change a bit.
+    assert torch.equal(convolved(case, image(case)[-1:]), found[-1:])
+    tile = tuple(min(size, 4 * data.draw(st.integers(1, 6))) for size in (height, width))
+    splits = data.draw(st.integers(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Convolution, "tile", lambda *_: tile)
+        patch.setattr(Convolution, "splits", lambda self, *_: min(splits, -(-self.outputs // 16)))
+        assert torch.equal(convolved(case, image(case), threads=2), found)
+
+
+@pytest.mark.parametrize("isa", ["generic", *FLOAT32])
+@pytest.mark.parametrize("upsample", [False, True])
+def test_bits_depend_on_the_place_in_four_rows_and_columns(
+    upsample: bool, isa: str, choose: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(True)
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
+    kernel, scale = ((2, 2), 2) if upsample else ((3, 3), 1)
+    case = ConvCase(40, 24, 36, 52, kernel=kernel, upsample=upsample)
+    x = image(case)
+    whole = convolved(case, x)
+    for rows, columns in ((4, 0), (8, 16), (0, 32)):
+        part = convolved(case, x[:, :, rows:, columns:])
+        # The first row and column of a part have zeros beside them.
+        inner = scale * 4
+        expected = whole[:, :, scale * rows + inner :, scale * columns + inner :]
+        assert torch.equal(part[:, :, inner:, inner:], expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_winograd_spreads_nan_and_infinity_no_further_than_its_tiles(
+    value: float, choose: Callable[[bool], None]
+) -> None:
+    choose(True)
+    case = ConvCase(40, 24, 24, 24)
+    x = image(case)
+    x[0, 7, 10, 12] = value
+    found = convolved(case, x).isfinite()
+    assert not found[:, :, 9:12, 11:14].any()
+    found[:, :, 8:12, 8:16] = True
+    assert found.all()
+
+
+def test_winograd_is_chosen_where_it_gains() -> None:
+    def chosen(**changes: Any) -> bool:
+        conv = Convolution(
+            **{
+                "inputs": 64,
+                "outputs": 64,
+                "kernel": (3, 3),
+                "stride": 1,
+                "upsample": False,
+                "grid": (64, 64),
+                "normed": True,
+                **changes,
+            }
+        )
+        return planner.gains_by_winograd(conv)
+
+    assert chosen()
+    assert chosen(upsample=True, kernel=(2, 2))
+    assert chosen(inputs=3)
+    assert chosen(outputs=3)
+    assert not chosen(inputs=16, outputs=16)
+    assert not chosen(stride=2)
+    assert not chosen(kernel=(1, 1))
+    assert not chosen(kernel=(5, 5))
+    assert not chosen(grid=(8, 8))
+    # Four sets of kernels are to be transformed.
+    assert chosen(grid=(24, 24))
+    assert not chosen(grid=(24, 24), upsample=True, kernel=(2, 2))
+    # In float32 alone, and whatever the batch.
+    graph = ConvCase(64, 64, 64, 64).graph()
+    for dtype in ("float32", "bfloat16"):
+        for batch in (1, 3):
+            plan = CpuRuntime(graph, dtype=dtype).plan((batch, 64, 64, 64))
+            assert ("Winograd" in {s.kind for s in plan.steps}) == (dtype == "float32")

@@ -28,6 +28,7 @@ from rbln_vae.graph.ir import (
 )
 from rbln_vae.graph.passes import optimise
 from rbln_vae.targets.cpu.packing import pack
+from rbln_vae.targets.cpu.planner import Convolution
 from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
 
 PARTS = ("encoder", "decoder")
@@ -246,6 +247,15 @@ def test_weights_packed_before_need_no_weights(decoder: Graph) -> None:
     assert torch.equal(native.run(image), CpuRuntime(decoder, dtype="float32").run(image))
 
 
+def test_tiles_that_would_change_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"w": torch.randn(32, 32, 3, 3)}
+    conv = Conv2d("y", "x", "w", None, padding=(1, 1, 1, 1))
+    graph = Graph("case", "x", 32, "y", (conv,), weights).verify()
+    monkeypatch.setattr(Convolution, "tile", lambda *_: (8, 10))
+    with pytest.raises(ValueError, match="tiles that don't begin"):
+        CpuRuntime(graph, dtype="float32").run(torch.randn(1, 32, 40, 40))
+
+
 def test_an_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RBLN_VAE_ISA", "generic")
     assert best_dtype() == "bfloat16" or {k.isa for k in usable_kernels()} == {"generic"}
@@ -284,4 +294,5 @@ def test_unavailable_instruction_sets_say_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_instruction_set_but_the_portable_one_tells_the_limit_of_the_machine() -> None:
     limits = {k.isa: k.measure_limit(1, 0.02) for k in _engine.all_kernels()}
     assert limits.pop("generic") == 0
-    assert all(1e9 < limit < 1e14 for limit in limits.values())
+    # Millions with emulated tiles under a sanitizer.
+    assert all(1e6 < limit < 1e14 for limit in limits.values())

@@ -1,16 +1,18 @@
 """From a graph and an input shape to a plan: what the engine does, and in what memory.
 
 A plan is a flat list of steps over one arena. Everything that is decided, is decided
-here: the order, where each buffer lies and which share memory, and the tiles that images
-are worked on in. Tiles don't depend on the number of threads, and so neither do the
-results, to the last bit.
+here: the order, where each buffer lies and which share memory, what is computed again
+rather than kept, and the tiles that images are worked on in. Tiles depend neither on the
+number of threads nor on the memory that there is, and so neither do the results, to the
+last bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,13 +33,31 @@ from ...graph.ir import (
     Upsample,
     Value,
 )
+from .memory import ALIGNMENT, Buffer, Image, Place, place
 from .packing import BLOCK, PANEL, bias_name
+from .sweep import Export, Import, Sweep, top_row
 
-ALIGNMENT = 4096
-"""Buffers begin on a page of their own."""
+WINOGRAD_CHANNELS = 32
+"""In or out, that a convolution needs to gain by Winograd's algorithm."""
+
+WINOGRAD_KERNELS = 96
+"""What one position of a transformed kernel costs, in products that take as long."""
+
+WINOGRAD_TILES = 32
+"""Of 4x4 outputs, in a tile of the plan.
+
+Enough that fetching kernels costs little beside multiplying by them; few enough that what
+128 channels are transformed to stays in the L2 cache.
+"""
+
+WINOGRAD_TILE = 4
+"""Rows and columns of outputs that Winograd's algorithm makes at once."""
 
 MAX_TAPS = 64
 """Of a convolution kernel that the engine takes."""
+
+LARGEST_UNIT = 64
+"""Rows that strips of several targets may have to be a multiple of."""
 
 
 @dataclass(frozen=True)
@@ -101,32 +121,6 @@ COSTS: Mapping[str, Costs] = {
 """By instruction set: the faster its products are, the more everything else costs."""
 
 
-@dataclass(eq=False)
-class Buffer:
-    """A range of the arena, and the steps from the first to the last that need it."""
-
-    name: str
-    bytes: int
-    first: int
-    last: int
-    offset: int = -1
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image in a buffer."""
-
-    buffer: Buffer
-    channels: int
-    height: int
-    width: int
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """As the engine takes it."""
-        return (self.buffer.offset, self.channels, self.height, self.width)
-
-
 @dataclass(frozen=True)
 class Step:
     """One call of the engine.
@@ -139,6 +133,7 @@ class Step:
         bytes: What it reads and writes at the least.
         arguments: Of the call: numbers, images and offsets.
         weights: Of the call: names of packed weights.
+        sweep: The number of the sweep that it is a strip of, from 1; else 0.
     """
 
     call: str
@@ -148,6 +143,7 @@ class Step:
     bytes: int
     arguments: Mapping[str, Any]
     weights: Mapping[str, str] = field(default_factory=dict)
+    sweep: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,6 +157,9 @@ class Plan:
         steps: In order.
         buffers: Everything in the arena.
         arena_bytes: The size of the arena.
+        recomputed: The values that are never held whole, but computed in strips wherever
+            they are needed; the others are computed once.
+        needed_flops: Floating-point operations that a run does where all values are kept.
     """
 
     input_shape: Shape
@@ -169,45 +168,99 @@ class Plan:
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     arena_bytes: int
+    recomputed: tuple[Value, ...]
+    needed_flops: int
 
     @property
     def flops(self) -> int:
         """Floating-point operations of a run."""
         return sum(step.flops for step in self.steps)
 
+    @property
+    def extra_work(self) -> float:
+        """What is computed again, as a share of what is needed."""
+        return self.flops / self.needed_flops - 1 if self.needed_flops else 0.0
+
+    def live_bytes(self) -> list[int]:
+        """For each step, the bytes of the buffers that hold something then."""
+        changes = [0] * (len(self.steps) + 1)
+        for buffer in self.buffers:
+            changes[buffer.first] += buffer.bytes
+            changes[buffer.last + 1] -= buffer.bytes
+        return list(itertools.accumulate(changes[:-1]))
+
     def describe(self) -> str:
-        """The steps, their work and their memory, as a table."""
+        """The steps, their work and their memory, as a table; those of strips together."""
         lines = [
             f"{'x'.join(map(str, self.input_shape))} to {'x'.join(map(str, self.output_shape))}, "
-            f"{self.machine.dtype}, {self.machine.isa}: {self.flops / 1e9:.1f} GFLOP, "
-            f"arena of {self.arena_bytes / 2**20:.1f} MiB",
+            f"{self.machine.dtype}, {self.machine.isa}: {self.flops / 1e9:.1f} GFLOP "
+            f"({self.extra_work:.1%} of extra work), arena of {self.arena_bytes / 2**20:.1f} MiB",
             f"{'GFLOP':>9} {'MiB live':>9}  step",
         ]
+        together: dict[tuple[int, str, str], list[int]] = {}
         for index, step in enumerate(self.steps):
-            live = sum(b.bytes for b in self.buffers if b.first <= index <= b.last)
-            tile = step.arguments.get("tile")
+            together.setdefault((step.sweep, step.kind, step.name), []).append(index)
+        live = self.live_bytes()
+        for (sweep, kind, name), indices in together.items():
+            first = self.steps[indices[0]]
+            tile = first.arguments.get("tile")
             note = f", tiles of {tile[0]}x{tile[1]}" if tile else ""
-            splits = step.arguments.get("splits", 1)
+            splits = first.arguments.get("splits", 1)
             note += f", channels in {splits} parts" if splits > 1 else ""
-            lines.append(
-                f"{step.flops / 1e9:9.2f} {live / 2**20:9.1f}  {step.kind} {step.name}{note}"
-            )
+            note += f", sweep {sweep} in {len(indices)} strips" if sweep else ""
+            flops = sum(self.steps[i].flops for i in indices) / 1e9
+            most = max(live[i] for i in indices) / 2**20
+            lines.append(f"{flops:9.2f} {most:9.1f}  {kind} {name}{note}")
         return "\n".join(lines)
 
 
-def make_plan(graph: Graph, input_shape: Iterable[int], machine: Machine) -> Plan:
+def make_plan(
+    graph: Graph,
+    input_shape: Iterable[int],
+    machine: Machine,
+    recomputed: Iterable[Value] = (),
+    *,
+    sketch: bool = False,
+) -> Plan:
     """Plan a run.
 
     Args:
         graph: What the passes made of it; its weights may be on the meta device.
         input_shape: `(N, input_channels, H, W)`.
         machine: What will run it.
+        recomputed: Values that are not to be held whole, of `droppable`; for a batch of
+            one only.
+        sketch: Whether to leave out all strips but the first of each sweep, whose steps
+            then stand for the work of all: enough to know the memory and the work.
 
     Raises:
         GraphError: The operations don't fit the input.
         RBLNCompileError: The engine has no kernel for an operation.
     """
-    return _Planner(graph, tuple(input_shape), machine).plan()
+    return _Planner(graph, tuple(input_shape), machine, frozenset(recomputed), sketch).plan()
+
+
+def droppable(graph: Graph) -> frozenset[Value]:
+    """The values that can be computed in strips wherever they are needed."""
+    readers: dict[Value, list[Operation]] = {graph.output: [Export("", graph.output)]}
+    for operation in graph.operations:
+        for value in operation.inputs:
+            readers.setdefault(value, []).append(operation)
+    makers: list[Operation] = [Import(graph.input), *graph.operations]
+    return frozenset(
+        maker.output
+        for maker in makers
+        if isinstance(maker, (Import, Conv2d))
+        and all(isinstance(reader, (Export, Conv2d)) for reader in readers[maker.output])
+        # What arrives has no convolution that would sum its statistics.
+        and not (
+            isinstance(maker, Import)
+            and any(
+                getattr(r, "norm", None) and r.inputs[0] == maker.output
+                for r in readers[maker.output]
+            )
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -222,16 +275,29 @@ class _Statistics:
 
 
 class _Planner:
-    def __init__(self, graph: Graph, input_shape: Shape, machine: Machine) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        input_shape: Shape,
+        machine: Machine,
+        recomputed: frozenset[Value],
+        sketch: bool,
+    ) -> None:
         self.graph = graph
         self.machine = machine
+        self.recomputed = recomputed
+        self.sketch = sketch
         self.shapes = graph.infer_shapes(input_shape)
+        self.heights = {v: s[2] for v, s in self.shapes.items()}
         self.batch = input_shape[0]
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
         self.images: dict[Value, Image] = {}
         self.coefficients: dict[tuple[Value, Norm], Buffer] = {}
         self.norms: dict[Value, list[Norm]] = {}
+        self.tiles: dict[Convolution, tuple[int, int]] = {}
+        self.sweeps = 0
+        self.sweeping = 0
         for operation in graph.operations:
             norm = getattr(operation, "norm", None)
             if norm is not None:
@@ -241,17 +307,46 @@ class _Planner:
                 norms = self.norms.setdefault(value, [])
                 if bare not in norms:
                     norms.append(bare)
-        self.last_uses = graph.last_uses()
+        self.convolutions = {
+            operation.output: self.convolution_of(operation)
+            for operation in graph.operations
+            if isinstance(operation, Conv2d)
+        }
+        self.needed_until = self.last_needs()
+
+    def last_needs(self) -> dict[Value, int]:
+        """For each value, the index of the last operation that it is needed for.
+
+        What is computed again needs its inputs as long as it is needed itself.
+        """
+        until = {self.graph.output: len(self.graph.operations)}
+        for index, operation in reversed(list(enumerate(self.graph.operations))):
+            again = operation.output in self.recomputed
+            needed = max(index, until.get(operation.output, -1)) if again else index
+            for value in operation.inputs:
+                until[value] = max(until.get(value, -1), needed)
+        return until
 
     def plan(self) -> Plan:
         graph = self.graph
-        source = self.image(graph.input)
-        self.emit("import_image", graph.input, "Import", {"image": source}, writes=[source])
-        self.statistics_of(graph.input, None)
+        if graph.input not in self.recomputed:
+            source = self.image(graph.input)
+            self.import_rows(source, 0)
+            self.statistics_of(graph.input, None)
         for index, operation in enumerate(graph.operations):
-            self.operation(index, operation)
-        result = self.images[graph.output]
-        self.emit("export_image", graph.output, "Export", {"image": result}, reads=[result])
+            if operation.output in self.images:
+                continue  # made in one sweep with another
+            if operation.output in self.recomputed:
+                if operation.output in self.norms:
+                    self.sweep([operation])
+            elif self.recomputed.intersection(operation.inputs):
+                self.sweep([operation, *self.partners(index)])
+            else:
+                self.operation(index, operation)
+        if graph.output in self.recomputed:
+            self.sweep([Export("", graph.output)])
+        else:
+            self.export_rows(self.images[graph.output], 0)
         arena = place(self.buffers)
         return Plan(
             self.shapes[graph.input],
@@ -260,7 +355,12 @@ class _Planner:
             tuple(self.resolve(step) for step in self.steps),
             tuple(self.buffers),
             arena,
+            tuple(o.output for o in self.makers() if o.output in self.recomputed),
+            sum(o.flops(self.shapes, graph.weights) for o in graph.operations),
         )
+
+    def makers(self) -> Sequence[Operation]:
+        return (Import(self.graph.input), *self.graph.operations)
 
     # Memory.
 
@@ -271,30 +371,34 @@ class _Planner:
         self.buffers.append(result)
         return result
 
-    def image_bytes(self, value: Value) -> int:
-        batch, channels, height, width = self.shapes[value]
+    def rows_image(self, value: Value, rows: int) -> Image:
+        """An image in a buffer of its own that holds so many rows of a value."""
+        _, channels, _, width = self.shapes[value]
         blocks = -(-channels // BLOCK)
-        return batch * blocks * height * width * BLOCK * self.machine.element_bytes
+        plane = rows * width
+        size = self.batch * blocks * plane * BLOCK * self.machine.element_bytes
+        return Image(self.buffer(value, size), channels, rows, width, plane, blocks * plane)
 
     def image(self, value: Value, over: Image | None = None) -> Image:
         """An image for a value that the next step makes, in a new buffer or an old one."""
-        _, channels, height, width = self.shapes[value]
-        buffer = over.buffer if over else self.buffer(value, self.image_bytes(value))
-        self.images[value] = Image(buffer, channels, height, width)
+        if over is None:
+            self.images[value] = self.rows_image(value, self.heights[value])
+        else:
+            self.images[value] = dataclasses.replace(over, channels=self.shapes[value][1])
         return self.images[value]
 
-    def replaceable(self, index: int, residual: Value | None, *read: Value) -> Image | None:
-        """The image of a residual, if the operation may write its output over it."""
-        if residual is None or residual in read or self.last_uses[residual] != index:
+    def replaceable(self, index: int, value: Value | None, *read: Value) -> Image | None:
+        """The image of a value, if the operation may write its output over it."""
+        if value is None or value in read or self.needed_until[value] != index:
             return None
-        image = self.images[residual]
+        image = self.images[value]
         # Another value may be stored in the same buffer, as after an identity.
-        others = (self.images[v].buffer for v in self.live(index) if v != residual)
+        others = (
+            other.buffer
+            for name, other in self.images.items()
+            if name != value and self.needed_until.get(name, -1) >= index
+        )
         return None if any(b is image.buffer for b in others) else image
-
-    def live(self, index: int) -> list[Value]:
-        """Values that the operation at an index or a later one reads."""
-        return [v for v in self.images if self.last_uses.get(v, -1) >= index]
 
     # Steps.
 
@@ -315,23 +419,40 @@ class _Planner:
         for each in (*reads, *writes):
             if each is None:
                 continue
-            buffer = each.buffer if isinstance(each, Image) else each
-            buffer.last = len(self.steps)
-            size += buffer.bytes
+            if isinstance(each, Image):
+                size += self.batch * each.elements * self.machine.element_bytes
+                each.buffer.last = len(self.steps)
+            else:
+                size += each.bytes
+                each.last = len(self.steps)
         arguments = {"batch": self.batch, **arguments}
-        self.steps.append(Step(call, name, kind, flops, size, arguments, weights or {}))
+        self.steps.append(
+            Step(call, name, kind, flops, size, arguments, weights or {}, self.sweeping)
+        )
 
-    @staticmethod
-    def resolve(step: Step) -> Step:
+    def resolve(self, step: Step) -> Step:
         """The step with offsets in place of buffers, now that they are known."""
 
         def known(argument: Any) -> Any:
-            if isinstance(argument, Image):
-                return argument.sizes
-            return argument.offset if isinstance(argument, Buffer) else argument
+            match argument:
+                case Image():
+                    return argument.sizes(self.machine.element_bytes)
+                case Place(buffer, offset):
+                    return buffer.offset + offset
+                case Buffer():
+                    return argument.offset
+            return argument
 
         arguments = {name: known(argument) for name, argument in step.arguments.items()}
         return dataclasses.replace(step, arguments=arguments)
+
+    def import_rows(self, image: Image, first: int) -> None:
+        arguments = {"image": image, "first_row": first}
+        self.emit("import_image", self.graph.input, "Import", arguments, writes=[image])
+
+    def export_rows(self, image: Image, first: int) -> None:
+        arguments = {"image": image, "first_row": first}
+        self.emit("export_image", self.graph.output, "Export", arguments, reads=[image])
 
     def operation(self, index: int, operation: Operation) -> None:
         match operation:
@@ -368,45 +489,125 @@ class _Planner:
             "activation": norm.activation,
         }
 
-    def convolution(self, index: int, operation: Conv2d) -> None:
-        machine = self.machine
-        source = self.images[operation.input]
-        residual = self.images[operation.residual] if operation.residual else None
-        over = self.replaceable(index, operation.residual, operation.input)
+    # Convolutions.
+
+    def convolution_of(self, operation: Conv2d) -> Convolution:
         outputs, inputs, height, width = operation.kernel(self.graph.weights)
         if height * width > MAX_TAPS:
             raise RBLNCompileError(
                 f"The target 'cpu' takes convolution kernels of up to {MAX_TAPS} taps, "
                 f"{operation.output!r} has {height}x{width}."
             )
-        target = self.image(operation.output, over)
-        grid = source if operation.upsample else target
+        grid = self.shapes[operation.input if operation.upsample else operation.output][2:]
         conv = Convolution(
             inputs=inputs,
             outputs=outputs,
             kernel=(height, width),
             stride=operation.stride,
             upsample=operation.upsample,
-            grid=(grid.height, grid.width),
+            grid=(grid[0], grid[1]),
             normed=operation.norm is not None,
         )
-        tile = conv.tile(machine)
+        # By the size of the whole image, so that the bits of a result depend on it alone.
+        winograd = self.machine.dtype == "float32" and gains_by_winograd(conv)
+        return dataclasses.replace(conv, winograd=winograd)
+
+    def tile(self, conv: Convolution) -> tuple[int, int]:
+        """The tiles of a convolution; many strips ask for the same."""
+        if conv not in self.tiles:
+            self.tiles[conv] = conv.tile(self.machine)
+        return self.tiles[conv]
+
+    def convolution(self, index: int, operation: Conv2d) -> None:
+        """All rows at once."""
+        source = self.images[operation.input]
+        residual = self.images[operation.residual] if operation.residual else None
+        over = self.replaceable(index, operation.residual, operation.input)
+        if over is None and self.reads_what_it_writes(operation):
+            over = self.replaceable(index, operation.input)
+        target = self.image(operation.output, over)
+        statistics = self.summed_statistics(operation)
+        rows = (0, self.heights[operation.output])
+        kernels = self.winograd_kernels(operation)
+        self.convolve(operation, rows, source, 0, target, residual, statistics, kernels)
+        self.statistics_of(operation.output, statistics)
+
+    def reads_what_it_writes(self, operation: Conv2d) -> bool:
+        """Whether a tile of the output needs no other pixels than the same of the input."""
+        conv = self.convolutions[operation.output]
+        return (
+            conv.kernel == (1, 1)
+            and operation.stride == 1
+            and not any(operation.padding)
+            and not operation.upsample
+            and operation.residual is None
+            and -(-conv.outputs // BLOCK) <= -(-conv.inputs // BLOCK)
+            # Each tile is read once, before it is written.
+            and conv.splits(self.tile(conv), self.batch, self.machine) == 1
+        )
+
+    def summed_statistics(self, operation: Conv2d) -> _Statistics | None:
+        """Where a convolution sums what the norms of its output need, if there are any."""
+        if operation.output not in self.norms:
+            return None
+        conv = self.convolutions[operation.output]
+        tile = self.tile(conv)
+        size = self.batch * conv.tiles(tile) * conv.sums_bytes
+        return _Statistics(
+            self.buffer(f"{operation.output} statistics", size),
+            conv.panels * PANEL,
+            conv.grid,
+            tile,
+            4 if operation.upsample else 1,
+        )
+
+    def convolve(
+        self,
+        operation: Conv2d,
+        rows: tuple[int, int],
+        source: Image,
+        source_row: int,
+        target: Image,
+        residual: Image | None,
+        statistics: _Statistics | None,
+        kernels: Buffer | None,
+    ) -> None:
+        """Compute some rows of an output.
+
+        Args:
+            operation: What to compute.
+            rows: Which; they begin with a row of tiles where statistics are summed.
+            source: The rows of the input that they read.
+            source_row: The first of these.
+            target: For the rows themselves.
+            residual: Those of what is added to them.
+            statistics: Of the whole output.
+            kernels: What `winograd_kernels` gave.
+        """
+        machine = self.machine
+        whole = self.convolutions[operation.output]
+        scale = 2 if operation.upsample else 1
+        begin, end = rows[0] // scale, rows[1] // scale
+        conv = dataclasses.replace(whole, grid=(end - begin, whole.grid[1]))
+        # Statistics are summed by tiles of the whole image; else strips have tiles of their own.
+        tall, wide = self.tile(conv if statistics is None else whole)
+        tile = (min(tall, end - begin), wide)
         splits = conv.splits(tile, self.batch, machine)
-        panels = -(-outputs // PANEL)
-        statistics: _Statistics | None = None
-        if operation.output in self.norms:
-            size = self.batch * conv.tiles(tile) * 2 * panels * PANEL * 4
-            statistics = _Statistics(
-                self.buffer(f"{operation.output} statistics", size),
-                panels * PANEL,
-                conv.grid,
-                tile,
-                4 if operation.upsample else 1,
-            )
+        partials = None
+        if statistics is not None:
+            above = begin // tall * -(-whole.grid[1] // wide)
+            partials = Place(statistics.buffer, above * whole.sums_bytes)
+        weights = {"weights": operation.weight, "bias": bias_name(operation)}
+        if kernels is not None:
+            del weights["weights"]
         norm = self.norm_arguments(operation.input, operation.norm)
-        above, _, left, _ = operation.padding
+        flops = operation.flops(self.shapes, self.graph.weights)
+        if not self.sketch:
+            flops = flops * (rows[1] - rows[0]) // self.heights[operation.output]
         phases = 4 if operation.upsample else 1
-        weight_bytes = outputs * inputs * height * width * phases * machine.element_bytes
+        weight_bytes = (
+            math.prod(conv.kernel) * conv.inputs * conv.outputs * phases * machine.element_bytes
+        )
         self.emit(
             "convolution",
             operation.output,
@@ -414,25 +615,228 @@ class _Planner:
             dict(
                 input=source,
                 output=target,
-                kernel=(height, width),
+                kernels=kernels,
+                kernel=conv.kernel,
                 stride=operation.stride,
-                above=above,
-                left=left,
+                above=source_row - top_row(operation, rows[0]),
+                left=operation.padding[2],
                 upsample=operation.upsample,
-                residual=residual.buffer if residual else None,
-                partials=statistics.buffer if statistics else None,
+                residual=residual,
+                partials=partials,
                 tile=tile,
                 splits=splits,
                 together=conv.together(tile, self.batch, splits, machine),
                 **norm,
             ),
-            reads=[source, residual, norm["coefficients"]],
+            reads=[source, residual, kernels, norm["coefficients"]],
             writes=[target, *([statistics.buffer] if statistics else [])],
-            weights={"weights": operation.weight, "bias": bias_name(operation)},
-            flops=operation.flops(self.shapes, self.graph.weights),
-            extra_bytes=weight_bytes,
+            weights=weights,
+            flops=flops,
+            extra_bytes=0 if kernels is not None else weight_bytes,
         )
-        self.statistics_of(operation.output, statistics)
+
+    def winograd_kernels(self, operation: Conv2d) -> Buffer | None:
+        """Transform the kernels of a convolution that is done by Winograd's algorithm."""
+        conv = self.convolutions[operation.output]
+        if not conv.winograd:
+            return None
+        blocks = -(-conv.inputs // BLOCK)
+        products = conv.panels * PANEL * blocks * BLOCK * conv.products
+        kernels = self.buffer(f"{operation.output} kernels", products * 4)
+        self.emit(
+            "winograd_kernels",
+            operation.output,
+            "Winograd",
+            {
+                "panels": conv.panels,
+                "blocks": blocks,
+                "upsample": conv.upsample,
+                "kernels": kernels,
+            },
+            writes=[kernels],
+            weights={"weights": operation.weight},
+        )
+        return kernels
+
+    # Strips.
+
+    def partners(self, index: int) -> list[Operation]:
+        """Later operations that read what this one recomputes, and can go along with it."""
+        operation = self.graph.operations[index]
+        members = {member.output for member in self.members([operation])}
+        found: list[Operation] = []
+        for other in self.graph.operations[index + 1 :]:
+            shared = members.intersection(other.inputs)
+            if (
+                shared
+                and isinstance(other, Conv2d)
+                and other.output not in self.recomputed
+                and other.output not in self.images
+                and {m.output for m in self.members([other])} <= members
+                and all(v in members or v in self.images for v in other.inputs)
+                and self.heights[other.output] == self.heights[operation.output]
+                and self.strip_unit([operation, *found, other]) <= LARGEST_UNIT
+            ):
+                found.append(other)
+        return found
+
+    def members(self, targets: Sequence[Operation]) -> list[Operation]:
+        """What makes the recomputed values that some operations need, in order."""
+        makers = {maker.output: maker for maker in self.makers()}
+        needed: set[Value] = set()
+        waiting = [value for target in targets for value in target.inputs]
+        while waiting:
+            value = waiting.pop()
+            if value in self.recomputed and value not in needed:
+                needed.add(value)
+                waiting.extend(makers[value].inputs)
+        return [maker for maker in self.makers() if maker.output in needed]
+
+    def strip_unit(self, targets: Iterable[Operation]) -> int:
+        """What the rows of a strip must be a multiple of."""
+        unit = 1
+        for target in targets:
+            if isinstance(target, Conv2d):
+                conv = self.convolutions[target.output]
+                rows = conv.rows_at_once
+                if target.output in self.norms:
+                    rows = self.tile(conv)[0] * (2 if target.upsample else 1)
+                unit = math.lcm(unit, rows)
+        return unit
+
+    def strip_height(self, sweep: Sweep) -> int:
+        """Rows of a strip: work enough for all threads, little memory."""
+        tiles = min(
+            -(-self.convolutions[o.output].grid[1] // tile[1]) / tile[0]
+            for o in (*sweep.members, *sweep.targets)
+            if isinstance(o, Conv2d)
+            for tile in [self.tile(self.convolutions[o.output])]
+        )
+        wanted = min(
+            max(8, min(32, sweep.height // 16), int(4 * self.machine.threads / tiles)),
+            max(1, sweep.height // 8),
+        )
+        unit = self.strip_unit(sweep.targets)
+        return unit * max(1, round(wanted / unit))
+
+    def sweep(self, targets: Sequence[Operation]) -> None:
+        """Compute targets strip by strip, with the recomputed values that they need.
+
+        A target that is itself recomputed is computed for its statistics alone.
+        """
+        self.sweeps += 1
+        self.sweeping = self.sweeps
+        sweep = Sweep(
+            self.members(targets),
+            targets,
+            self.heights,
+            {value: conv.kernel[0] for value, conv in self.convolutions.items()},
+            {value: conv.rows_at_once for value, conv in self.convolutions.items()},
+            step=1,
+        )
+        sweep = dataclasses.replace(sweep, step=self.strip_height(sweep))
+        windows = {
+            value: self.rows_image(value, rows) for value, rows in sweep.window_heights().items()
+        }
+        statistics: dict[Value, _Statistics | None] = {}
+        dropped: dict[Value, Image] = {}
+        for target in targets:
+            if not isinstance(target, Conv2d):
+                continue
+            if target.output in self.recomputed:
+                dropped[target.output] = self.rows_image(
+                    target.output, min(sweep.step, sweep.height)
+                )
+            else:
+                self.image(target.output, self.overwritten(sweep))
+            statistics[target.output] = self.summed_statistics(target)
+
+        kernels = {
+            o.output: self.winograd_kernels(o)
+            for o in (*sweep.members, *targets)
+            if isinstance(o, Conv2d)
+        }
+        held: dict[Value, tuple[int, int]] = {}
+
+        def rows_of(value: Value, rows: tuple[int, int]) -> Image:
+            if value in windows:
+                first = held[value][0]
+                return windows[value].rows(rows[0] - first, rows[1] - first)
+            return self.images[value].rows(*rows)
+
+        for strip in itertools.islice(sweep.strips(), 1 if self.sketch else None):
+            for operation in (*sweep.members, *targets):
+                value, rows = operation.output, strip.computed[operation.output]
+                if value in windows:
+                    self.move_window(value, windows[value], held.get(value), strip.held[value])
+                    held[value] = strip.held[value]
+                if rows[0] == rows[1]:
+                    continue
+                match operation:
+                    case Import():
+                        self.import_rows(rows_of(value, rows), rows[0])
+                    case Export(input=result):
+                        self.export_rows(rows_of(result, rows), rows[0])
+                    case Conv2d(input=source, residual=residual):
+                        read = dict(sweep.read(operation, rows))
+                        output = (
+                            dropped[value].rows(0, rows[1] - rows[0])
+                            if value in dropped
+                            else rows_of(value, rows)
+                        )
+                        self.convolve(
+                            operation,
+                            rows,
+                            rows_of(source, read[source]),
+                            read[source][0],
+                            output,
+                            rows_of(residual, rows) if residual else None,
+                            statistics.get(value),
+                            kernels[value],
+                        )
+        self.sweeping = 0
+        for target in targets:
+            if isinstance(target, Conv2d):
+                self.statistics_of(target.output, statistics[target.output])
+
+    def overwritten(self, sweep: Sweep) -> Image | None:
+        """The image of a value that the only target of a sweep may be written over."""
+        (target, *others) = sweep.targets
+        if others:
+            return None
+        index = self.graph.operations.index(target)
+        _, channels, height, width = self.shapes[target.output]
+        read = dict.fromkeys(v for o in (*sweep.members, target) for v in o.inputs)
+        for value in read:
+            image = self.images.get(value)
+            if (
+                image is not None
+                and (image.height, image.width) == (height, width)
+                and -(-channels // BLOCK) <= image.blocks
+                and self.replaceable(index, value)
+                and sweep.may_overwrite(value)
+            ):
+                return image
+        return None
+
+    def move_window(
+        self,
+        value: Value,
+        window: Image,
+        before: tuple[int, int] | None,
+        after: tuple[int, int],
+    ) -> None:
+        """Move the rows that a window keeps to its beginning."""
+        if before is None or before[0] == after[0] or before[1] == after[0]:
+            return
+        arguments = {
+            "image": window,
+            "from_row": after[0] - before[0],
+            "rows": before[1] - after[0],
+        }
+        self.emit("move_rows", value, "MoveRows", arguments, reads=[window])
+
+    # Everything else.
 
     def attention(self, index: int, operation: Attention) -> None:
         if not operation.scale > 0:
@@ -477,7 +881,7 @@ class _Planner:
                 query=query,
                 output=target,
                 scale=operation.scale,
-                residual=residual.buffer if residual else None,
+                residual=residual,
                 queries=queries,
                 keys=keys,
                 **packed,
@@ -518,7 +922,7 @@ class _Planner:
                 upsample=upsample,
                 above=above,
                 left=left,
-                residual=other.buffer if other else None,
+                residual=other,
                 **arguments,
             ),
             reads=[image, other, arguments["coefficients"]],
@@ -531,14 +935,14 @@ class _Planner:
         norms = self.norms.get(value, [])
         if not norms:
             return
-        image = self.images[value]
         if statistics is None:
+            image = self.images[value]
             grid = (image.height, image.width)
             tile = (max(1, min(grid[0], 4096 // grid[1])), min(grid[1], 4096))
-            channels = -(-image.channels // BLOCK) * BLOCK
+            filled = image.blocks * BLOCK
             tiles = -(-grid[0] // tile[0]) * -(-grid[1] // tile[1])
-            buffer = self.buffer(f"{value} statistics", self.batch * tiles * 2 * channels * 4)
-            statistics = _Statistics(buffer, channels, grid, tile, 1)
+            buffer = self.buffer(f"{value} statistics", self.batch * tiles * 2 * filled * 4)
+            statistics = _Statistics(buffer, filled, grid, tile, 1)
             self.emit(
                 "statistics",
                 value,
@@ -547,8 +951,9 @@ class _Planner:
                 reads=[image],
                 writes=[buffer],
             )
+        channels = self.shapes[value][1]
         for norm in norms:
-            blocks = -(-image.channels // BLOCK)
+            blocks = -(-channels // BLOCK)
             coefficients = self.buffer(f"{value} coefficients", self.batch * 2 * blocks * BLOCK * 4)
             self.coefficients[value, norm] = coefficients
             self.emit(
@@ -556,7 +961,7 @@ class _Planner:
                 value,
                 "Norm",
                 {
-                    "channels": image.channels,
+                    "channels": channels,
                     "groups": norm.groups,
                     "eps": norm.eps,
                     "partials": statistics.buffer,
@@ -586,11 +991,45 @@ class Convolution:
     upsample: bool
     grid: tuple[int, int]
     normed: bool
+    winograd: bool = False
+
+    @property
+    def row_step(self) -> int:
+        """Rows and columns of the grid at whose multiples its tiles begin.
+
+        An output's last bits depend on where in so many rows and columns it lies, and on
+        nothing else of the plan.
+        """
+        return WINOGRAD_TILE if self.winograd else 1
+
+    @property
+    def products(self) -> int:
+        """Of an input and an output channel, for a point of the grid or a 4x4 of them."""
+        if self.winograd:
+            return 100 if self.upsample else 36
+        return math.prod(self.kernel) * (4 if self.upsample else 1)
+
+    @property
+    def panels(self) -> int:
+        return -(-self.outputs // PANEL)
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of the statistics of a tile: a mean and a sum of squares for each channel."""
+        return 2 * self.panels * PANEL * 4
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the output that aren't computed one without the other."""
+        return self.row_step * (2 if self.upsample else 1)
 
     def read(self, tile: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the input that a tile reads."""
         if self.upsample:
             return tile[0] + 2, tile[1] + 2
+        if self.winograd:
+            rows, columns = (-(-size // WINOGRAD_TILE) * WINOGRAD_TILE for size in tile)
+            return rows + 2, columns + 2
         return (
             (tile[0] - 1) * self.stride + self.kernel[0],
             (tile[1] - 1) * self.stride + self.kernel[1],
@@ -606,12 +1045,13 @@ class Convolution:
         )
 
     def product_cost(self, tile: tuple[int, int]) -> float:
-        phases = 4 if self.upsample else 1
-        taps = self.kernel[0] * self.kernel[1] * phases
-        return tile[0] * tile[1] * taps * self.inputs * self.outputs
+        points = math.prod(-(-size // self.row_step) for size in tile)
+        return points * self.products * self.inputs * self.outputs
 
     def tile(self, machine: Machine) -> tuple[int, int]:
         """Height and width of the tiles: the least overhead that fits the cache."""
+        if self.winograd:
+            return self.winograd_tile(machine)
         height, width = self.grid
         pixel = -(-self.inputs // BLOCK) * BLOCK * machine.element_bytes
         # Tiles for some threads, whose number isn't known here; more are made by splits.
@@ -649,6 +1089,19 @@ class Convolution:
                 best, best_cost = tile, cost
         return best
 
+    def winograd_tile(self, machine: Machine) -> tuple[int, int]:
+        """Tiles of at most `WINOGRAD_TILES` 4x4 outputs, those that read the least."""
+        down, across = (-(-size // WINOGRAD_TILE) for size in self.grid)
+        best, best_cost = (1, 1), math.inf
+        for columns in range(min(across, WINOGRAD_TILES), 0, -1):
+            rows = min(down, WINOGRAD_TILES // columns)
+            tile = rows * WINOGRAD_TILE, columns * WINOGRAD_TILE
+            weights = self.product_cost((1, 1)) * machine.costs.weights
+            cost = self.tiles(tile) * (self.load_cost(tile, machine.costs) + weights)
+            if cost < best_cost:
+                best, best_cost = tile, cost
+        return min(best[0], self.grid[0]), min(best[1], self.grid[1])
+
     def splits(self, tile: tuple[int, int], batch: int, machine: Machine) -> int:
         """Into how many parts to divide the output channels, so that all threads work."""
         groups = -(-self.outputs // (PANEL * machine.panels))
@@ -674,6 +1127,22 @@ class Convolution:
         return max(1, min(16, items // (8 * machine.threads)))
 
 
+def gains_by_winograd(conv: Convolution) -> bool:
+    """Whether Winograd's algorithm does a convolution of 3x3 faster than the definition.
+
+    It has to have channels enough to pay for the transforms of images, and pixels enough
+    to pay for that of its kernels, which is done in each run: stored, they would take
+    four times the space.
+    """
+    if max(conv.inputs, conv.outputs) < WINOGRAD_CHANNELS:
+        return False
+    if not conv.upsample and (conv.kernel, conv.stride) != ((3, 3), 1):
+        return False
+    winograd = dataclasses.replace(conv, winograd=True)
+    saved = conv.product_cost(conv.grid) - winograd.product_cost(conv.grid)
+    return saved >= WINOGRAD_KERNELS * winograd.product_cost((1, 1))
+
+
 def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
     """Queries of an item, and keys that it works on at once.
 
@@ -686,27 +1155,3 @@ def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int,
     while queries > together and matrices * -(-pixels // queries) < 3 * machine.threads:
         queries -= together
     return min(queries, pixels), 256
-
-
-def place(buffers: list[Buffer]) -> int:
-    """Give each buffer an offset; those that live at different times may share memory.
-
-    Large buffers first, each at the lowest offset where it meets no other that lives at
-    the same time.
-
-    Returns:
-        The size of the arena.
-    """
-    placed: list[Buffer] = []
-    for buffer in sorted(buffers, key=lambda b: (-b.bytes, b.first)):
-        offset = 0
-        for other in placed:
-            if other.last < buffer.first or buffer.last < other.first:
-                continue
-            if other.offset >= offset + buffer.bytes:
-                break
-            offset = max(offset, other.offset + other.bytes)
-        buffer.offset = offset
-        placed.append(buffer)
-        placed.sort(key=lambda b: b.offset)
-    return max((b.offset + b.bytes for b in buffers), default=0)

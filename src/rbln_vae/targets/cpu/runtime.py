@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,15 +18,21 @@ from torch import Tensor
 
 from ... import _engine
 from ...errors import RBLNTargetUnavailableError
-from ...graph.ir import Graph, Shape
+from ...graph.ir import Graph, Shape, Value
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
-from ..base import over_memory_limit, timed_out
+from ..base import mebibytes, over_memory_limit, sizes, timed_out
 from .packing import DTYPES, pack
 from .planner import Machine, Plan, make_plan
+from .trade import fit_plan, hopeless, least_plan, tradeoffs
 
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """The instruction sets of the engine, the best last."""
+
+EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
+"""What the engine reads and writes outside its arena."""
+ADDRESSABLE = 2**62
+"""Bytes that the engine can count in any sum of two sizes."""
 
 CACHED_PLANS = 64
 KEPT_PROFILES = 16
@@ -86,6 +95,21 @@ def _aligned(weight: Tensor) -> Tensor:
     return weight if weight.data_ptr() % 64 == 0 else weight.clone()
 
 
+@contextlib.contextmanager
+def _torch_allocates() -> Iterator[None]:
+    """Where torch has no memory for an image, a `MemoryError` instead of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        wanted = re.search(r"allocate (\d+) bytes", str(error))
+        if wanted is None:
+            raise
+        raise MemoryError(
+            f"The system has no {wanted[1]} bytes for the images of this run. Run a smaller batch "
+            "or image, or free memory; the model can be used again."
+        ) from None
+
+
 class CpuRuntime:
     """Runs a graph with the native engine; any number of threads may share it.
 
@@ -96,8 +120,9 @@ class CpuRuntime:
         dtype: In what to compute; `None` is what is fastest here.
         num_threads: Threads of a run; `None` is one for each processor that this
             process may use.
-        memory_limit: The most bytes that a run may take, besides the weights; `None` is
-            the memory of the machine or of the control group, whichever is less.
+        memory_limit: The most bytes that a run may take with its result, besides the
+            weights; `None` is the memory of the machine or of the control group, whichever
+            is less. Within it a run is as fast as can be, and gives the same bits.
         timeout: Seconds that a run may take.
         activate_profiler: Whether to keep the times of the latest runs.
     """
@@ -120,7 +145,8 @@ class CpuRuntime:
             raise ValueError(f"num_threads is {num_threads}, expected at least 1.")
         self.graph = graph
         self.timeout = timeout
-        self.memory_limit = usable_memory() if memory_limit is None else memory_limit
+        limit = usable_memory() if memory_limit is None else memory_limit
+        self.memory_limit = min(limit, ADDRESSABLE)
         weights = pack(graph, dtype) if packed is None else packed
         self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._kernels = [each for each in usable_kernels() if each.dtype == dtype][-1]
@@ -133,7 +159,8 @@ class CpuRuntime:
             panels=self._kernels.panels,
             threads=self._executor.threads,
         )
-        self._plans: dict[Shape, tuple[Plan, _engine.Plan]] = {}
+        self._slicing = self._tiling = False
+        self._plans: dict[tuple[Shape, int, bool, bool], tuple[Plan, _engine.Plan]] = {}
         self._lock = threading.Lock()
         self._profiles: deque[RunProfile] | None = None
         if activate_profiler:
@@ -141,21 +168,63 @@ class CpuRuntime:
             self._limit = measured_limit(self._kernels.isa, dtype, self._executor.threads)
 
     def plan(self, shape: Shape) -> Plan:
-        """What a run on an input of that shape does; `print(plan.describe())`."""
-        return self._planned(tuple(shape))[0]
+        """What a run on an input of that shape does; `print(plan.describe())`.
+
+        A batch that is too much for the limit is run in parts, and the plan is that of one.
+        """
+        return self._planned(tuple(shape), self._room(tuple(shape)))[0]
 
     def memory_needed(self, shape: Shape) -> int:
-        """Bytes that a run on an input of that shape takes, besides weights."""
-        return self._executor.bytes(self._planned(tuple(shape))[1])
+        """Bytes that a run on an input of that shape takes with its result, besides weights.
 
-    def run(self, image: Tensor) -> Tensor:
+        Raises:
+            ValueError: The part takes no such input.
+            MemoryError: It is more than the memory limit, however it is run.
+        """
+        shape = tuple(shape)
+        room = self._room(shape)
+        native = self._planned(shape, room)[1]
+        return self._executor.bytes(native) + self.memory_limit - room
+
+    def describe(self, shape: Shape, *, steps: bool = False) -> str:
+        """The memory and the work of a run, and what other plans would take."""
+        shape = tuple(shape)
+        room = self._room(shape)
+        result = self.memory_limit - room
+        plan, native = self._planned(shape, room)
+        parts = -(-shape[0] // plan.input_shape[0])
+        scratch = self._executor.bytes(native) - plan.arena_bytes
+        total = mebibytes(plan.arena_bytes + scratch + result)
+        lines = [
+            f"{self.graph.name} on {sizes(shape)}, {self.machine.dtype}, {self.machine.isa}, "
+            f"{self.machine.threads} threads",
+            f"memory      {total}: {mebibytes(plan.arena_bytes)} for activations, "
+            f"{mebibytes(scratch)} for threads, {mebibytes(result)} for the result",
+            f"work        {parts * plan.flops / 1e12:.3f} TFLOP, {plan.extra_work:.1%} of it extra"
+            + (f", in {parts} parts of the batch" if parts > 1 else ""),
+            "",
+            f"{'memory':>14} {'extra work':>11}  computed again, in strips",
+        ]
+        for other in tradeoffs(self.graph, shape, self.machine):
+            memory = mebibytes(other.arena_bytes + scratch + result)
+            again = ", ".join(other.recomputed) or "nothing"
+            lines.append(f"{memory:>14} {other.extra_work:>11.1%}  {again}")
+        return "\n".join([*lines, "", plan.describe()] if steps else lines)
+
+    def save_memory(self, *, slicing: bool, tiling: bool) -> None:
+        """Run batches one by one, or images too in the least memory, whatever the limit."""
+        self._slicing, self._tiling = slicing, tiling
+
+    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
         """Run the part.
 
         Args:
             image: `(N, C, H, W)` on the CPU, of any floating dtype and strides.
+            out: Where to write the result: of its shape, float32, float16 or bfloat16, of
+                any strides.
 
         Returns:
-            A new contiguous tensor in the dtype of the input.
+            `out`, or a new contiguous tensor in the dtype of the input.
 
         Raises:
             TimeoutError: The run took longer than the timeout.
@@ -163,21 +232,42 @@ class CpuRuntime:
         """
         if not image.is_floating_point():
             raise TypeError(f"The input is {image.dtype}, expected a floating-point tensor.")
-        plan, native = self._planned(tuple(image.shape))
-        self._check_memory(plan, self._executor.bytes(native))
+        shape = tuple(image.shape)
+        room = self.memory_limit if out is not None else self._room(shape)
+        plan, native = self._planned(shape, room)
         source = image.detach()
-        if source.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            source = source.to(torch.float32)
-        result = torch.empty(plan.output_shape, dtype=source.dtype)
+        expected = (shape[0], *plan.output_shape[1:])
+        if out is not None and (tuple(out.shape) != expected or out.dtype not in EXCHANGED):
+            raise ValueError(
+                f"out is {out.dtype} of the shape {tuple(out.shape)}, expected "
+                f"{', '.join(map(str, EXCHANGED))} of {expected}."
+            )
+        with _torch_allocates():
+            if source.dtype not in EXCHANGED:
+                source = source.to(torch.float32)
+            result = torch.empty(expected, dtype=source.dtype) if out is None else out
+        deadline = time.monotonic() + self.timeout
+        size = plan.input_shape[0]
+        for begin in range(0, shape[0], size):
+            part = source[begin : begin + size]
+            if len(part) < size:
+                plan, native = self._planned(tuple(part.shape), room)
+            self._execute(plan, native, part, result[begin : begin + size], deadline)
+        with _torch_allocates():
+            return result if out is not None else result.to(image.dtype)
+
+    def _execute(
+        self, plan: Plan, native: _engine.Plan, source: Tensor, result: Tensor, deadline: float
+    ) -> None:
         start = time.time()
         profile = self._profiles is not None
+        left = max(0.0, deadline - time.monotonic())
         try:
-            times = self._executor.run(native, source, result, self.timeout, profile)
+            times = self._executor.run(native, source, result, left, profile)
         except TimeoutError:
             raise timed_out(self.timeout) from None
         if self._profiles is not None:
             self._profiles.append(self._profile(plan, start, times))
-        return result.to(image.dtype)
 
     @property
     def profiles(self) -> list[RunProfile]:
@@ -188,30 +278,79 @@ class CpuRuntime:
         """Give the memory that is kept for the next run back to the system."""
         self._executor.release()
 
-    def _planned(self, shape: Shape) -> tuple[Plan, _engine.Plan]:
-        with self._lock:
-            known = self._plans.get(shape)
-        if known is not None:
-            return known
+    def _room(self, shape: Shape) -> int:
+        """What the limit leaves for a run, beside its result in the widest dtype."""
+        self._check_shape(shape)
+        result = self.graph.infer_shapes(shape)[self.graph.output]
+        return self.memory_limit - 4 * math.prod(result)
+
+    def _check_shape(self, shape: Shape) -> None:
         if len(shape) != 4 or min(shape) < 1 or shape[1] != self.graph.input_channels:
             raise ValueError(
                 f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
             )
-        plan = make_plan(self.graph, shape, self.machine)
-        made = plan, self._bind(plan)
+
+    def _planned(self, shape: Shape, room: int) -> tuple[Plan, _engine.Plan]:
+        """The plan of a run, or of a part of its batch, in so many bytes."""
+        key = (shape, room, self._slicing, self._tiling)
+        with self._lock:
+            known = self._plans.get(key)
+        if known is not None:
+            return known
+        self._check_shape(shape)
+        made = self._fit(shape, room)
         with self._lock:
             while len(self._plans) >= CACHED_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[shape] = made
+            self._plans[key] = made
         return made
 
-    def _check_memory(self, plan: Plan, needed: int) -> None:
-        if needed > self.memory_limit:
-            raise over_memory_limit(self.graph.name, plan.input_shape, needed, self.memory_limit)
+    def _fit(self, shape: Shape, room: int) -> tuple[Plan, _engine.Plan]:
+        if self._slicing or self._tiling:
+            shape = (1, *shape[1:])
+        free = make_plan(self.graph, shape, self.machine)
+        try:
+            native = self._bind(free)
+            needed = self._executor.bytes(native)
+        except (ValueError, MemoryError):
+            # The engine can't count as far as Python can.
+            if free.arena_bytes <= room:
+                raise
+            needed = free.arena_bytes
+        if needed <= room and not self._tiling:
+            return free, native
+        # Plans of less memory need no more scratch.
+        scratch = needed - free.arena_bytes
+        plan = None
+        if not self._tiling:
+            plan = fit_plan(self.graph, shape, self.machine, room - scratch)
+        if plan is None:
+            least = self._least_plan(shape, room)
+            if least.arena_bytes + scratch > room:
+                bytes_needed = least.arena_bytes + scratch + self.memory_limit - room
+                raise over_memory_limit(self.graph.name, shape, bytes_needed, self.memory_limit)
+            plan = make_plan(self.graph, least.input_shape, self.machine, least.recomputed)
+        return plan, self._bind(plan)
+
+    def _least_plan(self, shape: Shape, room: int) -> Plan:
+        """A sketch of the plan for one image that needs the least.
+
+        Far beyond what there is room for, it is one that needs the least at another size:
+        quickly found, so that no request keeps anyone busy just to be refused.
+        """
+        shape = (1, *shape[1:])
+        if not hopeless(make_plan(self.graph, shape, self.machine), room):
+            return least_plan(self.graph, shape, self.machine)
+        return make_plan(self.graph, shape, self.machine, self._usual_choice, sketch=True)
+
+    @functools.cached_property
+    def _usual_choice(self) -> tuple[Value, ...]:
+        shape = (1, self.graph.input_channels, 512, 512)
+        return least_plan(self.graph, shape, self.machine).recomputed
 
     def _bind(self, plan: Plan) -> _engine.Plan:
-        # Before the engine hears of sizes that it can't count.
-        self._check_memory(plan, plan.arena_bytes)
+        if plan.arena_bytes > ADDRESSABLE:
+            raise MemoryError(f"{plan.arena_bytes} bytes can't be addressed")
         native = _engine.Plan(self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape)
         for step in plan.steps:
             weights = {name: self._packed[weight] for name, weight in step.weights.items()}

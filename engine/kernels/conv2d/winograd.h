@@ -1,0 +1,403 @@
+// Convolutions of 3x3, and those that double an image, with fewer products: Winograd's
+// minimal filtering F(4x4, 3x3).
+//
+// A polynomial is known by its values at as many points as it has coefficients, and values
+// are multiplied one by one. So 4x4 outputs take 6x6 products instead of 4x4x9, at the
+// points 0, a, -a, b, -b and infinity of either direction. The kernels are transformed
+// once for a run; what a tile of the plan reads is transformed in the thread's scratch,
+// multiplied position by position, and transformed back.
+//
+// After doubling, each of the four outputs of a point has a 2x2 kernel: 3x3 with a row and
+// a column of zeros. These make the products at infinity or at zero vanish, and 5x5 are left.
+//
+// How outputs are rounded depends on where in its 4x4 an output lies, and NaN and infinity
+// spread over them as NaN.
+//
+// The algorithm: "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308. How
+// the points decide its error: "Error Analysis and Improving the Accuracy of Winograd
+// Convolution for Deep Neural Networks", arXiv 1803.10986.
+#pragma once
+
+#include "engine/kernels/conv2d/epilogue.h"
+#include "engine/kernels/conv2d/loader.h"
+#include "engine/kernels/simd/gemm.h"
+#include "engine/steps.h"
+
+namespace rbln_vae {
+
+template <class Simd>
+class Winograd {
+  using Vector = typename Simd::Vector;
+  static constexpr Index kTile = kWinogradTile;
+  static constexpr Index kSide = kTile + 2;
+  static constexpr Index kPositions = kSide * kSide;
+  // Products that wait to be transformed back stay in the L2 cache beside their factors.
+  static constexpr Index kSumsBytes = 320 * 1024;
+
+  // Rounding grows with the spread of the points' powers; 1 and 2 would double it.
+  static constexpr double kA = 0.625;
+  static constexpr double kB = 1.5;
+
+ public:
+  static Index scratch_bytes(const ConvStep& s) {
+    const Sizes sizes(s);
+    return (sizes.input + sizes.values * kPositions + sizes.sums * kPositions + sizes.outputs) *
+           static_cast<Index>(sizeof(float));
+  }
+
+  static void run(const ConvStep& s, const Context& context, Index item) {
+    Winograd(s, context).run(item);
+  }
+
+  // Of one panel and block: [phases][taps][512] to [phases][positions][512], each phase
+  // and position blocks apart.
+  static void transform(const WinogradStep& s, const Context& context, Index item) {
+    const Index panel = item / s.blocks;
+    const Index block = item % s.blocks;
+    for (Index phase = 0; phase < s.phases(); ++phase) {
+      const Index at = panel * s.phases() + phase;
+      const float* from =
+          static_cast<const float*>(s.weights) + (at * s.blocks + block) * s.taps() * kPanelBlock;
+      const Range range(s.upsample, phase);
+      float* to = reinterpret_cast<float*>(context.arena + s.kernels) +
+                  (at * s.positions() * s.blocks + block) * kPanelBlock;
+      for (Index k = 0; k < kPanelBlock; k += kPanel) {
+        transform_kernels(range, s.upsample, from + k, to + k, s.blocks * kPanelBlock);
+      }
+    }
+  }
+
+ private:
+  // The points of both directions that a phase has products at.
+  struct Range {
+    Index down, right;  // the first
+    Index count;
+
+    Range(bool upsample, Index phase)
+        : down(upsample ? phase / 2 : 0), right(upsample ? phase % 2 : 0),
+          count(upsample ? kSide - 1 : kSide) {}
+
+    bool has(Index y, Index x) const {
+      return y >= down && y < down + count && x >= right && x < right + count;
+    }
+  };
+
+  // Of the scratch, in floats.
+  struct Sizes {
+    Index tiles;    // of 4x4, in a tile of the plan
+    Index chunks;   // that they are multiplied in
+    Index chunk;    // tiles of each but the last
+    Index groups;   // of panels that are multiplied before they are transformed back
+    Index input;    // a block of what is read: [rows][columns][32]
+    Index values;   // from one position to the next: [blocks][tiles][32]
+    Index sums;     // likewise: [groups][chunks][panels][pixels][16]
+    Index outputs;  // a row of tiles transformed back: [panels][4][columns][16]
+
+    explicit Sizes(const ConvStep& s) {
+      const Index across = ceil_div(s.tile_width, kTile);
+      tiles = ceil_div(s.tile_height, kTile) * across;
+      chunks = ceil_div(tiles, Simd::kMaxPixels);
+      chunk = ceil_div(tiles, chunks);
+      input = s.rows_read() * s.columns_read() * kBlock;
+      values = apart(s.input.blocks() * tiles * kBlock);
+      const Index group = chunks * kGroup;
+      // The epilogue takes all phases of one group after another.
+      groups = s.upsample ? 1
+                          : larger(1, kSumsBytes / (kPositions * group *
+                                                    static_cast<Index>(sizeof(float))));
+      sums = apart(groups * group);
+      outputs = Simd::kMaxPanels * kTile * across * kTile * kPanel;
+    }
+
+    // Positions are written and read side by side: whole pages and a little apart, so that
+    // they don't meet in one set of the L1 cache.
+    static Index apart(Index floats) {
+      constexpr Index page = 1024;
+      return ceil_div(floats, page) * page + kBlock;
+    }
+  };
+
+  static constexpr Index kGroup = Simd::kMaxPanels * Simd::kMaxPixels * kPanel;
+
+  Winograd(const ConvStep& s, const Context& context)
+      : s_(s), context_(context), sizes_(s) {
+    input_ = reinterpret_cast<float*>(context.scratch);
+    values_ = input_ + sizes_.input;
+    sums_ = values_ + sizes_.values * kPositions;
+    outputs_ = sums_ + sizes_.sums * kPositions;
+  }
+
+  void run(Index item) {
+    const ConvTile tile(s_, item / s_.splits);
+    const Index split = item % s_.splits;
+    const Index panels = s_.panels();
+    const Index all = ceil_div(panels, Simd::kMaxPanels);
+    const Index first = all * split / s_.splits;
+    const Index last = all * (split + 1) / s_.splits;
+    load(tile);
+    float* partials = nullptr;
+    if (s_.partials != kNone) {
+      partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
+                 tile.index * 2 * panels * kPanel;
+    }
+    Epilogue<Simd> epilogue(s_, partials, tile.height * tile.width * s_.phases());
+    for (Index group = first; group < last; group += sizes_.groups) {
+      const Index end = smaller(group + sizes_.groups, last);
+      for (Index phase = 0; phase < s_.phases(); ++phase) {
+        multiply(group, end, phase);
+        for (Index each = group; each < end; ++each) {
+          store(tile, each, each - group, phase, epilogue);
+        }
+      }
+    }
+  }
+
+  // Reads what the tile needs and transforms it, block by block.
+  void load(const ConvTile& tile) {
+    ConvTile whole = tile;
+    whole.height = ceil_div(tile.height, kTile) * kTile;
+    whole.width = ceil_div(tile.width, kTile) * kTile;
+    down_ = whole.height / kTile;
+    across_ = whole.width / kTile;
+    tiles_ = down_ * across_;
+    Loader<Simd> loader(s_, context_);
+    loader.start(whole, input_, 0);
+    const Index pitch = s_.columns_read();
+    for (Index block = 0; block < s_.input.blocks(); ++block) {
+      loader.advance((whole.height + 2) * (whole.width + 2));
+      float* to = values_ + block * sizes_.tiles * kBlock;
+      for (Index y = 0; y < down_; ++y) {
+        for (Index x = 0; x < across_; ++x, to += kBlock) {
+          const float* from = input_ + (y * pitch + x) * kTile * kBlock;
+          transform_input(from, pitch * kBlock, to, sizes_.values);
+          transform_input(from + kPanel, pitch * kBlock, to + kPanel, sizes_.values);
+        }
+      }
+    }
+  }
+
+  // The products of all positions for some groups of panels. Weights come from afar, so the
+  // next ones are fetched meanwhile: a panel during each chunk.
+  void multiply(Index first, Index last, Index phase) {
+    const Index blocks = s_.input.blocks();
+    const Range range(s_.upsample, phase);
+    const Index kernels = range.count * range.count * blocks * kPanelBlock;
+    const Index tap = 0;
+    Gemm<float> g;
+    g.row_step = 0;
+    g.pixel_step = kBlock;
+    g.taps = &tap;
+    g.tap_count = 1;
+    g.blocks = blocks;
+    g.plane = sizes_.tiles * kBlock;
+    g.last_channels = s_.input.channels - (blocks - 1) * kBlock;
+    g.panel_step = s_.phases() * kernels;
+    g.rows = 1;
+    const float* weights =
+        reinterpret_cast<const float*>(context_.arena + s_.kernels) + phase * kernels;
+    const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
+    for (Index y = 0; y < range.count; ++y) {
+      for (Index x = 0; x < range.count; ++x) {
+        const Index position = (range.down + y) * kSide + range.right + x;
+        const float* here = weights + (y * range.count + x) * blocks * kPanelBlock;
+        for (Index group = first; group < last; ++group) {
+          const Index panel = group * Simd::kMaxPanels;
+          g.panels = smaller(Simd::kMaxPanels, s_.panels() - panel);
+          g.b = here + group * step;
+          g.c = sums_ + position * sizes_.sums + (group - first) * sizes_.chunks * kGroup;
+          const float* next = group + 1 < last ? g.b + step
+                                               : here + blocks * kPanelBlock + first * step;
+          for (Index chunk = 0; chunk * sizes_.chunk < tiles_; ++chunk, g.c += kGroup) {
+            const Index begin = chunk * sizes_.chunk;
+            g.pixels = smaller(sizes_.chunk, tiles_ - begin);
+            g.a = values_ + position * sizes_.values + begin * kBlock;
+            g.ahead = chunk < g.panels ? next + chunk * g.panel_step : nullptr;
+            Simd::gemm(g);
+          }
+        }
+      }
+    }
+  }
+
+  // Transforms the sums of one group back, a row of tiles at a time, and stores it.
+  void store(const ConvTile& tile, Index group, Index place, Index phase,
+             Epilogue<Simd>& epilogue) {
+    const Index panel = group * Simd::kMaxPanels;
+    const Index scale = s_.upsample ? 2 : 1;
+    const Range range(s_.upsample, phase);
+    typename Epilogue<Simd>::Job job;
+    job.sums = outputs_;
+    job.pitch = across_ * kTile;
+    job.panel = panel;
+    job.panels = smaller(Simd::kMaxPanels, s_.panels() - panel);
+    job.pixels = tile.width;
+    job.pixel_step = scale * kBlock;
+    job.row_step = scale * s_.output.width * kBlock;
+    job.block_step = s_.output.plane * kBlock;
+    job.residual_block_step = s_.residual.plane * kBlock;
+    const float* sums = sums_ + place * sizes_.chunks * kGroup;
+    for (Index row = 0; row < down_; ++row) {
+      job.rows = smaller(kTile, tile.height - row * kTile);
+      // Rows too many are written over by the next panel, or lie in the buffer's slack.
+      for (Index each = 0; each < job.panels; ++each) {
+        for (Index x = 0; x < across_; ++x) {
+          const Index at = row * across_ + x;
+          const float* from = sums + at / sizes_.chunk * kGroup +
+                              (each * Simd::kMaxPixels + at % sizes_.chunk) * kPanel;
+          float* to = outputs_ + (each * job.rows * job.pitch + x * kTile) * kPanel;
+          const auto transform = s_.upsample ? transform_output<false> : transform_output<true>;
+          transform(range, from, sizes_.sums, to, job.pitch * kPanel);
+        }
+      }
+      const Index y = (tile.y + row * kTile) * scale + (s_.upsample ? phase / 2 : 0);
+      const Index x = tile.x * scale + (s_.upsample ? phase % 2 : 0);
+      job.output = pixel(s_.output, tile.n, panel / 2, y, x);
+      job.residual = s_.residual.channels == 0
+                         ? nullptr
+                         : pixel(s_.residual, tile.n, panel / 2, y, x);
+      job.first = phase == 0 && row == 0;
+      job.last = phase + 1 == s_.phases() && row + 1 == down_;
+      epilogue.start(job);
+      epilogue.finish();
+    }
+  }
+
+  float* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
+    return reinterpret_cast<float*>(context_.arena + image.offset) + image.at(n, block, y) +
+           x * kBlock;
+  }
+
+  static Vector scaled(double factor, const Vector& x) {
+    return Simd::multiply(Simd::set(static_cast<float>(factor)), x);
+  }
+  static Vector times(double factor, const Vector& x, const Vector& sum) {
+    return Simd::multiply_add(Simd::set(static_cast<float>(factor)), x, sum);
+  }
+
+  // Six inputs, in one direction: the transpose of what makes coefficients of values.
+  [[gnu::always_inline]] static void forward(const Vector (&d)[kSide], Vector (&v)[kSide]) {
+    constexpr double aa = kA * kA, bb = kB * kB;
+    const Vector even_a = times(-bb, d[2], d[4]);
+    const Vector odd_a = times(-bb, d[1], d[3]);
+    const Vector even_b = times(-aa, d[2], d[4]);
+    const Vector odd_b = times(-aa, d[1], d[3]);
+    v[0] = times(aa * bb, d[0], times(-aa - bb, d[2], d[4]));
+    v[1] = times(kA, odd_a, even_a);
+    v[2] = times(-kA, odd_a, even_a);
+    v[3] = times(kB, odd_b, even_b);
+    v[4] = times(-kB, odd_b, even_b);
+    v[5] = times(aa * bb, d[1], times(-aa - bb, d[3], d[5]));
+  }
+
+  // Four outputs of the products at six points: the powers of the points.
+  [[gnu::always_inline]] static void backward(const Vector (&m)[kSide], Vector (&y)[kTile]) {
+    constexpr double aa = kA * kA, bb = kB * kB;
+    const Vector even_a = Simd::add(m[1], m[2]);
+    const Vector odd_a = Simd::subtract(m[1], m[2]);
+    const Vector even_b = Simd::add(m[3], m[4]);
+    const Vector odd_b = Simd::subtract(m[3], m[4]);
+    y[0] = Simd::add(Simd::add(even_a, even_b), m[0]);
+    y[1] = times(kA, odd_a, scaled(kB, odd_b));
+    y[2] = times(aa, even_a, scaled(bb, even_b));
+    y[3] = times(aa * kA, odd_a, times(bb * kB, odd_b, m[5]));
+  }
+
+  // 6x6 pixels of 16 channels.
+  static void transform_input(const float* from, Index row_step, float* to, Index step) {
+    Vector columns[kSide][kSide];
+#pragma GCC unroll 6
+    for (Index x = 0; x < kSide; ++x) {
+      Vector d[kSide], v[kSide];
+#pragma GCC unroll 6
+      for (Index y = 0; y < kSide; ++y) d[y] = Simd::load(from + y * row_step + x * kBlock);
+      forward(d, v);
+#pragma GCC unroll 6
+      for (Index y = 0; y < kSide; ++y) columns[y][x] = v[y];
+    }
+#pragma GCC unroll 6
+    for (Index y = 0; y < kSide; ++y) {
+      Vector v[kSide];
+      forward(columns[y], v);
+#pragma GCC unroll 6
+      for (Index x = 0; x < kSide; ++x) Simd::store(to + (y * kSide + x) * step, v[x]);
+    }
+  }
+
+  // 4x4 pixels of a panel. With kAll there are products at all points, not only in the range.
+  template <bool kAll>
+  static void transform_output(const Range& range, const float* from, Index step, float* to,
+                               Index row_step) {
+    Vector rows[kTile][kSide];
+#pragma GCC unroll 6
+    for (Index x = 0; x < kSide; ++x) {
+      Vector m[kSide], v[kTile];
+#pragma GCC unroll 6
+      for (Index y = 0; y < kSide; ++y) {
+        m[y] = kAll || range.has(y, x) ? Simd::load(from + (y * kSide + x) * step)
+                                       : Simd::set(0.0f);
+      }
+      backward(m, v);
+#pragma GCC unroll 6
+      for (Index y = 0; y < kTile; ++y) rows[y][x] = v[y];
+    }
+#pragma GCC unroll 6
+    for (Index y = 0; y < kTile; ++y) {
+      Vector v[kTile];
+      backward(rows[y], v);
+#pragma GCC unroll 6
+      for (Index x = 0; x < kTile; ++x) Simd::store(to + y * row_step + x * kPanel, v[x]);
+    }
+  }
+
+  // Three taps at the points, divided by the product of each one's distances from the others.
+  [[gnu::always_inline]] static void values(const Vector (&g)[3], Vector (&v)[kSide]) {
+    constexpr double aa = kA * kA, bb = kB * kB;
+    constexpr double share_a = 1 / (2 * aa * (aa - bb)), share_b = 1 / (2 * bb * (bb - aa));
+    const Vector even_a = times(aa * share_a, g[2], scaled(share_a, g[0]));
+    const Vector even_b = times(bb * share_b, g[2], scaled(share_b, g[0]));
+    v[0] = scaled(1 / (aa * bb), g[0]);
+    v[1] = times(kA * share_a, g[1], even_a);
+    v[2] = times(-kA * share_a, g[1], even_a);
+    v[3] = times(kB * share_b, g[1], even_b);
+    v[4] = times(-kB * share_b, g[1], even_b);
+    v[5] = g[2];
+  }
+
+  // 16 kernels.
+  static void transform_kernels(const Range& range, bool upsample, const float* from, float* to,
+                                Index step) {
+    const Index side = upsample ? 2 : 3;
+    Vector rows[kSide][3];
+    for (Index x = 0; x < 3; ++x) {
+      Vector g[3], v[kSide];
+      for (Index y = 0; y < 3; ++y) {
+        const Index down = y - range.down, right = x - range.right;
+        const bool there = down >= 0 && down < side && right >= 0 && right < side;
+        g[y] = there ? Simd::load(from + (down * side + right) * kPanelBlock) : Simd::set(0.0f);
+      }
+      values(g, v);
+      for (Index y = 0; y < kSide; ++y) rows[y][x] = v[y];
+    }
+    for (Index y = 0; y < range.count; ++y) {
+      Vector v[kSide];
+      values(rows[range.down + y], v);
+      for (Index x = 0; x < range.count; ++x) {
+        Simd::store(to + (y * range.count + x) * step, v[range.right + x]);
+      }
+    }
+  }
+
+  const ConvStep& s_;
+  const Context& context_;
+  const Sizes sizes_;
+  float* input_;
+  float* values_;
+  float* sums_;
+  float* outputs_;
+  // Of the tile that was loaded.
+  Index down_ = 0;
+  Index across_ = 0;
+  Index tiles_ = 0;
+};
+
+}  // namespace rbln_vae

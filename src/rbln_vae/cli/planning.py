@@ -1,0 +1,45 @@
+"""`rbln-vae plan`: what a size costs, before it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import RBLNAutoencoderKL
+from ..autoencoder_kl import DECODER, ENCODER
+from ..images import parse_size
+from .models import image_size, in_channels, scale_factor
+from .terminal import out, working
+
+
+def describe_model(
+    directory: Path,
+    size: str | None,
+    batch_size: int | None,
+    steps: bool,
+    settings: Mapping[str, Any],
+) -> None:
+    """Print what encoding and decoding images of a size takes.
+
+    Args:
+        directory: A compiled model.
+        size: Of the image; `None` is the model's own.
+        batch_size: `None` is the model's own.
+        steps: Whether to list the steps of the runs.
+        settings: For `rbln_config`.
+    """
+    with working(f"Loading {directory} …"):
+        model = RBLNAutoencoderKL.from_pretrained(directory, rbln_config=dict(settings))
+    config = model.rbln_config
+    height, width = image_size(config) if size is None else parse_size(size)
+    batch, factor = batch_size or config.batch_size, scale_factor(config)
+    shapes = {DECODER: (batch, config.latent_channels or 0, height // factor, width // factor)}
+    if config.uses_encoder:
+        shapes = {ENCODER: (batch, in_channels(config), height, width), **shapes}
+    for number, (part, shape) in enumerate(shapes.items()):
+        if number:
+            out().print()
+        with working("Planning …"):
+            text = model.describe(part, shape, steps=steps)
+        out().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,118 @@
+"""The arena: what lies in it, where, and from which step to which."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .packing import BLOCK
+
+ALIGNMENT = 4096
+"""Buffers begin on a page of their own."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A range of the arena, and the steps from the first to the last that need it."""
+
+    name: str
+    bytes: int
+    first: int
+    last: int
+    offset: int = -1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes into a buffer."""
+
+    buffer: Buffer
+    offset: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in a buffer, or some rows of one.
+
+    Attributes:
+        buffer: Where it lies.
+        channels, height, width: Of each image of the batch.
+        plane: Pixels from one block of channels to the next.
+        sample: Pixels from one image of the batch to the next.
+        row: The row of the buffer in which it begins.
+    """
+
+    buffer: Buffer
+    channels: int
+    height: int
+    width: int
+    plane: int
+    sample: int
+    row: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.channels // BLOCK)
+
+    @property
+    def elements(self) -> int:
+        """Of one image of the batch, with the channels that fill the last block."""
+        return self.blocks * self.height * self.width * BLOCK
+
+    def rows(self, begin: int, end: int) -> Image:
+        """Some of its rows."""
+        return dataclasses.replace(self, height=end - begin, row=self.row + begin)
+
+    def sizes(self, element_bytes: int) -> tuple[int, int, int, int, int, int]:
+        """As the engine takes it."""
+        offset = self.buffer.offset + self.row * self.width * BLOCK * element_bytes
+        return (offset, self.channels, self.height, self.width, self.plane, self.sample)
+
+
+def place(buffers: list[Buffer]) -> int:
+    """Give each buffer an offset; those that live at different times may share memory.
+
+    Large buffers first, each at the lowest offset where it meets no other that lives at
+    the same time; or in the order of their lives, or of their lengths, if that leaves
+    smaller holes.
+
+    Returns:
+        The size of the arena.
+    """
+    ends = {buffer.last for buffer in buffers}
+    least = max((sum(b.bytes for b in buffers if b.first <= e <= b.last) for e in ends), default=0)
+    best: tuple[int, dict[Buffer, int]] | None = None
+    orders: tuple[Callable[[Buffer], tuple[int, int]], ...] = (
+        lambda b: (-b.bytes, b.first),
+        lambda b: (b.first, -b.bytes),
+        lambda b: (b.first - b.last, -b.bytes),
+    )
+    for order in orders:
+        offsets = _first_fit(sorted(buffers, key=order))
+        size = max((at + buffer.bytes for buffer, at in offsets.items()), default=0)
+        if best is None or size < best[0]:
+            best = size, offsets
+        if size == least:
+            break
+    assert best is not None
+    for buffer, offset in best[1].items():
+        buffer.offset = offset
+    return best[0]
+
+
+def _first_fit(buffers: list[Buffer]) -> dict[Buffer, int]:
+    offsets: dict[Buffer, int] = {}
+    placed: list[Buffer] = []
+    for buffer in buffers:
+        offset = 0
+        for other in placed:
+            if other.last < buffer.first or buffer.last < other.first:
+                continue
+            if offsets[other] >= offset + buffer.bytes:
+                break
+            offset = max(offset, offsets[other] + other.bytes)
+        offsets[buffer] = offset
+        bisect.insort(placed, buffer, key=offsets.__getitem__)
+    return offsets

@@ -1,0 +1,225 @@
+"""Less memory for more work: the same bits from every plan, and limits that are kept."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vaes import capture_part, make_vae
+
+from rbln_vae import _engine
+from rbln_vae.graph.ir import Graph
+from rbln_vae.graph.passes import optimise
+from rbln_vae.targets.cpu.planner import Plan, droppable, make_plan
+from rbln_vae.targets.cpu.runtime import CpuRuntime
+from rbln_vae.targets.cpu.trade import tradeoffs
+
+ARCHITECTURES = {
+    "narrow": {"block_out_channels": (8, 16)},
+    "wide": {"block_out_channels": (64, 32), "norm_num_groups": 32},
+    "deep": {"block_out_channels": (24, 40, 96), "norm_num_groups": 8, "layers_per_block": 2},
+    "without attention": {"block_out_channels": (16, 48), "mid_block_add_attention": False},
+}
+PARTS = ("encoder", "decoder")
+DTYPES = ("float32", "bfloat16")
+
+
+@functools.cache
+def graph_of(architecture: str, part: str) -> Graph:
+    return optimise(capture_part(make_vae(**ARCHITECTURES[architecture]), part))
+
+
+@functools.cache
+def runtime_of(architecture: str, part: str, dtype: str) -> CpuRuntime:
+    return CpuRuntime(graph_of(architecture, part), dtype=dtype, num_threads=2)
+
+
+def image_of(graph: Graph, height: int, width: int, batch: int = 1) -> torch.Tensor:
+    factor = 4 if graph.name == "encoder" else 1  # as the deepest needs
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    shape = (batch, graph.input_channels, height * factor, width * factor)
+    return torch.randn(shape, generator=generator)
+
+
+def run_plan(runtime: CpuRuntime, plan: Plan, image: torch.Tensor) -> torch.Tensor:
+    result = torch.empty(plan.output_shape)
+    runtime._executor.run(runtime._bind(plan), image, result, 60.0, False)
+    return result
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(sorted(ARCHITECTURES)),
+    st.sampled_from(PARTS),
+    st.sampled_from(DTYPES),
+    st.integers(1, 40),
+    st.integers(1, 24),
+    st.data(),
+)
+def test_whatever_is_computed_again_the_bits_are_the_same(
+    architecture: str, part: str, dtype: str, height: int, width: int, data: st.DataObject
+) -> None:
+    graph = graph_of(architecture, part)
+    runtime = runtime_of(architecture, part, dtype)
+    image = image_of(graph, height, width)
+    choice = data.draw(st.sets(st.sampled_from(sorted(droppable(graph)))))
+    plan = make_plan(graph, image.shape, runtime.machine, choice)
+    assert torch.equal(run_plan(runtime, plan, image), runtime.run(image))
+    # A sketch knows the memory to the byte, and the work but for what rounding leaves.
+    sketch = make_plan(graph, image.shape, runtime.machine, choice, sketch=True)
+    assert sketch.arena_bytes == plan.arena_bytes
+    assert sketch.flops == pytest.approx(plan.flops, rel=1e-3)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
+    architecture: str, part: str
+) -> None:
+    graph = graph_of(architecture, part)
+    runtime = runtime_of(architecture, part, "bfloat16")
+    image = image_of(graph, 48, 40)
+    expected = runtime.run(image)
+    plans = tradeoffs(graph, tuple(image.shape), runtime.machine)
+    sizes = [plan.arena_bytes for plan in plans]
+    assert sizes == sorted(sizes, reverse=True)
+    # Images of a few channels are stored as 32, and there is little to save.
+    assert len(plans) > 1 or architecture in ("narrow", "without attention")
+    assert plans[0].extra_work == 0
+    for sketch in plans[1:]:
+        plan = make_plan(graph, image.shape, runtime.machine, sketch.recomputed)
+        assert plan.flops == pytest.approx(sketch.flops, rel=1e-3)
+        assert torch.equal(run_plan(runtime, plan, image), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype: str) -> None:
+    graph = graph_of("wide", part)
+    image = image_of(graph, 48, 40)
+    shape = tuple(image.shape)
+    free = runtime_of("wide", part, dtype)
+    expected, most = free.run(image), free.memory_needed(shape)
+    with pytest.raises(MemoryError, match="at least") as caught:
+        CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=1).run(image)
+    found = re.search(r"at least (\d+) bytes", str(caught.value))
+    assert found is not None
+    least = int(found[1])
+    assert least < most
+    for limit in (least, (least + most) // 2, most - 1, most):
+        limited = CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=limit)
+        assert limited.memory_needed(shape) <= limit
+        assert torch.equal(limited.run(image), expected)
+    with pytest.raises(MemoryError, match=f"at least {least} bytes"):
+        CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=least - 1).run(image)
+
+
+def test_the_arena_is_as_large_as_what_the_steps_use() -> None:
+    graph = graph_of("deep", "decoder")
+    runtime = runtime_of("deep", "decoder", "float32")
+    for plan in tradeoffs(graph, (1, 4, 40, 32), runtime.machine):
+        runtime._bind(plan)
+        cut = plan.arena_bytes - 4096
+        native = _engine.Plan(runtime._kernels, cut, plan.input_shape, plan.output_shape)
+        with pytest.raises(ValueError, match="don't lie in an arena"):
+            for step in plan.steps:
+                weights = {n: runtime._packed[w] for n, w in step.weights.items()}
+                getattr(native, step.call)(**step.arguments, **weights)
+
+
+def test_a_batch_goes_through_in_parts_before_anything_is_computed_again() -> None:
+    graph = graph_of("wide", "decoder")
+    free = runtime_of("wide", "decoder", "float32")
+    image = image_of(graph, 64, 56, batch=5)
+    expected = free.run(image)
+    shape = tuple(image.shape)
+    result = 4 * expected.numel()
+    two = free.memory_needed((2, *shape[1:])) - result // 5 * 2 + result
+    limited = CpuRuntime(graph, dtype="float32", num_threads=2, memory_limit=two)
+    plan = limited.plan(shape)
+    assert plan.input_shape[0] == 2
+    assert not plan.recomputed
+    assert torch.equal(limited.run(image), expected)
+    least = CpuRuntime(graph, dtype="float32", num_threads=2)
+    least.save_memory(slicing=True, tiling=True)
+    assert least.plan(shape).input_shape[0] == 1
+    assert least.plan(shape).recomputed
+    assert torch.equal(least.run(image), expected)
+    assert least.memory_needed(shape) < limited.memory_needed(shape) < free.memory_needed(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_result_is_written_to_where_the_caller_says(dtype: torch.dtype) -> None:
+    graph = graph_of("narrow", "decoder")
+    runtime = runtime_of("narrow", "decoder", "float32")
+    image = image_of(graph, 6, 10, batch=3).to(dtype)
+    expected = runtime.run(image)
+    wide = torch.zeros(3, 6, 24, 20, dtype=dtype)
+    out = wide[:, ::2, ::2]
+    assert runtime.run(image, out) is out
+    assert torch.equal(out, expected)
+    assert wide[:, 1::2].count_nonzero() == wide[:, :, 1::2].count_nonzero() == 0
+    with pytest.raises(ValueError, match="out is"):
+        runtime.run(image, torch.zeros(3, 3, 12, 21))
+    # What the caller gives isn't counted.
+    fitting = CpuRuntime(
+        graph,
+        dtype="float32",
+        num_threads=2,
+        memory_limit=runtime.memory_needed(tuple(image.shape)) - 4 * expected.numel(),
+    )
+    assert torch.equal(fitting.run(image, torch.empty_like(expected)), expected)
+
+
+def test_a_description_says_what_less_memory_costs() -> None:
+    text = runtime_of("wide", "decoder", "float32").describe((2, 4, 48, 40), steps=True)
+    head, rest = text.split("\n\n", 1)
+    assert head.startswith("decoder on 2x4x48x40, float32")
+    assert "0.0% of it extra" in head
+    assert "nothing" in rest
+    assert re.search(r"\d MiB +[1-9]\d*\.\d%  ", rest)
+    assert "Conv2d decoder.conv_in" in rest
+
+
+RESIDENT = """
+import sys, torch
+from rbln_vae import RBLNAutoencoderKL
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+directory, limit, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+vae = RBLNAutoencoderKL.from_pretrained(directory, rbln_memory_limit=limit)
+vae.decode(torch.randn(1, 4, 4, 4))  # what a first run loads
+before = status("VmRSS")
+vae.decode(torch.randn(1, 4, side, side))
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_stays_within_the_limit(tmp_path: Path) -> None:
+    from rbln_vae import RBLNAutoencoderKL
+
+    # Of activations of 400 MB, so that the limit is what counts.
+    vae = make_vae(block_out_channels=(64, 64), norm_num_groups=32, mid_block_add_attention=False)
+    compiled = RBLNAutoencoderKL.from_model(vae)
+    compiled.save_pretrained(tmp_path)
+    side = 640
+    free = compiled.memory_needed("decoder", (1, 4, side, side))
+    limit = int(0.7 * free)
+    run = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(tmp_path), str(limit), str(side)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) <= limit + (64 << 20)
