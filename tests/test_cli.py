@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from pictures import make_folder
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,8 @@ from vaes import make_vae
 
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.cli import app
+from rbln_vae.cli.datasets import _lines
+from rbln_vae.datasets import LatentDataset, Progress
 from rbln_vae.images import load_image, to_image, to_tensor
 
 FACTOR = 2
@@ -453,8 +457,6 @@ def test_profile_shows_every_operation_and_its_share_of_the_limit(compiled, tmp_
     assert "Conv2d decoder.conv_in" in names
 
 
-def test_profile_takes_a_compiled_model(source) -> None:
-    assert "not a compiled model" in failed(run("profile", source), 2)
 def test_plan_shows_what_a_size_takes_and_what_less_memory_would_cost(compiled) -> None:
     text = done(run("plan", compiled, "--size", "512x256"))
     assert "encoder on 1x3x512x256" in text and "decoder on 1x4x256x128" in text
@@ -465,3 +467,68 @@ def test_plan_shows_what_a_size_takes_and_what_less_memory_would_cost(compiled) 
     assert "at least" in failed(run("plan", compiled, "--size", 512, "--memory-limit", "1KiB"), 1)
 
 
+def test_profile_takes_a_compiled_model(source) -> None:
+    assert "not a compiled model" in failed(run("profile", source), 2)
+
+
+# Data sets
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "photographs", 7)
+
+
+def test_a_data_set_is_encoded_and_summed_up(compiled, photographs, tmp_path) -> None:
+    out = tmp_path / "out"
+    call = ["encode-dataset", photographs, out, "-m", compiled, "--buckets", "32,64", "--aspect"]
+    call += ["--bucket-step", 16, "--shard-size", 3, "--flip", "--latent-dtype", "float32"]
+    shown = done(run(*call))
+    assert row(shown, "samples") == ["samples", "7", "in", "3", "shards"]
+    assert row(shown, "rejected") == ["rejected", "0"]
+    latents = LatentDataset(out)
+    assert len(latents) == 7 and latents[0]["mean_flipped"].dtype == torch.float32
+    assert latents.manifest["options"]["sizes"] == [[32, 32], [64, 64]]
+    assert row(done(run(*call)), "encoded") == ["encoded", "in", "this", "run", "0"]
+    call.remove("--flip")
+    assert "options.flip True, not False" in failed(run(*call), 1)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    compiled, photographs, tmp_path
+) -> None:
+    out = tmp_path / "out"
+    (photographs / "broken.png").write_bytes(b"no")
+    shown = done(run("encode-dataset", photographs, out, "-m", compiled, "--size", 32, "--dry-run"))
+    assert "samples in the source" in shown and "rejected: the image is not a picture" in shown
+    assert row(shown, "time")[1] == "about"
+    assert not out.exists()
+
+
+def test_too_many_rejected_are_exit_code_1_after_the_summary(
+    compiled, photographs, tmp_path
+) -> None:
+    (photographs / "broken.png").write_bytes(b"no")
+    call = ["encode-dataset", photographs, tmp_path / "out", "-m", compiled, "--size", 32]
+    result = run(*call)
+    assert "rejected: 1, more than max_rejected, 0" in failed(result, 1)
+    assert row(result.stdout, "samples")[1] == "7"
+    done(run(*call, "--max-rejected", 1))
+
+
+def test_size_and_buckets_are_not_given_together(compiled, photographs, tmp_path) -> None:
+    call = ["encode-dataset", photographs, tmp_path / "out", "-m", compiled]
+    assert "found both" in failed(run(*call, "--size", 32, "--buckets", "32,64"), 2)
+    assert "multiples of 2" in failed(run(*call, "--size", 33), 2)
+    assert "there is no" in failed(run("encode-dataset", "none", tmp_path / "out"), 1)
+
+
+def test_how_far_a_job_is_stands_in_a_line_now_and_then() -> None:
+    shown: list[str] = []
+    report = _lines(shown.append, seconds=0)
+    report(Progress(encoded=30, resumed=10, waiting=1.0, start=time.perf_counter() - 10, total=100))
+    assert shown == ["40 of 100 samples, 3.00 images/s, waiting 10%, 20.0 s left"]
+    report(Progress(encoded=30, start=time.perf_counter() - 10))
+    assert shown[1] == "30 samples, 3.00 images/s, waiting 0%"
+    _lines(shown.append, seconds=60)(Progress())
+    assert len(shown) == 2

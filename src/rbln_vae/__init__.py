@@ -10,6 +10,7 @@ from .demo import demo_model
 from .errors import (
     RBLNArtifactError,
     RBLNCompileError,
+    RBLNDatasetError,
     RBLNError,
     RBLNRuntimeError,
     RBLNTargetUnavailableError,
@@ -27,6 +28,7 @@ __all__ = [
     "RBLNAutoencoderKL",
     "RBLNAutoencoderKLConfig",
     "RBLNCompileError",
+    "RBLNDatasetError",
     "RBLNError",
     "RBLNModel",
     "RBLNModelConfig",

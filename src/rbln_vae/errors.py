@@ -26,3 +26,7 @@ class RBLNRuntimeError(RBLNError):
 
 class RBLNTargetUnavailableError(RBLNError):
     """The target can't run on this machine; the message says what to install."""
+
+
+class RBLNDatasetError(RBLNError):
+    """A data set can't be encoded or read as asked; what was written stays whole."""

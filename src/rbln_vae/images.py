@@ -7,11 +7,12 @@ remembers or says what it did, so that a result can be given the size of the ori
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import struct
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal, TypeAlias
 
@@ -50,14 +51,38 @@ def load_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     Example:
         >>> pixels = to_tensor(load_image("photo.jpg"))
     """
+    with warnings.catch_warnings():
+        # About large pictures, which are welcome here, and about odd metadata.
+        warnings.simplefilter("ignore")
+        with open_image(source) as image:
+            return upright_rgb(image)
+
+
+@contextlib.contextmanager
+def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
+    """Open a picture without decoding it, so that its size can be looked at first.
+
+    Args:
+        source: A path, or a file open for reading bytes.
+
+    Yields:
+        The picture as Pillow opens it. What the block raises because the file is damaged
+        becomes an `UnidentifiedImageError`. Pillow's warnings are the caller's to filter,
+        which is done for a whole process and so not in each of several threads.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        PIL.UnidentifiedImageError: The file isn't a picture, is damaged, or holds what
+            has no meaning as a colour.
+
+    Example:
+        >>> with open_image("photo.jpg") as image:
+        ...     pixels = upright_rgb(image)
+    """
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the image"
     try:
-        with warnings.catch_warnings():
-            # About large pictures, which are welcome here, and about odd metadata.
-            warnings.simplefilter("ignore")
-            with Image.open(source) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(source) as image:
+            yield image
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except UnidentifiedImageError:
@@ -66,6 +91,12 @@ def load_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         ) from None
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise UnidentifiedImageError(f"{name} can't be read as a picture: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """What `load_image` makes of an open picture: upright RGB, 8 bits a channel."""
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -258,6 +258,184 @@ def decode(
     pictures.decode(latents, model, output, settings, subfolder=subfolder, revision=revision)
 
 
+@app.command("encode-dataset")
+def encode_dataset(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of images; .tar or .parquet files, a folder of these or a pattern; a "
+            "data set that datasets saved, or with --kind huggingface one on the hub. Local, or "
+            "an address that fsspec opens.",
+            show_default=False,
+        ),
+    ],
+    out_directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="The directory to write to. What is there of the same job is gone on with.",
+            file_okay=False,
+            show_default=False,
+        ),
+    ],
+    model: ModelOption = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="Pixels of each image, one side or height and width. By default 512.",
+            show_default=False,
+        ),
+    ] = None,
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N...",
+            help="Several sizes; an image gets the largest that it needn't be enlarged for.",
+            show_default=False,
+        ),
+    ] = None,
+    aspect: Annotated[
+        bool,
+        typer.Option("--aspect", help="Add rectangles of about the area of each size."),
+    ] = False,
+    bucket_step: Annotated[
+        int, typer.Option(help="What their sides are multiples of, in pixels.", min=1)
+    ] = 64,
+    max_aspect: Annotated[
+        float, typer.Option(help="Their longer side over the shorter, at most.", min=1)
+    ] = 2.0,
+    crop: Annotated[
+        Literal["center", "random"], typer.Option(help="What is cut off, by --seed if random.")
+    ] = "center",
+    no_prescale: Annotated[
+        bool,
+        typer.Option("--no-prescale", help="Decode JPEGs whole, however large they are."),
+    ] = False,
+    sample: Annotated[
+        bool,
+        typer.Option("--sample", help="Keep a drawn latent instead of mean and log-variance."),
+    ] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Encode the mirrored image, too.")] = False,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Apply scaling_factor and shift_factor to latents.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of --sample and --crop random.")] = 0,
+    latent_dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"], typer.Option(help="How latents are kept.")
+    ] = "float16",
+    format_: Annotated[
+        Literal["safetensors", "webdataset", "parquet"],
+        typer.Option("--format", help="Of the shards."),
+    ] = "safetensors",
+    shard_size: Annotated[int, typer.Option(help="The most samples of a shard.", min=1)] = 256,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Images of a run. By default what the model is compiled for.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    max_pixels: Annotated[
+        int, typer.Option(help="Images of more pixels are rejected.", min=1)
+    ] = 100_000_000,
+    min_side: Annotated[
+        int, typer.Option(help="Images with a side of fewer pixels are rejected.", min=1)
+    ] = 32,
+    max_rejected: Annotated[
+        int, typer.Option(help="How many may be rejected; beyond it the exit code is 1.", min=0)
+    ] = 0,
+    kind: Annotated[
+        Literal["auto", "folder", "webdataset", "parquet", "huggingface"],
+        typer.Option(help="What SOURCE is."),
+    ] = "auto",
+    image_column: Annotated[
+        str | None,
+        typer.Option(help="By default image or the like.", show_default=False),
+    ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(help="By default caption, text or the like.", show_default=False),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a Hugging Face data set.")] = "train",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads that read and decode images; with --ray, actors with an encoder each.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads of an encoder. By default all processors, and 1 with --ray.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Work on a Ray cluster: its address, auto, or local for one on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done, and about how long it takes."),
+    ] = False,
+    target: Target = None,
+    dtype: Dtype = None,
+    memory_limit: MemoryLimit = None,
+) -> None:
+    """Encode all images of SOURCE to latents, in shards for training.
+
+    A run that ends early, in whatever way, is gone on with by the same command.
+    """
+    from ..datasets import Options
+    from . import datasets
+
+    options = Options(
+        sizes=datasets.sizes_of(size, buckets),
+        aspect=aspect,
+        bucket_step=bucket_step,
+        max_aspect=max_aspect,
+        crop=crop,
+        prescale=not no_prescale,
+        sample=sample,
+        flip=flip,
+        scale=scale,
+        seed=seed,
+        latent_dtype=latent_dtype,
+        format=format_,
+        shard_size=shard_size,
+        batch_size=batch_size,
+        max_pixels=max_pixels,
+        min_side=min_side,
+    )
+    datasets.encode(
+        source,
+        out_directory,
+        model,
+        options,
+        max_rejected=max_rejected,
+        workers=workers,
+        threads=threads,
+        ray=ray,
+        settings=_settings(target=target, dtype=dtype, memory_limit=memory_limit),
+        reading={
+            "kind": kind,
+            "image_column": image_column,
+            "caption_column": caption_column,
+            "split": split,
+        },
+        dry_run=dry_run,
+    )
+
+
 @app.command()
 def inspect(
     directory: Compiled,
@@ -345,6 +523,29 @@ def profile(
 
     settings = _settings(num_threads=threads, memory_limit=memory_limit)
     profiling.profile_model(directory, size, batch_size, trace, settings)
+
+
+@app.command()
+def plan(
+    directory: Compiled,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|HxW",
+            help="The image size, in pixels. By default the model's own.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    steps: Annotated[bool, typer.Option("--steps", help="List the steps of the run.")] = False,
+    threads: Threads = None,
+    memory_limit: MemoryLimit = None,
+) -> None:
+    """Show the memory and the work that an image takes, and what less memory would cost."""
+    from . import planning
+
+    settings = _settings(num_threads=threads, memory_limit=memory_limit)
+    planning.describe_model(directory, size, batch_size, steps, settings)
 
 
 @app.command()
@@ -454,26 +655,3 @@ def targets() -> None:
 def main() -> None:
     """Run the command that the arguments name, and exit."""
     app(prog_name="rbln-vae")
-@app.command()
-def plan(
-    directory: Compiled,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW",
-            help="The image size, in pixels. By default the model's own.",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
-    steps: Annotated[bool, typer.Option("--steps", help="List the steps of the run.")] = False,
-    threads: Threads = None,
-    memory_limit: MemoryLimit = None,
-) -> None:
-    """Show the memory and the work that an image takes, and what less memory would cost."""
-    from . import planning
-
-    settings = _settings(num_threads=threads, memory_limit=memory_limit)
-    planning.describe_model(directory, size, batch_size, steps, settings)
-
-

@@ -1,0 +1,207 @@
+"""The command `encode-dataset`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+from .. import demo_model
+from ..datasets import (
+    Options,
+    Progress,
+    Summary,
+    TooManyRejectedError,
+    encode_dataset,
+    estimate,
+)
+from ..images import Size, parse_size
+from .terminal import err, out, table, working
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def sizes_of(size: str | None, buckets: str | None) -> tuple[Size, ...]:
+    """The sizes that `--size` or `--buckets` name.
+
+    Raises:
+        ValueError: Both are given, or one is no size.
+    """
+    if size is not None and buckets is not None:
+        raise ValueError("--size and --buckets: expected one of them, found both")
+    if buckets is not None:
+        return tuple(parse_size(each.strip()) for each in buckets.split(","))
+    return (parse_size(size or "512"),)
+
+
+def encode(
+    source: str,
+    directory: Path,
+    model: str | None,
+    options: Options,
+    *,
+    max_rejected: int,
+    workers: int | None,
+    threads: int | None,
+    ray: str | None,
+    settings: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    dry_run: bool,
+) -> None:
+    """Encode a data set under a progress bar, and say what came of it; or what would."""
+    name = demo_model() if model is None else model
+    if dry_run:
+        _estimate(source, directory, name, options, workers, threads, settings, reading, ray)
+        return
+    try:
+        with _shown() as report:
+            summary = encode_dataset(
+                source,
+                directory,
+                name,
+                options,
+                max_rejected=max_rejected,
+                workers=workers,
+                threads=threads,
+                ray=ray,
+                rbln_config=settings,
+                report=report,
+                **reading,
+            )
+    except TooManyRejectedError as error:
+        _show(error.summary, directory)
+        raise
+    _show(summary, directory)
+
+
+def _show(summary: Summary, directory: Path) -> None:
+    result = table("data set", str(directory))
+    result.add_row("samples", f"{summary.samples:,} in {summary.shards:,} shards")
+    for size, count in summary.sizes.items():
+        result.add_row(f"of size {size}", f"{count:,}")
+    result.add_row("rejected", f"{summary.rejected:,}")
+    result.add_row("encoded in this run", f"{summary.encoded:,}")
+    result.add_row("time", _time(summary.seconds))
+    result.add_row("images per second", f"{summary.rate:.2f}")
+    result.add_row("time spent waiting for images", f"{summary.waiting_share:.1%}")
+    out().print(result)
+
+
+def _estimate(
+    source: str,
+    directory: Path,
+    model: str | Path,
+    options: Options,
+    workers: int | None,
+    threads: int | None,
+    settings: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    ray: str | None,
+) -> None:
+    with working("Looking at the source, and timing the first images …"):
+        found = estimate(
+            source,
+            directory,
+            model,
+            options,
+            threads=threads if ray is None else threads or 1,
+            rbln_config=settings,
+            **reading,
+        )
+    processors = len(os.sched_getaffinity(0))
+    seconds = (
+        found.seconds(workers or processors)
+        if ray is None
+        else found.seconds(threads or 1, workers or max(1, processors // (threads or 1)))
+    )
+    result = table("data set", f"{directory}, as {options.format}")
+    total = "not known before it is read" if found.total is None else f"{found.total:,}"
+    result.add_row("samples in the source", total)
+    result.add_row("done already", f"{found.done:,}")
+    for size, count in found.sizes.items():
+        result.add_row(f"of the first images, of size {size}", f"{count:,}")
+    for reason, count in found.rejected.items():
+        result.add_row(f"of the first images, rejected: {reason}", f"{count:,}")
+    result.add_row("to read and decode an image", f"{found.decode * 1e3:.1f} ms")
+    result.add_row("to encode an image", f"{found.encode * 1e3:.1f} ms")
+    result.add_row("time", "not known" if seconds is None else f"about {_time(seconds)}")
+    out().print(result)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Progress], None]]:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+    console = err()
+    if not console.is_terminal:
+        yield _lines(lambda line: console.print(line))
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.2f} images/s, waiting {task.fields[waiting]:.0%}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("Encoding", total=None, rate=0.0, waiting=0.0)
+
+        def report(progress: Progress) -> None:
+            bar.update(
+                task,
+                completed=progress.done,
+                total=progress.total,
+                rate=progress.rate,
+                waiting=progress.waiting_share,
+            )
+
+        yield report
+
+
+def _lines(
+    show: Callable[[str], None], seconds: float = _SECONDS_BETWEEN_LINES
+) -> Callable[[Progress], None]:
+    """What says how far it is, at most once in so many seconds."""
+    last = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last < seconds:
+            return
+        last = time.monotonic()
+        total = "" if progress.total is None else f" of {progress.total:,}"
+        left = seconds_left(progress)
+        show(
+            f"{progress.done:,}{total} samples, {progress.rate:.2f} images/s, waiting "
+            f"{progress.waiting_share:.0%}" + ("" if left is None else f", {_time(left)} left")
+        )
+
+    return report
+
+
+def seconds_left(progress: Progress) -> float | None:
+    """How long the rest takes at the speed of this run, where it can be told."""
+    dealt = progress.encoded + progress.rejected
+    if progress.total is None or not dealt:
+        return None
+    return max(0, progress.total - progress.done) * progress.seconds / dealt
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

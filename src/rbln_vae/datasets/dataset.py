@@ -1,0 +1,265 @@
+"""Encoded data sets as torch has them: by number, by key, or one after the other."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+from ..errors import RBLNDatasetError
+from .job import read_manifest
+from .seeds import seed_of
+from .shards import Shard, checksum
+
+Item = dict[str, Any]
+
+
+class LatentDataset(Dataset[Item]):
+    """What `encode_dataset` wrote, mapped into memory: a sample is read when it is asked for.
+
+    An item is a dict with `key`, `caption` (or `None`), `columns`, the sizes
+    `original_size`, `crops_coords_top_left` and `target_size`, each `(height, width)` in
+    pixels, and tensors `(C, h, w)`: `mean` and `logvar`, or `latent`, and the same with
+    `_flipped` for the mirrored image if that was encoded.
+
+    Args:
+        directory: Where it was encoded to, as safetensors.
+
+    Raises:
+        RBLNDatasetError: The data set is not complete, damaged, or of another format.
+
+    Example:
+        >>> latents = LatentDataset("latents")  # doctest: +SKIP
+        >>> latents[0]["mean"].shape, latents.get("a/1.jpg")["caption"]  # doctest: +SKIP
+        (torch.Size([4, 64, 64]), 'a cat')
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        kind = self.manifest["options"]["format"]
+        if kind != "safetensors":
+            raise RBLNDatasetError(
+                f"{directory} holds {kind} shards, and LatentDataset reads safetensors; read them "
+                "with webdataset, datasets or pyarrow"
+            )
+        shards = self.manifest["shards"]
+        self._files = [str(shard["file"]) for shard in shards]
+        self._starts = np.cumsum([0, *(shard["samples"] for shard in shards)])
+        self._open: dict[int, Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the files for itself, and finds keys when it needs them.
+        return {"directory": self.directory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        LatentDataset.__init__(self, state["directory"])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Item:
+        """The sample of a number, in the order of the source; negative ones count from the end.
+
+        Raises:
+            IndexError: There is none.
+        """
+        number = index + len(self) if index < 0 else index
+        if not 0 <= number < len(self):
+            raise IndexError(f"{index} is no sample of {len(self)}")
+        shard, row = self._place(number)
+        record = shard.record(row)
+        return {
+            **{name: tuple(v) if isinstance(v, list) else v for name, v in record.items()},
+            **shard.tensors(row),
+        }
+
+    def get(self, key: str) -> Item:
+        """The sample of a key; of all shards the keys' hashes alone are read for it.
+
+        Raises:
+            KeyError: There is none.
+        """
+        hashes, order = self._keys
+        wanted = seed_of(key)
+        for place in range(int(np.searchsorted(hashes, wanted)), len(hashes)):
+            if hashes[place] != wanted:
+                break
+            number = int(order[place])
+            shard, row = self._place(number)
+            if shard.record(row)["key"] == key:
+                return self[number]
+        raise KeyError(key)
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """Height and width of each sample's image in pixels, int32 `(samples, 2)`."""
+        sizes = [self._shard(number).sizes for number in range(len(self._files))]
+        return torch.cat(sizes) if sizes else torch.empty(0, 2, dtype=torch.int32)
+
+    def verify(self) -> None:
+        """Read every shard and compare it with its checksum.
+
+        Raises:
+            RBLNDatasetError: One is missing or damaged.
+        """
+        for shard in self.manifest["shards"]:
+            path = self.directory / shard["file"]
+            if not path.exists() or checksum(path) != shard["sha256"]:
+                raise RBLNDatasetError(
+                    f"{path} is missing or damaged: its checksum isn't that of the manifest. "
+                    "Remove it, and run the command that wrote it again."
+                )
+
+    def _place(self, number: int) -> tuple[Shard, int]:
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._shard(shard), number - int(self._starts[shard])
+
+    def _shard(self, number: int) -> Shard:
+        found = self._open.get(number)
+        if found is None:
+            # Maps hold no descriptors, so that any number of them can be open.
+            found = self._open[number] = Shard(self.directory / self._files[number])
+        return found
+
+    @functools.cached_property
+    def _keys(self) -> tuple[Any, Any]:
+        """The hashes of all keys, sorted, and the number of the sample of each."""
+        shards = [self._shard(number).keys.numpy() for number in range(len(self._files))]
+        hashes = np.concatenate(shards) if shards else np.empty(0, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+
+class IterableLatentDataset(IterableDataset[Item]):
+    """The samples one after the other, each once among all workers and processes.
+
+    The workers of a `DataLoader`, and the processes of `torch.distributed` where it is set
+    up, share the samples; `set_epoch` draws another order.
+
+    Args:
+        directory: As of `LatentDataset`.
+        shuffle: Whether the order is drawn, over the whole data set.
+        seed: Of the order.
+
+    Example:
+        >>> loader = DataLoader(
+        ...     IterableLatentDataset("latents", shuffle=True), batch_size=8, collate_fn=collate
+        ... )  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, shuffle: bool = False, seed: int = 0
+    ) -> None:
+        self.dataset = LatentDataset(directory)
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of that epoch from here on."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Item]:
+        order: Sequence[int] | Any = range(len(self.dataset))
+        if self.shuffle:
+            order = _drawn(len(self.dataset), self.seed, self.epoch)
+        first, step = _share()
+        for number in itertools.islice(order, first, None, step):
+            yield self.dataset[int(number)]
+
+
+class BucketBatchSampler(Sampler[list[int]]):
+    """Batches whose images are of one size, for a data set with buckets.
+
+    Args:
+        dataset: What is drawn from.
+        batch_size: Of each batch; the last of a size is smaller.
+        shuffle: Whether samples and batches are drawn, or stand in the order of the source.
+        seed: Of what is drawn.
+        drop_last: Whether smaller batches are left out.
+
+    Example:
+        >>> batches = BucketBatchSampler(latents, 8)  # doctest: +SKIP
+        >>> loader = DataLoader(latents, batch_sampler=batches, collate_fn=collate)
+        ... # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        sizes, which = torch.unique(dataset.sizes, dim=0, return_inverse=True)
+        self._groups = [torch.nonzero(which == i).view(-1) for i in range(len(sizes))]
+        self._batch_size, self._drop_last = batch_size, drop_last
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the batches of that epoch from here on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        lost = 0 if self._drop_last else self._batch_size - 1
+        return sum((len(group) + lost) // self._batch_size for group in self._groups)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches: list[Tensor] = []
+        for i, group in enumerate(self._groups):
+            ordered = group[_drawn(len(group), self.seed, self.epoch, i)] if self.shuffle else group
+            batches += torch.split(ordered, self._batch_size)
+        if self._drop_last:
+            batches = [batch for batch in batches if len(batch) == self._batch_size]
+        order: Sequence[int] = range(len(batches))
+        if self.shuffle:
+            order = _drawn(len(batches), self.seed, self.epoch, "batches").tolist()
+        else:
+            batches.sort(key=lambda batch: int(batch[0]))
+        for number in order:
+            yield batches[number].tolist()
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> Item:
+    """A batch of items: tensors stacked, sizes as int64 `(N, 2)`, all else in lists.
+
+    Args:
+        items: Of one image size.
+
+    Example:
+        >>> collate([latents[0], latents[1]])["mean"].shape  # doctest: +SKIP
+        torch.Size([2, 4, 64, 64])
+    """
+    batch: Item = {}
+    for name, value in items[0].items():
+        values = [item[name] for item in items]
+        if isinstance(value, Tensor):
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = torch.tensor(values) if isinstance(value, tuple) else values
+    return batch
+
+
+def _drawn(count: int, *seeds: object) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*seeds)))
+
+
+def _share() -> tuple[int, int]:
+    """Which samples are for this worker of this process: the first, and every how many."""
+    worker = get_worker_info()
+    first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        return torch.distributed.get_rank() * step + first, ranks * step
+    return first, step

@@ -1,0 +1,196 @@
+"""The encoder of a job: prepared images in, what is kept of each out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..artifact import SUFFIX
+from ..autoencoder_kl import ENCODER, RBLNAutoencoderKL
+from .options import Options
+from .pictures import Prepared
+from .seeds import seed_of
+
+MIRRORED = "_flipped"
+"""What the names of the tensors of a mirrored image end in."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a shard keeps of an image.
+
+    Attributes:
+        record: Key, caption, sizes and columns, as JSON can hold them.
+        tensors: By name, each `(C, h, w)`: `mean` and `logvar`, or `latent`, and the same of
+            the mirrored image.
+    """
+
+    record: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Encoder(Protocol):
+    """What a pipeline asks of an encoder."""
+
+    @property
+    def batch_size(self) -> int:
+        """The most images of a run."""
+
+    def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
+        """Encode images of one size; `None` stands for what is not finite."""
+
+
+class LatentEncoder:
+    """A compiled model, and what is kept of what it gives; both engines run this one.
+
+    Args:
+        vae: With an encoder.
+        options: What is kept.
+
+    Raises:
+        ValueError: The model takes no RGB images, has no encoder, or takes none of the
+            sizes.
+
+    Example:
+        >>> encoder = LatentEncoder(vae, Options())  # doctest: +SKIP
+        >>> encoder.encode([prepared])[0].tensors["mean"].shape  # doctest: +SKIP
+        torch.Size([4, 64, 64])
+    """
+
+    def __init__(self, vae: RBLNAutoencoderKL, options: Options) -> None:
+        config = vae.rbln_config
+        if not config.uses_encoder:
+            raise ValueError(
+                "the model has a decoder only; compile it again with its encoder "
+                "(rbln_uses_encoder=True)"
+            )
+        if config.in_channels != 3:
+            raise ValueError(f"images have 3 channels, and the model takes {config.in_channels}")
+        sizes = options.sizing(int(config.vae_scale_factor or 1)).sizes
+        self._vae, self._options = vae, options
+        self._padded = vae.static_shapes
+        self.batch_size = config.batch_size if self._padded else options.batch_size or 1
+        if options.batch_size is None:
+            self.batch_size = config.batch_size
+        if self._padded and (
+            sizes != (config.sample_size,) or options.batch_size not in (None, config.batch_size)
+        ):
+            raise ValueError(
+                f"the target {config.target!r} takes the shape that the model was compiled for "
+                f"alone: size {config.sample_size}, batch {config.batch_size}"
+            )
+        self._dtype: torch.dtype = getattr(torch, options.latent_dtype)
+
+    def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
+        """Encode images of one size.
+
+        Args:
+            images: At most `batch_size`.
+
+        Returns:
+            One for each; `None` where the latent isn't finite in the dtype that is kept.
+        """
+        pixels = torch.stack([torch.from_numpy(image.pixels) for image in images])
+        # Into the memory that is computed with, in the order that it has.
+        sample = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+        kept = self._kept(sample, [image.key for image in images], "")
+        if self._options.flip:
+            mirrored = self._kept(sample.flip(3), [image.key for image in images], MIRRORED)
+            kept = [{**one, **other} for one, other in zip(kept, mirrored, strict=True)]
+        return [
+            Encoded(self._record(image), tensors)
+            if all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+            else None
+            for image, tensors in zip(images, kept, strict=True)
+        ]
+
+    def _kept(self, sample: Tensor, keys: Sequence[str], suffix: str) -> list[dict[str, Tensor]]:
+        count = len(sample)
+        if self._padded and count < self.batch_size:
+            sample = torch.cat(
+                [sample, sample.new_zeros(self.batch_size - count, *sample.shape[1:])]
+            )
+        distribution: Any = self._vae.encode(sample, return_dict=False)[0]
+        result = []
+        for i, key in enumerate(keys):
+            mean, logvar = distribution.mean[i], distribution.logvar[i]
+            if self._options.sample:
+                generator = torch.Generator().manual_seed(
+                    seed_of(self._options.seed, "sample" + suffix, key)
+                )
+                noise = torch.randn(mean.shape, generator=generator)
+                tensors = {"latent": mean + torch.exp(0.5 * logvar) * noise}
+            else:
+                tensors = {"mean": mean, "logvar": logvar}
+            if self._options.scale:
+                shift, factor = self._scaling
+                for name, tensor in tensors.items():
+                    # The variance of a multiple is that of the whole times its square.
+                    tensors[name] = (
+                        tensor + 2 * factor.log() if name == "logvar" else (tensor - shift) * factor
+                    )
+            result.append({name + suffix: t.to(self._dtype) for name, t in tensors.items()})
+        return result
+
+    @functools.cached_property
+    def _scaling(self) -> tuple[Tensor, Tensor]:
+        """What is subtracted and then multiplied, `(C, 1, 1)` or a number."""
+        stored = scaling_of(self._vae)
+        shift = torch.tensor(stored["shift_factor"] or 0.0)
+        factor = torch.tensor(stored["scaling_factor"] or 1.0)
+        if stored["latents_mean"] is not None:
+            shift = shift + torch.tensor(stored["latents_mean"]).view(-1, 1, 1)
+        if stored["latents_std"] is not None:
+            factor = factor / torch.tensor(stored["latents_std"]).view(-1, 1, 1)
+        return shift, factor
+
+    def _record(self, image: Prepared) -> dict[str, Any]:
+        place = image.placement
+        record = {
+            "key": image.key,
+            "caption": image.caption,
+            "original_size": list(place.original),
+            "crops_coords_top_left": list(place.offset),
+            "target_size": list(place.size),
+            "columns": dict(image.columns),
+        }
+        if self._options.flip:
+            record["crops_coords_top_left" + MIRRORED] = list(place.mirrored_offset)
+        return record
+
+
+def scaling_of(vae: RBLNAutoencoderKL) -> dict[str, Any]:
+    """The constants that diffusion models apply to the latents of a model."""
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    return {name: vae.config.get(name) for name in names}
+
+
+def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any]:
+    """What tells a compiled model from others, as the record of a job holds it.
+
+    Args:
+        vae: The model.
+        directory: Where it was loaded from, for targets whose compiled models don't say what
+            they were made of.
+    """
+    config = vae.rbln_config
+    compiled: Any = vae.compiled_models.get(ENCODER)
+    digest = getattr(compiled, "source", {}).get("sha256")
+    file = directory and directory / f"{ENCODER}{SUFFIX}"
+    if digest is None and file and file.exists():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {
+        "sha256": digest,
+        "target": config.target,
+        "dtype": config.dtype,
+        "vae_scale_factor": config.vae_scale_factor,
+        "latent_channels": config.latent_channels,
+        **scaling_of(vae),
+    }

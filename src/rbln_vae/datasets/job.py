@@ -1,0 +1,363 @@
+"""The record of a job on the disk: what was asked for, what is done, what came of it.
+
+A part, some consecutive samples of a split, is done when its entry stands in the journal,
+which is written after its shard and in one step. So a job that ends at any moment, in any
+way, goes on with the parts that have no entry, and gives what it would have given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RBLNDatasetError
+from ..files import atomic_path
+from ..version import __version__
+from .encoder import Encoded
+from .options import Options
+from .pictures import Rejected
+from .shards import FORMAT_NAME, FORMAT_VERSION, SUFFIXES, ShardInfo, unwritable, write_shard
+
+JOB = "job.json"
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+JOURNAL = "journal"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive samples of a split: what makes one shard.
+
+    Attributes:
+        split: The number of the split in the source.
+        number: That of the part in the split.
+    """
+
+    split: int
+    number: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called; in the order of the source."""
+        return f"{self.split:06d}-{self.number:04d}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the journal says of a part that is done.
+
+    Attributes:
+        part: Which.
+        last: Whether the split ends with it.
+        fingerprint: Of the split.
+        shard: What was written, or `None` if every sample was rejected.
+        rejected: What was not, in order.
+    """
+
+    part: Part
+    last: bool
+    fingerprint: str
+    shard: ShardInfo | None
+    rejected: Sequence[Rejected]
+
+    @property
+    def samples(self) -> int:
+        """How many were encoded."""
+        return 0 if self.shard is None else self.shard.samples
+
+    def to_json(self) -> str:
+        """The entry as its file holds it."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Entry:
+        """What `to_json` gave, once more.
+
+        Raises:
+            ValueError: It is no entry.
+        """
+        try:
+            stored = json.loads(text)
+            shard = stored["shard"]
+            return cls(
+                Part(**stored["part"]),
+                stored["last"],
+                stored["fingerprint"],
+                None if shard is None else ShardInfo(**shard),
+                [Rejected(**each) for each in stored["rejected"]],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it is no entry of a journal: {error!r}") from None
+
+
+class Job:
+    """A directory that samples are encoded to.
+
+    Args:
+        directory: It must hold a job; `open_job` sees to that.
+        options: What is made of each image.
+    """
+
+    def __init__(self, directory: Path, options: Options) -> None:
+        self.directory, self.options = directory, options
+
+    def done(self, part: Part) -> Entry | None:
+        """The entry of a part, if it is done and its shard is there.
+
+        Raises:
+            RBLNDatasetError: The journal is damaged.
+        """
+        file = self._entry_file(part)
+        try:
+            entry = Entry.from_json(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RBLNDatasetError(f"{file} is damaged: {error}. Remove it, and go on.") from None
+        if entry.shard is not None:
+            try:
+                if (self.directory / entry.shard.file).stat().st_size != entry.shard.bytes:
+                    return None
+            except FileNotFoundError:
+                return None
+        return entry
+
+    def finish(
+        self,
+        part: Part,
+        samples: Sequence[Encoded],
+        rejected: Sequence[Rejected],
+        *,
+        last: bool,
+        fingerprint: str,
+    ) -> Entry:
+        """Write the shard of a part, and then its entry.
+
+        Raises:
+            RBLNDatasetError: There is no room, or it can't be written for another reason.
+        """
+        kind = self.options.format
+        path = self.directory / f"{part.name}{SUFFIXES[kind]}"
+        shard = write_shard(path, kind, samples) if samples else None
+        entry = Entry(part, last, fingerprint, shard, rejected)
+        _write(self._entry_file(part), [entry.to_json()])
+        return entry
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries, in the order of the source."""
+        split = number = 0
+        while entry := self.done(Part(split, number)):
+            yield entry
+            split, number = (split + 1, 0) if entry.last else (split, number + 1)
+
+    def close(self) -> Totals:
+        """Write the manifest and the list of what was rejected, once all parts are done."""
+        totals = Totals()
+        for entry in self.entries():
+            totals.add(entry)
+        stored = read_record(self.directory / JOB)
+        manifest = {
+            **stored,
+            "samples": totals.samples,
+            "rejected": totals.rejected,
+            "sizes": dict(sorted(totals.sizes.items())),
+        }
+        head = json.dumps(manifest, indent=1)[: -len("\n}")]
+
+        def lines() -> Iterator[str]:
+            yield head + ',\n "shards": ['
+            comma = ""
+            for entry in self.entries():
+                if entry.shard is not None:
+                    yield f"{comma}\n  {json.dumps(dataclasses.asdict(entry.shard))}"
+                    comma = ","
+            yield "\n ]\n}\n"
+
+        self.remove_temporaries()
+        self.write_rejected()
+        _write(self.directory / MANIFEST, lines())
+        return totals
+
+    def remove_temporaries(self) -> None:
+        """Remove what a process left that was killed while it wrote."""
+        for place in (self.directory, self.directory / JOURNAL):
+            for stale in place.glob(".*.tmp"):
+                stale.unlink(missing_ok=True)
+
+    def write_rejected(self) -> None:
+        """Write what was rejected so far."""
+        lines = (
+            json.dumps(dataclasses.asdict(each)) + "\n"
+            for entry in self.entries()
+            for each in entry.rejected
+        )
+        _write(self.directory / REJECTED, lines)
+
+    def _entry_file(self, part: Part) -> Path:
+        return self.directory / JOURNAL / f"{part.name}.json"
+
+
+@dataclass
+class Totals:
+    """Sums over the parts that are done.
+
+    Attributes:
+        samples: That were encoded.
+        rejected: That were not.
+        shards: That were written.
+        sizes: How many samples have each image size, such as `{"512x512": 3}`.
+    """
+
+    samples: int = 0
+    rejected: int = 0
+    shards: int = 0
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, entry: Entry) -> None:
+        """Count a part."""
+        self.samples += entry.samples
+        self.rejected += len(entry.rejected)
+        if entry.shard is not None:
+            self.shards += 1
+            for size, count in entry.shard.sizes.items():
+                self.sizes[size] = self.sizes.get(size, 0) + count
+
+
+@contextlib.contextmanager
+def open_job(
+    directory: Path, options: Options, source: Mapping[str, Any], model: Mapping[str, Any]
+) -> Iterator[Job]:
+    """Begin a job in a directory, or go on with it; no other process can meanwhile.
+
+    Args:
+        directory: Made where missing.
+        options: What is made of each image.
+        source: What `Source.describe` gives.
+        model: What `identity_of` gives.
+
+    Raises:
+        RBLNDatasetError: The directory holds something else, or another process works on it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RBLNDatasetError(
+            f"{directory} can't be made: {error.strerror}. Name another directory."
+        ) from error
+    with _locked(directory):
+        wanted = job_record(options, source, model)
+        if (directory / JOB).exists():
+            check_same(read_record(directory / JOB), wanted, directory)
+        else:
+            others = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
+            if others:
+                raise RBLNDatasetError(
+                    f"{directory} holds no encoded data set, but {', '.join(others[:3])}; name an "
+                    "empty directory"
+                )
+            _write(directory / JOB, [json.dumps(wanted, indent=1) + "\n"])
+        (directory / JOURNAL).mkdir(exist_ok=True)
+        job = Job(directory, options)
+        job.remove_temporaries()
+        yield job
+
+
+def job_record(
+    options: Options, source: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was asked for, as JSON holds it."""
+    return {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "source": dict(source),
+        "model": dict(model),
+        "options": options.to_dict(),
+    }
+
+
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
+    """Raise an `RBLNDatasetError` that names what differs between two records."""
+    stored, wanted = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    names = [n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n)]
+    if names:
+        listed = "; ".join(f"{n} {stored.get(n)!r}, not {wanted.get(n)!r}" for n in names)
+        raise RBLNDatasetError(
+            f"{directory} was begun with {listed}. Give the same again to go on, or name another "
+            "directory."
+        )
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a job that is complete.
+
+    Raises:
+        RBLNDatasetError: There is none, or it is damaged.
+    """
+    if not (directory / MANIFEST).exists():
+        begun = (directory / JOB).exists()
+        raise RBLNDatasetError(
+            f"{directory} is not complete; run the command that began it again"
+            if begun
+            else f"{directory} holds no encoded data set: there is no {MANIFEST}"
+        )
+    return read_record(directory / MANIFEST)
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values of a record, those of its groups among them."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": each for inner, each in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `job.json` or the manifest says.
+
+    Raises:
+        RBLNDatasetError: It is damaged, or not of an encoded data set.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RBLNDatasetError(f"{path} is damaged: {error}. Encode again elsewhere.") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT_NAME:
+        raise RBLNDatasetError(f"{path} is not of an encoded data set")
+    return found
+
+
+def _write(path: Path, lines: Any) -> None:
+    try:
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise RBLNDatasetError(
+                    f"another process is encoding to {directory}; wait for it, or end it"
+                ) from None
+            # A file system without locks: writing is atomic, so two would waste time alone.
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,192 @@
+"""A sample of a source made ready for the encoder: read, decoded, scaled and cropped."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from ..images import format_size, open_image, upright_rgb
+from .options import Options
+from .sizes import Placement, Sizing
+from .sources import Sample, read_file, read_sidecar
+
+_ORIENTATION = 0x0112  # of EXIF; from 5 on, height and width change places
+_GAP = 2
+"""How much larger than what is wanted a JPEG is decoded at least."""
+
+_LONG = 8
+"""How many times the size of its bucket an image may be while it is scaled."""
+
+Box: TypeAlias = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as the encoder takes it.
+
+    Attributes:
+        key: Of the sample.
+        caption: Of the sample.
+        columns: Of the sample.
+        placement: How the image was scaled and cropped.
+        pixels: uint8 `(H, W, 3)`.
+    """
+
+    key: str
+    caption: str | None
+    columns: Mapping[str, Any]
+    placement: Placement
+    pixels: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sample that can't be encoded, and why."""
+
+    key: str
+    reason: str
+
+
+class _UnfitError(Exception):
+    """An image isn't one that is wanted."""
+
+
+def prepare(sample: Sample, options: Options, sizing: Sizing) -> Prepared | Rejected:
+    """Read and decode a sample, and give it the size of its bucket.
+
+    Args:
+        sample: What a source gave.
+        options: What is made of it.
+        sizing: The buckets.
+
+    Raises:
+        OSError: Its file can't be read at present; a file that is missing or that may not
+            be read is rejected instead.
+    """
+    if sample.error is not None:
+        return Rejected(sample.key, sample.error)
+    try:
+        caption, columns = _with_sidecars(sample)
+        content = sample.image if isinstance(sample.image, bytes) else read_file(sample.image)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        return Rejected(sample.key, f"it can't be read: {error.strerror or error}")
+    except ValueError as error:
+        return Rejected(sample.key, f"what stands beside it can't be read: {error}")
+    try:
+        with open_image(io.BytesIO(content)) as image:
+            _check(image, options)
+            turn = image.getexif().get(_ORIENTATION, 1) if isinstance(image, JpegImageFile) else 0
+            drafted = None
+            if turn and options.prescale:
+                drafted = _draft(image, turn, sample.key, options, sizing)
+            picture = upright_rgb(image)
+    except (UnidentifiedImageError, _UnfitError) as error:
+        return Rejected(sample.key, str(error))
+    except MemoryError:
+        raise  # which says nothing of the image
+    except Exception as error:
+        # Damage leads decoders to errors of every kind, and none must end the job.
+        return Rejected(sample.key, f"its decoder failed: {type(error).__name__}: {error}")
+    if drafted is None:
+        size = picture.height, picture.width
+        placement = sizing.place(size, sample.key, options.crop, options.seed)
+        box = None
+    else:
+        placement, box = drafted
+    pixels = np.array(_scaled(picture, placement, box or (0, 0, *picture.size)))
+    return Prepared(sample.key, caption, columns, placement, pixels)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore what Pillow says of large pictures and odd metadata, in all threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _with_sidecars(sample: Sample) -> tuple[str | None, Mapping[str, Any]]:
+    if not sample.sidecars:
+        return sample.caption, sample.columns
+    caption, columns = sample.caption, dict(sample.columns)
+    for sidecar in sample.sidecars:
+        suffix = sidecar.rpartition(".")[2].lower()
+        said, more = read_sidecar(suffix, read_file(sidecar))
+        columns.update(more)
+        if said is not None and (suffix != "json" or caption is None):
+            caption = said
+    return caption, columns
+
+
+def _scaled(picture: Image.Image, placement: Placement, box: Box) -> Image.Image:
+    """Scale a picture, and crop it.
+
+    Args:
+        picture: Upright.
+        placement: Where it comes to.
+        box: Which part of it is the image.
+    """
+    (row, column), (height, width) = placement.offset, placement.size
+    if placement.scaled[0] * placement.scaled[1] <= _LONG * height * width:
+        if picture.size != placement.scaled[::-1]:
+            picture = picture.resize(placement.scaled[::-1], Image.Resampling.LANCZOS, box)
+        return picture.crop((column, row, column + width, row + height))
+    # The whole of a long and narrow image would be enormous: what is kept alone is computed.
+    left, top, right, bottom = box
+    across, down = (right - left) / placement.scaled[1], (bottom - top) / placement.scaled[0]
+    region = (
+        left + column * across,
+        top + row * down,
+        min(left + (column + width) * across, right),
+        min(top + (row + height) * down, bottom),
+    )
+    return picture.resize((width, height), Image.Resampling.LANCZOS, region)
+
+
+def _check(image: Image.Image, options: Options) -> None:
+    """Look at the size before anything is decoded."""
+    size = image.height, image.width
+    if size[0] * size[1] > options.max_pixels:
+        raise _UnfitError(
+            f"it is {format_size(size)}, which is more than max_pixels {options.max_pixels}"
+        )
+    if min(size) < options.min_side:
+        raise _UnfitError(
+            f"it is {format_size(size)}, which is less than min_side {options.min_side}"
+        )
+
+
+def _draft(
+    image: Image.Image, turn: int, key: str, options: Options, sizing: Sizing
+) -> tuple[Placement, Box | None]:
+    """Choose size and crop of a JPEG from its header, and have it decoded at a fraction.
+
+    Returns:
+        The placement, and which part of the upright picture is the image: a fraction of its
+        sides needn't be whole, and pixels beyond it would shift what is scaled.
+    """
+    sideways = turn in (5, 6, 7, 8)
+    original = (image.width, image.height) if sideways else (image.height, image.width)
+    placement = sizing.place(original, key, options.crop, options.seed)
+    across, down = placement.scaled if sideways else placement.scaled[::-1]
+    found = image.draft(None, (across * _GAP, down * _GAP))
+    if found is None:
+        return placement, None
+    _, _, width, height = found[1]
+    right, below = image.width - width, image.height - height
+    left = right if turn in (2, 3) else below if turn in (6, 7) else 0.0
+    top = below if turn in (3, 4) else right if turn in (7, 8) else 0.0
+    if sideways:
+        width, height = height, width
+    return placement, (left, top, left + width, top + height)

@@ -1,0 +1,120 @@
+"""The same data set from Ray, on a real local cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pictures import digests, make_folder
+from vaes import default_compiled
+
+from rbln_vae.datasets import Options, encode_dataset
+from rbln_vae.errors import RBLNDatasetError
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rbln-vae[ray]'")
+pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'rbln-vae[ray]'")
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = Options(sizes=((64, 64),), aspect=True, bucket_step=16, shard_size=8, crop="random")
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images") / "in", COUNT)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    default_compiled().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def local(images: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("local") / "out"
+    encode_dataset(images, out, model, OPTIONS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def workers() -> list[int]:
+    """The processes of Ray's actors."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (directory / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::MapWorker(MapBatches(Worker))"):
+            found.append(int(directory.name))
+    return found
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("count", [1, 2])
+def test_any_number_of_workers_gives_the_same(
+    images: Path, local: Path, model: str, tmp_path: Path, count: int
+) -> None:
+    out = tmp_path / "out"
+    summary = encode_dataset(images, out, model, OPTIONS, ray="auto", workers=count)
+    assert digests(out) == digests(local)
+    assert summary.samples == summary.encoded == COUNT
+    again = encode_dataset(images, out, model, OPTIONS, ray="auto", workers=count)
+    assert again.encoded == 0 and digests(out) == digests(local)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_is_killed_costs_nothing(
+    images: Path, local: Path, model: str, tmp_path: Path
+) -> None:
+    out, killed = tmp_path / "out", []
+
+    def kill() -> None:
+        journal = out / "journal"
+        while not killed:
+            if journal.exists() and len(list(journal.iterdir())) >= 5 and (found := workers()):
+                os.kill(found[0], signal.SIGKILL)
+                killed.append(found[0])
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    encode_dataset(images, out, model, OPTIONS, ray="auto", workers=2)
+    thread.join(1)
+    assert killed
+    assert digests(out) == digests(local)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_worker_raises_is_raised_here(images: Path, model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode_dataset(images, out, model, OPTIONS)
+    blocked = out / "journal"
+    for entry in sorted(blocked.iterdir())[2:]:
+        entry.unlink()
+    for shard in sorted(out.glob("*.safetensors"))[2:]:
+        shard.unlink()
+        shard.mkdir()  # nothing can take its place
+    with pytest.raises(RBLNDatasetError, match="can't be written"):
+        encode_dataset(images, out, model, OPTIONS, ray="auto", workers=1)
+
+
+def test_a_model_in_memory_is_refused(images: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS)
+    with pytest.raises(ValueError, match="a directory or an id"):
+        encode_dataset(images, tmp_path / "out", default_compiled(), options, ray="local")
