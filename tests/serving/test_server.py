@@ -187,13 +187,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def process(compiled: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`rbln-vae serve` in a process of its own, and its address."""
+    """`rbln-vae serve` in a process of its own, and its address.
+
+    It lets requests wait for others, so that a test can see them wait.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["serve", str(compiled), "--model", f"second={compiled}", "--port", str(port)]
     started = subprocess.Popen(
-        [sys.executable, "-m", "rbln_vae", *arguments, "--queue", "1000"],
+        [sys.executable, "-m", "rbln_vae", *arguments, "--max-wait-ms", "5000"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "RBLN_VAE_API_KEY": "key"},
@@ -219,13 +222,13 @@ def test_sigterm_finishes_what_was_admitted(
     process: tuple[subprocess.Popen[str], str],
 ) -> None:
     started, address = process
-    latent = noise(1, 4, 64, 64)
+    latent = noise(1, 4, 8, 8)
     with ThreadPoolExecutor(4) as clients:
         answers = [
             clients.submit(post, address, latent, model=model)
             for model in ("tiny", "second", "tiny", "second")
         ]
-        wait_until(lambda: waiting(address) > 0)
+        wait_until(lambda: waiting(address) == len(answers))
         started.send_signal(signal.SIGTERM)
         expected = raw(default_compiled().decode(latent).sample)
         for answer in answers:
