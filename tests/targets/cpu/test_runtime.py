@@ -28,8 +28,8 @@ from rbln_vae.graph.ir import (
 )
 from rbln_vae.graph.passes import optimise
 from rbln_vae.targets.cpu.packing import pack
-from rbln_vae.targets.cpu.planner import Convolution
 from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
+from rbln_vae.targets.cpu.tiles import Convolution
 
 PARTS = ("encoder", "decoder")
 
@@ -69,7 +69,8 @@ def test_as_exact_as_diffusers(
     vae = make_vae(block_out_channels=channels, **changes)
     scale = 2 ** (len(channels) - 1) if part == "encoder" else 1
     depth = 3 if part == "encoder" else vae.config.latent_channels
-    compare(vae, part, torch.randn(2, depth, size[0] * scale, size[1] * scale))
+    # Whose errors are larger is a matter of luck for one small image.
+    compare(vae, part, torch.randn(8, depth, size[0] * scale, size[1] * scale))
 
 
 @pytest.mark.slow
