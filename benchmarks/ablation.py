@@ -18,7 +18,7 @@ from rbln_vae.artifact import Artifact, read_artifact
 from rbln_vae.graph import passes
 from rbln_vae.graph.capture import capture
 from rbln_vae.graph.ir import Conv2d, Graph, Identity, Operation
-from rbln_vae.targets.cpu import planner
+from rbln_vae.targets.cpu import planner, tiles
 from rbln_vae.targets.cpu.runtime import ISAS, CpuRuntime, best_dtype, usable_kernels
 
 from .contenders import STABLE_DIFFUSION, Contender
@@ -108,11 +108,11 @@ def _statistics(contender: Ablated) -> None:
 
 
 def _splits(contender: Ablated) -> None:
-    planner.Convolution.splits = lambda *_: 1  # type: ignore[method-assign]
+    tiles.Convolution.splits = lambda *_: 1  # type: ignore[method-assign]
 
 
 def _together(contender: Ablated) -> None:
-    planner.Convolution.together = lambda *_: 1  # type: ignore[method-assign]
+    tiles.Convolution.together = lambda *_: 1  # type: ignore[method-assign]
 
 
 def _in_place(contender: Ablated) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from rbln_vae import _engine
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.targets.cpu import planner
-from rbln_vae.targets.cpu.planner import Convolution
 from rbln_vae.targets.cpu.runtime import CpuRuntime
+from rbln_vae.targets.cpu.tiles import Convolution, gains_by_winograd
 
 Case = ConvCase | AttentionCase
 CASES: tuple[Case, ...] = (*CONVOLUTIONS, *ATTENTIONS)
@@ -209,7 +209,7 @@ def test_winograd_is_chosen_where_it_gains() -> None:
                 **changes,
             }
         )
-        return planner.gains_by_winograd(conv)
+        return gains_by_winograd(conv)
 
     assert chosen()
     assert chosen(upsample=True, kernel=(2, 2))

@@ -17,7 +17,8 @@ from vaes import capture_part, make_vae
 from rbln_vae import _engine
 from rbln_vae.graph.ir import Graph
 from rbln_vae.graph.passes import optimise
-from rbln_vae.targets.cpu.planner import Plan, droppable, make_plan
+from rbln_vae.targets.cpu.plan import Plan
+from rbln_vae.targets.cpu.planner import droppable, make_plan
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.trade import tradeoffs
 

@@ -23,7 +23,9 @@ from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ..base import mebibytes, over_memory_limit, sizes, timed_out
 from .packing import DTYPES, pack
-from .planner import Machine, Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
+from .tiles import Machine
 from .trade import fit_plan, hopeless, least_plan, tradeoffs
 
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")

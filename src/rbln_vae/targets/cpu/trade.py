@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...graph.ir import Graph, Shape, Value
-from .planner import Machine, Plan, droppable, make_plan
+from .plan import Plan
+from .planner import droppable, make_plan
+from .tiles import Machine
 
 FINER = 0.97
 """A plan of less memory than another needs at most this share of it."""

@@ -1,0 +1,271 @@
+"""The tiles that convolutions and attention work on, and by which algorithm.
+
+They follow from sizes and from what the kernels cost, by instruction set; neither from the
+number of threads nor from the memory that there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .packing import BLOCK, PANEL
+
+WINOGRAD_CHANNELS = 32
+"""In or out, that a convolution needs to gain by Winograd's algorithm."""
+
+WINOGRAD_KERNELS = 96
+"""What one position of a transformed kernel costs, in products that take as long."""
+
+WINOGRAD_TILES = 32
+"""Of 4x4 outputs, in a tile of the plan.
+
+Enough that fetching kernels costs little beside multiplying by them; few enough that what
+128 channels are transformed to stays in the L2 cache.
+"""
+
+WINOGRAD_TILE = 4
+"""Rows and columns of outputs that Winograd's algorithm makes at once."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner knows of the kernels that will run.
+
+    Attributes:
+        isa: Their instruction set.
+        dtype: In what images are stored.
+        rows: Rows of output pixels that one product makes.
+        pixels: Pixels of a row that it makes.
+        panels: Panels of 16 output channels that it makes.
+        threads: How many work on a run.
+    """
+
+    isa: str
+    dtype: str
+    rows: int
+    pixels: int
+    panels: int
+    threads: int
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def scratch_bytes(self) -> int:
+        """How large a tile's input may be: a good part of the L2 cache.
+
+        A constant of the instruction set, so that results are the same on all machines
+        that have it.
+        """
+        # With AMX two tiles are held, in a cache of 2 MiB.
+        return 700_000 if self.isa == "amx_bf16" else 560_000
+
+    @property
+    def costs(self) -> Costs:
+        return COSTS.get(self.isa, Costs(24, 6, 8))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What else a convolution does, in products of two numbers that take as long.
+
+    Attributes:
+        norm: Norm and activation of an element.
+        copy: Copying one.
+        weights: Fetching a weight that isn't in the L2 cache.
+    """
+
+    norm: float
+    copy: float
+    weights: float
+
+
+COSTS: Mapping[str, Costs] = {
+    "avx512_bf16": Costs(48, 12, 16),
+    "amx_bf16": Costs(256, 64, 100),
+}
+"""By instruction set: the faster its products are, the more everything else costs."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What matters for the tiles of a convolution.
+
+    With `upsample` the grid is that of the input, else that of the output.
+    """
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int]
+    stride: int
+    upsample: bool
+    grid: tuple[int, int]
+    normed: bool
+    winograd: bool = False
+
+    @property
+    def row_step(self) -> int:
+        """Rows and columns of the grid at whose multiples its tiles begin.
+
+        An output's last bits depend on where in so many rows and columns it lies, and on
+        nothing else of the plan.
+        """
+        return WINOGRAD_TILE if self.winograd else 1
+
+    @property
+    def products(self) -> int:
+        """Of an input and an output channel, for a point of the grid or a 4x4 of them."""
+        if self.winograd:
+            return 100 if self.upsample else 36
+        return math.prod(self.kernel) * (4 if self.upsample else 1)
+
+    @property
+    def panels(self) -> int:
+        return -(-self.outputs // PANEL)
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of the statistics of a tile: a mean and a sum of squares for each channel."""
+        return 2 * self.panels * PANEL * 4
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the output that aren't computed one without the other."""
+        return self.row_step * (2 if self.upsample else 1)
+
+    def read(self, tile: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the input that a tile reads."""
+        if self.upsample:
+            return tile[0] + 2, tile[1] + 2
+        if self.winograd:
+            rows, columns = (-(-size // WINOGRAD_TILE) * WINOGRAD_TILE for size in tile)
+            return rows + 2, columns + 2
+        return (
+            (tile[0] - 1) * self.stride + self.kernel[0],
+            (tile[1] - 1) * self.stride + self.kernel[1],
+        )
+
+    def tiles(self, tile: tuple[int, int]) -> int:
+        return math.prod(-(-size // part) for size, part in zip(self.grid, tile, strict=True))
+
+    def load_cost(self, tile: tuple[int, int], costs: Costs) -> float:
+        """Loading a tile's input, in the units of `product_cost`."""
+        return (
+            math.prod(self.read(tile)) * self.inputs * (costs.norm if self.normed else costs.copy)
+        )
+
+    def product_cost(self, tile: tuple[int, int]) -> float:
+        points = math.prod(-(-size // self.row_step) for size in tile)
+        return points * self.products * self.inputs * self.outputs
+
+    def tile(self, machine: Machine) -> tuple[int, int]:
+        """Height and width of the tiles: the least overhead that fits the cache."""
+        if self.winograd:
+            return self.winograd_tile(machine)
+        height, width = self.grid
+        pixel = -(-self.inputs // BLOCK) * BLOCK * machine.element_bytes
+        # Tiles for some threads, whose number isn't known here; more are made by splits.
+        enough = max(256, height * width // 8)
+        best, best_cost = (1, 1), math.inf
+        for wanted in (width, 512, 256, 192, 128, 96, 64, 48, 32, 16):
+            if wanted > width:
+                continue
+            columns = -(-width // -(-width // wanted))
+            columns = min(width, -(-columns // 16) * 16)
+            across = self.read((1, columns))[1] * pixel
+            rows = machine.scratch_bytes // across
+            taken = self.read((1, 1))[0] if not self.upsample else 3
+            rows = (rows - taken) // self.stride + 1
+            rows = max(1, min(height, rows, 32, max(1, enough // columns)))
+            if rows > machine.rows:
+                rows -= rows % machine.rows
+            # As many tiles as that makes, but of even height.
+            down = -(-height // rows)
+            even = -(-height // down)
+            even = min(rows, -(-even // machine.rows) * machine.rows)
+            tile = (even, columns)
+            # Products come in fixed shapes: what sticks out is computed for nothing.
+            padded = (
+                -(-even // machine.rows) * machine.rows * -(-columns // 16) * 16
+                if machine.rows > 1
+                else even * columns
+            )
+            filled = self.product_cost(tile) * padded / (even * columns)
+            weights = self.product_cost((1, 1)) * machine.costs.weights
+            cost = (filled + self.load_cost(tile, machine.costs) + weights) * self.tiles(tile)
+            if self.read(tile)[0] * across > machine.scratch_bytes:
+                cost *= 1.5
+            if cost < best_cost:
+                best, best_cost = tile, cost
+        return best
+
+    def winograd_tile(self, machine: Machine) -> tuple[int, int]:
+        """Tiles of at most `WINOGRAD_TILES` 4x4 outputs, those that read the least."""
+        down, across = (-(-size // WINOGRAD_TILE) for size in self.grid)
+        best, best_cost = (1, 1), math.inf
+        for columns in range(min(across, WINOGRAD_TILES), 0, -1):
+            rows = min(down, WINOGRAD_TILES // columns)
+            tile = rows * WINOGRAD_TILE, columns * WINOGRAD_TILE
+            weights = self.product_cost((1, 1)) * machine.costs.weights
+            cost = self.tiles(tile) * (self.load_cost(tile, machine.costs) + weights)
+            if cost < best_cost:
+                best, best_cost = tile, cost
+        return min(best[0], self.grid[0]), min(best[1], self.grid[1])
+
+    def splits(self, tile: tuple[int, int], batch: int, machine: Machine) -> int:
+        """Into how many parts to divide the output channels, so that all threads work."""
+        groups = -(-self.outputs // (PANEL * machine.panels))
+        tiles = batch * self.tiles(tile)
+        best, best_cost = 1, math.inf
+        for splits in range(1, min(groups, 4 * machine.threads) + 1):
+            rounds = -(-tiles * splits // machine.threads)
+            part = self.product_cost(tile) * -(-groups // splits) / groups
+            cost = rounds * (self.load_cost(tile, machine.costs) + part)
+            if cost < best_cost * 0.97:
+                best, best_cost = splits, cost
+        return best
+
+    def together(self, tile: tuple[int, int], batch: int, splits: int, machine: Machine) -> int:
+        """Tiles that one item does in turn, loading the next during one.
+
+        Only tile registers leave the vector units time for that; and there must be items
+        enough for all threads to finish together.
+        """
+        if machine.isa != "amx_bf16":
+            return 1
+        items = batch * self.tiles(tile) * splits
+        return max(1, min(16, items // (8 * machine.threads)))
+
+
+def gains_by_winograd(conv: Convolution) -> bool:
+    """Whether Winograd's algorithm does a convolution of 3x3 faster than the definition.
+
+    It has to have channels enough to pay for the transforms of images, and pixels enough
+    to pay for that of its kernels, which is done in each run: stored, they would take
+    four times the space.
+    """
+    if max(conv.inputs, conv.outputs) < WINOGRAD_CHANNELS:
+        return False
+    if not conv.upsample and (conv.kernel, conv.stride) != ((3, 3), 1):
+        return False
+    winograd = dataclasses.replace(conv, winograd=True)
+    saved = conv.product_cost(conv.grid) - winograd.product_cost(conv.grid)
+    return saved >= WINOGRAD_KERNELS * winograd.product_cost((1, 1))
+
+
+def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
+    """Queries of an item, and keys that it works on at once.
+
+    The keys decide in what order sums are made, and so don't depend on the threads.
+    """
+    together = machine.rows * machine.pixels
+    most = 192 if machine.isa == "amx_bf16" else 112
+    queries = max(together, most // together * together)
+    # Smaller items where there would be too few of them.
+    while queries > together and matrices * -(-pixels // queries) < 3 * machine.threads:
+        queries -= together
+    return min(queries, pixels), 256
