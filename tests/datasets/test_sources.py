@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import encoded, make_folder, picture
 
-from rbln_vae.datasets import sources
-from rbln_vae.datasets.sources import Sample, Source, open_source
+from rbln_vae.datasets.sources import Sample, Source, folder, open_source, tables
+from rbln_vae.datasets.sources.files import read_file
 from rbln_vae.errors import RBLNDatasetError
 
 
@@ -81,7 +81,7 @@ def test_a_folder_that_is_remote_gives_the_same(tmp_path: Path) -> None:
     remote = samples(open_source(f"file://{root}"))
     assert [s.key for s in remote] == [s.key for s in local]
     for one, other in zip(local, remote, strict=True):
-        assert sources.read_file(str(one.image)) == sources.read_file(str(other.image))
+        assert read_file(str(one.image)) == read_file(str(other.image))
         assert [s.removeprefix("file://") for s in other.sidecars] == list(one.sidecars)
 
 
@@ -95,7 +95,7 @@ def test_names_are_listed_in_pieces_as_they_are_at_once(names: list[str]) -> Non
                 (Path(directory) / f"{name}.png").touch()
                 (Path(directory) / f"{name}.txt").touch()
         whole = list(open_source(directory, kind="folder")._files())  # type: ignore[attr-defined]
-        patch.setattr(sources, "_NAMES_AT_ONCE", 3)
+        patch.setattr(folder, "_NAMES_AT_ONCE", 3)
         assert list(open_source(directory, kind="folder")._files()) == whole  # type: ignore[attr-defined]
     images = [name for name in names if not name.startswith(".")]
     assert sorted(image for image, *_ in whole) == sorted(f"{name}.png" for name in images)
@@ -237,7 +237,7 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
         "the column photo holds no image",
     )
     first, _ = samples(open_source(tmp_path, image_column="file"))
-    assert sources.read_file(str(first.image)) == one
+    assert read_file(str(first.image)) == one
 
 
 def test_a_file_that_is_no_parquet_is_an_error(tmp_path: Path) -> None:
@@ -306,4 +306,4 @@ def test_values_become_what_json_holds() -> None:
         "nan": None,
         "list": [1, [True, None]],
     }
-    assert sources._json_value(value) == expected
+    assert tables._json_value(value) == expected

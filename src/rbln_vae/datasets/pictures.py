@@ -17,7 +17,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from ..images import format_size, open_image, upright_rgb
 from .options import Options
 from .sizes import Placement, Sizing
-from .sources import Sample, read_file, read_sidecar
+from .sources import Sample
+from .sources.files import read_file, read_sidecar
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, height and width change places
 _GAP = 2

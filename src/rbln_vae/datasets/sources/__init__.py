@@ -1,0 +1,94 @@
+"""Where images come from: folders, tar shards, Parquet files, Hugging Face data sets."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, TypeAlias, get_args
+
+from .base import Sample, Source, Split
+from .files import file_system, find_files
+from .folder import FolderSource
+from .tables import Columns, HuggingFaceSource, ParquetSource, load_dataset
+from .tar import TarSource
+
+__all__ = ["Kind", "Sample", "Source", "Split", "open_source"]
+
+Kind: TypeAlias = Literal["auto", "folder", "webdataset", "parquet", "huggingface"]
+
+
+def open_source(
+    where: Any,
+    *,
+    kind: Kind = "auto",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+) -> Source:
+    """The source that a name stands for.
+
+    Args:
+        where: A folder of images; a `.tar` or `.parquet` file, a folder of these, a pattern
+            with `*` or `{000..099}`; a directory that `datasets.Dataset.save_to_disk`
+            wrote; the id of a data set on the hub, with `kind="huggingface"`. All but the
+            last two may be addresses that fsspec opens, such as `s3://…` or `hf://…`. Or a
+            `datasets.Dataset`, or a `Source`.
+        kind: What it is; `"auto"` looks.
+        image_column: Of Parquet and Hugging Face data sets; by default `image` or the like.
+        caption_column: By default `caption`, `text` or the like, where there is one.
+        split: Of a Hugging Face data set.
+
+    Raises:
+        ValueError: It can't be told what it is.
+        FileNotFoundError: There is nothing of that name.
+        RBLNDatasetError: A package is missing that reads it.
+
+    Example:
+        >>> source = open_source("photos")  # doctest: +SKIP
+        >>> [sample.key for sample in next(source.splits(256)).samples()]  # doctest: +SKIP
+        ['a/1.jpg', 'a/2.png']
+    """
+    if isinstance(where, Source):
+        return where
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
+    columns = Columns(image_column, caption_column)
+    if not isinstance(where, (str, os.PathLike)):
+        return HuggingFaceSource(where, columns)
+    name = os.fspath(where)
+    if kind == "auto":
+        kind = _kind_of(name)
+    if kind == "folder":
+        return FolderSource(name)
+    if kind == "huggingface":
+        return HuggingFaceSource(load_dataset(name, split), columns, f"{name} {split}")
+    suffixes = (".parquet",) if kind == "parquet" else (".tar", ".tar.gz", ".tgz")
+    files = find_files(name, suffixes)
+    return ParquetSource(name, files, columns) if kind == "parquet" else TarSource(name, files)
+
+
+def _kind_of(name: str) -> Kind:
+    if name.endswith((".tar", ".tar.gz", ".tgz")):
+        return "webdataset"
+    if name.endswith(".parquet"):
+        return "parquet"
+    fs, path = file_system(name)
+    if not fs.isdir(path):
+        if not fs.exists(path):
+            raise FileNotFoundError(
+                f"there is no {name}; a data set on the hub needs kind huggingface"
+            )
+        raise ValueError(
+            f"{name} is no source that is known: expected a folder of images, .tar or .parquet "
+            "files, or a data set that datasets saved; or name its kind"
+        )
+    top = [str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
+    if "state.json" in top or "dataset_dict.json" in top:
+        return "huggingface"
+    for suffix, kind in (
+        (".tar", "webdataset"),
+        (".tar.gz", "webdataset"),
+        (".parquet", "parquet"),
+    ):
+        if any(each.endswith(suffix) for each in top):
+            return kind  # type: ignore[return-value]
+    return "folder"
