@@ -7,10 +7,28 @@ completion are quick.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from .options import (
+    Compiled,
+    Dtype,
+    Fit,
+    Images,
+    MemoryLimit,
+    Model,
+    ModelBatch,
+    ModelOption,
+    ModelSize,
+    Output,
+    Revision,
+    Size,
+    Subfolder,
+    Target,
+    Threads,
+    given,
+)
 from .terminal import Commands, out
 
 app = typer.Typer(
@@ -18,93 +36,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A diffusers AutoencoderKL, or a pipeline with one: a directory, a hub id or a "
-        ".safetensors file.",
-        show_default=False,
-    ),
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A compiled model, or a diffusers one, which is compiled in memory: a directory, a "
-        "hub id or a .safetensors file. By default the small one that comes with the package.",
-        show_default=False,
-    ),
-]
-Compiled = Annotated[
-    Path,
-    typer.Argument(
-        help="The directory of a compiled model.", exists=True, file_okay=False, show_default=False
-    ),
-]
-Images = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="IMAGE...",
-        help="Pictures, of any kind that Pillow reads.",
-        exists=True,
-        dir_okay=False,
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Path,
-    typer.Option("--output", "-o", help="The directory to write to.", file_okay=False),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|HxW",
-        help="Pixels, one side or height and width. By default what is nearest to the picture's.",
-        show_default=False,
-    ),
-]
-Fit = Annotated[
-    Literal["pad", "resize", "crop"],
-    typer.Option(
-        help="How a picture is fitted to the size: the rest filled, stretched, or cut to it."
-    ),
-]
-Subfolder = Annotated[
-    str | None,
-    typer.Option(help="Where the VAE is within MODEL, such as vae.", show_default=False),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="The revision of a model on the hub.", show_default=False)
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda, rbln or reference. By default rbln where there is one, else cpu.",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32 or bfloat16. By default what is best on the target.", show_default=False
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option(help="Threads of a run on the CPU.", min=1, show_default=False)
-]
-MemoryLimit = Annotated[
-    str | None,
-    typer.Option(
-        help="The most memory that activations may take, such as 2GiB.", show_default=False
-    ),
-]
-
-
-def _settings(**options: Any) -> dict[str, Any]:
-    """The options that were given, for `rbln_config`."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _print_version(wanted: bool) -> None:
@@ -155,7 +86,7 @@ def compile_(
     """Compile MODEL and keep the result in OUT."""
     from . import building
 
-    settings = _settings(target=target, dtype=dtype, batch_size=batch_size)
+    settings = given(target=target, dtype=dtype, batch_size=batch_size)
     if decoder_only:
         settings["uses_encoder"] = False
     building.compile_model(
@@ -183,7 +114,7 @@ def reconstruct(
     """
     from . import pictures
 
-    settings = _settings(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
+    settings = given(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
     pictures.reconstruct(
         images, model, output, size, fit, settings, subfolder=subfolder, revision=revision
     )
@@ -213,7 +144,7 @@ def encode(
     """
     from . import pictures
 
-    settings = _settings(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
+    settings = given(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
     pictures.encode(
         images,
         model,
@@ -254,7 +185,7 @@ def decode(
     """
     from . import pictures
 
-    settings = _settings(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
+    settings = given(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
     pictures.decode(latents, model, output, settings, subfolder=subfolder, revision=revision)
 
 
@@ -425,7 +356,7 @@ def encode_dataset(
         workers=workers,
         threads=threads,
         ray=ray,
-        settings=_settings(target=target, dtype=dtype, memory_limit=memory_limit),
+        settings=given(target=target, dtype=dtype, memory_limit=memory_limit),
         reading={
             "kind": kind,
             "image_column": image_column,
@@ -439,14 +370,7 @@ def encode_dataset(
 @app.command()
 def inspect(
     directory: Compiled,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW",
-            help="The image size for which operations are counted. By default the model's own.",
-            show_default=False,
-        ),
-    ] = None,
+    size: ModelSize = None,
     graph: Annotated[bool, typer.Option("--graph", help="Print the operations.")] = False,
 ) -> None:
     """Show what a compiled model is made of, and from."""
@@ -486,7 +410,7 @@ def verify(
     """Compare a compiled model with diffusers in float32; exit 1 if they differ too much."""
     from . import building
 
-    settings = _settings(num_threads=threads, memory_limit=memory_limit)
+    settings = given(num_threads=threads, memory_limit=memory_limit)
     building.verify_model(
         directory,
         model,
@@ -502,15 +426,8 @@ def verify(
 @app.command()
 def profile(
     directory: Compiled,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW",
-            help="The image size, in pixels. By default the model's own.",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    size: ModelSize = None,
+    batch_size: ModelBatch = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="A file for the trace, which Perfetto opens.", dir_okay=False),
@@ -521,22 +438,15 @@ def profile(
     """Show the time of every operation, its speed, and its share of the machine's limit."""
     from . import profiling
 
-    settings = _settings(num_threads=threads, memory_limit=memory_limit)
+    settings = given(num_threads=threads, memory_limit=memory_limit)
     profiling.profile_model(directory, size, batch_size, trace, settings)
 
 
 @app.command()
 def plan(
     directory: Compiled,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW",
-            help="The image size, in pixels. By default the model's own.",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    size: ModelSize = None,
+    batch_size: ModelBatch = None,
     steps: Annotated[bool, typer.Option("--steps", help="List the steps of the run.")] = False,
     threads: Threads = None,
     memory_limit: MemoryLimit = None,
@@ -544,7 +454,7 @@ def plan(
     """Show the memory and the work that an image takes, and what less memory would cost."""
     from . import planning
 
-    settings = _settings(num_threads=threads, memory_limit=memory_limit)
+    settings = given(num_threads=threads, memory_limit=memory_limit)
     planning.describe_model(directory, size, batch_size, steps, settings)
 
 
@@ -623,7 +533,7 @@ def serve(
     serving.serve(
         model,
         models or [],
-        _settings(target=target, dtype=dtype, num_threads=threads, timeout=run_timeout),
+        given(target=target, dtype=dtype, num_threads=threads, timeout=run_timeout),
         given={"subfolder": subfolder, "revision": revision},
         host=host,
         port=port,

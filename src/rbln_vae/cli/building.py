@@ -22,13 +22,13 @@ from ..targets.base import all_targets
 from .models import (
     decoded,
     encoded,
-    given,
     image_size,
     in_channels,
     open_model,
     open_reference,
     scale_factor,
 )
+from .options import given
 from .terminal import err, out, table, working
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}

@@ -9,16 +9,14 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig, demo_model
-from ..config import CONFIG_NAME
+from ..autoencoder_kl import DECODER, ENCODER
+from ..config import CONFIG_NAME, check_image_size
 from ..errors import RBLNArtifactError
+from ..images import parse_size
+from .options import given
 from .terminal import working
 
 Option = TypeVar("Option")
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options for a loader that aren't `None`."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def open_model(name: str | None, settings: Mapping[str, Any], **loading: Any) -> RBLNAutoencoderKL:
@@ -75,6 +73,26 @@ def scale_factor(config: RBLNAutoencoderKLConfig) -> int:
 def in_channels(config: RBLNAutoencoderKLConfig) -> int:
     """Channels of the images of a compiled model."""
     return _known("in_channels", config.in_channels)
+
+
+def input_shapes(
+    config: RBLNAutoencoderKLConfig, size: str | None, batch_size: int | None
+) -> dict[str, tuple[int, int, int, int]]:
+    """The shape of the input of each compiled part, by its name.
+
+    Args:
+        config: Of a compiled model.
+        size: Of the image, as `parse_size` takes it; `None` is the model's own.
+        batch_size: `None` is the model's own.
+    """
+    pixels = image_size(config) if size is None else parse_size(size)
+    batch, factor = batch_size or config.batch_size, scale_factor(config)
+    check_image_size(pixels, factor)
+    cells = pixels[0] // factor, pixels[1] // factor
+    shapes = {DECODER: (batch, _known("latent_channels", config.latent_channels), *cells)}
+    if config.uses_encoder:
+        shapes = {ENCODER: (batch, in_channels(config), *pixels), **shapes}
+    return shapes
 
 
 def _known(name: str, value: Option | None) -> Option:

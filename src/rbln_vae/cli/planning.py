@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import RBLNAutoencoderKL
-from ..autoencoder_kl import DECODER, ENCODER
-from ..images import parse_size
-from .models import image_size, in_channels, scale_factor
+from .models import input_shapes
 from .terminal import out, working
 
 
@@ -31,12 +29,7 @@ def describe_model(
     """
     with working(f"Loading {directory} …"):
         model = RBLNAutoencoderKL.from_pretrained(directory, rbln_config=dict(settings))
-    config = model.rbln_config
-    height, width = image_size(config) if size is None else parse_size(size)
-    batch, factor = batch_size or config.batch_size, scale_factor(config)
-    shapes = {DECODER: (batch, config.latent_channels or 0, height // factor, width // factor)}
-    if config.uses_encoder:
-        shapes = {ENCODER: (batch, in_channels(config), height, width), **shapes}
+    shapes = input_shapes(model.rbln_config, size, batch_size)
     for number, (part, shape) in enumerate(shapes.items()):
         if number:
             out().print()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .. import RBLNAutoencoderKL
-from ..images import parse_size
+from ..autoencoder_kl import DECODER, ENCODER
 from ..profiler import Profile
-from .models import image_size, in_channels, scale_factor
+from .models import input_shapes
 from .terminal import out, working
 
 WARM_UPS = 1
@@ -37,21 +37,14 @@ def profile_model(
         model = RBLNAutoencoderKL.from_pretrained(
             directory, rbln_config={**settings, "activate_profiler": True}
         )
-    config = model.rbln_config
-    height, width = image_size(config) if size is None else parse_size(size)
-    batch = batch_size or config.batch_size
-    factor = scale_factor(config)
     generator = torch.Generator().manual_seed(0)
-    latent_channels = config.latent_channels or 0
-    latent = torch.randn(
-        batch, latent_channels, height // factor, width // factor, generator=generator
-    )
-    image = torch.rand(batch, in_channels(config), height, width, generator=generator) * 2 - 1
+    shapes = input_shapes(model.rbln_config, size, batch_size)
+    noise = {part: torch.randn(shape, generator=generator) for part, shape in shapes.items()}
     with working("Running …"):
         for _ in range(WARM_UPS + 1):
-            if config.uses_encoder:
-                model.encode(image)
-            model.decode(latent)
+            if ENCODER in noise:
+                model.encode(noise[ENCODER])
+            model.decode(noise[DECODER])
     latest = {run.part: run for run in model.profile().runs}
     profile = Profile(list(latest.values()))
     out().print(str(profile))

@@ -1,0 +1,107 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A diffusers AutoencoderKL, or a pipeline with one: a directory, a hub id or a "
+        ".safetensors file.",
+        show_default=False,
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A compiled model, or a diffusers one, which is compiled in memory: a directory, a "
+        "hub id or a .safetensors file. By default the small one that comes with the package.",
+        show_default=False,
+    ),
+]
+Compiled = Annotated[
+    Path,
+    typer.Argument(
+        help="The directory of a compiled model.", exists=True, file_okay=False, show_default=False
+    ),
+]
+Images = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="IMAGE...",
+        help="Pictures, of any kind that Pillow reads.",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="The directory to write to.", file_okay=False),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|HxW",
+        help="Pixels, one side or height and width. By default what is nearest to the picture's.",
+        show_default=False,
+    ),
+]
+ModelSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|HxW",
+        help="The image size, in pixels. By default the model's own.",
+        show_default=False,
+    ),
+]
+ModelBatch = Annotated[
+    int | None,
+    typer.Option(help="Images at once. By default the model's own.", min=1, show_default=False),
+]
+Fit = Annotated[
+    Literal["pad", "resize", "crop"],
+    typer.Option(
+        help="How a picture is fitted to the size: the rest filled, stretched, or cut to it."
+    ),
+]
+Subfolder = Annotated[
+    str | None,
+    typer.Option(help="Where the VAE is within MODEL, such as vae.", show_default=False),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="The revision of a model on the hub.", show_default=False)
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, rbln or reference. By default rbln where there is one, else cpu.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 or bfloat16. By default what is best on the target.", show_default=False
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of a run on the CPU.", min=1, show_default=False)
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="The most memory that activations may take, such as 2GiB.", show_default=False
+    ),
+]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that aren't `None`."""
+    return {name: value for name, value in options.items() if value is not None}
