@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config import RBLNAutoConfig, RBLNModelConfig
 from .demo import demo_model
@@ -15,6 +14,7 @@ from .errors import (
     RBLNRuntimeError,
     RBLNTargetUnavailableError,
 )
+from .lazy import lazy_names
 from .registration import register
 from .version import __version__
 
@@ -40,21 +40,11 @@ __all__ = [
 
 register()
 
-# Loaded when first used: torch takes a second or two to import.
-_LAZY = {
-    "RBLNAutoencoderKL": ".autoencoder_kl",
-    "RBLNAutoencoderKLConfig": ".autoencoder_kl",
-    "RBLNModel": ".model",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+# torch takes a second or two to import.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        ".autoencoder_kl": ("RBLNAutoencoderKL", "RBLNAutoencoderKLConfig"),
+        ".model": ("RBLNModel",),
+    },
+)

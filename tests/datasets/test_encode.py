@@ -49,13 +49,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    default_compiled().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an undisturbed run gives."""
     out = tmp_path_factory.mktemp("whole") / "out"

@@ -32,14 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    default_compiled().save_pretrained(directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
-def local(images: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def local(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("local") / "out"
     encode_dataset(images, out, model, OPTIONS)
     return out
@@ -68,7 +61,7 @@ def workers() -> list[int]:
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("count", [1, 2])
 def test_any_number_of_workers_gives_the_same(
-    images: Path, local: Path, model: str, tmp_path: Path, count: int
+    images: Path, local: Path, model: Path, tmp_path: Path, count: int
 ) -> None:
     out = tmp_path / "out"
     summary = encode_dataset(images, out, model, OPTIONS, ray="auto", workers=count)
@@ -80,7 +73,7 @@ def test_any_number_of_workers_gives_the_same(
 
 @pytest.mark.usefixtures("cluster")
 def test_a_worker_that_is_killed_costs_nothing(
-    images: Path, local: Path, model: str, tmp_path: Path
+    images: Path, local: Path, model: Path, tmp_path: Path
 ) -> None:
     out, killed = tmp_path / "out", []
 
@@ -101,7 +94,7 @@ def test_a_worker_that_is_killed_costs_nothing(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_what_a_worker_raises_is_raised_here(images: Path, model: str, tmp_path: Path) -> None:
+def test_what_a_worker_raises_is_raised_here(images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     encode_dataset(images, out, model, OPTIONS)
     blocked = out / "journal"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .dataset import BucketBatchSampler, IterableLatentDataset, LatentDataset, collate
@@ -29,24 +30,14 @@ __all__ = [
     "open_source",
 ]
 
-# Loaded when first used: reading latents needs no model.
-_MODULES = {
-    ".dataset": ("BucketBatchSampler", "IterableLatentDataset", "LatentDataset", "collate"),
-    ".encode": ("Summary", "TooManyRejectedError", "encode_dataset", "estimate"),
-    ".options": ("Options",),
-    ".pipeline": ("Progress",),
-    ".sources": ("Sample", "Source", "Split", "open_source"),
-}
-_WHERE = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+# Reading latents needs no model, and so none of what loads one.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        ".dataset": ("BucketBatchSampler", "IterableLatentDataset", "LatentDataset", "collate"),
+        ".encode": ("Summary", "TooManyRejectedError", "encode_dataset", "estimate"),
+        ".options": ("Options",),
+        ".pipeline": ("Progress",),
+        ".sources": ("Sample", "Source", "Split", "open_source"),
+    },
+)

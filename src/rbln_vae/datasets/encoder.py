@@ -76,9 +76,7 @@ class LatentEncoder:
         sizes = options.sizing(int(config.vae_scale_factor or 1)).sizes
         self._vae, self._options = vae, options
         self._padded = vae.static_shapes
-        self.batch_size = config.batch_size if self._padded else options.batch_size or 1
-        if options.batch_size is None:
-            self.batch_size = config.batch_size
+        self.batch_size = options.batch_size or config.batch_size
         if self._padded and (
             sizes != (config.sample_size,) or options.batch_size not in (None, config.batch_size)
         ):
