@@ -174,11 +174,11 @@ void bind_engine(nb::module_& m) {
       .def(
           "convolution",
           [](BoundPlan& p, Index batch, Sizes input, Sizes output, const Weights& bias,
-             const std::optional<Weights>& weights, std::optional<Index> kernels, std::pair<Index, Index> kernel, Index stride, Index above,
-             Index left, bool upsample, std::optional<Index> coefficients,
-             const std::optional<std::string>& function, std::optional<Sizes> added,
-             std::optional<Index> partials, std::pair<Index, Index> tile, Index splits,
-             Index together) {
+             const std::optional<Weights>& weights, std::optional<Index> kernels,
+             std::pair<Index, Index> kernel, Index stride, Index above, Index left, bool upsample,
+             std::optional<Index> coefficients, const std::optional<std::string>& function,
+             std::optional<Sizes> added, std::optional<Index> partials,
+             std::pair<Index, Index> tile, Index splits, Index together) {
             ConvStep s;
             s.batch = batch;
             s.input = image(input);

@@ -34,7 +34,8 @@ const std::vector<Kernels>& built() {
 #if defined(RBLN_VAE_X86_KERNELS)
       join(Isa::kAvx2, DType::kFloat32, avx2::conv2d, avx2::attention, avx2::limit),
       join(Isa::kAvx512, DType::kFloat32, avx512::conv2d, avx512::attention, avx512::limit),
-      join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention, avx512_bf16::limit),
+      join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention,
+           avx512_bf16::limit),
 #endif
 #if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
       join(Isa::kAmxBf16, DType::kBFloat16, amx_bf16::conv2d, amx_bf16::attention, amx_bf16::limit),

@@ -114,8 +114,9 @@ class Loader {
     Vector shift[2] = {Simd::set(0.0f), Simd::set(0.0f)};
     if (coefficients_ != nullptr) {
       for (Index half = 0; half < 2; ++half) {
-        scale[half] = Simd::load(coefficients_ + block_ * kBlock + half * kPanel);
-        shift[half] = Simd::load(coefficients_ + (s_.input.blocks() + block_) * kBlock + half * kPanel);
+        const float* from = coefficients_ + block_ * kBlock + half * kPanel;
+        scale[half] = Simd::load(from);
+        shift[half] = Simd::load(from + s_.input.blocks() * kBlock);
       }
     }
     switch (s_.reading.activation) {

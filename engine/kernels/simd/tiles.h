@@ -25,7 +25,9 @@ static inline Tile* tiles() {
   return all;
 }
 
-static inline void begin_tiles() { std::memset(static_cast<void*>(tiles()), 0xff, 8 * sizeof(Tile)); }
+static inline void begin_tiles() {
+  std::memset(static_cast<void*>(tiles()), 0xff, 8 * sizeof(Tile));
+}
 static inline void end_tiles() {}
 static inline void tiles_read_memory() {}
 static inline void prefetch(const void*) {}
