@@ -113,6 +113,7 @@ void bind_engine(nb::module_& m) {
       .def_ro("rows", &Kernels::rows)
       .def_ro("pixels", &Kernels::pixels)
       .def_ro("panels", &Kernels::panels)
+      .def_prop_ro("winograd", [](const Kernels& k) { return k.winograd_kernels != nullptr; })
       .def(
           "measure_limit",
           [](const Kernels& k, int threads, double seconds) {

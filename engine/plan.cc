@@ -118,9 +118,9 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
             "the output of upsampling isn't twice its input");
   }
   if (s.winograd()) {
-    require(kernels_.dtype == DType::kFloat32 && s.stride == 1 &&
+    require(kernels_.winograd_kernels != nullptr && s.stride == 1 &&
                 (s.upsample || (s.kernel_height == 3 && s.kernel_width == 3)),
-            "Winograd's algorithm needs float32 and kernels of 3x3 with stride 1");
+            "Winograd's algorithm needs kernels of 3x3 with stride 1, and not AMX");
     require(s.together == 1, "one tile for each item");
     require((s.tile_height % kWinogradTile == 0 || s.tiles_down() == 1) &&
                 (s.tile_width % kWinogradTile == 0 || s.tiles_across() == 1),
@@ -149,9 +149,9 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
 }
 
 void Plan::add(const WinogradStep& s, Index weight_bytes) {
-  require(kernels_.dtype == DType::kFloat32, "Winograd's algorithm needs float32");
-  const Index weights =
-      product("weights", {s.panels, s.phases(), s.blocks, s.taps(), kBlock, kPanel, 4});
+  require(kernels_.winograd_kernels != nullptr, "AMX has no Winograd's algorithm");
+  const Index weights = product(
+      "weights", {s.panels, s.phases(), s.blocks, s.taps(), kBlock, kPanel, element_bytes()});
   require(s.weights != nullptr && weights > 0 && weights == weight_bytes,
           "packed weights of another size");
   check_range("kernels", s.kernels,

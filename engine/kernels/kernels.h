@@ -20,7 +20,7 @@ struct Kernels {
   Index panels;  // and panels of 16 channels
   Index (*conv2d_scratch)(const ConvStep&);
   void (*conv2d)(const ConvStep&, const Context&, Index item);
-  // Null but in float32.
+  // Null where products are too fast for fewer of them to matter.
   void (*winograd_kernels)(const WinogradStep&, const Context&, Index item);
   void (*attention_pack)(const AttentionPackStep&, const Context&, Index item);
   Index (*attention_scratch)(const AttentionStep&);

@@ -3,6 +3,6 @@
 
 namespace rbln_vae::avx512_bf16 {
 
-constexpr Conv2dKernels conv2d = conv2d_kernels<BFloat16Products>();
+constexpr Conv2dKernels conv2d = conv2d_or_winograd_kernels<BFloat16Products, Float32Products>();
 
 }  // namespace rbln_vae::avx512_bf16

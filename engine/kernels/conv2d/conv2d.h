@@ -201,17 +201,18 @@ constexpr Conv2dKernels conv2d_kernels() {
           Conv2d<Simd>::run, nullptr};
 }
 
-// In float32: by Winograd's algorithm where the step says so.
-template <class Simd>
+// By Winograd's algorithm where the step says so, with the products of `Float32`.
+template <class Simd, class Float32 = Simd>
 constexpr Conv2dKernels conv2d_or_winograd_kernels() {
+  using Other = Winograd<Simd, Float32>;
   Conv2dKernels kernels = conv2d_kernels<Simd>();
   kernels.scratch = [](const ConvStep& s) {
-    return s.winograd() ? Winograd<Simd>::scratch_bytes(s) : Conv2d<Simd>::scratch_bytes(s);
+    return s.winograd() ? Other::scratch_bytes(s) : Conv2d<Simd>::scratch_bytes(s);
   };
   kernels.run = [](const ConvStep& s, const Context& context, Index item) {
-    s.winograd() ? Winograd<Simd>::run(s, context, item) : Conv2d<Simd>::run(s, context, item);
+    s.winograd() ? Other::run(s, context, item) : Conv2d<Simd>::run(s, context, item);
   };
-  kernels.winograd_kernels = Winograd<Simd>::transform;
+  kernels.winograd_kernels = Other::transform;
   return kernels;
 }
 

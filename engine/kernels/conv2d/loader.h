@@ -1,9 +1,10 @@
 // Copies what a tile reads into a thread's scratch: with its halo, zeros around the image,
-// norm and activation applied. It can be done a few pixels at a time, so that an
+// norm and activation applied, in the scratch's own type. It can be done a few pixels at a time, so that an
 // instruction set whose products run beside its vectors loads one tile during another.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "engine/kernels/activation.h"
 #include "engine/kernels/element.h"
@@ -29,16 +30,17 @@ struct ConvTile {
   }
 };
 
-template <class Simd>
+template <class Simd, class Scratch = typename Simd::T>
 class Loader {
   using T = typename Simd::T;
+  static constexpr bool kConverts = !std::is_same_v<T, Scratch>;
   using Vector = typename Simd::Vector;
 
  public:
   Loader(const ConvStep& s, const Context& context) : s_(s), context_(context) {}
 
   // The tile before must be finished. Blocks lie `plane` elements apart in the scratch.
-  void start(const ConvTile& tile, T* scratch, Index plane) {
+  void start(const ConvTile& tile, Scratch* scratch, Index plane) {
     scratch_ = scratch;
     plane_ = plane;
     top_ = tile.y * s_.stride - s_.above;
@@ -84,7 +86,7 @@ class Loader {
   // Some pixels of the current row.
   void load(Index pixels) {
     const Index pitch = s_.columns_read();
-    T* to = scratch_ + block_ * plane_ + (row_ * pitch + column_) * kBlock;
+    Scratch* to = scratch_ + block_ * plane_ + (row_ * pitch + column_) * kBlock;
     const Index y = top_ + row_;
     if (y < 0 || y >= s_.input.height) {
       zero(to, pixels);
@@ -100,14 +102,19 @@ class Loader {
     read(from, to + (begin - column_) * kBlock, end - begin);
   }
 
-  static void zero(T* to, Index pixels) {
-    std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(pixels * kBlock) * sizeof(T));
+  static void zero(Scratch* to, Index pixels) {
+    std::memset(static_cast<void*>(to), 0,
+                static_cast<std::size_t>(pixels * kBlock) * sizeof(Scratch));
   }
 
-  void read(const T* from, T* to, Index pixels) const {
+  void read(const T* from, Scratch* to, Index pixels) const {
     if (coefficients_ == nullptr && s_.reading.activation == Activation::kNone) {
-      std::memcpy(static_cast<void*>(to), from,
-                  static_cast<std::size_t>(pixels * kBlock) * sizeof(T));
+      if constexpr (kConverts) {
+        each_half(from, to, pixels, [](const Vector& x, Index) { return x; });
+      } else {
+        std::memcpy(static_cast<void*>(to), from,
+                    static_cast<std::size_t>(pixels * kBlock) * sizeof(T));
+      }
       return;
     }
     Vector scale[2] = {Simd::set(1.0f), Simd::set(1.0f)};
@@ -143,21 +150,29 @@ class Loader {
   // Applies a function of 16 channels to all pixels of a block. The row below is fetched
   // meanwhile: the hardware fetches what follows in a row, and a tile's rows are short.
   template <class Function>
-  void each_half(const T* from, T* to, Index pixels, Function&& function) const {
+  void each_half(const T* from, Scratch* to, Index pixels, Function&& function) const {
     const Index below = row_ + 1 < rows_ ? s_.input.width * kBlock : 0;
     for (Index i = 0; i < pixels; ++i, from += kBlock, to += kBlock) {
       if constexpr (!Simd::kOverlaps) {
         __builtin_prefetch(from + below);
         __builtin_prefetch(from + below + kPanel);
       }
-      Simd::store_elements(to, function(Simd::load_elements(from), 0));
-      Simd::store_elements(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
+      put(to, function(Simd::load_elements(from), 0));
+      put(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
+    }
+  }
+
+  static void put(Scratch* to, const Vector& v) {
+    if constexpr (kConverts) {
+      Simd::store(to, v);
+    } else {
+      Simd::store_elements(to, v);
     }
   }
 
   const ConvStep& s_;
   const Context& context_;
-  T* scratch_ = nullptr;
+  Scratch* scratch_ = nullptr;
   Index plane_ = 0;
   Index top_ = 0;  // of the tile, in the input; less than zero where zeros come first
   Index left_ = 0;

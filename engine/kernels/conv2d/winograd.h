@@ -10,6 +10,9 @@
 // After doubling, each of the four outputs of a point has a 2x2 kernel: 3x3 with a row and
 // a column of zeros. These make the products at infinity or at zero vanish, and 5x5 are left.
 //
+// Images may be stored in bfloat16; everything in between is float32, which products in
+// bfloat16 are not enough faster than to make up for taking four times as many.
+//
 // How outputs are rounded depends on where in its 4x4 an output lies, and NaN and infinity
 // spread over them as NaN.
 //
@@ -18,6 +21,8 @@
 // Convolution for Deep Neural Networks", arXiv 1803.10986.
 #pragma once
 
+#include <type_traits>
+
 #include "engine/kernels/conv2d/epilogue.h"
 #include "engine/kernels/conv2d/loader.h"
 #include "engine/kernels/simd/gemm.h"
@@ -25,9 +30,12 @@
 
 namespace rbln_vae {
 
-template <class Simd>
+// `Images` reads and stores images, `Simd` multiplies in float32.
+template <class Images, class Simd = Images>
 class Winograd {
+  using T = typename Images::T;
   using Vector = typename Simd::Vector;
+  static_assert(Images::kMaxPanels >= Simd::kMaxPanels);
   static constexpr Index kTile = kWinogradTile;
   static constexpr Index kSide = kTile + 2;
   static constexpr Index kPositions = kSide * kSide;
@@ -56,13 +64,13 @@ class Winograd {
     const Index block = item % s.blocks;
     for (Index phase = 0; phase < s.phases(); ++phase) {
       const Index at = panel * s.phases() + phase;
-      const float* from =
-          static_cast<const float*>(s.weights) + (at * s.blocks + block) * s.taps() * kPanelBlock;
+      const T* from =
+          static_cast<const T*>(s.weights) + (at * s.blocks + block) * s.taps() * kPanelBlock;
       const Range range(s.upsample, phase);
       float* to = reinterpret_cast<float*>(context.arena + s.kernels) +
                   (at * s.positions() * s.blocks + block) * kPanelBlock;
-      for (Index k = 0; k < kPanelBlock; k += kPanel) {
-        transform_kernels(range, s.upsample, from + k, to + k, s.blocks * kPanelBlock);
+      for (Index k = 0; k < kBlock; ++k) {
+        transform_kernels(range, s.upsample, from, k, to + k * kPanel, s.blocks * kPanelBlock);
       }
     }
   }
@@ -140,7 +148,7 @@ class Winograd {
       partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
                  tile.index * 2 * panels * kPanel;
     }
-    Epilogue<Simd> epilogue(s_, partials, tile.height * tile.width * s_.phases());
+    Epilogue<Images> epilogue(s_, partials, tile.height * tile.width * s_.phases());
     for (Index group = first; group < last; group += sizes_.groups) {
       const Index end = smaller(group + sizes_.groups, last);
       for (Index phase = 0; phase < s_.phases(); ++phase) {
@@ -160,7 +168,7 @@ class Winograd {
     down_ = whole.height / kTile;
     across_ = whole.width / kTile;
     tiles_ = down_ * across_;
-    Loader<Simd> loader(s_, context_);
+    Loader<Images, float> loader(s_, context_);
     loader.start(whole, input_, 0);
     const Index pitch = s_.columns_read();
     for (Index block = 0; block < s_.input.blocks(); ++block) {
@@ -221,11 +229,11 @@ class Winograd {
 
   // Transforms the sums of one group back, a row of tiles at a time, and stores it.
   void store(const ConvTile& tile, Index group, Index place, Index phase,
-             Epilogue<Simd>& epilogue) {
+             Epilogue<Images>& epilogue) {
     const Index panel = group * Simd::kMaxPanels;
     const Index scale = s_.upsample ? 2 : 1;
     const Range range(s_.upsample, phase);
-    typename Epilogue<Simd>::Job job;
+    typename Epilogue<Images>::Job job;
     job.sums = outputs_;
     job.pitch = across_ * kTile;
     job.panel = panel;
@@ -262,8 +270,8 @@ class Winograd {
     }
   }
 
-  float* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
-    return reinterpret_cast<float*>(context_.arena + image.offset) + image.at(n, block, y) +
+  T* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
+    return reinterpret_cast<T*>(context_.arena + image.offset) + image.at(n, block, y) +
            x * kBlock;
   }
 
@@ -363,9 +371,20 @@ class Winograd {
     v[5] = g[2];
   }
 
+  // A tap of 16 output channels, for an input channel of a block.
+  static Vector tap(const T* block, Index channel) {
+    if constexpr (std::is_same_v<T, float>) {
+      return Simd::load(block + panel_index(block, channel, 0));
+    } else {
+      alignas(64) float lanes[kPanel];
+      for (Index n = 0; n < kPanel; ++n) lanes[n] = to_float(block[panel_index(block, channel, n)]);
+      return Simd::load(lanes);
+    }
+  }
+
   // 16 kernels.
-  static void transform_kernels(const Range& range, bool upsample, const float* from, float* to,
-                                Index step) {
+  static void transform_kernels(const Range& range, bool upsample, const T* from, Index channel,
+                                float* to, Index step) {
     const Index side = upsample ? 2 : 3;
     Vector rows[kSide][3];
     for (Index x = 0; x < 3; ++x) {
@@ -373,7 +392,7 @@ class Winograd {
       for (Index y = 0; y < 3; ++y) {
         const Index down = y - range.down, right = x - range.right;
         const bool there = down >= 0 && down < side && right >= 0 && right < side;
-        g[y] = there ? Simd::load(from + (down * side + right) * kPanelBlock) : Simd::set(0.0f);
+        g[y] = there ? tap(from + (down * side + right) * kPanelBlock, channel) : Simd::set(0.0f);
       }
       values(g, v);
       for (Index y = 0; y < kSide; ++y) rows[y][x] = v[y];

@@ -68,4 +68,10 @@ struct BFloat16Products : Vectors {
   static void gemm(const Gemm<T>& g) { Broadcast<BFloat16Products>::gemm(g); }
 };
 
+// Of float32, beside images in bfloat16. A type of its own, since each file's products are
+// compiled for its own instruction set.
+struct Float32Products : avx512::Float32 {
+  static void gemm(const Gemm<T>& g) { Broadcast<Float32Products>::gemm(g); }
+};
+
 }  // namespace rbln_vae::avx512_bf16

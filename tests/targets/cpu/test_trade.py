@@ -86,7 +86,7 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
 ) -> None:
     graph = graph_of(architecture, part)
     runtime = runtime_of(architecture, part, "bfloat16")
-    image = image_of(graph, 48, 40)
+    image = image_of(graph, 88, 72)
     expected = runtime.run(image)
     plans = tradeoffs(graph, tuple(image.shape), runtime.machine)
     sizes = [plan.arena_bytes for plan in plans]
@@ -104,7 +104,7 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
 @pytest.mark.parametrize("part", PARTS)
 def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype: str) -> None:
     graph = graph_of("wide", part)
-    image = image_of(graph, 48, 40)
+    image = image_of(graph, 88, 72)
     shape = tuple(image.shape)
     free = runtime_of("wide", part, dtype)
     expected, most = free.run(image), free.memory_needed(shape)

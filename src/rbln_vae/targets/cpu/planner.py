@@ -340,8 +340,7 @@ class _Planner:
             normed=operation.norm is not None,
         )
         # By the size of the whole image, so that the bits of a result depend on it alone.
-        winograd = self.machine.dtype == "float32" and gains_by_winograd(conv)
-        return dataclasses.replace(conv, winograd=winograd)
+        return dataclasses.replace(conv, winograd=gains_by_winograd(conv, self.machine))
 
     def tile(self, conv: Convolution) -> tuple[int, int]:
         """The tiles of a convolution; many strips ask for the same."""

@@ -159,6 +159,7 @@ class CpuRuntime:
             rows=self._kernels.rows,
             pixels=self._kernels.pixels,
             panels=self._kernels.panels,
+            winograd=self._kernels.winograd,
             threads=self._executor.threads,
         )
         self._slicing = self._tiling = False

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 
 from .packing import BLOCK, PANEL
 
-WINOGRAD_CHANNELS = 32
-"""In or out, that a convolution needs to gain by Winograd's algorithm."""
+WINOGRAD_INPUT = 16
+"""What transforming an input value costs, in products of float32 that take as long."""
 
-WINOGRAD_KERNELS = 96
-"""What one position of a transformed kernel costs, in products that take as long."""
+WINOGRAD_OUTPUT = 14
+"""Likewise an output value."""
+
+WINOGRAD_PRODUCT = 1.2
+"""Likewise a product: rows of pixels are short, and kernels larger than the cache."""
+
+WINOGRAD_KERNEL = 48
+"""Likewise a value of a transformed kernel."""
+
+WINOGRAD_GAIN = 0.9
+"""The most time that it may take of what the definition takes: it needs more memory."""
 
 WINOGRAD_TILES = 32
 """Of 4x4 outputs, in a tile of the plan.
@@ -40,6 +49,7 @@ class Machine:
         rows: Rows of output pixels that one product makes.
         pixels: Pixels of a row that it makes.
         panels: Panels of 16 output channels that it makes.
+        winograd: Whether there is Winograd's algorithm, which multiplies in float32.
         threads: How many work on a run.
     """
 
@@ -48,11 +58,17 @@ class Machine:
     rows: int
     pixels: int
     panels: int
+    winograd: bool
     threads: int
 
     @property
     def element_bytes(self) -> int:
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def product_time(self) -> float:
+        """Of a product, in those of float32."""
+        return 0.5 if self.isa == "avx512_bf16" else 1.0
 
     @property
     def scratch_bytes(self) -> int:
@@ -66,7 +82,7 @@ class Machine:
 
     @property
     def costs(self) -> Costs:
-        return COSTS.get(self.isa, Costs(24, 6, 8))
+        return COSTS.get(self.isa, FLOAT32_COSTS)
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,8 @@ class Costs:
     copy: float
     weights: float
 
+
+FLOAT32_COSTS = Costs(24, 6, 8)
 
 COSTS: Mapping[str, Costs] = {
     "avx512_bf16": Costs(48, 12, 16),
@@ -152,8 +170,13 @@ class Convolution:
     def tiles(self, tile: tuple[int, int]) -> int:
         return math.prod(-(-size // part) for size, part in zip(self.grid, tile, strict=True))
 
-    def load_cost(self, tile: tuple[int, int], costs: Costs) -> float:
+    def costs(self, machine: Machine) -> Costs:
+        """What else it does; Winograd's algorithm multiplies in float32."""
+        return FLOAT32_COSTS if self.winograd else machine.costs
+
+    def load_cost(self, tile: tuple[int, int], machine: Machine) -> float:
         """Loading a tile's input, in the units of `product_cost`."""
+        costs = self.costs(machine)
         return (
             math.prod(self.read(tile)) * self.inputs * (costs.norm if self.normed else costs.copy)
         )
@@ -195,8 +218,8 @@ class Convolution:
                 else even * columns
             )
             filled = self.product_cost(tile) * padded / (even * columns)
-            weights = self.product_cost((1, 1)) * machine.costs.weights
-            cost = (filled + self.load_cost(tile, machine.costs) + weights) * self.tiles(tile)
+            weights = self.product_cost((1, 1)) * self.costs(machine).weights
+            cost = (filled + self.load_cost(tile, machine) + weights) * self.tiles(tile)
             if self.read(tile)[0] * across > machine.scratch_bytes:
                 cost *= 1.5
             if cost < best_cost:
@@ -210,8 +233,8 @@ class Convolution:
         for columns in range(min(across, WINOGRAD_TILES), 0, -1):
             rows = min(down, WINOGRAD_TILES // columns)
             tile = rows * WINOGRAD_TILE, columns * WINOGRAD_TILE
-            weights = self.product_cost((1, 1)) * machine.costs.weights
-            cost = self.tiles(tile) * (self.load_cost(tile, machine.costs) + weights)
+            weights = self.product_cost((1, 1)) * self.costs(machine).weights
+            cost = self.tiles(tile) * (self.load_cost(tile, machine) + weights)
             if cost < best_cost:
                 best, best_cost = tile, cost
         return min(best[0], self.grid[0]), min(best[1], self.grid[1])
@@ -224,7 +247,7 @@ class Convolution:
         for splits in range(1, min(groups, 4 * machine.threads) + 1):
             rounds = -(-tiles * splits // machine.threads)
             part = self.product_cost(tile) * -(-groups // splits) / groups
-            cost = rounds * (self.load_cost(tile, machine.costs) + part)
+            cost = rounds * (self.load_cost(tile, machine) + part)
             if cost < best_cost * 0.97:
                 best, best_cost = splits, cost
         return best
@@ -241,20 +264,27 @@ class Convolution:
         return max(1, min(16, items // (8 * machine.threads)))
 
 
-def gains_by_winograd(conv: Convolution) -> bool:
+def gains_by_winograd(conv: Convolution, machine: Machine) -> bool:
     """Whether Winograd's algorithm does a convolution of 3x3 faster than the definition.
 
     It has to have channels enough to pay for the transforms of images, and pixels enough
     to pay for that of its kernels, which is done in each run: stored, they would take
     four times the space.
     """
-    if max(conv.inputs, conv.outputs) < WINOGRAD_CHANNELS:
+    if not machine.winograd:
         return False
     if not conv.upsample and (conv.kernel, conv.stride) != ((3, 3), 1):
         return False
-    winograd = dataclasses.replace(conv, winograd=True)
-    saved = conv.product_cost(conv.grid) - winograd.product_cost(conv.grid)
-    return saved >= WINOGRAD_KERNELS * winograd.product_cost((1, 1))
+    inputs, outputs = -(-conv.inputs // BLOCK) * BLOCK, conv.panels * PANEL
+    padded = dataclasses.replace(conv, outputs=outputs)
+    winograd = dataclasses.replace(padded, winograd=True)
+    transforms = WINOGRAD_INPUT * inputs + WINOGRAD_OUTPUT * outputs * (4 if conv.upsample else 1)
+    time = (
+        math.prod(conv.grid) * transforms
+        + WINOGRAD_PRODUCT * winograd.product_cost(conv.grid)
+        + WINOGRAD_KERNEL * winograd.product_cost((1, 1))
+    )
+    return time <= WINOGRAD_GAIN * machine.product_time * padded.product_cost(conv.grid)
 
 
 def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
