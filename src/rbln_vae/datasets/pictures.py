@@ -18,7 +18,7 @@ from ..images import format_size, open_image, upright_rgb
 from .options import Options
 from .sizes import Placement, Sizing
 from .sources import Sample
-from .sources.files import read_file, read_sidecar
+from .sources.files import read_file, read_sidecars
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, height and width change places
 _GAP = 2
@@ -82,7 +82,7 @@ def prepare(sample: Sample, options: Options, sizing: Sizing) -> Prepared | Reje
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         return Rejected(sample.key, f"it can't be read: {error.strerror or error}")
     except ValueError as error:
-        return Rejected(sample.key, f"what stands beside it can't be read: {error}")
+        return Rejected(sample.key, str(error))
     try:
         with open_image(io.BytesIO(content)) as image:
             _check(image, options)
@@ -118,16 +118,8 @@ def quiet() -> Iterator[None]:
 
 
 def _with_sidecars(sample: Sample) -> tuple[str | None, Mapping[str, Any]]:
-    if not sample.sidecars:
-        return sample.caption, sample.columns
-    caption, columns = sample.caption, dict(sample.columns)
-    for sidecar in sample.sidecars:
-        suffix = sidecar.rpartition(".")[2].lower()
-        said, more = read_sidecar(suffix, read_file(sidecar))
-        columns.update(more)
-        if said is not None and (suffix != "json" or caption is None):
-            caption = said
-    return caption, columns
+    beside = ((name.rpartition(".")[2].lower(), read_file(name)) for name in sample.sidecars)
+    return read_sidecars(beside, sample.caption, sample.columns)
 
 
 def _scaled(picture: Image.Image, placement: Placement, box: Box) -> Image.Image:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +114,37 @@ def text_of(content: bytes) -> str:
         return base64.b64encode(content).decode("ascii")
 
 
-def read_sidecar(suffix: str, content: bytes) -> tuple[str | None, dict[str, Any]]:
-    """The caption and the columns that a file beside an image holds, by its suffix.
+def read_sidecars(
+    sidecars: Iterable[tuple[str, bytes]],
+    caption: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+) -> tuple[str | None, dict[str, Any]]:
+    """The caption and the columns that files beside an image hold.
+
+    Args:
+        sidecars: Suffix, without its dot, and content of each.
+        caption: What is known without them; a caption of its own file counts most.
+        columns: Likewise.
 
     Raises:
-        ValueError: It is a `.json` file that holds no JSON object.
+        ValueError: A `.json` file holds no JSON object.
     """
-    if suffix in CAPTION_SUFFIXES:
-        return content.decode("utf-8", "replace").strip(), {}
-    if suffix != "json":
-        return None, {suffix: text_of(content)}
-    found = json.loads(content)
-    if not isinstance(found, dict):
-        raise ValueError("its .json file holds no object")
-    return caption_of(found, None), found
+    columns = dict(columns or {})
+    for suffix, content in sidecars:
+        if suffix in CAPTION_SUFFIXES:
+            caption = content.decode("utf-8", "replace").strip()
+        elif suffix != "json":
+            columns[suffix] = text_of(content)
+        else:
+            try:
+                found = json.loads(content)
+            except ValueError as error:
+                raise ValueError(f"its .json can't be read: {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError("its .json holds no object")
+            columns.update(found)
+            caption = caption_of(found, None) if caption is None else caption
+    return caption, columns
 
 
 def caption_of(columns: Mapping[str, Any], name: str | None) -> str | None:

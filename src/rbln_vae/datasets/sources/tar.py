@@ -16,7 +16,7 @@ from .files import (
     file_system,
     names_of,
     printable,
-    read_sidecar,
+    read_sidecars,
 )
 
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error)
@@ -123,15 +123,9 @@ def _sample_of(key: str, members: Mapping[str, bytes]) -> Sample:
     if not images:
         found = ", ".join(members) or "nothing"
         return Sample(key, error=f"there is no image in it, only {found}")
-    caption, columns = None, dict[str, Any]()
-    for suffix, content in members.items():
-        if suffix == images[0]:
-            continue
-        try:
-            said, more = read_sidecar(suffix, content)
-        except ValueError as error:
-            return Sample(key, error=f"its .{suffix} can't be read: {error}")
-        columns.update(more)
-        if said is not None and (suffix != "json" or caption is None):
-            caption = said
+    beside = (member for member in members.items() if member[0] != images[0])
+    try:
+        caption, columns = read_sidecars(beside)
+    except ValueError as error:
+        return Sample(key, error=str(error))
     return Sample(key, members[images[0]], caption, columns)
