@@ -17,6 +17,7 @@ from vaes import capture_part, make_vae
 from rbln_vae import _engine
 from rbln_vae.graph.ir import Graph
 from rbln_vae.graph.passes import optimise
+from rbln_vae.targets.cpu import planner
 from rbln_vae.targets.cpu.plan import Plan
 from rbln_vae.targets.cpu.planner import droppable, make_plan
 from rbln_vae.targets.cpu.runtime import CpuRuntime
@@ -71,12 +72,37 @@ def test_whatever_is_computed_again_the_bits_are_the_same(
     runtime = runtime_of(architecture, part, dtype)
     image = image_of(graph, height, width)
     choice = data.draw(st.sets(st.sampled_from(sorted(droppable(graph)))))
-    plan = make_plan(graph, image.shape, runtime.machine, choice)
-    assert torch.equal(run_plan(runtime, plan, image), runtime.run(image))
+    expected = runtime.run(image)
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans(), "written over"):
+            patch.setattr(planner, "REPLACED_BYTES", 0)
+        plan = make_plan(graph, image.shape, runtime.machine, choice)
+        sketch = make_plan(graph, image.shape, runtime.machine, choice, sketch=True)
+    assert torch.equal(run_plan(runtime, plan, image), expected)
     # A sketch knows the memory to the byte, and the work but for what rounding leaves.
-    sketch = make_plan(graph, image.shape, runtime.machine, choice, sketch=True)
     assert sketch.arena_bytes == plan.arena_bytes
     assert sketch.flops == pytest.approx(plan.flops, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_that_halves_the_channels_is_written_over_its_input(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = graph_of("deep", "decoder")
+    runtime = runtime_of("deep", "decoder", dtype)
+    image = image_of(graph, 120, 100)
+    beside = make_plan(graph, image.shape, runtime.machine)
+    assert "Keep" not in {step.kind for step in beside.steps}
+    monkeypatch.setattr(planner, "REPLACED_BYTES", 0)
+    over = make_plan(graph, image.shape, runtime.machine)
+    assert "Keep" in {step.kind for step in over.steps}
+    assert over.flops == pytest.approx(beside.flops, rel=1e-3)
+    # Of a large image more: the rows that are kept are a smaller part of it.
+    assert over.arena_bytes < 0.95 * beside.arena_bytes
+    assert torch.equal(run_plan(runtime, over, image), run_plan(runtime, beside, image))
+    # A batch has its images apart, and is left as it is.
+    two = (2, *image.shape[1:])
+    assert "Keep" not in {s.kind for s in make_plan(graph, two, runtime.machine).steps}
 
 
 @pytest.mark.parametrize("part", PARTS)

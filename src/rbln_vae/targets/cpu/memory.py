@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .packing import BLOCK
@@ -15,12 +15,17 @@ ALIGNMENT = 4096
 
 @dataclass(eq=False)
 class Buffer:
-    """A range of the arena, and the steps from the first to the last that need it."""
+    """A range of the arena, and the steps from the first to the last that need it.
+
+    One may have to lie where another one lies that ends before, since what it holds is
+    written over that.
+    """
 
     name: str
     bytes: int
     first: int
     last: int
+    over: Place | None = None
     offset: int = -1
 
 
@@ -71,12 +76,16 @@ class Image:
         return (offset, self.channels, self.height, self.width, self.plane, self.sample)
 
 
-def place(buffers: list[Buffer]) -> int:
+def place(buffers: list[Buffer], times: Sequence[int]) -> int:
     """Give each buffer an offset; those that live at different times may share memory.
 
     Large buffers first, each at the lowest offset where it meets no other that lives at
     the same time; or in the order of their lives, or of their lengths, if that leaves
     smaller holes.
+
+    Args:
+        buffers: All that the arena holds.
+        times: Of the steps, by which lives are measured.
 
     Returns:
         The size of the arena.
@@ -87,7 +96,7 @@ def place(buffers: list[Buffer]) -> int:
     orders: tuple[Callable[[Buffer], tuple[int, int]], ...] = (
         lambda b: (-b.bytes, b.first),
         lambda b: (b.first, -b.bytes),
-        lambda b: (b.first - b.last, -b.bytes),
+        lambda b: (times[b.first] - times[b.last], -b.bytes),
     )
     for order in orders:
         offsets = _first_fit(sorted(buffers, key=order))
@@ -105,14 +114,32 @@ def place(buffers: list[Buffer]) -> int:
 def _first_fit(buffers: list[Buffer]) -> dict[Buffer, int]:
     offsets: dict[Buffer, int] = {}
     placed: list[Buffer] = []
+    groups: dict[Buffer, dict[Buffer, int]] = {}
     for buffer in buffers:
-        offset = 0
-        for other in placed:
-            if other.last < buffer.first or buffer.last < other.first:
-                continue
-            if offsets[other] >= offset + buffer.bytes:
-                break
-            offset = max(offset, offsets[other] + other.bytes)
-        offsets[buffer] = offset
-        bisect.insort(placed, buffer, key=offsets.__getitem__)
+        root, within = buffer, 0
+        while over := root.over:
+            root, within = over.buffer, within + over.offset
+        groups.setdefault(root, {})[buffer] = within
+    for group in groups.values():
+        base, moved = 0, True
+        while moved:
+            moved = False
+            for buffer, within in group.items():
+                offset = _free(buffer, base + within, placed, offsets)
+                if offset > base + within:
+                    base, moved = offset - within, len(group) > 1
+        for buffer, within in group.items():
+            offsets[buffer] = base + within
+            bisect.insort(placed, buffer, key=offsets.__getitem__)
     return offsets
+
+
+def _free(buffer: Buffer, offset: int, placed: list[Buffer], offsets: dict[Buffer, int]) -> int:
+    """The lowest offset, from one on, where a buffer meets none that was placed."""
+    for other in placed:
+        if other.last < buffer.first or buffer.last < other.first:
+            continue
+        if offsets[other] >= offset + buffer.bytes:
+            break
+        offset = max(offset, offsets[other] + other.bytes)
+    return offset

@@ -35,11 +35,14 @@ from ...graph.ir import (
 from .memory import ALIGNMENT, Buffer, Image, Place, place
 from .packing import BLOCK, PANEL, bias_name
 from .plan import Plan, Step
-from .sweep import Export, Import, Sweep, top_row
+from .sweep import Export, Import, Keep, Sweep, top_row
 from .tiles import Convolution, Machine, attention_blocks, gains_by_winograd
 
 MAX_TAPS = 64
 """Of a convolution kernel that the engine takes."""
+
+REPLACED_BYTES = 2**28
+"""Of a value that is written over in a sweep; smaller ones are held beside what is made of them."""
 
 LARGEST_UNIT = 64
 """Rows that strips of several targets may have to be a multiple of."""
@@ -52,6 +55,7 @@ def make_plan(
     recomputed: Iterable[Value] = (),
     *,
     sketch: bool = False,
+    beside: bool = False,
 ) -> Plan:
     """Plan a run.
 
@@ -63,12 +67,16 @@ def make_plan(
             one only.
         sketch: Whether to leave out all strips but the first of each sweep, whose steps
             then stand for the work of all: enough to know the memory and the work.
+        beside: Whether to write no value over another one in a sweep. Where values are
+            recomputed none is.
 
     Raises:
         GraphError: The operations don't fit the input.
         RBLNCompileError: The engine has no kernel for an operation.
     """
-    return _Planner(graph, tuple(input_shape), machine, frozenset(recomputed), sketch).plan()
+    return _Planner(
+        graph, tuple(input_shape), machine, frozenset(recomputed), sketch, beside
+    ).plan()
 
 
 def droppable(graph: Graph) -> frozenset[Value]:
@@ -113,11 +121,13 @@ class _Planner:
         machine: Machine,
         recomputed: frozenset[Value],
         sketch: bool,
+        beside: bool,
     ) -> None:
         self.graph = graph
         self.machine = machine
         self.recomputed = recomputed
         self.sketch = sketch
+        self.in_place = not (beside or recomputed or input_shape[0] > 1)
         self.shapes = graph.infer_shapes(input_shape)
         self.heights = {v: s[2] for v, s in self.shapes.items()}
         self.batch = input_shape[0]
@@ -172,13 +182,15 @@ class _Planner:
                     self.sweep([operation])
             elif self.recomputed.intersection(operation.inputs):
                 self.sweep([operation, *self.partners(index)])
+            elif readers := self.replacing(index, operation):
+                self.sweep(readers, kept=readers[0].inputs[0])
             else:
                 self.operation(index, operation)
         if graph.output in self.recomputed:
             self.sweep([Export("", graph.output)])
         else:
             self.export_rows(self.images[graph.output], 0)
-        arena = place(self.buffers)
+        arena = place(self.buffers, self.times())
         return Plan(
             self.shapes[graph.input],
             self.shapes[graph.output],
@@ -189,6 +201,15 @@ class _Planner:
             tuple(o.output for o in self.makers() if o.output in self.recomputed),
             sum(o.flops(self.shapes, graph.weights) for o in graph.operations),
         )
+
+    def times(self) -> list[int]:
+        """When each step happens, and what follows the last; a sweep is one moment.
+
+        A sketch of a plan has fewer steps in its sweeps, and is to have the same memory.
+        """
+        sweeps = [step.sweep for step in self.steps]
+        passes = [int(not (a and a == b)) for a, b in itertools.pairwise([0, *sweeps])]
+        return [*itertools.accumulate(passes), len(sweeps)]
 
     def makers(self) -> Sequence[Operation]:
         return (Import(self.graph.input), *self.graph.operations)
@@ -546,18 +567,57 @@ class _Planner:
             max(8, min(32, sweep.height // 16), int(4 * self.machine.threads / tiles)),
             max(1, sweep.height // 8),
         )
+        if any(isinstance(member, Keep) for member in sweep.members):
+            # Beside all of a value some of its rows are little, and few strips cost the least.
+            wanted = max(wanted, sweep.height // 16)
         unit = self.strip_unit(sweep.targets)
         return unit * max(1, round(wanted / unit))
 
-    def sweep(self, targets: Sequence[Operation]) -> None:
+    def replacing(self, index: int, operation: Operation) -> list[Operation]:
+        """The convolutions that are all there is of a value, and fit where it lies.
+
+        Such are a residual block's first convolution and that of its shortcut, where they
+        halve the channels. Made in one sweep, over the value itself, they take no memory
+        beside it but for a few of its rows.
+        """
+        if not self.in_place or not isinstance(operation, Conv2d):
+            return []
+        value = operation.input
+        rest = self.graph.operations[index:]
+        readers = [other for other in rest if value in other.inputs]
+        image = self.images[value]
+        if (
+            len(readers) < 2
+            or value == self.graph.output
+            or image.blocks * image.plane * BLOCK * self.machine.element_bytes < REPLACED_BYTES
+            or sum(-(-self.shapes[o.output][1] // BLOCK) for o in readers) > image.blocks
+            or self.strip_unit(readers) > LARGEST_UNIT
+        ):
+            return []
+        for reader in readers:
+            if (
+                not isinstance(reader, Conv2d)
+                or reader.residual is not None
+                or self.shapes[reader.output][2:] != (image.height, image.width)
+            ):
+                return []
+        if self.replaceable(self.graph.operations.index(readers[-1]), value) is None:
+            return []
+        return list(readers)
+
+    def sweep(self, targets: Sequence[Operation], kept: Value | None = None) -> None:
         """Compute targets strip by strip, with the recomputed values that they need.
 
         A target that is itself recomputed is computed for its statistics alone.
+
+        Args:
+            targets: What to compute.
+            kept: The value that the targets are written over, one beside the other.
         """
         self.sweeps += 1
         self.sweeping = self.sweeps
         sweep = Sweep(
-            self.members(targets),
+            self.members(targets) if kept is None else [Keep(kept)],
             targets,
             self.heights,
             {value: conv.kernel[0] for value, conv in self.convolutions.items()},
@@ -570,10 +630,14 @@ class _Planner:
         }
         statistics: dict[Value, _Statistics | None] = {}
         dropped: dict[Value, Image] = {}
+        taken = 0
         for target in targets:
             if not isinstance(target, Conv2d):
                 continue
-            if target.output in self.recomputed:
+            if kept is not None:
+                self.images[target.output] = self.beside(kept, target.output, taken)
+                taken += self.images[target.output].blocks
+            elif target.output in self.recomputed:
                 dropped[target.output] = self.rows_image(
                     target.output, min(sweep.step, sweep.height)
                 )
@@ -605,6 +669,8 @@ class _Planner:
                 match operation:
                     case Import():
                         self.import_rows(rows_of(value, rows), rows[0])
+                    case Keep():
+                        self.copy_rows(value, self.images[value].rows(*rows), rows_of(value, rows))
                     case Export(input=result):
                         self.export_rows(rows_of(result, rows), rows[0])
                     case Conv2d(input=source, residual=residual):
@@ -625,6 +691,10 @@ class _Planner:
                             kernels[value],
                         )
         self.sweeping = 0
+        if kept is not None:
+            self.images[kept].buffer.last = len(self.steps) - 1
+            for target in targets:
+                self.images[target.output].buffer.first = len(self.steps)
         for target in targets:
             if isinstance(target, Conv2d):
                 self.statistics_of(target.output, statistics[target.output])
@@ -648,6 +718,29 @@ class _Planner:
             ):
                 return image
         return None
+
+    def beside(self, value: Value, output: Value, block: int) -> Image:
+        """An image from a block of channels of another one on, which ends with this sweep."""
+        image = self.images[value]
+        place = Place(image.buffer, block * image.plane * BLOCK * self.machine.element_bytes)
+        made = self.rows_image(output, image.height)
+        made.buffer.bytes = made.blocks * made.plane * BLOCK * self.machine.element_bytes
+        made.buffer.over = place
+        return made
+
+    def copy_rows(self, value: Value, source: Image, target: Image) -> None:
+        """Copy an image or some rows of it."""
+        arguments = {
+            "input": source,
+            "output": target,
+            "factor": 1.0,
+            "upsample": False,
+            "above": 0,
+            "left": 0,
+            "residual": None,
+            **self.norm_arguments(value, None),
+        }
+        self.emit("pointwise", value, "Keep", arguments, reads=[source], writes=[target])
 
     def move_window(
         self,

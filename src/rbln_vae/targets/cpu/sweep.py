@@ -33,6 +33,11 @@ class Export(Operation):
     input: Value = field(metadata={"role": "value"})
 
 
+@dataclass(frozen=True)
+class Keep(Operation):
+    """A value that is held whole, copied before what is made of it is written over it."""
+
+
 def top_row(operation: Conv2d, begin: int) -> int:
     """The first row of its input that a row of the output reads; above the image if negative."""
     if operation.upsample:

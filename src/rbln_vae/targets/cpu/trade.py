@@ -64,8 +64,11 @@ def hopeless(plan: Plan, limit: int) -> bool:
 
 def tradeoffs(graph: Graph, input_shape: Shape, machine: Machine) -> list[Plan]:
     """Sketches of plans for one image, from the least work to the least memory."""
-    search = _Search(graph, (1, *input_shape[1:]), machine)
-    return [search.sketch(choice) for choice in search.tradeoffs()]
+    shape = (1, *input_shape[1:])
+    search = _Search(graph, shape, machine)
+    free = make_plan(graph, shape, machine, sketch=True)
+    others = (search.sketch(choice) for choice in search.tradeoffs())
+    return [free, *(plan for plan in others if plan.arena_bytes < FINER * free.arena_bytes)]
 
 
 def least_plan(graph: Graph, input_shape: Shape, machine: Machine) -> Plan:
@@ -84,7 +87,7 @@ class _Search:
     def sketch(self, choice: Choice) -> Plan:
         if choice not in self.sketches:
             self.sketches[choice] = make_plan(
-                self.graph, self.input_shape, self.machine, choice, sketch=True
+                self.graph, self.input_shape, self.machine, choice, sketch=True, beside=True
             )
         return self.sketches[choice]
 
