@@ -107,6 +107,10 @@ def _statistics(contender: Ablated) -> None:
     contender.passes.append(_summed_apart)
 
 
+def _winograd(contender: Ablated) -> None:
+    planner.gains_by_winograd = lambda *_: False
+
+
 def _splits(contender: Ablated) -> None:
     tiles.Convolution.splits = lambda *_: 1  # type: ignore[method-assign]
 
@@ -159,6 +163,7 @@ CASES: dict[str, Case] = {
         "attention's value and output projections folded", _without(passes.fold_value_projection)
     ),
     "statistics": Case("statistics summed on writing", _statistics),
+    "winograd": Case("convolutions of 3x3 by Winograd's algorithm (not AMX)", _winograd),
     "splits": Case("output channels split where tiles are few", _splits),
     "together": Case("the next tile loaded during a product (AMX)", _together),
     "in-place": Case("sums written over their residual", _in_place),
@@ -172,8 +177,8 @@ CASES: dict[str, Case] = {
 
 def usual_cases() -> list[str]:
     """Names of all cases that can matter on this machine."""
-    tiles = usable_kernels()[-1].isa == "amx_bf16"
-    return [name for name in CASES if tiles or name != "together"]
+    other = "together" if usable_kernels()[-1].winograd else "winograd"
+    return [name for name in CASES if name != other]
 
 
 @dataclass
