@@ -114,6 +114,7 @@ def chart(measured: Sequence[Measurement], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     colors = ("#c0392b", "#e67e22", "#2c3e50", "#7f8c8d", "#bdc3c7")
     figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
@@ -126,6 +127,9 @@ def chart(measured: Sequence[Measurement], path: Path) -> None:
             axis.plot([m.size for m in runs], [value(m) for m in runs], "o-", color=color)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         sizes = sorted({m.size for m in measured})
         axis.set_xticks(sizes, [f"{s}²" for s in sizes])
         axis.set_xlabel("pixels")
