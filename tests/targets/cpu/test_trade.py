@@ -118,7 +118,8 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
     sizes = [plan.arena_bytes for plan in plans]
     assert sizes == sorted(sizes, reverse=True)
     # Images of a few channels are stored as 32, and there is little to save.
-    assert len(plans) > 1 or architecture in ("narrow", "without attention")
+    large = tuple(image_of(graph, 352, 288).shape)
+    assert len(tradeoffs(graph, large, runtime.machine)) > 1 or architecture == "narrow"
     assert plans[0].extra_work == 0
     for sketch in plans[1:]:
         plan = make_plan(graph, image.shape, runtime.machine, sketch.recomputed)
@@ -146,6 +147,27 @@ def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype
         assert torch.equal(limited.run(image), expected)
     with pytest.raises(MemoryError, match=f"at least {least} bytes"):
         CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=least - 1).run(image)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("architecture", ["wide", "deep"])
+def test_no_limit_is_passed_by_the_memory_of_threads(
+    architecture: str, part: str, dtype: str
+) -> None:
+    graph = graph_of(architecture, part)
+    shape = tuple(image_of(graph, 40, 200).shape)
+    free = runtime_of(architecture, part, dtype)
+    least, *others = reversed(tradeoffs(graph, shape, free.machine))
+    beside = free.memory_needed(shape) - free.plan(shape).arena_bytes
+    for other in (least, *others):
+        # Where strips need more for threads than the whole image, another plan must do.
+        limit = other.arena_bytes + beside
+        limited = CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=limit)
+        try:
+            assert limited.memory_needed(shape) <= limit
+        except MemoryError:
+            assert other is least
 
 
 def test_the_arena_is_as_large_as_what_the_steps_use() -> None:

@@ -26,7 +26,7 @@ from .packing import DTYPES, pack
 from .plan import Plan
 from .planner import make_plan
 from .tiles import Machine
-from .trade import fit_plan, hopeless, least_plan, tradeoffs
+from .trade import fit_plan, hopeless, tradeoffs
 
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """The instruction sets of the engine, the best last."""
@@ -209,7 +209,7 @@ class CpuRuntime:
             f"{'memory':>14} {'extra work':>11}  computed again, in strips",
         ]
         for other in tradeoffs(self.graph, shape, self.machine):
-            memory = mebibytes(other.arena_bytes + scratch + result)
+            memory = mebibytes(self._executor.bytes(self._bind(other)) + result)
             again = ", ".join(other.recomputed) or "nothing"
             lines.append(f"{memory:>14} {other.extra_work:>11.1%}  {again}")
         return "\n".join([*lines, "", plan.describe()] if steps else lines)
@@ -322,34 +322,49 @@ class CpuRuntime:
             needed = free.arena_bytes
         if needed <= room and not self._tiling:
             return free, native
-        # Plans of less memory need no more scratch.
         scratch = needed - free.arena_bytes
-        plan = None
-        if not self._tiling:
-            plan = fit_plan(self.graph, shape, self.machine, room - scratch)
-        if plan is None:
-            least = self._least_plan(shape, room)
-            if least.arena_bytes + scratch > room:
-                bytes_needed = least.arena_bytes + scratch + self.memory_limit - room
-                raise over_memory_limit(self.graph.name, shape, bytes_needed, self.memory_limit)
-            plan = make_plan(self.graph, least.input_shape, self.machine, least.recomputed)
-        return plan, self._bind(plan)
+        made = None if self._tiling else self._within(shape, room, scratch)
+        return made or self._least(shape, room, scratch)
 
-    def _least_plan(self, shape: Shape, room: int) -> Plan:
-        """A sketch of the plan for one image that needs the least.
+    def _within(self, shape: Shape, room: int, scratch: int) -> tuple[Plan, _engine.Plan] | None:
+        """The cheapest plan in so many bytes, those of the threads' scratch among them."""
+        while plan := fit_plan(self.graph, shape, self.machine, room - scratch):
+            native = self._bind(plan)
+            needed = self._executor.bytes(native)
+            if needed <= room:
+                return plan, native
+            # Strips have tiles of their own, which need more than those of a whole image.
+            scratch = needed - plan.arena_bytes
+        return None
 
-        Far beyond what there is room for, it is one that needs the least at another size:
-        quickly found, so that no request keeps anyone busy just to be refused.
-        """
+    def _least(self, shape: Shape, room: int, scratch: int) -> tuple[Plan, _engine.Plan]:
+        """The plan for one image that needs the least, if there is room for it."""
         shape = (1, *shape[1:])
-        if not hopeless(make_plan(self.graph, shape, self.machine), room):
-            return least_plan(self.graph, shape, self.machine)
-        return make_plan(self.graph, shape, self.machine, self._usual_choice, sketch=True)
+        if hopeless(make_plan(self.graph, shape, self.machine), room):
+            # A guess, by the choice that needs the least at another size: quickly made, so that
+            # no request keeps anyone busy just to be refused.
+            guess = make_plan(self.graph, shape, self.machine, self._usual_choice, sketch=True)
+            self._require_room(shape, guess.arena_bytes + scratch, room)
+        plans: list[tuple[int, Plan, _engine.Plan]] = []
+        for sketch in reversed(tradeoffs(self.graph, shape, self.machine)):
+            if plans and sketch.arena_bytes >= min(needed for needed, *_ in plans):
+                break
+            plan = make_plan(self.graph, shape, self.machine, sketch.recomputed)
+            native = self._bind(plan)
+            plans.append((self._executor.bytes(native), plan, native))
+        needed, plan, native = min(plans, key=lambda each: each[0])
+        self._require_room(shape, needed, room)
+        return plan, native
+
+    def _require_room(self, shape: Shape, needed: int, room: int) -> None:
+        if needed > room:
+            needed += self.memory_limit - room
+            raise over_memory_limit(self.graph.name, shape, needed, self.memory_limit)
 
     @functools.cached_property
     def _usual_choice(self) -> tuple[Value, ...]:
         shape = (1, self.graph.input_channels, 512, 512)
-        return least_plan(self.graph, shape, self.machine).recomputed
+        return tradeoffs(self.graph, shape, self.machine)[-1].recomputed
 
     def _bind(self, plan: Plan) -> _engine.Plan:
         if plan.arena_bytes > ADDRESSABLE:

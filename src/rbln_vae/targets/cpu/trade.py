@@ -71,11 +71,6 @@ def tradeoffs(graph: Graph, input_shape: Shape, machine: Machine) -> list[Plan]:
     return [free, *(plan for plan in others if plan.arena_bytes < FINER * free.arena_bytes)]
 
 
-def least_plan(graph: Graph, input_shape: Shape, machine: Machine) -> Plan:
-    """A sketch of the plan for one image that needs the least memory."""
-    return tradeoffs(graph, input_shape, machine)[-1]
-
-
 class _Search:
     def __init__(self, graph: Graph, input_shape: Shape, machine: Machine) -> None:
         self.graph = graph
