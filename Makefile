@@ -23,8 +23,8 @@ OPTIMUM_RBLN := optimum-rbln==0.12.0
 TEST_ENGINE := PYTHON=$(RUN)/python tools/test_engine/run.sh
 ENGINE := $(shell find engine -type f)
 
-.PHONY: help install demo test test-all test-engine test-engine-all test-optimum-rbln bench bench-memory \
-  check format clean distclean
+.PHONY: help install demo test test-all test-engine test-engine-all test-ray test-optimum-rbln bench \
+  bench-memory check format clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-all   run all tests"
 	@echo "make test-engine  test the engine under sanitizers, and with emulated AMX tiles"
 	@echo "make test-engine-all  the same over more tests"
+	@echo "make test-ray   test what runs on Ray, which this installs"
 	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
 	@echo "make bench      measure speed and memory against OpenVINO, diffusers and torch.compile"
 	@echo "make bench-memory  measure memory and time against the size of the image"
@@ -62,6 +63,10 @@ test-engine-all: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-ray: $(INSTALLED)
+	$(RUN)/python -m pip install --quiet --editable '.[ray]'
+	$(RUN)/python -m pytest tests/datasets/test_ray_data.py tests/serving/test_ray.py $(PYTEST_ARGS)
 
 test-optimum-rbln: $(OPTIMUM_INSTALLED)
 	$(OPTIMUM_VENV)/bin/python -m pytest --confcutdir=tests/optimum_rbln tests/optimum_rbln $(PYTEST_ARGS)
