@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +35,7 @@ def speed(
         parts.split(","), [int(s) for s in sizes.split(",")], contenders.split(","), rounds
     )
     print(report.table(measured))
-    print(f"saved {report.save(name, _command(), measured)}")
+    print(f"saved {report.save(name, measured)}")
 
 
 @app.command()
@@ -48,8 +47,7 @@ def memory(
     from .memory import measure, save
 
     measured = measure([int(s) for s in sizes.split(",")])
-    command = "python -m benchmarks " + " ".join(sys.argv[1:])
-    print(f"saved {save(name, command, measured)}")
+    print(f"saved {save(name, measured)}")
 
 
 @app.command()
@@ -88,7 +86,24 @@ def ablation(
     wanted = cases.split(",") if cases else ablation.usual_cases()
     compared = ablation.measure(parts.split(","), size, wanted, rounds, dtype)
     if save:
-        print(f"saved {ablation.save(_command(), compared)}")
+        print(f"saved {ablation.save(compared)}")
+
+
+@app.command()
+def overhead(
+    parts: Annotated[str, typer.Option(help="decode, encode or both, with commas")] = (
+        "decode,encode"
+    ),
+    sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "64,128,256",
+    rounds: Annotated[int, typer.Option(help="counted runs of each")] = 30,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default what is fastest")
+    ] = None,
+) -> None:
+    """What a small image costs beyond its kernels."""
+    from .overhead import measure
+
+    print(measure(parts.split(","), [int(s) for s in sizes.split(",")], rounds, dtype))
 
 
 @app.command()
@@ -121,10 +136,6 @@ def datasets(
             name=name,
         )
     )
-
-
-def _command() -> str:
-    return "python -m benchmarks " + " ".join(f"'{a}'" if " " in a else a for a in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from rbln_vae.targets.cpu import planner, tiles
 from rbln_vae.targets.cpu.runtime import ISAS, CpuRuntime, best_dtype, usable_kernels
 
 from .contenders import STABLE_DIFFUSION, Contender
-from .machine import describe, threads
-from .report import RESULTS
+from .machine import threads
+from .report import write
 from .worker import Worker
 
 NOTHING = "nothing"
@@ -263,14 +263,9 @@ def measure(
     return compared
 
 
-def save(command: str, compared: Iterable[Comparison]) -> Path:
+def save(compared: Iterable[Comparison]) -> Path:
     """Write `benchmarks/results/ablation.md`."""
-    RESULTS.mkdir(exist_ok=True)
-    listed = "\n".join(f"- {key}: {value}" for key, value in describe().items())
-    rows = "\n".join(comparison.row() for comparison in compared)
-    path = RESULTS / "ablation.md"
-    path.write_text(f"# ablation\n\n`{command}`\n\n{listed}\n\n{HEAD}\n{rows}\n", encoding="utf-8")
-    return path
+    return write("ablation", "\n".join([HEAD, *(comparison.row() for comparison in compared)]))
 
 
 def _save(directory: Path, parts: Iterable[str], dtype: str) -> None:

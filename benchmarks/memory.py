@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from .contenders import make_model
-from .machine import describe, threads
-from .report import RESULTS
+from .machine import threads
+from .report import RESULTS, write
 from .worker import Worker
 
 NAMES = {
@@ -93,19 +92,13 @@ def table(measured: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def save(name: str, command: str, measured: Sequence[Measurement]) -> Path:
+def save(name: str, measured: Sequence[Measurement]) -> Path:
     """Write `NAME.md`, `NAME.json`, `NAME.png` and `seams.png` under `benchmarks/results/`."""
     RESULTS.mkdir(exist_ok=True)
-    machine = describe()
-    listed = "\n".join(f"- {key}: {value}" for key, value in machine.items())
     seams = picture_of_seams(RESULTS / "seams.png")
-    text = f"# {name}\n\n`{command}`\n\n{listed}\n\n{table(measured)}\n\n{seams}\n"
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    runs = [dataclasses.asdict(m) for m in measured]
-    data = {"command": command, "machine": machine, "runs": runs}
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     chart(measured, RESULTS / f"{name}.png")
-    return RESULTS / f"{name}.md"
+    runs = [dataclasses.asdict(m) for m in measured]
+    return write(name, f"{table(measured)}\n\n{seams}", {"runs": runs})
 
 
 def chart(measured: Sequence[Measurement], path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .machine import describe
 from .speed import Measurement
@@ -37,17 +39,30 @@ def table(measurements: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def save(name: str, command: str, measurements: Sequence[Measurement]) -> Path:
-    """Write `NAME.md`, `NAME.json` and `NAME.png` under `benchmarks/results/`."""
+def write(name: str, table: str, data: Mapping[str, Any] | None = None) -> Path:
+    """Write `NAME.md`, and `NAME.json` of the data, under `benchmarks/results/`.
+
+    Each begins with the command that runs now, and the machine.
+    """
+    command = "python -m benchmarks " + " ".join(f"'{a}'" if " " in a else a for a in sys.argv[1:])
     machine = describe()
-    RESULTS.mkdir(exist_ok=True)
     listed = "\n".join(f"- {key}: {value}" for key, value in machine.items())
-    text = f"# {name}\n\n`{command}`\n\n{listed}\n\n{table(measurements)}\n"
+    RESULTS.mkdir(exist_ok=True)
+    text = f"# {name}\n\n`{command}`\n\n{listed}\n\n{table}\n"
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    data = {"command": command, "machine": machine, "runs": [asdict(m) for m in measurements]}
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    chart(measurements, RESULTS / f"{name}.png")
+    if data is not None:
+        content = {"command": command, "machine": machine, **data}
+        (RESULTS / f"{name}.json").write_text(
+            json.dumps(content, indent=1) + "\n", encoding="utf-8"
+        )
     return RESULTS / f"{name}.md"
+
+
+def save(name: str, measurements: Sequence[Measurement]) -> Path:
+    """Write `NAME.md`, `NAME.json` and `NAME.png` under `benchmarks/results/`."""
+    RESULTS.mkdir(exist_ok=True)
+    chart(measurements, RESULTS / f"{name}.png")
+    return write(name, table(measurements), {"runs": [asdict(m) for m in measurements]})
 
 
 def chart(measurements: Sequence[Measurement], path: Path) -> None:

@@ -7,7 +7,6 @@ The server is `rbln-vae serve` in a process of its own; the clients are diffuser
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import socket
@@ -27,8 +26,8 @@ import requests
 import torch
 
 from .contenders import make_input, make_model
-from .machine import describe, threads
-from .report import RESULTS
+from .machine import threads
+from .report import write
 
 CLIENTS = 8
 QUEUE = 16
@@ -305,19 +304,6 @@ def _save(
         f"{load.memory[len(load.memory) // 10] / 1e6:.0f} MB, {load.memory[-1] / 1e6:.0f} MB |",
     ]
     table = "\n".join(["| | |", "| --- | --- |", *rows])
-    command = "python -m benchmarks " + " ".join(sys.argv[1:])
-    machine = describe()
-    listed = "\n".join(f"- {key}: {value}" for key, value in machine.items())
-    RESULTS.mkdir(exist_ok=True)
-    text = f"# serving\n\n`{command}`\n\n{listed}\n\n{table}\n"
-    (RESULTS / "serving.md").write_text(text, encoding="utf-8")
-    data = {
-        "command": command,
-        "machine": machine,
-        "one client": asdict(one),
-        "loop": loop,
-        "rates": rates,
-        "overload": asdict(load),
-    }
-    (RESULTS / "serving.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    data = {"one client": asdict(one), "loop": loop, "rates": rates, "overload": asdict(load)}
+    write("serving", table, data)
     return table
