@@ -22,9 +22,11 @@ from ..errors import RBLNDatasetError
 from ..files import atomic_path
 from ..version import __version__
 from .encoder import Encoded
+from .formats import FORMATS
+from .formats.base import FORMAT_NAME, FORMAT_VERSION
 from .options import Options
 from .pictures import Rejected
-from .shards import FORMAT_NAME, FORMAT_VERSION, SUFFIXES, ShardInfo, unwritable, write_shard
+from .shards import ShardInfo, unwritable, write_shard
 
 JOB = "job.json"
 MANIFEST = "manifest.json"
@@ -145,7 +147,7 @@ class Job:
             RBLNDatasetError: There is no room, or it can't be written for another reason.
         """
         kind = self.options.format
-        path = self.directory / f"{part.name}{SUFFIXES[kind]}"
+        path = self.directory / f"{part.name}{FORMATS[kind].suffix}"
         shard = write_shard(path, kind, samples) if samples else None
         entry = Entry(part, last, fingerprint, shard, rejected)
         _write(self._entry_file(part), [entry.to_json()])
