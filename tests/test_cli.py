@@ -195,6 +195,18 @@ def test_compile_finds_the_vae_and_the_size_of_a_pipeline(vae, tmp_path) -> None
     assert RBLNAutoencoderKL.from_pretrained(tmp_path / "two").rbln_config.image_size == (16, 16)
 
 
+def test_every_command_finds_the_vae_of_a_pipeline(vae, compiled, photo, tmp_path) -> None:
+    pipeline = tmp_path / "pipeline"
+    vae.save_pretrained(pipeline / "vae")
+    index = {"vae": ["diffusers", "AutoencoderKL"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    model = ["--model", pipeline, "--dtype", "float32", "--target", "cpu"]
+    done(run("encode", photo, *model, "-o", tmp_path, "--size", 32))
+    latents = next(tmp_path.glob("*.safetensors"))
+    done(run("decode", latents, *model, "-o", tmp_path))
+    done(run("verify", compiled, pipeline))
+
+
 def test_compile_names_the_sizes_next_to_a_wrong_one(source, tmp_path) -> None:
     said = failed(run("compile", source, tmp_path / "out", "--sample-size", "33"), 2)
     assert "32" in said
@@ -514,6 +526,21 @@ def test_too_many_rejected_are_exit_code_1_after_the_summary(
     assert "rejected: 1, more than max_rejected, 0" in failed(result, 1)
     assert row(result.stdout, "samples")[1] == "7"
     done(run(*call, "--max-rejected", 1))
+
+
+def test_a_data_set_is_encoded_by_the_model_of_a_pipeline(vae, photographs, tmp_path) -> None:
+    vae.save_pretrained(tmp_path / "pipeline" / "part")
+    call = ["encode-dataset", photographs, tmp_path / "out", "-m", tmp_path / "pipeline"]
+    done(run(*call, "--subfolder", "part", "--size", 32))
+    assert len(LatentDataset(tmp_path / "out")) == 7
+    done(run(*call, "--subfolder", "part", "--size", 32, "--dry-run"))
+
+
+def test_an_output_elsewhere_is_refused(compiled, photographs, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["encode-dataset", photographs, "s3://bucket/latents", "-m", compiled, "--size", 32]
+    assert "is an address" in failed(run(*call), 2)
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_size_and_buckets_are_not_given_together(compiled, photographs, tmp_path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub import serve_hub
 from pictures import digests, encoded, make_folder, photograph, picture
 from PIL import Image
 from safetensors import safe_open
@@ -243,6 +244,48 @@ def test_bits_depend_on_no_number_of_workers_or_threads(
     assert digests(tmp_path / "out") == digests(whole)
 
 
+def test_a_model_is_found_in_a_pipeline(images: Path, whole: Path, tmp_path: Path) -> None:
+    """By its subfolder or without; of diffusers or compiled."""
+    for name, vae in (("original", default_vae()), ("compiled", default_compiled())):
+        pipeline = tmp_path / name
+        vae.save_pretrained(pipeline / "vae")
+        for subfolder in ("vae", None):
+            out = tmp_path / f"{name}-{subfolder}"
+            model = {"subfolder": subfolder, "rbln_config": {"target": "cpu", "dtype": "float32"}}
+            encode_dataset(images, out, pipeline, OPTIONS, **model)
+            assert digests(out) == digests(whole)
+            assert estimate(images, out, pipeline, OPTIONS, **model).done == COUNT
+            index = {
+                "_class_name": "StableDiffusionPipeline",
+                "vae": ["diffusers", "AutoencoderKL"],
+            }
+            (pipeline / "model_index.json").write_text(json.dumps(index))
+
+
+def test_a_model_on_the_hub_is_found_by_its_revision(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vaes = [default_vae(), make_vae(seed=1)]
+    with serve_hub(tmp_path / "cache", monkeypatch) as hub:
+        for branch, vae in zip(("main", "other"), vaes, strict=True):
+            vae.save_pretrained(tmp_path / branch)
+            hub.add("a/pipeline", tmp_path / branch, prefix="vae/", branch=branch)
+            index = tmp_path / branch / "index" / "model_index.json"
+            index.parent.mkdir()
+            index.write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+            hub.add("a/pipeline", index.parent, branch=branch)
+        for branch, vae in zip((None, "other"), vaes, strict=True):
+            out = tmp_path / f"{branch}-out"
+            encode_dataset(images, out, "a/pipeline", Options(sizes=((32, 32),)), revision=branch)
+            expected = vae_hash(vae)
+            assert json.loads((out / "manifest.json").read_text())["model"]["sha256"] == expected
+
+
+def vae_hash(vae: Any) -> str:
+    compiled: Any = compile_vae(vae).compiled_models["encoder"]
+    return str(compiled.source["sha256"])
+
+
 @pytest.mark.parametrize("batch", [2, 5])
 def test_bits_depend_on_no_batch_size(
     images: Path, whole: Path, tmp_path: Path, batch: int
@@ -325,6 +368,19 @@ def test_a_directory_with_other_files_is_refused(images: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(ValueError, match="lies in the source"):
         encode_dataset(images, images / "out", default_compiled(), OPTIONS)
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/out", "memory://out", "file:///out", Path("s3://b")])
+def test_an_address_is_no_output(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (encode_dataset, estimate):
+        with pytest.raises(ValueError, match=r"is an address, .* name a directory"):
+            call(images, out, default_compiled(), OPTIONS)
+    with pytest.raises(ValueError, match=r"is an address, .* name a directory"):
+        LatentDataset(out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_write_to_one_output(images: Path, whole: Path, model: Path) -> None:

@@ -57,13 +57,16 @@ def encode(
     threads: int | None,
     ray: str | None,
     settings: Mapping[str, Any],
-    reading: Mapping[str, Any],
+    naming: Mapping[str, Any],
     dry_run: bool,
 ) -> None:
-    """Encode a data set under a progress bar, and say what came of it; or what would."""
+    """Encode a data set under a progress bar, and say what came of it; or what would.
+
+    `naming` says more of what `source` and `model` name; the rest is as of `encode_dataset`.
+    """
     name = demo_model() if model is None else model
     if dry_run:
-        _estimate(source, directory, name, options, workers, threads, settings, reading, ray)
+        _estimate(source, directory, name, options, workers, threads, settings, naming, ray)
         return
     try:
         with _shown() as report:
@@ -78,7 +81,7 @@ def encode(
                 ray=ray,
                 rbln_config=settings,
                 report=report,
-                **reading,
+                **naming,
             )
     except TooManyRejectedError as error:
         _show(error.summary, directory)
@@ -107,7 +110,7 @@ def _estimate(
     workers: int | None,
     threads: int | None,
     settings: Mapping[str, Any],
-    reading: Mapping[str, Any],
+    naming: Mapping[str, Any],
     ray: str | None,
 ) -> None:
     with working("Looking at the source, and timing the first images …"):
@@ -118,7 +121,7 @@ def _estimate(
             options,
             threads=threads if ray is None else threads or 1,
             rbln_config=settings,
-            **reading,
+            **naming,
         )
     processors = len(os.sched_getaffinity(0))
     seconds = (

@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..errors import RBLNDatasetError
 from .formats import Shard
-from .job import read_manifest
+from .job import local_directory, read_manifest
 from .options import Format
 from .seeds import seed_of
 from .shards import ShardInfo, checksum, open_shard
@@ -49,7 +48,7 @@ class LatentDataset(Dataset[Item]):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+        self.directory = local_directory(directory)
         self.manifest = read_manifest(self.directory)
         self._format: Format = self.manifest["options"]["format"]
         self._shards = [ShardInfo(**shard) for shard in self.manifest["shards"]]

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,21 @@ class Totals:
             self.shards += 1
             for size, count in entry.shard.sizes.items():
                 self.sizes[size] = self.sizes.get(size, 0) + count
+
+
+def local_directory(name: str | os.PathLike[str]) -> Path:
+    """The directory of a data set, which lies where files can be renamed, synced and mapped.
+
+    Raises:
+        ValueError: It is an address of another file system.
+    """
+    # A Path has lost the second slash.
+    if re.match(r"[A-Za-z][\w+.-]*:/", os.fspath(name)):
+        raise ValueError(
+            f"{os.fspath(name)} is an address, and encoded data sets lie on file systems of this "
+            "machine: name a directory, and copy it when it is complete"
+        )
+    return Path(name)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from .encoder import LatentEncoder
+from .encoder import LatentEncoder, load_model
 from .job import Entry, Job
 from .options import Options
 from .pipeline import Progress, encode_splits, first_missing
@@ -35,8 +35,9 @@ class Worker:
     Args:
         directory: That of the job.
         options: Of the job, as `Options.to_dict` gives them.
-        model: What `from_pretrained` loads.
+        model: As of `load_model`, and so the next two.
         settings: For `rbln_config`.
+        loading: What leads to the model.
         decoders: Threads that read and decode images.
     """
 
@@ -46,12 +47,11 @@ class Worker:
         options: Mapping[str, Any],
         model: str,
         settings: Mapping[str, Any],
+        loading: Mapping[str, str],
         decoders: int,
     ) -> None:
-        from ..autoencoder_kl import RBLNAutoencoderKL
-
         made = Options.from_dict(options)
-        vae = RBLNAutoencoderKL.from_pretrained(model, export=None, rbln_config=dict(settings))
+        vae = load_model(model, settings, loading)
         self._encoder = LatentEncoder(vae, made)
         self._sizing = made.sizing(int(vae.rbln_config.vae_scale_factor or 1))
         self._job = Job(Path(directory), made)
@@ -86,6 +86,7 @@ def encode_with_ray(
     decoders: int,
     model: str,
     settings: Mapping[str, Any],
+    loading: Mapping[str, str],
     progress: Progress,
 ) -> Iterator[Entry]:
     """Encode what isn't done yet of some splits, on a cluster.
@@ -99,6 +100,7 @@ def encode_with_ray(
         decoders: Threads of each that read and decode images.
         model: A directory that all machines see, or a hub id.
         settings: For `rbln_config`.
+        loading: What leads to the model there.
         progress: Is kept up to date.
 
     Yields:
@@ -127,6 +129,7 @@ def encode_with_ray(
                     "options": job.options.to_dict(),
                     "model": model,
                     "settings": {**settings, "num_threads": threads},
+                    "loading": loading,
                     "decoders": decoders,
                 },
             )

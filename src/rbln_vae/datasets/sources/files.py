@@ -22,10 +22,15 @@ _CAPTION_COLUMNS = ("caption", "text", "prompt", "txt", "TEXT")
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system that an address belongs to, and its path there."""
-    from fsspec.core import url_to_fs
+    """The file system that an address belongs to, and its path there.
 
-    fs, path = url_to_fs(url)
+    Raises:
+        RBLNDatasetError: Nothing that is installed opens it.
+    """
+    try:
+        fs, path = require("fsspec.core").url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise RBLNDatasetError(f"{url} can't be opened: {error}") from error
     return fs, str(path)
 
 
