@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from pictures import make_folder
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from skimage import data
@@ -22,7 +25,7 @@ from vaes import make_vae
 
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.cli import app
-from rbln_vae.cli.datasets import _lines
+from rbln_vae.cli.datasets import lines, shown
 from rbln_vae.datasets import LatentDataset, Progress
 from rbln_vae.images import load_image, to_image, to_tensor
 
@@ -550,12 +553,36 @@ def test_size_and_buckets_are_not_given_together(compiled, photographs, tmp_path
     assert "there is no" in failed(run("encode-dataset", "none", tmp_path / "out"), 1)
 
 
-def test_how_far_a_job_is_stands_in_a_line_now_and_then() -> None:
+@pytest.fixture
+def halfway() -> Progress:
+    return Progress(encoded=30, resumed=10, waiting=1.0, start=time.perf_counter() - 10, total=100)
+
+
+def test_how_far_a_job_is_stands_in_a_line_now_and_then(halfway) -> None:
     shown: list[str] = []
-    report = _lines(shown.append, seconds=0)
-    report(Progress(encoded=30, resumed=10, waiting=1.0, start=time.perf_counter() - 10, total=100))
-    assert shown == ["40 of 100 samples, 3.00 images/s, waiting 10%, 20.0 s left"]
+    report = lines(shown.append, seconds=0)
+    report(halfway)
+    assert shown == ["40 of 100, 3.00 images/s, 20.0 s left, waiting 10%"]
     report(Progress(encoded=30, start=time.perf_counter() - 10))
-    assert shown[1] == "30 samples, 3.00 images/s, waiting 0%"
-    _lines(shown.append, seconds=60)(Progress())
+    assert shown[1] == "30, 3.00 images/s, waiting 0%"
+    lines(shown.append, seconds=60)(Progress())
     assert len(shown) == 2
+
+
+@pytest.mark.parametrize(("width", "bar"), [(120, 20), (80, 5), (60, 3), (45, 0)])
+def test_a_terminal_of_any_width_shows_a_bar_and_what_is_left(halfway, width, bar) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=width, color_system=None)
+    with shown(console) as report:
+        assert "loading" in drawn(console, written)
+        report(halfway)
+        line = drawn(console, written)
+    assert re.search(r"40 of 100, \d\.\d\d images/s, \d\d\.\d s left", line)
+    assert "waiting" in line or width < 60
+    assert line.count("━") >= bar and len(line) <= width
+
+
+def drawn(console: Console, written: io.StringIO) -> str:
+    """The line that a bar has drawn last, as a terminal shows it."""
+    time.sleep(0.3)  # it draws ten times a second
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue()).rpartition("\r")[2].rstrip()

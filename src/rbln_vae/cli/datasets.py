@@ -9,13 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from .. import demo_model
@@ -69,7 +64,7 @@ def encode(
         _estimate(source, directory, name, options, workers, threads, settings, naming, ray)
         return
     try:
-        with _shown() as report:
+        with shown(err()) as report:
             summary = encode_dataset(
                 source,
                 directory,
@@ -144,36 +139,28 @@ def _estimate(
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[Progress], None]]:
+def shown(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A progress bar on a terminal, a line now and then elsewhere."""
-    console = err()
     if not console.is_terminal:
-        yield _lines(lambda line: console.print(line))
+        yield lines(console.print)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} images/s, waiting {task.fields[waiting]:.0%}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("Encoding", total=None, rate=0.0, waiting=0.0)
+    # The bar gives way to the text where a terminal is narrow.
+    columns = (BarColumn(bar_width=None), TextColumn("{task.description}"))
+    with Bar(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task("loading the model", total=None)
 
         def report(progress: Progress) -> None:
             bar.update(
                 task,
                 completed=progress.done,
                 total=progress.total,
-                rate=progress.rate,
-                waiting=progress.waiting_share,
+                description=described(progress),
             )
 
         yield report
 
 
-def _lines(
+def lines(
     show: Callable[[str], None], seconds: float = _SECONDS_BETWEEN_LINES
 ) -> Callable[[Progress], None]:
     """What says how far it is, at most once in so many seconds."""
@@ -181,17 +168,22 @@ def _lines(
 
     def report(progress: Progress) -> None:
         nonlocal last
-        if time.monotonic() - last < seconds:
-            return
-        last = time.monotonic()
-        total = "" if progress.total is None else f" of {progress.total:,}"
-        left = seconds_left(progress)
-        show(
-            f"{progress.done:,}{total} samples, {progress.rate:.2f} images/s, waiting "
-            f"{progress.waiting_share:.0%}" + ("" if left is None else f", {_time(left)} left")
-        )
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            show(described(progress))
 
     return report
+
+
+def described(progress: Progress) -> str:
+    """How far a run is, what matters most first."""
+    total = "" if progress.total is None else f" of {progress.total:,}"
+    left = seconds_left(progress)
+    return (
+        f"{progress.done:,}{total}, {progress.rate:.2f} images/s"
+        + ("" if left is None else f", {_time(left)} left")
+        + f", waiting {progress.waiting_share:.0%}"
+    )
 
 
 def seconds_left(progress: Progress) -> float | None:
