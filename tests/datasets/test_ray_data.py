@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -91,6 +93,31 @@ def test_a_worker_that_is_killed_costs_nothing(
     thread.join(1)
     assert killed
     assert digests(out) == digests(local)
+
+
+@pytest.mark.parametrize("at", [0.2, 0.7])
+def test_a_driver_that_is_killed_goes_on_by_the_same_command(
+    images: Path, local: Path, model: Path, tmp_path: Path, at: float
+) -> None:
+    """With the cluster that it began, and with workers of it still at work for a while."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "rbln_vae", "encode-dataset", str(images), str(out)]
+    command += ["--model", str(model), "--size", "64", "--aspect", "--bucket-step", "16"]
+    command += ["--shard-size", "8", "--crop", "random", "--ray", "local", "--workers", "2"]
+    parts = -(-COUNT // 8)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as driver:
+        journal = out / "journal"
+        while driver.poll() is None and not (
+            journal.exists() and len(list(journal.iterdir())) >= at * parts
+        ):
+            time.sleep(0.002)
+        driver.send_signal(signal.SIGKILL)
+    assert driver.returncode == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    subprocess.run(command, check=True, timeout=300)
+    assert digests(out) == digests(local)
+    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert "encoded in this run" in again.stdout and digests(out) == digests(local)
 
 
 @pytest.mark.usefixtures("cluster")
