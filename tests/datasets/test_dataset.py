@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -219,4 +220,11 @@ def test_what_is_no_complete_data_set_is_an_error(directory: Path, tmp_path: Pat
         LatentDataset(tmp_path)
     (tmp_path / "job.json").write_bytes((directory / "job.json").read_bytes())
     with pytest.raises(RBLNDatasetError, match="not complete"):
+        LatentDataset(tmp_path)
+
+
+def test_a_data_set_of_a_newer_version_is_refused(directory: Path, tmp_path: Path) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(RBLNDatasetError, match=r"expected rbln-vae latents 1, found .* 2"):
         LatentDataset(tmp_path)

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 OPTIONS = Options(sizes=((64, 64),), aspect=True, bucket_step=16, shard_size=8, crop="random")
 COUNT = 200
+CPUS = 3
+"""Of the cluster, whatever this machine has."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def local(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -71,6 +73,25 @@ def test_any_number_of_workers_gives_the_same(
     assert summary.samples == summary.encoded == COUNT
     again = encode_dataset(images, out, model, OPTIONS, ray="auto", workers=count)
     assert again.encoded == 0 and digests(out) == digests(local)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_default_is_as_many_workers_as_the_cluster_has_room_for(
+    images: Path, model: Path, tmp_path: Path
+) -> None:
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.05):
+            most = max(most, len(workers()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    encode_dataset(images, tmp_path / "out", model, OPTIONS, ray="auto")
+    done.set()
+    thread.join()
+    assert most == CPUS
 
 
 @pytest.mark.usefixtures("cluster")

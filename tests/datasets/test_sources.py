@@ -22,9 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import encoded, make_folder, picture
 
+from rbln_vae.datasets.options import Options
+from rbln_vae.datasets.pictures import Rejected, prepare
 from rbln_vae.datasets.sources import Sample, Source, folder, open_source, tables
 from rbln_vae.datasets.sources.files import read_file
 from rbln_vae.errors import RBLNDatasetError
+
+OPTIONS = Options(sizes=((32, 32),))
+SIZING = OPTIONS.sizing(8)
 
 
 def samples(source: Source, size: int = 4) -> list[Sample]:
@@ -278,6 +283,9 @@ class _Ranges(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if status := re.search(r"/status-(\d+)", self.path):
+            self.send_error(int(status[1]))
+            return
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if wanted is None:
             super().do_GET()
@@ -348,6 +356,17 @@ def test_what_a_server_does_not_have_is_an_error(tmp_path: Path, remote: str) ->
         open_source(f"{remote}/gone.tar")
     with pytest.raises(FileNotFoundError, match="there is no"):
         open_source(f"{remote}/gone")
+
+
+@pytest.mark.parametrize("remote", ["http"], indirect=True)
+def test_a_server_that_refuses_costs_an_image_and_one_that_fails_stops(remote: str) -> None:
+    for status in (401, 403, 404, 410):
+        found = prepare(Sample("key", f"{remote}/status-{status}.jpg"), OPTIONS, SIZING)
+        assert isinstance(found, Rejected) and "can't be read" in found.reason
+        assert f"status-{status}" in found.reason
+    for status in (429, 500, 503):
+        with pytest.raises(Exception, match=str(status)):
+            prepare(Sample("key", f"{remote}/status-{status}.jpg"), OPTIONS, SIZING)
 
 
 def test_an_address_that_nothing_opens_says_what_is_missing(

@@ -119,11 +119,11 @@ def _estimate(
             **naming,
         )
     processors = len(os.sched_getaffinity(0))
-    seconds = (
-        found.seconds(workers or processors)
-        if ray is None
-        else found.seconds(threads or 1, workers or max(1, processors // (threads or 1)))
-    )
+    decoders, encoders = workers or processors, 1
+    if ray is not None:
+        # Without asking the cluster, which may not be up yet.
+        decoders, encoders = threads or 1, workers or max(1, processors // (threads or 1))
+    seconds = found.seconds(decoders, encoders)
     result = table("data set", f"{directory}, as {options.format}")
     total = "not known before it is read" if found.total is None else f"{found.total:,}"
     result.add_row("samples in the source", total)
@@ -134,6 +134,8 @@ def _estimate(
         result.add_row(f"of the first images, rejected: {reason}", f"{count:,}")
     result.add_row("to read and decode an image", f"{found.decode * 1e3:.1f} ms")
     result.add_row("to encode an image", f"{found.encode * 1e3:.1f} ms")
+    if ray is not None:
+        result.add_row("workers", str(encoders))
     result.add_row("time", "not known" if seconds is None else f"about {_time(seconds)}")
     out().print(result)
 

@@ -158,7 +158,6 @@ def encode_dataset(
         _require_ray()
         vae = load_model(model, {**settings, "create_runtimes": False}, loading)
     sizing = options.sizing(int(vae.rbln_config.vae_scale_factor or 1))
-    processors = len(os.sched_getaffinity(0))
     with open_job(directory, options, opened.describe(), _identity(vae, model, loading)) as job:
         progress = Progress()
         _count_aside(opened, progress)
@@ -169,7 +168,7 @@ def encode_dataset(
                 encoder,
                 job,
                 sizing,
-                decoders=workers or processors,
+                decoders=workers or len(os.sched_getaffinity(0)),
                 progress=progress,
                 report=lambda: report(progress),
             )
@@ -180,7 +179,7 @@ def encode_dataset(
                 splits,
                 job,
                 address=ray,
-                workers=workers or max(1, processors // (threads or 1)),
+                workers=workers,
                 threads=threads or 1,
                 decoders=threads or 1,
                 model=os.fspath(model),

@@ -345,15 +345,20 @@ def read_record(path: Path) -> dict[str, Any]:
     """What `job.json` or the manifest says.
 
     Raises:
-        RBLNDatasetError: It is damaged, or not of an encoded data set.
+        RBLNDatasetError: It is damaged, or not of an encoded data set that this version reads.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RBLNDatasetError(f"{path} is damaged: {error}. Encode again elsewhere.") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT_NAME:
-        raise RBLNDatasetError(f"{path} is not of an encoded data set")
-    return found
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
+    name, version = record.get("format"), record.get("format_version")
+    if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
+        raise RBLNDatasetError(
+            f"{path} is not of an encoded data set that this version reads: expected "
+            f"{FORMAT_NAME} {FORMAT_VERSION}, found {name} {version}"
+        )
+    return record
 
 
 def _write(path: Path, lines: Any) -> None:

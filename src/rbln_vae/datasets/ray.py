@@ -81,7 +81,7 @@ def encode_with_ray(
     job: Job,
     *,
     address: str,
-    workers: int,
+    workers: int | None,
     threads: int,
     decoders: int,
     model: str,
@@ -95,7 +95,7 @@ def encode_with_ray(
         splits: With their numbers in the source.
         job: Where shards and journal go, on a file system that all machines share.
         address: Of the cluster, `"auto"`, or `"local"` for one on this machine.
-        workers: Actors.
+        workers: Actors; `None` stands for as many as the cluster has room for.
         threads: Of each; Ray keeps as many processors for it.
         decoders: Threads of each that read and decode images.
         model: A directory that all machines see, or a hub id.
@@ -115,6 +115,9 @@ def encode_with_ray(
         if first_missing(job, number, split, progress) is not None
     )
     with _cluster(address):
+        if workers is None:
+            room: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            workers = max(1, int(room.get("CPU", 1)) // threads)
         while some := list(itertools.islice(waiting, _SPLITS_AT_ONCE)):
             rows = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
                 Worker,
