@@ -513,9 +513,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     compiled, photographs, tmp_path
 ) -> None:
     out = tmp_path / "out"
-    (photographs / "broken.png").write_bytes(b"no")
+    for name in ("broken.png", "damaged.png"):
+        (photographs / name).write_bytes(b"no")
     shown = done(run("encode-dataset", photographs, out, "-m", compiled, "--size", 32, "--dry-run"))
-    assert "samples in the source" in shown and "rejected: the image is not a picture" in shown
+    # Reasons may be long, and stand below the table.
+    numbers, _, reasons = shown.partition("rejected: ")
+    assert "samples in the source" in numbers and "of the first images, rejected" in numbers
+    assert reasons.startswith("the image is not a picture") and reasons.endswith("(2 times)\n")
     assert row(shown, "time")[1] == "about"
     assert not out.exists()
 

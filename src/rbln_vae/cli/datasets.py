@@ -130,14 +130,15 @@ def _estimate(
     result.add_row("done already", f"{found.done:,}")
     for size, count in found.sizes.items():
         result.add_row(f"of the first images, of size {size}", f"{count:,}")
-    for reason, count in found.rejected.items():
-        result.add_row(f"of the first images, rejected: {reason}", f"{count:,}")
+    result.add_row("of the first images, rejected", f"{sum(found.rejected.values()):,}")
     result.add_row("to read and decode an image", f"{found.decode * 1e3:.1f} ms")
     result.add_row("to encode an image", f"{found.encode * 1e3:.1f} ms")
     if ray is not None:
         result.add_row("workers", str(encoders))
     result.add_row("time", "not known" if seconds is None else f"about {_time(seconds)}")
     out().print(result)
+    for reason, count in found.rejected.items():
+        out().print(f"rejected: {reason}" + (f" ({count} times)" if count > 1 else ""))
 
 
 @contextlib.contextmanager
