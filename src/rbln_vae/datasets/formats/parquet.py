@@ -54,9 +54,10 @@ class ParquetShard(Shard):
         columns[_SHAPE] = pyarrow.array([list(s.tensors[first].shape) for s in samples], side)
         for name in samples[0].tensors:
             flat = [s.tensors[name].numpy().reshape(-1) for s in samples]
-            ends = np.cumsum([0, *map(len, flat)], dtype=np.int32)
+            # pyarrow refuses ends beyond int32, which numpy would wrap.
+            ends = pyarrow.array(np.cumsum([0, *map(len, flat)]), pyarrow.int32())
             columns[name] = pyarrow.ListArray.from_arrays(
-                pyarrow.array(ends), pyarrow.array(np.concatenate(flat), number)
+                ends, pyarrow.array(np.concatenate(flat), number)
             )
         parquet.write_table(
             pyarrow.table(columns),
