@@ -116,8 +116,8 @@ def encode_with_ray(
     )
     with _cluster(address):
         if workers is None:
-            room: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            workers = max(1, int(room.get("CPU", 1)) // threads)
+            cluster: Any = ray  # which has no types for this call
+            workers = max(1, int(cluster.cluster_resources().get("CPU", 1)) // threads)
         while some := list(itertools.islice(waiting, _SPLITS_AT_ONCE)):
             rows = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
                 Worker,
