@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from pictures import make_folder
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from skimage import data
@@ -22,7 +25,7 @@ from vaes import make_vae
 
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.cli import app
-from rbln_vae.cli.datasets import _lines
+from rbln_vae.cli.datasets import lines, shown
 from rbln_vae.datasets import LatentDataset, Progress
 from rbln_vae.images import load_image, to_image, to_tensor
 
@@ -193,6 +196,18 @@ def test_compile_finds_the_vae_and_the_size_of_a_pipeline(vae, tmp_path) -> None
     assert RBLNAutoencoderKL.from_pretrained(tmp_path / "one").rbln_config.image_size == (24, 24)
     done(run("compile", pipeline, tmp_path / "two", "--sample-size", "16"))
     assert RBLNAutoencoderKL.from_pretrained(tmp_path / "two").rbln_config.image_size == (16, 16)
+
+
+def test_every_command_finds_the_vae_of_a_pipeline(vae, compiled, photo, tmp_path) -> None:
+    pipeline = tmp_path / "pipeline"
+    vae.save_pretrained(pipeline / "vae")
+    index = {"vae": ["diffusers", "AutoencoderKL"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    model = ["--model", pipeline, "--dtype", "float32", "--target", "cpu"]
+    done(run("encode", photo, *model, "-o", tmp_path, "--size", 32))
+    latents = next(tmp_path.glob("*.safetensors"))
+    done(run("decode", latents, *model, "-o", tmp_path))
+    done(run("verify", compiled, pipeline))
 
 
 def test_compile_names_the_sizes_next_to_a_wrong_one(source, tmp_path) -> None:
@@ -498,9 +513,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     compiled, photographs, tmp_path
 ) -> None:
     out = tmp_path / "out"
-    (photographs / "broken.png").write_bytes(b"no")
+    for name in ("broken.png", "damaged.png"):
+        (photographs / name).write_bytes(b"no")
     shown = done(run("encode-dataset", photographs, out, "-m", compiled, "--size", 32, "--dry-run"))
-    assert "samples in the source" in shown and "rejected: the image is not a picture" in shown
+    # Reasons may be long, and stand below the table.
+    numbers, _, reasons = shown.partition("rejected: ")
+    assert "samples in the source" in numbers and "of the first images, rejected" in numbers
+    assert reasons.startswith("the image is not a picture") and reasons.endswith("(2 times)\n")
     assert row(shown, "time")[1] == "about"
     assert not out.exists()
 
@@ -516,6 +535,21 @@ def test_too_many_rejected_are_exit_code_1_after_the_summary(
     done(run(*call, "--max-rejected", 1))
 
 
+def test_a_data_set_is_encoded_by_the_model_of_a_pipeline(vae, photographs, tmp_path) -> None:
+    vae.save_pretrained(tmp_path / "pipeline" / "part")
+    call = ["encode-dataset", photographs, tmp_path / "out", "-m", tmp_path / "pipeline"]
+    done(run(*call, "--subfolder", "part", "--size", 32))
+    assert len(LatentDataset(tmp_path / "out")) == 7
+    done(run(*call, "--subfolder", "part", "--size", 32, "--dry-run"))
+
+
+def test_an_output_elsewhere_is_refused(compiled, photographs, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["encode-dataset", photographs, "s3://bucket/latents", "-m", compiled, "--size", 32]
+    assert "is an address" in failed(run(*call), 2)
+    assert not (tmp_path / "s3:").exists()
+
+
 def test_size_and_buckets_are_not_given_together(compiled, photographs, tmp_path) -> None:
     call = ["encode-dataset", photographs, tmp_path / "out", "-m", compiled]
     assert "found both" in failed(run(*call, "--size", 32, "--buckets", "32,64"), 2)
@@ -523,12 +557,36 @@ def test_size_and_buckets_are_not_given_together(compiled, photographs, tmp_path
     assert "there is no" in failed(run("encode-dataset", "none", tmp_path / "out"), 1)
 
 
-def test_how_far_a_job_is_stands_in_a_line_now_and_then() -> None:
+@pytest.fixture
+def halfway() -> Progress:
+    return Progress(encoded=30, resumed=10, waiting=1.0, start=time.perf_counter() - 10, total=100)
+
+
+def test_how_far_a_job_is_stands_in_a_line_now_and_then(halfway) -> None:
     shown: list[str] = []
-    report = _lines(shown.append, seconds=0)
-    report(Progress(encoded=30, resumed=10, waiting=1.0, start=time.perf_counter() - 10, total=100))
-    assert shown == ["40 of 100 samples, 3.00 images/s, waiting 10%, 20.0 s left"]
+    report = lines(shown.append, seconds=0)
+    report(halfway)
+    assert shown == ["40 of 100, 3.00 images/s, 20.0 s left, waiting 10%"]
     report(Progress(encoded=30, start=time.perf_counter() - 10))
-    assert shown[1] == "30 samples, 3.00 images/s, waiting 0%"
-    _lines(shown.append, seconds=60)(Progress())
+    assert shown[1] == "30, 3.00 images/s, waiting 0%"
+    lines(shown.append, seconds=60)(Progress())
     assert len(shown) == 2
+
+
+@pytest.mark.parametrize(("width", "bar"), [(120, 20), (80, 5), (60, 3), (45, 0)])
+def test_a_terminal_of_any_width_shows_a_bar_and_what_is_left(halfway, width, bar) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=width, color_system=None)
+    with shown(console) as report:
+        assert "loading" in drawn(console, written)
+        report(halfway)
+        line = drawn(console, written)
+    assert re.search(r"40 of 100, \d\.\d\d images/s, \d\d\.\d s left", line)
+    assert "waiting" in line or width < 60
+    assert line.count("━") >= bar and len(line) <= width
+
+
+def drawn(console: Console, written: io.StringIO) -> str:
+    """The line that a bar has drawn last, as a terminal shows it."""
+    time.sleep(0.3)  # it draws ten times a second
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue()).rpartition("\r")[2].rstrip()

@@ -97,6 +97,22 @@ def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | No
     return "vae", next((side for side in sides if isinstance(side, int)), None)
 
 
+def find_vae(
+    model_id: str, *, subfolder: str | None = None, revision: str | None = None
+) -> dict[str, str]:
+    """Arguments for a loader that lead to a VAE, which may be that of a pipeline.
+
+    Args:
+        model_id: A local path or a hub id.
+        subfolder: Where in it the VAE is, where the user has said so.
+        revision: Of a model on the hub.
+    """
+    where = {} if revision is None else {"revision": revision}
+    if subfolder is None and (found := find_pipeline(model_id, **where)):
+        subfolder, _ = found
+    return where if subfolder is None else {**where, "subfolder": subfolder}
+
+
 def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, Any] | None:
     """A JSON object of a model, or `None` if there is none."""
     path = Path(model_id)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,17 +22,28 @@ from rbln_vae.datasets import (
     collate,
     encode_dataset,
 )
+from rbln_vae.datasets.formats import parquet
 from rbln_vae.errors import RBLNDatasetError
 
 COUNT = 23
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("latents")
-    options = Options(sizes=((32, 32),), aspect=True, bucket_step=8, shard_size=5)
-    encode_dataset(make_folder(root / "in", COUNT), root / "out", default_compiled(), options)
-    return root / "out"
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("images") / "in", COUNT)
+
+
+@pytest.fixture(scope="module", params=["safetensors", "webdataset", "parquet"])
+def directory(
+    request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same samples in each format; every test of this module holds for all."""
+    out = tmp_path_factory.mktemp(request.param) / "out"
+    options = Options(
+        sizes=((32, 32),), aspect=True, bucket_step=8, shard_size=5, format=request.param
+    )
+    encode_dataset(images, out, default_compiled(), options)
+    return out
 
 
 @pytest.fixture
@@ -59,6 +73,51 @@ def test_an_item_has_all_that_is_known_of_it(dataset: LatentDataset) -> None:
     assert item["mean"].shape == item["logvar"].shape == (4, height // 2, width // 2)
     assert item["mean"].dtype == torch.float16
     assert dataset.get("more/0003.jpg")["caption"] == "caption 3"
+
+
+@pytest.mark.parametrize("kept", [{"flip": True}, {"sample": True, "latent_dtype": "float32"}])
+def test_all_formats_give_the_same_items(images: Path, tmp_path: Path, kept: Any) -> None:
+    options = Options(sizes=((32, 32), (64, 64)), aspect=True, bucket_step=16, **kept)
+    expected, *others = (
+        _encoded(images, tmp_path / kind, dataclasses.replace(options, format=kind))
+        for kind in ("safetensors", "webdataset", "parquet")
+    )
+    order = torch.randperm(COUNT).tolist()
+    for other in others:
+        assert torch.equal(other.sizes, expected.sizes)
+        for number in order:
+            assert_same(other[number], expected[number])
+
+
+def _encoded(images: Path, out: Path, options: Options) -> LatentDataset:
+    encode_dataset(images, out, default_compiled(), options)
+    return LatentDataset(out)
+
+
+def assert_same(item: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert item.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert item[name].dtype == value.dtype and torch.equal(item[name], value)
+        else:
+            assert item[name] == value
+
+
+def test_a_row_group_of_parquet_is_read_once_for_all_its_samples(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_ROW_GROUP", 4)
+    dataset = _encoded(images, tmp_path / "out", Options(sizes=((32, 32),), format="parquet"))
+    read, groups = parquet.ParquetShard.group, []
+
+    def recording(shard: parquet.ParquetShard, number: int) -> Any:
+        groups.append(number)
+        return read(shard, number)
+
+    monkeypatch.setattr(parquet.ParquetShard, "group", recording)
+    for number in range(COUNT):
+        dataset[number]
+    assert groups == list(range(6))
 
 
 def test_every_key_is_found_and_no_other(dataset: LatentDataset) -> None:
@@ -141,13 +200,17 @@ def test_a_damaged_shard_is_found(directory: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(directory, tmp_path / "copy")
-    path = sorted((tmp_path / "copy").glob("*.safetensors"))[1]
+    path = sorted((tmp_path / "copy").glob("0*.*"))[1]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(RBLNDatasetError, match=path.name):
         LatentDataset(tmp_path / "copy").verify()
-    path.write_bytes(b"nonsense")
+    for damage in (b"", content[: len(content) // 2], bytes(len(content))):
+        path.write_bytes(damage)
+        with pytest.raises(RBLNDatasetError, match="can't be read"):
+            LatentDataset(tmp_path / "copy")[6]
+    path.unlink()
     with pytest.raises(RBLNDatasetError, match="can't be read"):
         LatentDataset(tmp_path / "copy")[6]
 
@@ -157,4 +220,11 @@ def test_what_is_no_complete_data_set_is_an_error(directory: Path, tmp_path: Pat
         LatentDataset(tmp_path)
     (tmp_path / "job.json").write_bytes((directory / "job.json").read_bytes())
     with pytest.raises(RBLNDatasetError, match="not complete"):
+        LatentDataset(tmp_path)
+
+
+def test_a_data_set_of_a_newer_version_is_refused(directory: Path, tmp_path: Path) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(RBLNDatasetError, match=r"expected rbln-vae latents 1, found .* 2"):
         LatentDataset(tmp_path)

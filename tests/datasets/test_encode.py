@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub import serve_hub
 from pictures import digests, encoded, make_folder, photograph, picture
 from PIL import Image
 from safetensors import safe_open
@@ -33,9 +34,9 @@ from rbln_vae.datasets import (
     encode_dataset,
     estimate,
 )
-from rbln_vae.datasets import shards as shards_module
+from rbln_vae.datasets.formats.safetensors import SafetensorsShard
+from rbln_vae.datasets.formats.webdataset import member_name
 from rbln_vae.datasets.seeds import seed_of
-from rbln_vae.datasets.shards import member_name
 from rbln_vae.errors import RBLNDatasetError
 from rbln_vae.metrics import relative_l2
 
@@ -173,7 +174,9 @@ def test_a_shard_is_read_by_safetensors_alone(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
-def test_other_formats_hold_the_same(images: Path, tmp_path: Path, kind: Any) -> None:
+def test_other_formats_are_read_by_their_own_libraries(
+    images: Path, tmp_path: Path, kind: Any
+) -> None:
     options = dataclasses.replace(OPTIONS, flip=True)
     encode_dataset(images, tmp_path / "plain", default_compiled(), options)
     expected = LatentDataset(tmp_path / "plain")
@@ -188,8 +191,6 @@ def test_other_formats_hold_the_same(images: Path, tmp_path: Path, kind: Any) ->
             else:
                 assert item[name] == (list(value) if isinstance(value, tuple) else value)
     assert number == COUNT - 1
-    with pytest.raises(RBLNDatasetError, match=f"holds {kind} shards"):
-        LatentDataset(out)
 
 
 def _read_webdataset(out: Path) -> Iterator[dict[str, Any]]:
@@ -241,6 +242,48 @@ def test_bits_depend_on_no_number_of_workers_or_threads(
 ) -> None:
     encode_dataset(images, tmp_path / "out", model, OPTIONS, **change)
     assert digests(tmp_path / "out") == digests(whole)
+
+
+def test_a_model_is_found_in_a_pipeline(images: Path, whole: Path, tmp_path: Path) -> None:
+    """By its subfolder or without; of diffusers or compiled."""
+    for name, vae in (("original", default_vae()), ("compiled", default_compiled())):
+        pipeline = tmp_path / name
+        vae.save_pretrained(pipeline / "vae")
+        for subfolder in ("vae", None):
+            out = tmp_path / f"{name}-{subfolder}"
+            model = {"subfolder": subfolder, "rbln_config": {"target": "cpu", "dtype": "float32"}}
+            encode_dataset(images, out, pipeline, OPTIONS, **model)
+            assert digests(out) == digests(whole)
+            assert estimate(images, out, pipeline, OPTIONS, **model).done == COUNT
+            index = {
+                "_class_name": "StableDiffusionPipeline",
+                "vae": ["diffusers", "AutoencoderKL"],
+            }
+            (pipeline / "model_index.json").write_text(json.dumps(index))
+
+
+def test_a_model_on_the_hub_is_found_by_its_revision(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vaes = [default_vae(), make_vae(seed=1)]
+    with serve_hub(tmp_path / "cache", monkeypatch) as hub:
+        for branch, vae in zip(("main", "other"), vaes, strict=True):
+            vae.save_pretrained(tmp_path / branch)
+            hub.add("a/pipeline", tmp_path / branch, prefix="vae/", branch=branch)
+            index = tmp_path / branch / "index" / "model_index.json"
+            index.parent.mkdir()
+            index.write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+            hub.add("a/pipeline", index.parent, branch=branch)
+        for branch, vae in zip((None, "other"), vaes, strict=True):
+            out = tmp_path / f"{branch}-out"
+            encode_dataset(images, out, "a/pipeline", Options(sizes=((32, 32),)), revision=branch)
+            expected = vae_hash(vae)
+            assert json.loads((out / "manifest.json").read_text())["model"]["sha256"] == expected
+
+
+def vae_hash(vae: Any) -> str:
+    compiled: Any = compile_vae(vae).compiled_models["encoder"]
+    return str(compiled.source["sha256"])
 
 
 @pytest.mark.parametrize("batch", [2, 5])
@@ -327,6 +370,19 @@ def test_a_directory_with_other_files_is_refused(images: Path, tmp_path: Path) -
         encode_dataset(images, images / "out", default_compiled(), OPTIONS)
 
 
+@pytest.mark.parametrize("out", ["s3://bucket/out", "memory://out", "file:///out", Path("s3://b")])
+def test_an_address_is_no_output(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (encode_dataset, estimate):
+        with pytest.raises(ValueError, match=r"is an address, .* name a directory"):
+            call(images, out, default_compiled(), OPTIONS)
+    with pytest.raises(ValueError, match=r"is an address, .* name a directory"):
+        LatentDataset(out)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_processes_do_not_write_to_one_output(images: Path, whole: Path, model: Path) -> None:
     code = (
         "import fcntl, os, sys, time\n"
@@ -407,7 +463,7 @@ def test_a_disk_that_is_full_later_keeps_what_was_done(
     import errno
 
     out = tmp_path / "out"
-    write, written = shards_module._WRITERS["safetensors"], []
+    write, written = SafetensorsShard.write, []
 
     def failing(path: Path, samples: Any) -> None:
         if len(written) == 2:
@@ -417,7 +473,7 @@ def test_a_disk_that_is_full_later_keeps_what_was_done(
         write(path, samples)
 
     with monkeypatch.context() as patch:
-        patch.setitem(shards_module._WRITERS, "safetensors", failing)
+        patch.setattr(SafetensorsShard, "write", failing)
         with pytest.raises(RBLNDatasetError, match="the disk is full"):
             encode_dataset(images, out, default_compiled(), OPTIONS)
     assert len(list(out.glob("*.safetensors"))) == 2 and not list(out.rglob(".*"))

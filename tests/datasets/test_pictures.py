@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from pictures import encoded, photograph, picture
 from PIL import Image, ImageOps
 
@@ -72,23 +74,36 @@ def test_a_jpeg_that_is_decoded_at_a_fraction_looks_the_same(
     np.testing.assert_array_equal(image_of(content, quickly).pixels, quick.pixels)
 
 
-def animated() -> bytes:
-    frames = [picture(n).resize((80, 80)) for n in range(3)]
-    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+SQUARE = picture(0).resize((80, 80))
+
+
+def animated(kind: str) -> bytes:
+    frames = [picture(n).resize((80, 80)) for n in range(1, 4)]
+    return encoded(SQUARE, kind, save_all=True, append_images=frames, lossless=True)
+
+
+def of_16_bits() -> bytes:
+    content = io.BytesIO()
+    tifffile.imwrite(content, np.asarray(SQUARE).astype(np.uint16) * 257)
+    return content.getvalue()
 
 
 @pytest.mark.parametrize(
     ("content", "tolerance"),
     [
-        (encoded(picture(0).resize((80, 80)).convert("CMYK"), "JPEG", quality=95), 12),
-        (encoded(picture(0).resize((80, 80)).convert("RGBA"), "PNG"), 0.01),
-        (encoded(picture(0).resize((80, 80)).convert("P"), "PNG"), 60),
-        (animated(), 60),
+        (encoded(SQUARE.convert("CMYK"), "JPEG", quality=95), 12),
+        (encoded(SQUARE.convert("CMYK"), "TIFF"), 0.01),
+        (encoded(SQUARE.convert("RGBA"), "PNG"), 0.01),
+        (encoded(SQUARE.convert("P"), "PNG"), 60),
+        (of_16_bits(), 0.01),
+        (animated("GIF"), 60),
+        (animated("WEBP"), 0.01),
+        (animated("PNG"), 0.01),
     ],
-    ids=["CMYK", "alpha", "palette", "animated"],
+    ids=["CMYK JPEG", "CMYK", "alpha", "palette", "16 bits", "animated GIF", "WebP", "PNG"],
 )
 def test_other_kinds_of_image_are_converted(content: bytes, tolerance: float) -> None:
-    expected = image_of(encoded(picture(0).resize((80, 80)))).pixels.astype(float)
+    expected = image_of(encoded(SQUARE)).pixels.astype(float)
     assert np.abs(image_of(content).pixels - expected).mean() < tolerance
 
 

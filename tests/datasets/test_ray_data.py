@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ pytestmark = pytest.mark.slow
 
 OPTIONS = Options(sizes=((64, 64),), aspect=True, bucket_step=16, shard_size=8, crop="random")
 COUNT = 200
+CPUS = 3
+"""Of the cluster, whatever this machine has."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def local(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -72,6 +76,25 @@ def test_any_number_of_workers_gives_the_same(
 
 
 @pytest.mark.usefixtures("cluster")
+def test_the_default_is_as_many_workers_as_the_cluster_has_room_for(
+    images: Path, model: Path, tmp_path: Path
+) -> None:
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.05):
+            most = max(most, len(workers()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    encode_dataset(images, tmp_path / "out", model, OPTIONS, ray="auto")
+    done.set()
+    thread.join()
+    assert most == CPUS
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_worker_that_is_killed_costs_nothing(
     images: Path, local: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +114,31 @@ def test_a_worker_that_is_killed_costs_nothing(
     thread.join(1)
     assert killed
     assert digests(out) == digests(local)
+
+
+@pytest.mark.parametrize("at", [0.2, 0.7])
+def test_a_driver_that_is_killed_goes_on_by_the_same_command(
+    images: Path, local: Path, model: Path, tmp_path: Path, at: float
+) -> None:
+    """With the cluster that it began, and with workers of it still at work for a while."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "rbln_vae", "encode-dataset", str(images), str(out)]
+    command += ["--model", str(model), "--size", "64", "--aspect", "--bucket-step", "16"]
+    command += ["--shard-size", "8", "--crop", "random", "--ray", "local", "--workers", "2"]
+    parts = -(-COUNT // 8)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as driver:
+        journal = out / "journal"
+        while driver.poll() is None and not (
+            journal.exists() and len(list(journal.iterdir())) >= at * parts
+        ):
+            time.sleep(0.002)
+        driver.send_signal(signal.SIGKILL)
+    assert driver.returncode == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    subprocess.run(command, check=True, timeout=300)
+    assert digests(out) == digests(local)
+    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert "encoded in this run" in again.stdout and digests(out) == digests(local)
 
 
 @pytest.mark.usefixtures("cluster")

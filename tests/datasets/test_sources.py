@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
+import re
 import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.registry import known_implementations
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import encoded, make_folder, picture
 
+from rbln_vae.datasets.options import Options
+from rbln_vae.datasets.pictures import Rejected, prepare
 from rbln_vae.datasets.sources import Sample, Source, folder, open_source, tables
 from rbln_vae.datasets.sources.files import read_file
 from rbln_vae.errors import RBLNDatasetError
+
+OPTIONS = Options(sizes=((32, 32),))
+SIZING = OPTIONS.sizing(8)
 
 
 def samples(source: Source, size: int = 4) -> list[Sample]:
@@ -73,16 +86,6 @@ def test_a_folder_is_listed_by_name_with_what_stands_beside(tmp_path: Path) -> N
     assert found[0].sidecars == (str(root / "0000.json"), str(root / "0000.txt"))
     assert found[4].sidecars == ()
     assert open_source(root).count() == 8
-
-
-def test_a_folder_that_is_remote_gives_the_same(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "in", 8)
-    local = samples(open_source(root))
-    remote = samples(open_source(f"file://{root}"))
-    assert [s.key for s in remote] == [s.key for s in local]
-    for one, other in zip(local, remote, strict=True):
-        assert read_file(str(one.image)) == read_file(str(other.image))
-        assert [s.removeprefix("file://") for s in other.sidecars] == list(one.sidecars)
 
 
 @given(st.lists(st.text("ab.-_ é", min_size=1, max_size=4), unique=True, max_size=12))
@@ -268,6 +271,113 @@ def test_a_hugging_face_data_set_is_read_without_decoding(tmp_path: Path) -> Non
             assert isinstance(sample.image, bytes)
             np.testing.assert_array_equal(Image.open(io.BytesIO(sample.image)), image)
         assert_can_begin_anywhere(source)
+
+
+# Other file systems
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """Serves files as most servers do, and listings of directories."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if status := re.search(r"/status-(\d+)", self.path):
+            self.send_error(int(status[1]))
+            return
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None:
+            super().do_GET()
+            return
+        content = Path(self.translate_path(self.path)).read_bytes()
+        piece = content[int(wanted[1]) : int(wanted[2]) + 1]
+        self.send_response(206)
+        end = int(wanted[1]) + len(piece) - 1
+        self.send_header("Content-Range", f"bytes {wanted[1]}-{end}/{len(content)}")
+        self.send_header("Content-Length", str(len(piece)))
+        self.end_headers()
+        self.wfile.write(piece)
+
+
+@pytest.fixture(params=["file", "memory", "http"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address at which another file system has the files of `tmp_path`."""
+    if request.param == "http":
+        handler = functools.partial(_Ranges, directory=str(tmp_path))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+    elif request.param == "file":
+        yield f"file://{tmp_path}"
+    else:
+        yield "memory://data"
+
+
+def put(remote: str, root: Path) -> None:
+    """Bring the files to where they are read from."""
+    if remote.startswith("memory"):
+        fsspec.filesystem("memory").put(f"{root}/", "data/", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["in", "tars", "tars/*.tar", "tars/{a,b}.tar", "tars/b.tar.gz", "tables", "a.parquet"]
+)
+def test_a_source_that_is_remote_gives_the_same(tmp_path: Path, remote: str, name: str) -> None:
+    make_folder(tmp_path / "in", 8)
+    for directory in ("tars", "tables"):
+        (tmp_path / directory).mkdir()
+    shard(tmp_path / "tars" / "a.tar", range(5))
+    shard(tmp_path / "tars" / "b.tar", range(5, 8))
+    shard(tmp_path / "tars" / "b.tar.gz", range(8, 10))
+    parquet(tmp_path / "a.parquet", range(7), 3)
+    parquet(tmp_path / "tables" / "b.parquet", range(7), 3)
+    put(remote, tmp_path)
+    local, source = open_source(tmp_path / name), open_source(f"{remote}/{name}")
+    expected, found = samples(local), samples(source)
+    assert [s.key for s in found] == [s.key for s in expected]
+    for one, other in zip(expected, found, strict=True):
+        assert content_of(other.image) == content_of(one.image)
+        assert [content_of(s) for s in other.sidecars] == [content_of(s) for s in one.sidecars]
+        assert (other.caption, other.columns, other.error) == (one.caption, one.columns, None)
+    # Of a tar that is far away, counting would read all.
+    assert source.count() in (len(expected), None)
+    assert_can_begin_anywhere(source)
+
+
+def content_of(image: bytes | str) -> bytes:
+    return image if isinstance(image, bytes) else read_file(image)
+
+
+@pytest.mark.parametrize("remote", ["http"], indirect=True)
+def test_what_a_server_does_not_have_is_an_error(tmp_path: Path, remote: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no .*gone\.tar"):
+        open_source(f"{remote}/gone.tar")
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        open_source(f"{remote}/gone")
+
+
+@pytest.mark.parametrize("remote", ["http"], indirect=True)
+def test_a_server_that_refuses_costs_an_image_and_one_that_fails_stops(remote: str) -> None:
+    for status in (401, 403, 404, 410):
+        found = prepare(Sample("key", f"{remote}/status-{status}.jpg"), OPTIONS, SIZING)
+        assert isinstance(found, Rejected) and "can't be read" in found.reason
+        assert f"status-{status}" in found.reason
+    for status in (429, 500, 503):
+        with pytest.raises(Exception, match=str(status)):
+            prepare(Sample("key", f"{remote}/status-{status}.jpg"), OPTIONS, SIZING)
+
+
+def test_an_address_that_nothing_opens_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RBLNDatasetError, match="foo://a/b can't be opened: Protocol not known"):
+        open_source("foo://a/b")
+    odd = {"class": "no_such_module.FileSystem", "err": "install oddfs"}
+    monkeypatch.setitem(known_implementations, "odd", odd)
+    with pytest.raises(RBLNDatasetError, match=r"odd://a\.tar can't be opened: install oddfs"):
+        open_source("odd://a.tar")
 
 
 # What a name stands for

@@ -321,6 +321,8 @@ def encode_dataset(
     target: Target = None,
     dtype: Dtype = None,
     memory_limit: MemoryLimit = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
 ) -> None:
     """Encode all images of SOURCE to latents, in shards for training.
 
@@ -357,11 +359,13 @@ def encode_dataset(
         threads=threads,
         ray=ray,
         settings=given(target=target, dtype=dtype, memory_limit=memory_limit),
-        reading={
+        naming={
             "kind": kind,
             "image_column": image_column,
             "caption_column": caption_column,
             "split": split,
+            "subfolder": subfolder,
+            "revision": revision,
         },
         dry_run=dry_run,
     )

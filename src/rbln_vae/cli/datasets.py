@@ -9,13 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from .. import demo_model
@@ -57,16 +52,19 @@ def encode(
     threads: int | None,
     ray: str | None,
     settings: Mapping[str, Any],
-    reading: Mapping[str, Any],
+    naming: Mapping[str, Any],
     dry_run: bool,
 ) -> None:
-    """Encode a data set under a progress bar, and say what came of it; or what would."""
+    """Encode a data set under a progress bar, and say what came of it; or what would.
+
+    `naming` says more of what `source` and `model` name; the rest is as of `encode_dataset`.
+    """
     name = demo_model() if model is None else model
     if dry_run:
-        _estimate(source, directory, name, options, workers, threads, settings, reading, ray)
+        _estimate(source, directory, name, options, workers, threads, settings, naming, ray)
         return
     try:
-        with _shown() as report:
+        with shown(err()) as report:
             summary = encode_dataset(
                 source,
                 directory,
@@ -78,7 +76,7 @@ def encode(
                 ray=ray,
                 rbln_config=settings,
                 report=report,
-                **reading,
+                **naming,
             )
     except TooManyRejectedError as error:
         _show(error.summary, directory)
@@ -107,7 +105,7 @@ def _estimate(
     workers: int | None,
     threads: int | None,
     settings: Mapping[str, Any],
-    reading: Mapping[str, Any],
+    naming: Mapping[str, Any],
     ray: str | None,
 ) -> None:
     with working("Looking at the source, and timing the first images …"):
@@ -118,59 +116,54 @@ def _estimate(
             options,
             threads=threads if ray is None else threads or 1,
             rbln_config=settings,
-            **reading,
+            **naming,
         )
     processors = len(os.sched_getaffinity(0))
-    seconds = (
-        found.seconds(workers or processors)
-        if ray is None
-        else found.seconds(threads or 1, workers or max(1, processors // (threads or 1)))
-    )
+    decoders, encoders = workers or processors, 1
+    if ray is not None:
+        # Without asking the cluster, which may not be up yet.
+        decoders, encoders = threads or 1, workers or max(1, processors // (threads or 1))
+    seconds = found.seconds(decoders, encoders)
     result = table("data set", f"{directory}, as {options.format}")
     total = "not known before it is read" if found.total is None else f"{found.total:,}"
     result.add_row("samples in the source", total)
     result.add_row("done already", f"{found.done:,}")
     for size, count in found.sizes.items():
         result.add_row(f"of the first images, of size {size}", f"{count:,}")
-    for reason, count in found.rejected.items():
-        result.add_row(f"of the first images, rejected: {reason}", f"{count:,}")
+    result.add_row("of the first images, rejected", f"{sum(found.rejected.values()):,}")
     result.add_row("to read and decode an image", f"{found.decode * 1e3:.1f} ms")
     result.add_row("to encode an image", f"{found.encode * 1e3:.1f} ms")
+    if ray is not None:
+        result.add_row("workers", str(encoders))
     result.add_row("time", "not known" if seconds is None else f"about {_time(seconds)}")
     out().print(result)
+    for reason, count in found.rejected.items():
+        out().print(f"rejected: {reason}" + (f" ({count} times)" if count > 1 else ""))
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[Progress], None]]:
+def shown(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A progress bar on a terminal, a line now and then elsewhere."""
-    console = err()
     if not console.is_terminal:
-        yield _lines(lambda line: console.print(line))
+        yield lines(console.print)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} images/s, waiting {task.fields[waiting]:.0%}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("Encoding", total=None, rate=0.0, waiting=0.0)
+    # The bar gives way to the text where a terminal is narrow.
+    columns = (BarColumn(bar_width=None), TextColumn("{task.description}"))
+    with Bar(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task("loading the model", total=None)
 
         def report(progress: Progress) -> None:
             bar.update(
                 task,
                 completed=progress.done,
                 total=progress.total,
-                rate=progress.rate,
-                waiting=progress.waiting_share,
+                description=described(progress),
             )
 
         yield report
 
 
-def _lines(
+def lines(
     show: Callable[[str], None], seconds: float = _SECONDS_BETWEEN_LINES
 ) -> Callable[[Progress], None]:
     """What says how far it is, at most once in so many seconds."""
@@ -178,17 +171,22 @@ def _lines(
 
     def report(progress: Progress) -> None:
         nonlocal last
-        if time.monotonic() - last < seconds:
-            return
-        last = time.monotonic()
-        total = "" if progress.total is None else f" of {progress.total:,}"
-        left = seconds_left(progress)
-        show(
-            f"{progress.done:,}{total} samples, {progress.rate:.2f} images/s, waiting "
-            f"{progress.waiting_share:.0%}" + ("" if left is None else f", {_time(left)} left")
-        )
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            show(described(progress))
 
     return report
+
+
+def described(progress: Progress) -> str:
+    """How far a run is, what matters most first."""
+    total = "" if progress.total is None else f" of {progress.total:,}"
+    left = seconds_left(progress)
+    return (
+        f"{progress.done:,}{total}, {progress.rate:.2f} images/s"
+        + ("" if left is None else f", {_time(left)} left")
+        + f", waiting {progress.waiting_share:.0%}"
+    )
 
 
 def seconds_left(progress: Progress) -> float | None:

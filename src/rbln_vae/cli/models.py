@@ -12,8 +12,8 @@ from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig, demo_model
 from ..autoencoder_kl import DECODER, ENCODER
 from ..config import CONFIG_NAME, check_image_size
 from ..errors import RBLNArtifactError
+from ..hub import find_vae
 from ..images import parse_size
-from .options import given
 from .terminal import working
 
 Option = TypeVar("Option")
@@ -23,14 +23,15 @@ def open_model(name: str | None, settings: Mapping[str, Any], **loading: Any) ->
     """A model that is ready to run; one of diffusers is compiled in memory.
 
     Args:
-        name: A directory, a hub id or a file; `None` is the shipped checkpoint.
+        name: A directory, a hub id or a file, of a VAE or of a pipeline; `None` is the shipped
+            checkpoint.
         settings: For `rbln_config`.
-        **loading: For the loader, such as `subfolder`; what is `None` is left out.
+        **loading: `subfolder` and `revision`.
     """
-    where = demo_model() if name is None else name
+    where = str(demo_model()) if name is None else name
     with working(f"Loading {name or 'the shipped model'} …"):
         return RBLNAutoencoderKL.from_pretrained(
-            where, export=None, rbln_config=dict(settings), **given(**loading)
+            where, export=None, rbln_config=dict(settings), **find_vae(where, **loading)
         )
 
 
@@ -38,11 +39,11 @@ def open_reference(name: str, **loading: Any) -> torch.nn.Module:
     """The same model in diffusers and float32, ready to run.
 
     Args:
-        name: A directory, a hub id or a .safetensors file.
-        **loading: For the loader, such as `subfolder`; what is `None` is left out.
+        name: A directory, a hub id or a .safetensors file, of a VAE or of a pipeline.
+        **loading: `subfolder` and `revision`.
     """
     with working(f"Loading {name} in diffusers …"):
-        model = RBLNAutoencoderKL._load_original(name, **given(**loading))
+        model = RBLNAutoencoderKL._load_original(name, **find_vae(name, **loading))
     return cast(torch.nn.Module, model).float().eval()
 
 

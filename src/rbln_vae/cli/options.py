@@ -20,8 +20,9 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A compiled model, or a diffusers one, which is compiled in memory: a directory, a "
-        "hub id or a .safetensors file. By default the small one that comes with the package.",
+        help="A compiled model, a diffusers one, which is compiled in memory, or a pipeline with "
+        "either: a directory, a hub id or a .safetensors file. By default the small one that comes "
+        "with the package.",
         show_default=False,
     ),
 ]
@@ -73,7 +74,10 @@ Fit = Annotated[
 ]
 Subfolder = Annotated[
     str | None,
-    typer.Option(help="Where the VAE is within MODEL, such as vae.", show_default=False),
+    typer.Option(
+        help="Where the VAE is within MODEL, unless it is a pipeline.",
+        show_default=False,
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="The revision of a model on the hub.", show_default=False)

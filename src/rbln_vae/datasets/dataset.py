@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..errors import RBLNDatasetError
-from .job import read_manifest
+from .formats import Shard
+from .job import local_directory, read_manifest
+from .options import Format
 from .seeds import seed_of
-from .shards import Shard, checksum
+from .shards import ShardInfo, checksum, open_shard
 
 Item = dict[str, Any]
 
@@ -30,11 +31,15 @@ class LatentDataset(Dataset[Item]):
     pixels, and tensors `(C, h, w)`: `mean` and `logvar`, or `latent`, and the same with
     `_flipped` for the mirrored image if that was encoded.
 
+    All formats give the same items. Of safetensors and WebDataset the bytes of one sample are
+    read for it; of Parquet its whole row group, so that a random order costs much more there
+    than that of the source.
+
     Args:
-        directory: Where it was encoded to, as safetensors.
+        directory: Where it was encoded to.
 
     Raises:
-        RBLNDatasetError: The data set is not complete, damaged, or of another format.
+        RBLNDatasetError: The data set is not complete, or damaged.
 
     Example:
         >>> latents = LatentDataset("latents")  # doctest: +SKIP
@@ -43,17 +48,11 @@ class LatentDataset(Dataset[Item]):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+        self.directory = local_directory(directory)
         self.manifest = read_manifest(self.directory)
-        kind = self.manifest["options"]["format"]
-        if kind != "safetensors":
-            raise RBLNDatasetError(
-                f"{directory} holds {kind} shards, and LatentDataset reads safetensors; read them "
-                "with webdataset, datasets or pyarrow"
-            )
-        shards = self.manifest["shards"]
-        self._files = [str(shard["file"]) for shard in shards]
-        self._starts = np.cumsum([0, *(shard["samples"] for shard in shards)])
+        self._format: Format = self.manifest["options"]["format"]
+        self._shards = [ShardInfo(**shard) for shard in self.manifest["shards"]]
+        self._starts = np.cumsum([0, *(shard.samples for shard in self._shards)])
         self._open: dict[int, Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,8 +101,8 @@ class LatentDataset(Dataset[Item]):
     @functools.cached_property
     def sizes(self) -> Tensor:
         """Height and width of each sample's image in pixels, int32 `(samples, 2)`."""
-        sizes = [self._shard(number).sizes for number in range(len(self._files))]
-        return torch.cat(sizes) if sizes else torch.empty(0, 2, dtype=torch.int32)
+        sizes = [self._shard(number).sizes for number in range(len(self._shards))]
+        return torch.from_numpy(np.concatenate([np.empty((0, 2), np.int32), *sizes]))
 
     def verify(self) -> None:
         """Read every shard and compare it with its checksum.
@@ -111,9 +110,9 @@ class LatentDataset(Dataset[Item]):
         Raises:
             RBLNDatasetError: One is missing or damaged.
         """
-        for shard in self.manifest["shards"]:
-            path = self.directory / shard["file"]
-            if not path.exists() or checksum(path) != shard["sha256"]:
+        for shard in self._shards:
+            path = self.directory / shard.file
+            if not path.exists() or checksum(path) != shard.sha256:
                 raise RBLNDatasetError(
                     f"{path} is missing or damaged: its checksum isn't that of the manifest. "
                     "Remove it, and run the command that wrote it again."
@@ -127,14 +126,15 @@ class LatentDataset(Dataset[Item]):
         found = self._open.get(number)
         if found is None:
             # Maps hold no descriptors, so that any number of them can be open.
-            found = self._open[number] = Shard(self.directory / self._files[number])
+            found = open_shard(self.directory, self._shards[number], self._format)
+            self._open[number] = found
         return found
 
     @functools.cached_property
     def _keys(self) -> tuple[Any, Any]:
         """The hashes of all keys, sorted, and the number of the sample of each."""
-        shards = [self._shard(number).keys.numpy() for number in range(len(self._files))]
-        hashes = np.concatenate(shards) if shards else np.empty(0, np.int64)
+        shards = [self._shard(number).keys for number in range(len(self._shards))]
+        hashes = np.concatenate([np.empty(0, np.int64), *shards])
         order = np.argsort(hashes, kind="stable")
         return hashes[order], order
 

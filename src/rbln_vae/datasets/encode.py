@@ -16,11 +16,21 @@ from typing import Any
 import numpy as np
 
 from ..autoencoder_kl import RBLNAutoencoderKL
-from ..config import CONFIG_NAME
 from ..errors import RBLNDatasetError
+from ..hub import find_compiled, find_vae
 from ..images import Size, format_size
-from .encoder import LatentEncoder, identity_of
-from .job import JOB, REJECTED, Entry, Job, check_same, job_record, open_job, read_record
+from .encoder import LatentEncoder, identity_of, load_model
+from .job import (
+    JOB,
+    REJECTED,
+    Entry,
+    Job,
+    check_same,
+    job_record,
+    local_directory,
+    open_job,
+    read_record,
+)
 from .options import Options
 from .pictures import Prepared, prepare, quiet
 from .pipeline import Progress, encode_splits
@@ -80,6 +90,8 @@ def encode_dataset(
     model: str | os.PathLike[str] | RBLNAutoencoderKL,
     options: Options | None = None,
     *,
+    subfolder: str | None = None,
+    revision: str | None = None,
     max_rejected: int = 0,
     workers: int | None = None,
     threads: int | None = None,
@@ -98,8 +110,11 @@ def encode_dataset(
             data set.
         out: The directory for the result; made where missing. It can hold a part of the
             same job.
-        model: A compiled model, or what `RBLNAutoencoderKL.from_pretrained` loads.
+        model: Loaded, or the name of a compiled model or one of diffusers, which is compiled in
+            memory; or of a pipeline with one. A directory, a hub id or a `.safetensors` file.
         options: What is made of each image; `None` is `Options()`.
+        subfolder: Where the model is within what `model` names; that of a pipeline is found.
+        revision: Of a model on the hub.
         max_rejected: How many samples may be rejected.
         workers: Here, threads that read and decode images for the one encoder, by default as
             many as there are processors; with `ray`, actors with an encoder each, by
@@ -126,7 +141,7 @@ def encode_dataset(
         ... # doctest: +SKIP
     """
     options = options or Options()
-    directory = Path(out)
+    directory = local_directory(out)
     if max_rejected < 0 or min(workers or 1, threads or 1) < 1:
         raise ValueError("expected max_rejected of 0 or more, workers and threads of 1 or more")
     if ray is not None and isinstance(model, RBLNAutoencoderKL):
@@ -134,16 +149,16 @@ def encode_dataset(
     opened = open_source(source, **reading)
     _check_apart(source, directory)
     settings = {"timeout": _TIMEOUT, **(rbln_config or {})}
+    loading = _where(model, subfolder, revision)
     if ray is None:
         settings |= {} if threads is None else {"num_threads": threads}
-        vae = load_model(model, settings)
+        vae = load_model(model, settings, loading)
         encoder = LatentEncoder(vae, options)
     else:
         _require_ray()
-        vae = load_model(model, {**settings, "create_runtimes": False})
+        vae = load_model(model, {**settings, "create_runtimes": False}, loading)
     sizing = options.sizing(int(vae.rbln_config.vae_scale_factor or 1))
-    processors = len(os.sched_getaffinity(0))
-    with open_job(directory, options, opened.describe(), _identity(vae, model)) as job:
+    with open_job(directory, options, opened.describe(), _identity(vae, model, loading)) as job:
         progress = Progress()
         _count_aside(opened, progress)
         splits = enumerate(opened.splits(options.shard_size))
@@ -153,7 +168,7 @@ def encode_dataset(
                 encoder,
                 job,
                 sizing,
-                decoders=workers or processors,
+                decoders=workers or len(os.sched_getaffinity(0)),
                 progress=progress,
                 report=lambda: report(progress),
             )
@@ -164,11 +179,12 @@ def encode_dataset(
                 splits,
                 job,
                 address=ray,
-                workers=workers or max(1, processors // (threads or 1)),
+                workers=workers,
                 threads=threads or 1,
                 decoders=threads or 1,
                 model=os.fspath(model),
                 settings=settings,
+                loading=loading,
                 progress=progress,
             )
         _drain(entries, job, progress, report)
@@ -206,19 +222,16 @@ def _drain(
         raise
 
 
-def load_model(
-    model: str | os.PathLike[str] | RBLNAutoencoderKL, settings: Mapping[str, Any]
-) -> RBLNAutoencoderKL:
-    """The model itself, or the one that a name stands for."""
+def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, str]:
+    """What leads a loader to the model."""
     if isinstance(model, RBLNAutoencoderKL):
-        return model
-    return RBLNAutoencoderKL.from_pretrained(model, export=None, rbln_config=dict(settings))
+        return {}
+    return find_vae(os.fspath(model), subfolder=subfolder, revision=revision)
 
 
-def _identity(vae: RBLNAutoencoderKL, model: Any) -> dict[str, Any]:
-    directory = None if isinstance(model, RBLNAutoencoderKL) else Path(model)
-    compiled = directory is not None and (directory / CONFIG_NAME).exists()
-    return identity_of(vae, directory if compiled else None)
+def _identity(vae: RBLNAutoencoderKL, model: Any, loading: Mapping[str, str]) -> dict[str, Any]:
+    given = isinstance(model, RBLNAutoencoderKL)
+    return identity_of(vae, None if given else find_compiled(os.fspath(model), **loading))
 
 
 def _check_apart(source: Any, out: Path) -> None:
@@ -241,7 +254,7 @@ def _count_aside(source: Source, progress: Progress) -> None:
     """Count the samples while others are encoded; where that fails, no time left is shown."""
 
     def count() -> None:
-        with contextlib.suppress(OSError, RBLNDatasetError):  # which the job itself meets, too
+        with contextlib.suppress(Exception):  # of which the job itself tells
             progress.total = source.count()
 
     threading.Thread(target=count, name="count", daemon=True).start()
@@ -287,6 +300,8 @@ def estimate(
     model: str | os.PathLike[str] | RBLNAutoencoderKL,
     options: Options | None = None,
     *,
+    subfolder: str | None = None,
+    revision: str | None = None,
     threads: int | None = None,
     rbln_config: Mapping[str, Any] | None = None,
     **reading: Any,
@@ -298,6 +313,8 @@ def estimate(
         out: What is done there already counts.
         model: Run once on each size that is met.
         options: What would be made of each image.
+        subfolder: Of the model.
+        revision: Of the model.
         threads: Of the encoder.
         rbln_config: Options of the model.
         **reading: As of `encode_dataset`.
@@ -306,16 +323,18 @@ def estimate(
         ValueError, RBLNDatasetError: As `encode_dataset` would.
     """
     options = options or Options()
-    directory = Path(out)
+    directory = local_directory(out)
     opened = open_source(source, **reading)
     _check_apart(source, directory)
     settings = {"timeout": _TIMEOUT, **(rbln_config or {})}
-    vae = load_model(model, settings | ({} if threads is None else {"num_threads": threads}))
+    settings |= {} if threads is None else {"num_threads": threads}
+    loading = _where(model, subfolder, revision)
+    vae = load_model(model, settings, loading)
     encoder = LatentEncoder(vae, options)
     sizing = options.sizing(int(vae.rbln_config.vae_scale_factor or 1))
     done = 0
     if (directory / JOB).exists():
-        wanted = job_record(options, opened.describe(), _identity(vae, model))
+        wanted = job_record(options, opened.describe(), _identity(vae, model, loading))
         check_same(read_record(directory / JOB), wanted, directory)
         for entry in Job(directory, options).entries():
             done += entry.samples + len(entry.rejected)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,6 +163,25 @@ class LatentEncoder:
         if self._options.flip:
             record["crops_coords_top_left" + MIRRORED] = list(place.mirrored_offset)
         return record
+
+
+def load_model(
+    model: str | os.PathLike[str] | RBLNAutoencoderKL,
+    settings: Mapping[str, Any],
+    loading: Mapping[str, str],
+) -> RBLNAutoencoderKL:
+    """The model itself, or the one that a name stands for.
+
+    Args:
+        model: Or its name.
+        settings: For `rbln_config`.
+        loading: `subfolder` and `revision`, where they are needed.
+    """
+    if isinstance(model, RBLNAutoencoderKL):
+        return model
+    return RBLNAutoencoderKL.from_pretrained(
+        model, export=None, rbln_config=dict(settings), **loading
+    )
 
 
 def scaling_of(vae: RBLNAutoencoderKL) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from ..errors import RBLNDatasetError
 from ..files import atomic_path
 from ..version import __version__
 from .encoder import Encoded
+from .formats import FORMATS
+from .formats.base import FORMAT_NAME, FORMAT_VERSION
 from .options import Options
 from .pictures import Rejected
-from .shards import FORMAT_NAME, FORMAT_VERSION, SUFFIXES, ShardInfo, unwritable, write_shard
+from .shards import ShardInfo, unwritable, write_shard
 
 JOB = "job.json"
 MANIFEST = "manifest.json"
@@ -145,7 +148,7 @@ class Job:
             RBLNDatasetError: There is no room, or it can't be written for another reason.
         """
         kind = self.options.format
-        path = self.directory / f"{part.name}{SUFFIXES[kind]}"
+        path = self.directory / f"{part.name}{FORMATS[kind].suffix}"
         shard = write_shard(path, kind, samples) if samples else None
         entry = Entry(part, last, fingerprint, shard, rejected)
         _write(self._entry_file(part), [entry.to_json()])
@@ -229,6 +232,21 @@ class Totals:
             self.shards += 1
             for size, count in entry.shard.sizes.items():
                 self.sizes[size] = self.sizes.get(size, 0) + count
+
+
+def local_directory(name: str | os.PathLike[str]) -> Path:
+    """The directory of a data set, which lies where files can be renamed, synced and mapped.
+
+    Raises:
+        ValueError: It is an address of another file system.
+    """
+    # A Path has lost the second slash.
+    if re.match(r"[A-Za-z][\w+.-]*:/", os.fspath(name)):
+        raise ValueError(
+            f"{os.fspath(name)} is an address, and encoded data sets lie on file systems of this "
+            "machine: name a directory, and copy it when it is complete"
+        )
+    return Path(name)
 
 
 @contextlib.contextmanager
@@ -327,15 +345,20 @@ def read_record(path: Path) -> dict[str, Any]:
     """What `job.json` or the manifest says.
 
     Raises:
-        RBLNDatasetError: It is damaged, or not of an encoded data set.
+        RBLNDatasetError: It is damaged, or not of an encoded data set that this version reads.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RBLNDatasetError(f"{path} is damaged: {error}. Encode again elsewhere.") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT_NAME:
-        raise RBLNDatasetError(f"{path} is not of an encoded data set")
-    return found
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
+    name, version = record.get("format"), record.get("format_version")
+    if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
+        raise RBLNDatasetError(
+            f"{path} is not of an encoded data set that this version reads: expected "
+            f"{FORMAT_NAME} {FORMAT_VERSION}, found {name} {version}"
+        )
+    return record
 
 
 def _write(path: Path, lines: Any) -> None:

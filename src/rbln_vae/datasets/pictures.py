@@ -71,7 +71,7 @@ def prepare(sample: Sample, options: Options, sizing: Sizing) -> Prepared | Reje
         sizing: The buckets.
 
     Raises:
-        OSError: Its file can't be read at present; a file that is missing or that may not
+        Exception: Its file can't be read at present; a file that is missing or that may not
             be read is rejected instead.
     """
     if sample.error is not None:

@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from .encoder import LatentEncoder
+from .encoder import LatentEncoder, load_model
 from .job import Entry, Job
 from .options import Options
 from .pipeline import Progress, encode_splits, first_missing
@@ -35,8 +35,9 @@ class Worker:
     Args:
         directory: That of the job.
         options: Of the job, as `Options.to_dict` gives them.
-        model: What `from_pretrained` loads.
+        model: As of `load_model`, and so the next two.
         settings: For `rbln_config`.
+        loading: What leads to the model.
         decoders: Threads that read and decode images.
     """
 
@@ -46,12 +47,11 @@ class Worker:
         options: Mapping[str, Any],
         model: str,
         settings: Mapping[str, Any],
+        loading: Mapping[str, str],
         decoders: int,
     ) -> None:
-        from ..autoencoder_kl import RBLNAutoencoderKL
-
         made = Options.from_dict(options)
-        vae = RBLNAutoencoderKL.from_pretrained(model, export=None, rbln_config=dict(settings))
+        vae = load_model(model, settings, loading)
         self._encoder = LatentEncoder(vae, made)
         self._sizing = made.sizing(int(vae.rbln_config.vae_scale_factor or 1))
         self._job = Job(Path(directory), made)
@@ -81,11 +81,12 @@ def encode_with_ray(
     job: Job,
     *,
     address: str,
-    workers: int,
+    workers: int | None,
     threads: int,
     decoders: int,
     model: str,
     settings: Mapping[str, Any],
+    loading: Mapping[str, str],
     progress: Progress,
 ) -> Iterator[Entry]:
     """Encode what isn't done yet of some splits, on a cluster.
@@ -94,11 +95,12 @@ def encode_with_ray(
         splits: With their numbers in the source.
         job: Where shards and journal go, on a file system that all machines share.
         address: Of the cluster, `"auto"`, or `"local"` for one on this machine.
-        workers: Actors.
+        workers: Actors; `None` stands for as many as the cluster has room for.
         threads: Of each; Ray keeps as many processors for it.
         decoders: Threads of each that read and decode images.
         model: A directory that all machines see, or a hub id.
         settings: For `rbln_config`.
+        loading: What leads to the model there.
         progress: Is kept up to date.
 
     Yields:
@@ -113,6 +115,9 @@ def encode_with_ray(
         if first_missing(job, number, split, progress) is not None
     )
     with _cluster(address):
+        if workers is None:
+            cluster: Any = ray  # which has no types for this call
+            workers = max(1, int(cluster.cluster_resources().get("CPU", 1)) // threads)
         while some := list(itertools.islice(waiting, _SPLITS_AT_ONCE)):
             rows = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
                 Worker,
@@ -127,6 +132,7 @@ def encode_with_ray(
                     "options": job.options.to_dict(),
                     "model": model,
                     "settings": {**settings, "num_threads": threads},
+                    "loading": loading,
                     "decoders": decoders,
                 },
             )

@@ -20,21 +20,40 @@ IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 CAPTION_SUFFIXES = ("txt", "caption")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "txt", "TEXT")
 
+_REFUSALS = (401, 403, 410, 451)
+
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system that an address belongs to, and its path there."""
-    from fsspec.core import url_to_fs
+    """The file system that an address belongs to, and its path there.
 
-    fs, path = url_to_fs(url)
+    Raises:
+        RBLNDatasetError: Nothing that is installed opens it.
+    """
+    try:
+        fs, path = require("fsspec.core").url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise RBLNDatasetError(f"{url} can't be opened: {error}") from error
     return fs, str(path)
 
 
 def read_file(url: str) -> bytes:
-    """The bytes of a local file, or of one at an address."""
+    """The bytes of a local file, or of one at an address.
+
+    Raises:
+        FileNotFoundError: There is none.
+        PermissionError: It may not be read.
+        Exception: It can't be read at present; what is raised depends on the file system.
+    """
     if "://" not in url:
         return Path(url).read_bytes()
     fs, path = file_system(url)
-    return bytes(fs.cat_file(path))
+    try:
+        return bytes(fs.cat_file(path))
+    except Exception as error:
+        # Of answers over HTTP, fsspec tells 404 alone from those of a server that is ill.
+        if (status := getattr(error, "status", None)) in _REFUSALS:
+            raise PermissionError(f"{url}: the server answers {status}") from error
+        raise
 
 
 def find_files(name: str, suffixes: Sequence[str]) -> list[str]:
