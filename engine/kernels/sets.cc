@@ -25,8 +25,8 @@ constexpr Kernels join(Isa isa, DType dtype, const Conv2dKernels& conv2d,
           limit};
 }
 
-// Every set of kernels in this build, the best last: products in float32 gain nothing from
-// bfloat16 but memory.
+// Every set of kernels in this build, the best last. Where both element types are multiplied
+// in float32, that is float32: bfloat16 saves memory there, and rounds for it.
 const std::vector<Kernels>& built() {
   static const std::vector<Kernels> list = {
       join(Isa::kGeneric, DType::kBFloat16, generic::conv2d_bfloat16, generic::attention_bfloat16),

@@ -266,7 +266,7 @@ def test_an_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> No
     for isa in dict.fromkeys(each.isa for each in usable_kernels()):
         monkeypatch.setenv("RBLN_VAE_ISA", isa)
         assert {each.isa for each in usable_kernels()} >= {"generic", isa}
-        # Only these multiply bfloat16; the others widen it, which is no faster than float32.
+        # Only these multiply bfloat16; the others widen it to float32.
         bfloat16 = isa in ("avx512_bf16", "amx_bf16")
         assert best_dtype() == ("bfloat16" if bfloat16 else "float32")
     monkeypatch.setenv("RBLN_VAE_ISA", "abacus")
