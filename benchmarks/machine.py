@@ -38,10 +38,9 @@ def _limits() -> str:
     """What all threads together can multiply, on random data, by instruction set."""
     from rbln_vae import _engine
 
-    limits = {
-        kernels.isa: kernels.measure_limit(threads(), 1.0) / 1e9
-        for kernels in _engine.all_kernels()
-    }
+    # Kernels of both dtypes of an instruction set have one limit.
+    kernels = {each.isa: each for each in _engine.all_kernels()}
+    limits = {isa: each.measure_limit(threads(), 1.0) / 1e9 for isa, each in kernels.items()}
     return ", ".join(f"{isa} {limit:.0f} GFLOP/s" for isa, limit in limits.items() if limit)
 
 

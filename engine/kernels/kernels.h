@@ -25,8 +25,9 @@ struct Kernels {
   void (*attention_pack)(const AttentionPackStep&, const Context&, Index item);
   Index (*attention_scratch)(const AttentionStep&);
   void (*attention)(const AttentionStep&, const Context&, Index item);
-  // Floating-point operations per second that one thread can do at most, measured for so
-  // many seconds; null where nobody has said what the machine's best would be.
+  // Floating-point operations per second that one thread can do at most in the type in which
+  // products are made, measured for so many seconds; null where nobody has said what the
+  // machine's best would be.
   double (*limit)(double seconds);
 };
 

@@ -25,15 +25,21 @@ constexpr Kernels join(Isa isa, DType dtype, const Conv2dKernels& conv2d,
           limit};
 }
 
-// Every set of kernels in this build, the best last.
+// Every set of kernels in this build, the best last. Where both element types are multiplied
+// in float32, that is float32: bfloat16 saves memory there, and rounds for it.
 const std::vector<Kernels>& built() {
   static const std::vector<Kernels> list = {
-      join(Isa::kGeneric, DType::kFloat32, generic_float32::conv2d, generic_float32::attention),
-      join(Isa::kGeneric, DType::kBFloat16, generic_bfloat16::conv2d,
-           generic_bfloat16::attention),
+      join(Isa::kGeneric, DType::kBFloat16, generic::conv2d_bfloat16, generic::attention_bfloat16),
+      join(Isa::kGeneric, DType::kFloat32, generic::conv2d_float32, generic::attention_float32),
 #if defined(RBLN_VAE_X86_KERNELS)
-      join(Isa::kAvx2, DType::kFloat32, avx2::conv2d, avx2::attention, avx2::limit),
-      join(Isa::kAvx512, DType::kFloat32, avx512::conv2d, avx512::attention, avx512::limit),
+      join(Isa::kAvx2, DType::kBFloat16, avx2::conv2d_bfloat16, avx2::attention_bfloat16,
+           avx2::limit),
+      join(Isa::kAvx2, DType::kFloat32, avx2::conv2d_float32, avx2::attention_float32,
+           avx2::limit),
+      join(Isa::kAvx512, DType::kBFloat16, avx512::conv2d_bfloat16, avx512::attention_bfloat16,
+           avx512::limit),
+      join(Isa::kAvx512, DType::kFloat32, avx512::conv2d_float32, avx512::attention_float32,
+           avx512::limit),
       join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention,
            avx512_bf16::limit),
 #endif

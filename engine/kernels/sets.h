@@ -18,26 +18,21 @@ struct AttentionKernels {
   void (*run)(const AttentionStep&, const Context&, Index item);
 };
 
-namespace generic_float32 {
-extern const Conv2dKernels conv2d;
-extern const AttentionKernels attention;
-}  // namespace generic_float32
-
-namespace generic_bfloat16 {
-extern const Conv2dKernels conv2d;
-extern const AttentionKernels attention;
-}  // namespace generic_bfloat16
+namespace generic {
+extern const Conv2dKernels conv2d_float32, conv2d_bfloat16;
+extern const AttentionKernels attention_float32, attention_bfloat16;
+}  // namespace generic
 
 #if defined(RBLN_VAE_X86_KERNELS)
 namespace avx2 {
-extern const Conv2dKernels conv2d;
-extern const AttentionKernels attention;
+extern const Conv2dKernels conv2d_float32, conv2d_bfloat16;
+extern const AttentionKernels attention_float32, attention_bfloat16;
 double limit(double seconds);
 }  // namespace avx2
 
 namespace avx512 {
-extern const Conv2dKernels conv2d;
-extern const AttentionKernels attention;
+extern const Conv2dKernels conv2d_float32, conv2d_bfloat16;
+extern const AttentionKernels attention_float32, attention_bfloat16;
 double limit(double seconds);
 }  // namespace avx512
 

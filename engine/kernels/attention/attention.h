@@ -88,6 +88,7 @@ class AttentionPack {
 template <class Simd>
 class Attention {
   using T = typename Simd::T;
+  using Scratch = typename Simd::Scratch;
   using Vector = typename Simd::Vector;
 
   // Queries of one product, and what the scratch is padded to.
@@ -112,8 +113,8 @@ class Attention {
         at += ceil_div(bytes, 64) * 64;
         return begin;
       };
-      query = take(blocks * rows * kBlock * Index{sizeof(T)});
-      weights = take(keys * rows * Index{sizeof(T)});
+      query = take(blocks * rows * kBlock * Index{sizeof(Scratch)});
+      weights = take(keys * rows * Index{sizeof(Scratch)});
       logits = take(keys * rows * Index{sizeof(float)});
       output = take(panels * kPanel * rows * Index{sizeof(float)});
       maximum = take(rows * Index{sizeof(float)});
@@ -144,7 +145,9 @@ class Attention {
   float* floats(Index offset) const {
     return reinterpret_cast<float*>(context_.scratch + offset);
   }
-  T* elements(Index offset) const { return reinterpret_cast<T*>(context_.scratch + offset); }
+  Scratch* elements(Index offset) const {
+    return reinterpret_cast<Scratch*>(context_.scratch + offset);
+  }
 
   void run() {
     Simd::enter();
@@ -167,33 +170,36 @@ class Attention {
   void load_queries() {
     const Index channels = s_.key_channels();
     const T* query = reinterpret_cast<const T*>(context_.arena + s_.query.offset);
-    T* to = elements(layout_.query);
+    Scratch* to = elements(layout_.query);
     const Index begin = head_ * channels;
     if (begin % kBlock == 0 && (channels % kBlock == 0 || s_.heads == 1)) {
       // Whole blocks; channels beyond the last are zero already.
       for (Index block = 0; block < layout_.blocks; ++block) {
-        std::memcpy(static_cast<void*>(to + block * layout_.rows * kBlock),
-                    query + element_at<T>(s_.query, n_, begin + block * kBlock, first_),
-                    static_cast<std::size_t>(count_ * kBlock) * sizeof(T));
+        const T* from = query + element_at<T>(s_.query, n_, begin + block * kBlock, first_);
+        Scratch* line = to + block * layout_.rows * kBlock;
+        for (Index i = 0; i < count_ * kBlock; i += kPanel) {
+          put<Simd>(line + i, Simd::load_elements(from + i));
+        }
       }
       return;
     }
     std::memset(static_cast<void*>(to), 0,
-                static_cast<std::size_t>(layout_.blocks * layout_.rows * kBlock) * sizeof(T));
+                static_cast<std::size_t>(layout_.blocks * layout_.rows * kBlock) * sizeof(Scratch));
     for (Index c = 0; c < channels; ++c) {
       const T* from = query + element_at<T>(s_.query, n_, begin + c, first_);
       for (Index i = 0; i < count_; ++i) {
-        to[(c / kBlock * layout_.rows + i) * kBlock + c % kBlock] = from[i * kBlock];
+        from_float(to_float(from[i * kBlock]),
+                   to[(c / kBlock * layout_.rows + i) * kBlock + c % kBlock]);
       }
     }
   }
 
   // Calls `use(panel, first query, queries, sums)` for products of all queries.
   template <class Use>
-  void multiply(const T* a, Index blocks, Index last_channels, const T* b, Index panel_step,
+  void multiply(const Scratch* a, Index blocks, Index last_channels, const T* b, Index panel_step,
                 Index panels, Use&& use) {
     const Index offset = 0;
-    Gemm<T> g;
+    Gemm<T, Scratch> g;
     g.row_step = Simd::kMaxPixels * kBlock;
     g.pixel_step = kBlock;
     g.taps = &offset;
@@ -245,7 +251,7 @@ class Attention {
   // summed relative to the last one.
   void soften(Index keys, bool first) {
     const Index padded = ceil_div(keys, kBlock) * kBlock;
-    T* weights = elements(layout_.weights);
+    Scratch* weights = elements(layout_.weights);
     for (Index i = 0; i < count_; ++i) {
       float* logits = floats(layout_.logits) + i * layout_.keys;
       for (Index k = keys; k < padded; ++k) logits[k] = -INFINITY;
@@ -266,7 +272,7 @@ class Attention {
         const Vector x = Simd::exp2(
             Simd::multiply(Simd::subtract(Simd::load(logits + k), origin), factor));
         total = Simd::add(total, x);
-        Simd::store_elements(weights + (k / kBlock * layout_.rows + i) * kBlock + k % kBlock, x);
+        put<Simd>(weights + (k / kBlock * layout_.rows + i) * kBlock + k % kBlock, x);
       }
       float& sum = floats(layout_.sum)[i];
       if (first) {

@@ -3,6 +3,7 @@
 
 namespace rbln_vae::avx2 {
 
-constexpr AttentionKernels attention = attention_kernels<Float32>();
+constexpr AttentionKernels attention_float32 = attention_kernels<Float32>();
+constexpr AttentionKernels attention_bfloat16 = attention_kernels<WidenedBFloat16>();
 
 }  // namespace rbln_vae::avx2

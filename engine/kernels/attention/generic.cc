@@ -2,14 +2,9 @@
 #include "engine/kernels/sets.h"
 #include "engine/kernels/simd/generic.h"
 
-namespace rbln_vae {
+namespace rbln_vae::generic {
 
-namespace generic_float32 {
-constexpr AttentionKernels attention = attention_kernels<GenericSimd<float>>();
-}  // namespace generic_float32
+constexpr AttentionKernels attention_float32 = attention_kernels<GenericSimd<float>>();
+constexpr AttentionKernels attention_bfloat16 = attention_kernels<GenericSimd<BFloat16>>();
 
-namespace generic_bfloat16 {
-constexpr AttentionKernels attention = attention_kernels<GenericSimd<BFloat16>>();
-}  // namespace generic_bfloat16
-
-}  // namespace rbln_vae
+}  // namespace rbln_vae::generic

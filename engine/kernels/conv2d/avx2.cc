@@ -3,6 +3,7 @@
 
 namespace rbln_vae::avx2 {
 
-constexpr Conv2dKernels conv2d = conv2d_or_winograd_kernels<Float32>();
+constexpr Conv2dKernels conv2d_float32 = conv2d_or_winograd_kernels<Float32>();
+constexpr Conv2dKernels conv2d_bfloat16 = conv2d_or_winograd_kernels<WidenedBFloat16, Float32>();
 
 }  // namespace rbln_vae::avx2

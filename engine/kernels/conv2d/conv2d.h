@@ -21,11 +21,12 @@ namespace rbln_vae {
 template <class Simd>
 class Conv2d {
   using T = typename Simd::T;
+  using Scratch = typename Simd::Scratch;
   static constexpr Index kLoadedAtOnce = 8;
 
  public:
   static Index scratch_bytes(const ConvStep& s) {
-    return (s.together > 1 ? 2 : 1) * tile_elements(s) * static_cast<Index>(sizeof(T));
+    return (s.together > 1 ? 2 : 1) * tile_elements(s) * static_cast<Index>(sizeof(Scratch));
   }
 
   static void run(const ConvStep& s, const Context& context, Index item) {
@@ -59,8 +60,8 @@ class Conv2d {
     const Index groups = ceil_div(panels, Simd::kMaxPanels);
     const Index first = groups * split / s_.splits;
     const Index last = groups * (split + 1) / s_.splits;
-    T* here = reinterpret_cast<T*>(context_.scratch);
-    T* there = here + (s_.together > 1 ? tile_elements(s_) : 0);
+    Scratch* here = reinterpret_cast<Scratch*>(context_.scratch);
+    Scratch* there = here + (s_.together > 1 ? tile_elements(s_) : 0);
     Loader<Simd> loader(s_, context_);
     for (Index tile = begin; tile < end; ++tile) {
       const ConvTile current(s_, tile);
@@ -83,7 +84,7 @@ class Conv2d {
                  loader, share);
       }
       epilogue.finish();
-      T* const swapped = here;
+      Scratch* const swapped = here;
       here = there;
       there = swapped;
     }
@@ -91,7 +92,7 @@ class Conv2d {
   }
 
   // All pixels of the tile for a few panels.
-  void convolve(const ConvTile& tile, const T* scratch, Index panel, Index panels,
+  void convolve(const ConvTile& tile, const Scratch* scratch, Index panel, Index panels,
                 Epilogue<Simd>& epilogue, Loader<Simd>& loader, Index to_load) {
     const Index phases = s_.phases();
     const Index blocks = s_.input.blocks();
@@ -102,7 +103,7 @@ class Conv2d {
     const Index chunks = ceil_div(tile.width, most);
     const Index together = Simd::rows_at_once(smaller(tile.width, most));
     Index offsets[kMaxTaps];
-    Gemm<T> g;
+    Gemm<T, Scratch> g;
     g.row_step = s_.stride * pitch_ * kBlock;
     g.pixel_step = s_.stride * kBlock;
     g.taps = offsets;

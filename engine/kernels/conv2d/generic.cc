@@ -2,14 +2,10 @@
 #include "engine/kernels/sets.h"
 #include "engine/kernels/simd/generic.h"
 
-namespace rbln_vae {
+namespace rbln_vae::generic {
 
-namespace generic_float32 {
-constexpr Conv2dKernels conv2d = conv2d_or_winograd_kernels<GenericSimd<float>>();
-}  // namespace generic_float32
+constexpr Conv2dKernels conv2d_float32 = conv2d_or_winograd_kernels<GenericSimd<float>>();
+constexpr Conv2dKernels conv2d_bfloat16 =
+    conv2d_or_winograd_kernels<GenericSimd<BFloat16>, GenericSimd<float>>();
 
-namespace generic_bfloat16 {
-constexpr Conv2dKernels conv2d = conv2d_or_winograd_kernels<GenericSimd<BFloat16>, GenericSimd<float>>();
-}  // namespace generic_bfloat16
-
-}  // namespace rbln_vae
+}  // namespace rbln_vae::generic

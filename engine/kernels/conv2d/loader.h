@@ -1,13 +1,14 @@
 // Copies what a tile reads into a thread's scratch: with its halo, zeros around the image,
-// norm and activation applied, in the scratch's own type. It can be done a few pixels at a time, so that an
-// instruction set whose products run beside its vectors loads one tile during another.
+// norm and activation applied, in the scratch's own type. It can be done a few pixels at a
+// time, so that an instruction set whose products run beside its vectors loads one tile during
+// another.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
 #include "engine/kernels/activation.h"
-#include "engine/kernels/element.h"
+#include "engine/kernels/simd/gemm.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
@@ -30,7 +31,7 @@ struct ConvTile {
   }
 };
 
-template <class Simd, class Scratch = typename Simd::T>
+template <class Simd, class Scratch = typename Simd::Scratch>
 class Loader {
   using T = typename Simd::T;
   static constexpr bool kConverts = !std::is_same_v<T, Scratch>;
@@ -157,16 +158,8 @@ class Loader {
         __builtin_prefetch(from + below);
         __builtin_prefetch(from + below + kPanel);
       }
-      put(to, function(Simd::load_elements(from), 0));
-      put(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
-    }
-  }
-
-  static void put(Scratch* to, const Vector& v) {
-    if constexpr (kConverts) {
-      Simd::store(to, v);
-    } else {
-      Simd::store_elements(to, v);
+      put<Simd>(to, function(Simd::load_elements(from), 0));
+      put<Simd>(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
     }
   }
 

@@ -3,6 +3,6 @@
 
 namespace rbln_vae::avx2 {
 
-double limit(double seconds) { return limit_of_products<Float32::Registers, 12>(seconds); }
+double limit(double seconds) { return limit_of_products<Float32::Products, 12>(seconds); }
 
 }  // namespace rbln_vae::avx2

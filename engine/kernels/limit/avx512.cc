@@ -3,6 +3,6 @@
 
 namespace rbln_vae::avx512 {
 
-double limit(double seconds) { return limit_of_products<Float32, 24>(seconds); }
+double limit(double seconds) { return limit_of_products<Float32::Products, 24>(seconds); }
 
 }  // namespace rbln_vae::avx512

@@ -54,11 +54,11 @@ double limit_of_products(double seconds) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) {  // all different, or the compiler makes one of them
       sums[i] = Products::dot(Products::spread(data.values + i * Products::kChannels),
-                              Products::weights(data.values + i * kStep), Products::zero());
+                              Products::weights(data.values + i * kStep, 0), Products::zero());
     }
     for (int repeat = 0; repeat < kRepeats; ++repeat) {
       for (Index turn = 0; turn < kTurns; ++turn) {
-        const auto w = Products::weights(data.values + turn * kStep);
+        const auto w = Products::weights(data.values + turn * kStep, 0);
         const auto x = Products::spread(data.values + (kTurns + turn) * kStep);
 #pragma GCC unroll 24
         for (int i = 0; i < kSums; ++i) sums[i] = Products::dot(x, w, sums[i]);

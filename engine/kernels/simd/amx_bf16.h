@@ -25,6 +25,7 @@ using Vectors = avx512_bf16::Vectors;
 
 struct Tiles : Vectors {
   using T = BFloat16;
+  using Scratch = T;
 
   static constexpr Index kMaxRows = 3;
   static constexpr Index kMaxPixels = 32;

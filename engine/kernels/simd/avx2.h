@@ -1,4 +1,5 @@
-// AVX2 with fused multiply-add: a vector of 16 floats is two registers.
+// AVX2 with fused multiply-add: a vector of 16 floats is two registers. Products are made in
+// float32, of weights in float32 or bfloat16.
 #pragma once
 
 #include <immintrin.h>
@@ -7,8 +8,8 @@
 
 namespace rbln_vae::avx2 {
 
-struct Float32 {
-  using T = float;
+struct Vectors {
+  using Scratch = float;
 
   static constexpr Index kMaxRows = 1;
   static constexpr Index kMaxPixels = 6;
@@ -48,8 +49,6 @@ struct Float32 {
     _mm256_storeu_ps(p, v.low);
     _mm256_storeu_ps(p + 8, v.high);
   }
-  static Pair load_elements(const float* p) { return load(p); }
-  static void store_elements(float* p, const Pair& v) { store(p, v); }
   static Pair add(const Pair& a, const Pair& b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
   }
@@ -90,23 +89,74 @@ struct Float32 {
   static void leave() {}
 
   // What the drivers call a vector is a pair; for Broadcast it is one register.
+  using Vector = Pair;
   struct Registers {
-    using T = float;
+    using Scratch = Vectors::Scratch;
     using Vector = __m256;
     using Weights = __m256;
     static constexpr int kPerPanel = 2;
     static constexpr int kChannels = 1;
-    static constexpr Index kMaxPixels = Float32::kMaxPixels;
-    static constexpr Index kMaxPanels = Float32::kMaxPanels;
+    static constexpr Index kMaxPixels = Vectors::kMaxPixels;
+    static constexpr Index kMaxPanels = Vectors::kMaxPanels;
     static Vector zero() { return _mm256_setzero_ps(); }
-    static Weights weights(const float* p) { return _mm256_loadu_ps(p); }
     static Vector spread(const float* p) { return _mm256_broadcast_ss(p); }
     static Vector dot(Vector x, Weights w, Vector sum) { return _mm256_fmadd_ps(x, w, sum); }
     static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
   };
-  using Vector = Pair;
+};
 
-  static void gemm(const Gemm<float>& g) { Broadcast<Registers>::gemm(g); }
+struct Float32 : Vectors {
+  using T = float;
+
+  static Pair load_elements(const T* p) { return load(p); }
+  static void store_elements(T* p, const Pair& v) { store(p, v); }
+
+  struct Products : Registers {
+    using T = float;
+    static Weights weights(const T* p, int) { return _mm256_loadu_ps(p); }
+  };
+  static void gemm(const Gemm<T>& g) { Broadcast<Products>::gemm(g); }
+};
+
+// Images and weights stored in bfloat16, which are the upper halves of floats.
+struct WidenedBFloat16 : Vectors {
+  using T = BFloat16;
+
+  static Pair load_elements(const T* p) { return {widened(p), widened(p + 8)}; }
+  static void store_elements(T* p, const Pair& v) {
+    // Packing goes by halves of the registers.
+    const __m256i packed = _mm256_packus_epi32(rounded(v.low), rounded(v.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+
+  struct Products : Registers {
+    using T = BFloat16;
+    // Pairs of input channels, the first of them below.
+    static Weights weights(const T* p, int channel) {
+      const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      return _mm256_castsi256_ps(channel == 0
+                                     ? _mm256_slli_epi32(pairs, 16)
+                                     : _mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
+    }
+  };
+  static void gemm(const Gemm<T, Scratch>& g) { Broadcast<Products>::gemm(g); }
+
+ private:
+  static __m256 widened(const T* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  // To the nearest, ties to even, in the lower half of each lane; a NaN stays one.
+  static __m256i rounded(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i upper = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i nearest = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(nearest, quiet, is_nan);
+  }
 };
 
 }  // namespace rbln_vae::avx2

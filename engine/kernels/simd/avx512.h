@@ -1,4 +1,5 @@
-// AVX-512: vectors of 16 floats, and products in float32.
+// AVX-512: vectors of 16 floats. Products are made in float32, of weights in float32 or
+// bfloat16.
 #pragma once
 
 #include <immintrin.h>
@@ -9,6 +10,16 @@ namespace rbln_vae::avx512 {
 
 struct Vectors {
   using Vector = __m512;
+
+  static constexpr Index kMaxRows = 1;
+  static constexpr Index kMaxPixels = 14;
+  static constexpr Index kMaxPanels = 2;
+
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
 
   static Vector set(float x) { return _mm512_set1_ps(x); }
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
@@ -43,42 +54,98 @@ struct Vectors {
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, whole);
   }
+
+  static void enter() {}
+  static void leave() {}
+};
+
+// For Broadcast, of weights in either type.
+struct Registers {
+  using Scratch = float;
+  using Vector = __m512;
+  using Weights = __m512;
+  static constexpr int kPerPanel = 1;
+  static constexpr int kChannels = 1;
+  static constexpr Index kMaxPixels = Vectors::kMaxPixels;
+  static constexpr Index kMaxPanels = Vectors::kMaxPanels;
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector spread(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector dot(Vector x, Weights w, Vector sum) { return _mm512_fmadd_ps(x, w, sum); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
 };
 
 struct Float32 : Vectors {
   using T = float;
+  using Scratch = float;
 
-  static constexpr Index kMaxRows = 1;
-  static constexpr Index kMaxPixels = 14;
-  static constexpr Index kMaxPanels = 2;
-
-  // Sums of a row of pixels lie this far apart.
-  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
-  static constexpr Index rows_at_once(Index) { return kMaxRows; }
-  static constexpr bool kOverlaps = false;
-  static constexpr bool kWholeTiles = false;
-
-  static Vector load_elements(const float* p) { return load(p); }
-  static void store_elements(float* p, Vector v) { store(p, v); }
+  static Vector load_elements(const T* p) { return load(p); }
+  static void store_elements(T* p, Vector v) { store(p, v); }
 
   static Vector silu(Vector x) {
     const Vector e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
   }
 
-  static void enter() {}
-  static void leave() {}
+  struct Products : Registers {
+    using T = float;
+    static Weights weights(const T* p, int) { return _mm512_loadu_ps(p); }
+  };
+  static void gemm(const Gemm<T>& g) { Broadcast<Products>::gemm(g); }
+};
 
-  // For Broadcast.
-  static constexpr int kPerPanel = 1;
-  static constexpr int kChannels = 1;
-  static Vector zero() { return _mm512_setzero_ps(); }
-  using Weights = Vector;
-  static Weights weights(const float* p) { return load(p); }
-  static Vector spread(const float* p) { return _mm512_set1_ps(*p); }
-  static Vector dot(Vector x, Vector w, Vector sum) { return _mm512_fmadd_ps(x, w, sum); }
+// Images stored in bfloat16, which are the upper halves of floats; worked on in float32.
+struct BFloat16Images : Vectors {
+  using T = BFloat16;
 
-  static void gemm(const Gemm<float>& g) { Broadcast<Float32>::gemm(g); }
+  static Vector load_elements(const T* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  // To the nearest, ties to even; a NaN stays one.
+  static void store_elements(T* p, Vector v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i upper = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i all = _mm512_mask_or_epi32(nearest, is_nan, upper, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(all));
+  }
+
+  // 2 to the power of x, to 1e-4: bfloat16 keeps 4e-3. A minimax fit of what follows the
+  // point; the whole part, rounded down, goes into the exponent.
+  static Vector exp2(Vector x) {
+    const Vector f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Vector p = _mm512_set1_ps(7.80245222e-02f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.26067171e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.95833526e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99925221e-01f));
+    return _mm512_scalef_ps(p, x);
+  }
+
+  static Vector silu(Vector x) {
+    const Vector e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)));
+    // The reciprocal is good to 14 bits, of which bfloat16 keeps 8.
+    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), e)));
+  }
+};
+
+// Weights in bfloat16, too, and products in float32.
+struct WidenedBFloat16 : BFloat16Images {
+  using Scratch = float;
+
+  struct Products : Registers {
+    using T = BFloat16;
+    // Pairs of input channels, the first of them below.
+    static Weights weights(const T* p, int channel) {
+      const __m512i pairs = _mm512_loadu_si512(p);
+      return _mm512_castsi512_ps(channel == 0
+                                     ? _mm512_slli_epi32(pairs, 16)
+                                     : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+    }
+  };
+  static void gemm(const Gemm<T, Scratch>& g) { Broadcast<Products>::gemm(g); }
 };
 
 }  // namespace rbln_vae::avx512

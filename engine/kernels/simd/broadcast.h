@@ -8,25 +8,28 @@
 
 namespace rbln_vae {
 
-// `Set` gives the element type T, a register type Vector, and:
+// `Set` gives the element types T of weights and Scratch of pixels, a register type Vector, and:
 //   kPerPanel     registers that hold a panel of 16 channels
 //   kMaxPixels    pixels that are summed at once, by kMaxPanels panels: all in registers
 //   kChannels     input channels of one product: 1, or 2 in bfloat16
-//   Weights, weights(p)      a register of weights
-//   Spread, spread(p)        the input channels at p, in every lane
+//   Weights, weights(p, k)   a register of weights at p: of input channel k, of those side by side
+//   spread(p)                the input channels at p, in every lane
 //   dot(x, w, sum)           the product, added to a sum
 //   zero(), store(p, v)
 template <class Set>
 class Broadcast {
   using T = typename Set::T;
+  using Operands = Gemm<T, typename Set::Scratch>;
+  // Input channels whose weights lie side by side.
+  static constexpr int kSideBySide = panel_index(static_cast<const T*>(nullptr), 0, 1);
   static constexpr int kLanes = kPanel / Set::kPerPanel;
 
   // Pixels, panels and the distance of two pixels are known to the compiler: so the sums
   // stay in registers, and addresses are constants.
   template <int kPixels, int kPanels, int kDistance>
-  static void product(const Gemm<T>& g) {
+  static void product(const Operands& g) {
     constexpr int kColumns = kPanels * Set::kPerPanel;
-    constexpr Index kRow = kPanel * Set::kChannels;
+    constexpr Index kRow = kPanel * kSideBySide;
     typename Set::Vector sums[kPixels][kColumns];
 #pragma GCC unroll 16
     for (int m = 0; m < kPixels; ++m) {
@@ -39,28 +42,32 @@ class Broadcast {
     for (Index block = 0; block < g.blocks; ++block) {
       const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
       for (Index tap = 0; tap < g.tap_count; ++tap) {
-        const T* a = g.a + block * g.plane + g.taps[tap];
+        const typename Set::Scratch* a = g.a + block * g.plane + g.taps[tap];
         const T* w = b;
-        for (Index k = 0; k < channels; k += Set::kChannels) {
+        for (Index k = 0; k < channels; k += kSideBySide) {
           if (ahead != nullptr) {
             __builtin_prefetch(ahead, 0, 2);
             ahead += kRow;
           }
-          typename Set::Weights weights[kColumns];
-#pragma GCC unroll 4
-          for (int n = 0; n < kColumns; ++n) {
-            weights[n] = Set::weights(w + n / Set::kPerPanel * panel_step +
-                                      n % Set::kPerPanel * kLanes * Set::kChannels);
-          }
-#pragma GCC unroll 16
-          for (int m = 0; m < kPixels; ++m) {
-            const auto x = Set::spread(a + m * kDistance);
+#pragma GCC unroll 2
+          for (int channel = 0; channel < kSideBySide; channel += Set::kChannels) {
+            typename Set::Weights weights[kColumns];
 #pragma GCC unroll 4
             for (int n = 0; n < kColumns; ++n) {
-              sums[m][n] = Set::dot(x, weights[n], sums[m][n]);
+              weights[n] = Set::weights(w + n / Set::kPerPanel * panel_step +
+                                            n % Set::kPerPanel * kLanes * kSideBySide,
+                                        channel);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < kPixels; ++m) {
+              const auto x = Set::spread(a + m * kDistance + channel);
+#pragma GCC unroll 4
+              for (int n = 0; n < kColumns; ++n) {
+                sums[m][n] = Set::dot(x, weights[n], sums[m][n]);
+              }
             }
           }
-          a += Set::kChannels;
+          a += kSideBySide;
           w += kRow;
         }
         b += kPanelBlock;
@@ -74,16 +81,16 @@ class Broadcast {
     }
   }
 
-  using Product = void (*)(const Gemm<T>&);
+  using Product = void (*)(const Operands&);
 
   template <int kPanels, int kDistance, int... kPixels>
-  static void dispatch(const Gemm<T>& g, std::integer_sequence<int, kPixels...>) {
+  static void dispatch(const Operands& g, std::integer_sequence<int, kPixels...>) {
     static constexpr Product table[] = {product<kPixels + 1, kPanels, kDistance>...};
     table[g.pixels - 1](g);
   }
 
   template <int kDistance>
-  static void dispatch(const Gemm<T>& g) {
+  static void dispatch(const Operands& g) {
     constexpr auto pixels = std::make_integer_sequence<int, Set::kMaxPixels>();
     if constexpr (Set::kMaxPanels == 2) {
       if (g.panels == 2) return dispatch<2, kDistance>(g, pixels);
@@ -94,7 +101,7 @@ class Broadcast {
  public:
   // The distance of pixels is one block, two with a stride of two, or of no account
   // because there is one pixel.
-  static void gemm(const Gemm<T>& g) {
+  static void gemm(const Operands& g) {
     if (g.pixel_step == 2 * kBlock) {
       dispatch<2 * kBlock>(g);
     } else {

@@ -1,6 +1,8 @@
 // The one product that every kernel is made of, and how its operands lie in memory.
 #pragma once
 
+#include <type_traits>
+
 #include "engine/kernels/element.h"
 
 namespace rbln_vae {
@@ -17,6 +19,17 @@ constexpr Index kPanelBlock = kBlock * kPanel;
   return (k / 2) * 2 * kPanel + n * 2 + k % 2;
 }
 
+// Writes 16 channels into the thread's scratch: as they are where products take float32,
+// else in the type of stored images.
+template <class Simd, class Scratch>
+static inline void put(Scratch* to, const typename Simd::Vector& v) {
+  if constexpr (std::is_same_v<Scratch, float>) {
+    Simd::store(to, v);
+  } else {
+    Simd::store_elements(to, v);
+  }
+}
+
 // Sums over blocks and taps, for `rows` x `pixels` output pixels and `panels` panels:
 //
 //   c[panel][row][pixel][n] = sum over block, tap, k of
@@ -25,10 +38,10 @@ constexpr Index kPanelBlock = kBlock * kPanel;
 //
 // Rows of c are sums_pitch(pixels) of the instruction set apart, panels `rows` of them.
 // All steps count elements. Only the first `last_channels` of the last block are summed: the others
-// are zero.
-template <class T>
+// are zero. Pixels lie in the scratch, in float32 where weights of bfloat16 are multiplied in it.
+template <class T, class Scratch = T>
 struct Gemm {
-  const T* a;
+  const Scratch* a;
   Index row_step;
   Index pixel_step;
   const Index* taps;

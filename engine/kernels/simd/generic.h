@@ -10,6 +10,7 @@ namespace rbln_vae {
 template <class Element>
 struct GenericSimd {
   using T = Element;
+  using Scratch = float;  // in which products are made
 
   static constexpr Index kMaxRows = 1;
   static constexpr Index kMaxPixels = 4;
@@ -80,18 +81,17 @@ struct GenericSimd {
     return each([&](Index i) { return v.lane[i] / (1.0f + std::exp(-v.lane[i])); });
   }
 
-  static void gemm(const Gemm<T>& g) {
+  static void gemm(const Gemm<T, Scratch>& g) {
     for (Index pixel = 0; pixel < g.pixels; ++pixel) {
       float sums[kPanel] = {};
       for (Index block = 0; block < g.blocks; ++block) {
         const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
         for (Index tap = 0; tap < g.tap_count; ++tap) {
-          const T* a = g.a + block * g.plane + g.taps[tap] + pixel * g.pixel_step;
+          const float* a = g.a + block * g.plane + g.taps[tap] + pixel * g.pixel_step;
           const T* b = g.b + (block * g.tap_count + tap) * kPanelBlock;
           for (Index k = 0; k < channels; ++k) {
-            const float x = to_float(a[k]);
             for (Index n = 0; n < kPanel; ++n) {
-              sums[n] += x * to_float(b[panel_index(b, k, n)]);
+              sums[n] += a[k] * to_float(b[panel_index(b, k, n)]);
             }
           }
         }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from rbln_vae import _engine
 from rbln_vae.graph.interpreter import Interpreter
+from rbln_vae.graph.ir import Conv2d, Graph
 from rbln_vae.targets.cpu import planner
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.tiles import Convolution, Machine, gains_by_winograd
@@ -76,6 +78,30 @@ def test_bfloat16_kernels_agree(case: Case, isa: str, monkeypatch: pytest.Monkey
     # A value near the middle of two may be rounded to the other.
     limit = 0.03 if isinstance(case, AttentionCase) and case.sharp > 1 else 0.008
     assert difference(run(case, isa, "bfloat16", monkeypatch), expected) < limit
+
+
+@pytest.mark.parametrize("isa", ["generic", *BFLOAT16])
+def test_bfloat16_is_the_nearest_with_ties_to_even(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = torch.arange(0x3F80, 0x3F88).repeat_interleave(3) * 0x10000
+    near = words + torch.tensor([0x7FFF, 0x8000, 0x8001]).repeat(8)
+    # The largest of float32, infinity, and NaN with all bits that there are.
+    odd = torch.tensor([0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7FFFFFFF])
+    bits = torch.cat([near, odd, *(random_words(8) for _ in range(4))]).to(torch.int32)
+    values = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
+    weights = {"w": torch.zeros(len(values), 1, 1, 1), "b": values}
+    graph = Graph("case", "x", 1, "y", (Conv2d("y", "x", "w", "b"),), weights).verify()
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
+    found = CpuRuntime(graph, dtype="bfloat16").run(torch.zeros(1, 1, 1, 5))
+    expected = values.to(torch.bfloat16).float().view(1, -1, 1, 1).expand_as(found)
+    assert torch.equal(found.nan_to_num(nan=123.0), expected.nan_to_num(nan=123.0))
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+def random_words(count: int) -> torch.Tensor:
+    """Bits of normal numbers of float32 above zero."""
+    return torch.randint(0x00800000, 0x7F800000, (count,))
 
 
 @pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.height * c.width > 60], ids=str)
@@ -252,6 +278,20 @@ def test_winograd_is_chosen_where_it_gains() -> None:
     assert not chosen(float32, grid=(24, 24), upsample=True, kernel=(2, 2))
     # What is saved of 2x2 kernels is less than what products in bfloat16 save.
     assert not chosen(bfloat16, grid=(512, 512), upsample=True, kernel=(2, 2))
+    # But where bfloat16 is only stored, nothing else is chosen than in float32.
+    for isa in ("generic", "avx2", "avx512"):
+        assert chosen(
+            dataclasses.replace(bfloat16, isa=isa), grid=(32, 32), upsample=True, kernel=(2, 2)
+        )
+
+
+def test_tiles_are_those_of_float32_where_products_are() -> None:
+    conv = Convolution(256, 512, (3, 3), 1, False, (96, 96), normed=True)
+    float32 = Machine("avx512", "float32", 1, 14, 2, winograd=True, threads=2)
+    widened = dataclasses.replace(float32, dtype="bfloat16")
+    assert conv.tile(widened) == conv.tile(float32)
+    multiplied = dataclasses.replace(widened, isa="avx512_bf16")
+    assert math.prod(conv.tile(multiplied)) > math.prod(conv.tile(widened))
 
 
 @pytest.mark.parametrize(("isa", "dtype"), WINOGRAD)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from vaes import capture_part, compile_vae, make_vae
 
-from rbln_vae import RBLNAutoencoderKL
+from rbln_vae import RBLNAutoencoderKL, _engine
 from rbln_vae.artifact import Artifact
 from rbln_vae.graph.ir import Graph
 from rbln_vae.graph.passes import optimise
@@ -220,10 +220,17 @@ def test_memory_that_can_not_be_had_is_an_error_and_the_model_stays_usable(file:
 
 # Numbers
 
+KERNELS = [(k.isa, k.dtype) for k in _engine.all_kernels() if k.isa != "generic"] or [
+    (k.isa, k.dtype) for k in _engine.all_kernels()
+]
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+@pytest.mark.parametrize(("isa", "dtype"), KERNELS)
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e30, float("inf"), float("nan")])
-def test_no_number_makes_a_run_slow(decoder: Graph, dtype: str, value: float) -> None:
+def test_no_number_makes_a_run_slow(
+    decoder: Graph, isa: str, dtype: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
     native = CpuRuntime(decoder, dtype=dtype, num_threads=1)
     usual = torch.randn(1, 4, 24, 24)
     unusual = usual * value
@@ -238,10 +245,13 @@ def test_no_number_makes_a_run_slow(decoder: Graph, dtype: str, value: float) ->
     assert min(u for _, u in times) < 3 * min(u for u, _ in times) + 0.005
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("isa", "dtype"), KERNELS)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_none_stays_visible(part: str, dtype: str, value: float) -> None:
+def test_a_number_that_is_none_stays_visible(
+    part: str, isa: str, dtype: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
     graph = optimise(capture_part(make_vae(), part))
     native = CpuRuntime(graph, dtype=dtype)
     image = torch.randn(2, graph.input_channels, 16, 12)

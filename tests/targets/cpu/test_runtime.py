@@ -44,13 +44,18 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compare(vae: AutoencoderKL, part: str, image: torch.Tensor) -> None:
+    """With the kernels of every instruction set but the portable ones, if there are others."""
     expected = part_of(vae, part, image)
     graph = optimised(vae, part)
-    found = CpuRuntime(graph, dtype="float32").run(image)
-    assert difference(found, expected) < 1e-5
-    found = CpuRuntime(graph, dtype="bfloat16").run(image)
     theirs = part_of(vae.to(torch.bfloat16), part, image.to(torch.bfloat16))
-    assert difference(found, expected) <= difference(theirs.float(), expected)
+    limits = {"float32": 1e-5, "bfloat16": difference(theirs.float(), expected)}
+    isas = {each.isa for each in usable_kernels()}
+    for isa in isas - {"generic"} or isas:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RBLN_VAE_ISA", isa)
+            for dtype, limit in limits.items():
+                found = CpuRuntime(graph, dtype=dtype).run(image)
+                assert difference(found, expected) <= limit, (isa, dtype)
 
 
 ARCHITECTURES = [
@@ -258,11 +263,28 @@ def test_tiles_that_would_change_bits_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RBLN_VAE_ISA", "generic")
-    assert best_dtype() == "bfloat16" or {k.isa for k in usable_kernels()} == {"generic"}
+    for isa in dict.fromkeys(each.isa for each in usable_kernels()):
+        monkeypatch.setenv("RBLN_VAE_ISA", isa)
+        assert {each.isa for each in usable_kernels()} >= {"generic", isa}
+        # Only these multiply bfloat16; the others widen it to float32.
+        bfloat16 = isa in ("avx512_bf16", "amx_bf16")
+        assert best_dtype() == ("bfloat16" if bfloat16 else "float32")
     monkeypatch.setenv("RBLN_VAE_ISA", "abacus")
     with pytest.raises(ValueError, match="abacus"):
         usable_kernels()
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_instruction_sets_of_float32_take_both_dtypes(
+    decoder: Graph, isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isa not in {each.isa for each in usable_kernels()}:
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
+    machine = CpuRuntime(decoder, dtype=dtype).machine
+    assert (machine.isa, machine.dtype) == (isa, dtype)
+    assert machine.winograd
 
 
 def test_what_it_can_not_run_is_named() -> None:
@@ -293,7 +315,10 @@ def test_unavailable_instruction_sets_say_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_instruction_set_but_the_portable_one_tells_the_limit_of_the_machine() -> None:
-    limits = {k.isa: k.measure_limit(1, 0.02) for k in _engine.all_kernels()}
-    assert limits.pop("generic") == 0
-    # Millions with emulated tiles under a sanitizer.
-    assert all(1e6 < limit < 1e14 for limit in limits.values())
+    for kernels in _engine.all_kernels():
+        limit = kernels.measure_limit(1, 0.02)
+        if kernels.isa == "generic":
+            assert limit == 0
+        else:
+            # Millions with emulated tiles under a sanitizer.
+            assert 1e6 < limit < 1e14

@@ -43,6 +43,9 @@ KEPT_PROFILES = 16
 def usable_kernels() -> list[_engine.Kernels]:
     """The kernels that this machine can run and `RBLN_VAE_ISA` allows, the best last.
 
+    An instruction set may have them for both dtypes; then both are multiplied in float32, and
+    those of float32 come last.
+
     Raises:
         ValueError: `RBLN_VAE_ISA` is no instruction set.
         RBLNTargetUnavailableError: It is one that this machine doesn't have.

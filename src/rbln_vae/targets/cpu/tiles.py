@@ -66,9 +66,19 @@ class Machine:
         return 4 if self.dtype == "float32" else 2
 
     @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether products take bfloat16; elsewhere all are made in float32."""
+        return self.dtype == "bfloat16" and self.isa in COSTS
+
+    @property
+    def scratch_element_bytes(self) -> int:
+        """Of a tile's input, which is held as products take it."""
+        return 2 if self.multiplies_bfloat16 else 4
+
+    @property
     def product_time(self) -> float:
-        """Of a product, in those of float32."""
-        return 0.5 if self.isa == "avx512_bf16" else 1.0
+        """Of a product, in those of float32. Widening bfloat16 weights costs next to nothing."""
+        return 0.5 if self.multiplies_bfloat16 else 1.0
 
     @property
     def scratch_bytes(self) -> int:
@@ -82,7 +92,7 @@ class Machine:
 
     @property
     def costs(self) -> Costs:
-        return COSTS.get(self.isa, FLOAT32_COSTS)
+        return COSTS[self.isa] if self.multiplies_bfloat16 else FLOAT32_COSTS
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,8 @@ COSTS: Mapping[str, Costs] = {
     "avx512_bf16": Costs(48, 12, 16),
     "amx_bf16": Costs(256, 64, 100),
 }
-"""By instruction set: the faster its products are, the more everything else costs."""
+"""By instruction set, of those that multiply bfloat16: the faster its products are, the more
+everything else costs."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ class Convolution:
         if self.winograd:
             return self.winograd_tile(machine)
         height, width = self.grid
-        pixel = -(-self.inputs // BLOCK) * BLOCK * machine.element_bytes
+        pixel = -(-self.inputs // BLOCK) * BLOCK * machine.scratch_element_bytes
         # Tiles for some threads, whose number isn't known here; more are made by splits.
         enough = max(256, height * width // 8)
         best, best_cost = (1, 1), math.inf
