@@ -8,18 +8,8 @@
 
 namespace rbln_vae::avx2 {
 
-struct Vectors {
+struct Vectors : RowProducts<6, 1> {
   using Scratch = float;
-
-  static constexpr Index kMaxRows = 1;
-  static constexpr Index kMaxPixels = 6;
-  static constexpr Index kMaxPanels = 1;
-
-  // Sums of a row of pixels lie this far apart.
-  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
-  static constexpr Index rows_at_once(Index) { return kMaxRows; }
-  static constexpr bool kOverlaps = false;
-  static constexpr bool kWholeTiles = false;
 
   struct Pair {
     __m256 low, high;
@@ -85,8 +75,6 @@ struct Vectors {
   }
   static Pair silu(const Pair& v) { return {silu(v.low), silu(v.high)}; }
 
-  static void enter() {}
-  static void leave() {}
 
   // What the drivers call a vector is a pair; for Broadcast it is one register.
   using Vector = Pair;

@@ -8,18 +8,8 @@
 
 namespace rbln_vae::avx512 {
 
-struct Vectors {
+struct Vectors : RowProducts<14, 2> {
   using Vector = __m512;
-
-  static constexpr Index kMaxRows = 1;
-  static constexpr Index kMaxPixels = 14;
-  static constexpr Index kMaxPanels = 2;
-
-  // Sums of a row of pixels lie this far apart.
-  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
-  static constexpr Index rows_at_once(Index) { return kMaxRows; }
-  static constexpr bool kOverlaps = false;
-  static constexpr bool kWholeTiles = false;
 
   static Vector set(float x) { return _mm512_set1_ps(x); }
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
@@ -54,9 +44,6 @@ struct Vectors {
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, whole);
   }
-
-  static void enter() {}
-  static void leave() {}
 };
 
 // For Broadcast, of weights in either type.

@@ -30,6 +30,27 @@ static inline void put(Scratch* to, const typename Simd::Vector& v) {
   }
 }
 
+// What drivers ask of an instruction set, where one product makes a row of up to `kPixels`
+// pixels, for up to `kPanels` panels, in the registers of vectors.
+template <Index kPixels, Index kPanels>
+struct RowProducts {
+  static constexpr Index kMaxRows = 1;
+  static constexpr Index kMaxPixels = kPixels;
+  static constexpr Index kMaxPanels = kPanels;
+  // Whether the next tile is loaded, and the sums before stored, during a product; and whether
+  // products come in whole tiles of registers.
+  static constexpr bool kOverlaps = false;
+  static constexpr bool kWholeTiles = false;
+
+  // Sums of a row of pixels lie this far apart.
+  static constexpr Index sums_pitch(Index) { return kPixels; }
+  // Rows of a product on rows of so many pixels.
+  static constexpr Index rows_at_once(Index) { return kMaxRows; }
+  // What a thread does before and after a step.
+  static void enter() {}
+  static void leave() {}
+};
+
 // Sums over blocks and taps, for `rows` x `pixels` output pixels and `panels` panels:
 //
 //   c[panel][row][pixel][n] = sum over block, tap, k of

@@ -8,19 +8,9 @@
 namespace rbln_vae {
 
 template <class Element>
-struct GenericSimd {
+struct GenericSimd : RowProducts<4, 1> {
   using T = Element;
   using Scratch = float;  // in which products are made
-
-  static constexpr Index kMaxRows = 1;
-  static constexpr Index kMaxPixels = 4;
-  static constexpr Index kMaxPanels = 1;
-
-  // Sums of a row of pixels lie this far apart.
-  static constexpr Index sums_pitch(Index) { return kMaxPixels; }
-  static constexpr Index rows_at_once(Index) { return kMaxRows; }
-  static constexpr bool kOverlaps = false;
-  static constexpr bool kWholeTiles = false;
 
   struct Vector {
     float lane[kPanel];
@@ -99,10 +89,6 @@ struct GenericSimd {
       for (Index n = 0; n < kPanel; ++n) g.c[pixel * kPanel + n] = sums[n];
     }
   }
-
-  // What a thread does before and after a step.
-  static void enter() {}
-  static void leave() {}
 };
 
 }  // namespace rbln_vae
