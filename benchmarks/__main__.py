@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from .contenders import FOR_SPEED
-
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
@@ -22,18 +20,22 @@ def speed(
     parts: Annotated[str, typer.Option(help="decode, encode or both, with commas")] = (
         "decode,encode"
     ),
-    sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "256,512,1024",
-    contenders: Annotated[str, typer.Option(help="names, with commas")] = ",".join(FOR_SPEED),
-    rounds: Annotated[int, typer.Option(help="counted runs of each")] = 5,
+    sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "256,512,1024,2048",
+    contenders: Annotated[
+        str, typer.Option(help="names, with commas; all that make sense here by default")
+    ] = "",
+    rounds: Annotated[
+        int, typer.Option(help="counted runs of each; at most 2 above 1024 pixels")
+    ] = 5,
     name: Annotated[str, typer.Option(help="of the files under benchmarks/results")] = "speed",
 ) -> None:
     """Time and peak memory of decode and encode."""
     from . import report
+    from .contenders import usual
     from .speed import measure
 
-    measured = measure(
-        parts.split(","), [int(s) for s in sizes.split(",")], contenders.split(","), rounds
-    )
+    names = contenders.split(",") if contenders else usual()
+    measured = measure(parts.split(","), [int(s) for s in sizes.split(",")], names, rounds)
     print(report.table(measured))
     print(f"saved {report.save(name, measured)}")
 
@@ -104,6 +106,31 @@ def overhead(
     from .overhead import measure
 
     print(measure(parts.split(","), [int(s) for s in sizes.split(",")], rounds, dtype))
+
+
+@app.command()
+def startup(
+    sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "256,512,1024",
+    rounds: Annotated[int, typer.Option(help="new processes")] = 9,
+) -> None:
+    """What comes before the first run: loading and planning."""
+    from .startup import measure
+
+    print(measure([int(s) for s in sizes.split(",")], rounds))
+
+
+@app.command()
+def precision(
+    parts: Annotated[str, typer.Option(help="decode, encode or both, with commas")] = (
+        "decode,encode"
+    ),
+    size: Annotated[int, typer.Option(help="pixels a side")] = 128,
+    images: Annotated[int, typer.Option(help="over which the error is taken")] = 4,
+) -> None:
+    """The error against diffusers in float32, and the least that bfloat16 can have."""
+    from .precision import measure
+
+    print(measure(parts.split(","), size, images))
 
 
 @app.command()

@@ -18,6 +18,9 @@ from .worker import Worker
 TOGETHER_UP_TO = 1024
 """Above this size the contenders don't fit in memory together, so each round starts anew."""
 
+LARGE_ROUNDS = 2
+"""The most rounds above that size: one of all contenders takes half an hour."""
+
 
 @dataclass
 class Measurement:
@@ -47,12 +50,16 @@ def measure(
         parts: `"decode"`, `"encode"` or both.
         sizes: Pixels a side.
         names: Keys of `CONTENDERS`.
-        rounds: Counted runs of each.
+        rounds: Counted runs of each; at most `LARGE_ROUNDS` above `TOGETHER_UP_TO`.
 
     Returns:
         One measurement for each contender, part and size.
     """
-    cases = [(part, size) for part in parts for size in sizes]
+    cases = [
+        (part, size, rounds if size <= TOGETHER_UP_TO else min(rounds, LARGE_ROUNDS))
+        for part in parts
+        for size in sizes
+    ]
     names = list(names)
     unknown = sorted(set(names) - CONTENDERS.keys())
     if unknown:
@@ -61,14 +68,14 @@ def measure(
     with TemporaryDirectory() as temporary, Progress() as progress:
         directory = Path(temporary)
         make_model(directory)
-        task = progress.add_task("", total=len(cases) * len(names) * rounds)
-        for part, size in cases:
+        task = progress.add_task("", total=len(names) * sum(turns for *_, turns in cases))
+        for part, size, turns in cases:
             progress.update(task, description=f"{part} {size}")
             measured = {name: Measurement(name, part, size) for name in names}
             together = size <= TOGETHER_UP_TO
             with contextlib.ExitStack() as stack:
                 workers: dict[str, Worker] = {}
-                for turn in range(rounds):
+                for turn in range(turns):
                     for name in names:
                         if together and turn:
                             measured[name].add(workers[name].run())

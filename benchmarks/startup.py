@@ -1,0 +1,77 @@
+"""What comes before the first run: loading the compiled model, and planning for a shape.
+
+Each round is a new process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .contenders import make_model
+from .report import write
+
+
+def measure(sizes: Sequence[int], rounds: int) -> str:
+    """Load Stable Diffusion's VAE and plan for each size.
+
+    Args:
+        sizes: Pixels a side.
+        rounds: Processes.
+
+    Returns:
+        A Markdown table of milliseconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as temporary:
+        with context.Pool(1) as pool:
+            pool.apply(_compile, (Path(temporary),))
+        # A process for each call.
+        with context.Pool(1, maxtasksperchild=1) as pool:
+            runs = [pool.apply(_start, (Path(temporary), sizes)) for _ in range(rounds)]
+    lines = ["| | median ms | min to max |", "| --- | ---: | ---: |"]
+    for name in runs[0]:
+        times = [run[name] * 1e3 for run in runs]
+        lines.append(
+            f"| {name} | {statistics.median(times):.1f} | {min(times):.1f} to {max(times):.1f} |"
+        )
+    table = "\n".join(lines)
+    write("startup", table, {"runs": runs})
+    return table
+
+
+def _compile(directory: Path) -> None:
+    from rbln_vae import RBLNAutoencoderKL
+
+    make_model(directory / "original")
+    RBLNAutoencoderKL.from_pretrained(
+        directory / "original", export=True, rbln_target="cpu", rbln_create_runtimes=False
+    ).save_pretrained(directory / "compiled")
+
+
+def _start(directory: Path, sizes: Sequence[int]) -> dict[str, float]:
+    """Seconds of each thing in this process."""
+    from rbln_vae import RBLNAutoencoderKL
+    from rbln_vae.artifact import read_artifact
+    from rbln_vae.targets.cpu.planner import make_plan
+    from rbln_vae.targets.cpu.runtime import CpuRuntime
+
+    found: dict[str, float] = {}
+    # The first imports what it needs.
+    for name in ("from_pretrained, with imports", "from_pretrained"):
+        start = time.perf_counter()
+        RBLNAutoencoderKL.from_pretrained(directory / "compiled")
+        found[name] = time.perf_counter() - start
+    for part in ("decoder", "encoder"):
+        artifact = read_artifact(directory / "compiled" / f"{part}.rbln")
+        machine = CpuRuntime(artifact.graph, artifact.packed, dtype=artifact.dtype).machine
+        for size in sizes:
+            shape = (1, 3, size, size) if part == "encoder" else (1, 4, size // 8, size // 8)
+            start = time.perf_counter()
+            make_plan(artifact.graph, shape, machine)
+            found[f"plan, {part} {size}²"] = time.perf_counter() - start
+    return found
