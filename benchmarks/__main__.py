@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed`: see benchmarks/README.md."""
+"""`python -m benchmarks`: see benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def precision(
     size: Annotated[int, typer.Option(help="pixels a side")] = 128,
     images: Annotated[int, typer.Option(help="over which the error is taken")] = 4,
 ) -> None:
-    """The error against diffusers in float32, and the least that bfloat16 can have."""
+    """The error against diffusers in float64, and the least that bfloat16 can have."""
     from .precision import measure
 
     print(measure(parts.split(","), size, images))

@@ -1,4 +1,4 @@
-"""How far results are from those of diffusers in float32, and how near bfloat16 can come.
+"""How far results are from those of diffusers in float64, and how near bfloat16 can come.
 
 Beside the errors of this package and of diffusers stand those of diffusers in float32 with
 one kind of number alone rounded to bfloat16. Products of bfloat16 round weights and what they
@@ -32,7 +32,7 @@ ROUNDED: dict[str, tuple[bool, bool, bool]] = {
 
 
 def measure(parts: Iterable[str], size: int, images: int) -> str:
-    """Compare each part with diffusers in float32, on random weights and images.
+    """Compare each part with diffusers in float64, on random weights and images.
 
     Args:
         parts: `"decode"`, `"encode"` or both.
@@ -47,15 +47,17 @@ def measure(parts: Iterable[str], size: int, images: int) -> str:
     with TemporaryDirectory() as directory, torch.no_grad():
         make_model(Path(directory))
         original = AutoencoderKL.from_pretrained(directory).eval()
+        exact = copy.deepcopy(original).to(torch.float64)
         models = {
             "diffusers bf16": copy.deepcopy(original).to(torch.bfloat16),
             "rbln-vae bf16": _compiled(original, "bfloat16"),
+            "diffusers f32": original,
             "rbln-vae f32": _compiled(original, "float32"),
             **{name: _rounded(original, *which) for name, which in ROUNDED.items()},
         }
         for part in parts:
             inputs = _inputs(part, size, images)
-            expected = _run(original, part, inputs)
+            expected = _run(exact, part, inputs)
             found = {
                 name: relative_l2(_run(model, part, inputs), expected)
                 for name, model in models.items()
@@ -84,8 +86,8 @@ def _compiled(model: AutoencoderKL, dtype: str) -> RBLNAutoencoderKL:
 def _run(model: AutoencoderKL | RBLNAutoencoderKL, part: str, images: torch.Tensor) -> torch.Tensor:
     images = images.to(getattr(model, "dtype", images.dtype))
     if part == "encode":
-        return model.encode(images).latent_dist.parameters.float()
-    return model.decode(images).sample.float()
+        return model.encode(images).latent_dist.parameters.double()
+    return model.decode(images).sample.double()
 
 
 def _rounded(original: AutoencoderKL, weights: bool, factors: bool, results: bool) -> AutoencoderKL:

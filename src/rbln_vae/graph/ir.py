@@ -110,7 +110,7 @@ class Operation:
         """The name under which it is stored and printed."""
         return type(self).__name__
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[Value, ...]:
         """The values that it reads, in the order of its fields."""
         return tuple(_names(self, "value"))

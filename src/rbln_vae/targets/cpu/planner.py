@@ -137,6 +137,7 @@ class _Planner:
         self.coefficients: dict[tuple[Value, Norm], Buffer] = {}
         self.norms: dict[Value, list[Norm]] = {}
         self.tiles: dict[Convolution, tuple[int, int]] = {}
+        self.divisions: dict[tuple[Convolution, tuple[int, int]], int] = {}
         self.sweeps = 0
         self.sweeping = 0
         for operation in graph.operations:
@@ -369,6 +370,12 @@ class _Planner:
             self.tiles[conv] = conv.tile(self.machine)
         return self.tiles[conv]
 
+    def splits(self, conv: Convolution, tile: tuple[int, int]) -> int:
+        """Into how many parts its output channels are divided, likewise."""
+        if (conv, tile) not in self.divisions:
+            self.divisions[conv, tile] = conv.splits(tile, self.batch, self.machine)
+        return self.divisions[conv, tile]
+
     def convolution(self, index: int, operation: Conv2d) -> None:
         """All rows at once."""
         source = self.images[operation.input]
@@ -394,7 +401,7 @@ class _Planner:
             and operation.residual is None
             and -(-conv.outputs // BLOCK) <= -(-conv.inputs // BLOCK)
             # Each tile is read once, before it is written.
-            and conv.splits(self.tile(conv), self.batch, self.machine) == 1
+            and self.splits(conv, self.tile(conv)) == 1
         )
 
     def summed_statistics(self, operation: Conv2d) -> _Statistics | None:
@@ -443,7 +450,7 @@ class _Planner:
         # Statistics are summed by tiles of the whole image; else strips have tiles of their own.
         tall, wide = self.tile(conv if statistics is None else whole)
         tile = (min(tall, end - begin), wide)
-        splits = conv.splits(tile, self.batch, machine)
+        splits = self.splits(conv, tile)
         partials = None
         if statistics is not None:
             above = begin // tall * -(-whole.grid[1] // wide)
