@@ -75,7 +75,6 @@ struct Vectors : RowProducts<6, 1> {
   }
   static Pair silu(const Pair& v) { return {silu(v.low), silu(v.high)}; }
 
-
   // What the drivers call a vector is a pair; for Broadcast it is one register.
   using Vector = Pair;
   struct Registers {
