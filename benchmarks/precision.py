@@ -1,8 +1,9 @@
 """How far results are from those of diffusers in float64, and how near bfloat16 can come.
 
-Beside the errors of this package and of diffusers stand those of diffusers in float32 with
-one kind of number alone rounded to bfloat16. Products of bfloat16 round weights and what they
-are multiplied with, whatever else is done: so that row is the least error they can have.
+Beside the errors of this package and of diffusers stand those of diffusers in float32 with some
+of its numbers rounded to bfloat16. Products of bfloat16 round weights and what they are
+multiplied with, their factors, whatever else is done: so the row of both says what error such
+products have at least.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.metrics import relative_l2
 
-from .contenders import make_model
+from .contenders import make_input, make_model
 from .report import write
 
 ROUNDED: dict[str, tuple[bool, bool, bool]] = {
@@ -56,7 +57,7 @@ def measure(parts: Iterable[str], size: int, images: int) -> str:
             **{name: _rounded(original, *which) for name, which in ROUNDED.items()},
         }
         for part in parts:
-            inputs = _inputs(part, size, images)
+            inputs = make_input(part, size, images)
             expected = _run(exact, part, inputs)
             found = {
                 name: relative_l2(_run(model, part, inputs), expected)
@@ -70,13 +71,6 @@ def measure(parts: Iterable[str], size: int, images: int) -> str:
     table = "\n".join(lines)
     write("precision", table, {"errors": data})
     return table
-
-
-def _inputs(part: str, size: int, images: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(size)
-    if part == "encode":
-        return torch.rand(images, 3, size, size, generator=generator) * 2 - 1
-    return torch.randn(images, 4, size // 8, size // 8, generator=generator)
 
 
 def _compiled(model: AutoencoderKL, dtype: str) -> RBLNAutoencoderKL:

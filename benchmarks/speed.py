@@ -19,7 +19,7 @@ TOGETHER_UP_TO = 1024
 """Above this size the contenders don't fit in memory together, so each round starts anew."""
 
 LARGE_ROUNDS = 2
-"""The most rounds above that size: one of all contenders takes half an hour."""
+"""The most rounds above that size, where a run of one contender takes minutes."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .contenders import make_model
+from .contenders import make_input, make_model
 from .report import write
 
 
@@ -66,12 +66,12 @@ def _start(directory: Path, sizes: Sequence[int]) -> dict[str, float]:
         start = time.perf_counter()
         RBLNAutoencoderKL.from_pretrained(directory / "compiled")
         found[name] = time.perf_counter() - start
-    for part in ("decoder", "encoder"):
-        artifact = read_artifact(directory / "compiled" / f"{part}.rbln")
+    for part in ("decode", "encode"):
+        artifact = read_artifact(directory / "compiled" / f"{part}r.rbln")
         machine = CpuRuntime(artifact.graph, artifact.packed, dtype=artifact.dtype).machine
         for size in sizes:
-            shape = (1, 3, size, size) if part == "encoder" else (1, 4, size // 8, size // 8)
+            shape = make_input(part, size).shape
             start = time.perf_counter()
             make_plan(artifact.graph, shape, machine)
-            found[f"plan, {part} {size}²"] = time.perf_counter() - start
+            found[f"plan, {part}r {size}²"] = time.perf_counter() - start
     return found
