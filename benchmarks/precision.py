@@ -78,7 +78,7 @@ def _compiled(model: AutoencoderKL, dtype: str) -> RBLNAutoencoderKL:
 
 
 def _run(model: AutoencoderKL | RBLNAutoencoderKL, part: str, images: torch.Tensor) -> torch.Tensor:
-    images = images.to(getattr(model, "dtype", images.dtype))
+    images = images.to(model.dtype)
     if part == "encode":
         return model.encode(images).latent_dist.parameters.double()
     return model.decode(images).sample.double()
