@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from ... import _engine
 from ...errors import RBLNTargetUnavailableError
 from ...graph.ir import Graph, Shape, Value
+from ...host import usable_memory
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ..base import mebibytes, over_memory_limit, sizes, timed_out
@@ -79,17 +79,6 @@ def measured_limit(isa: str, dtype: str, threads: int) -> float:
 def best_dtype() -> str:
     """`"bfloat16"` where the machine multiplies it faster than float32."""
     return usable_kernels()[-1].dtype
-
-
-def usable_memory() -> int:
-    """Bytes of the machine, or of the control group that this process is in."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return min(limits)
 
 
 def _aligned(weight: Tensor) -> Tensor:
