@@ -1,13 +1,14 @@
 #include "engine/arena.h"
 
 #include <algorithm>
+#include <new>
+
+#include "engine/fork.h"
 
 // AddressSanitizer watches what comes from the allocator, to its exact end.
 #if (defined(__unix__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
 #define RBLN_VAE_MAPS_ARENAS
 #include <sys/mman.h>
-#else
-#include <new>
 #endif
 
 namespace rbln_vae {
@@ -59,8 +60,9 @@ Arena::~Arena() { ::operator delete(data_, std::align_val_t{64}); }
 #endif
 
 std::unique_ptr<Arena> ArenaPool::take(std::size_t bytes) {
+  std::unique_ptr<Arena> too_small;  // freed after the lock
   {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(fork_guard());
     // The smallest that is large enough.
     auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it) {
@@ -68,6 +70,7 @@ std::unique_ptr<Arena> ArenaPool::take(std::size_t bytes) {
       if (best == idle_.end() || (*it)->capacity() < (*best)->capacity()) best = it;
     }
     if (best == idle_.end() && !idle_.empty()) {
+      too_small = std::move(idle_.back());
       idle_.pop_back();
     } else if (best != idle_.end()) {
       std::unique_ptr<Arena> arena = std::move(*best);
@@ -75,21 +78,27 @@ std::unique_ptr<Arena> ArenaPool::take(std::size_t bytes) {
       return arena;
     }
   }
+  too_small.reset();
   return std::make_unique<Arena>(bytes);
 }
 
-void ArenaPool::give(std::unique_ptr<Arena> arena) {
-  const std::lock_guard lock(mutex_);
-  idle_.push_back(std::move(arena));
+void ArenaPool::give(std::unique_ptr<Arena> arena) noexcept {
+  const std::lock_guard lock(fork_guard());
+  try {
+    idle_.push_back(std::move(arena));
+  } catch (const std::bad_alloc&) {
+    // No memory for the list: the arena is freed instead of kept.
+  }
 }
 
 void ArenaPool::clear() {
-  const std::lock_guard lock(mutex_);
-  idle_.clear();
+  std::vector<std::unique_ptr<Arena>> freed;
+  const std::lock_guard lock(fork_guard());
+  freed.swap(idle_);
 }
 
 std::size_t ArenaPool::idle_bytes() const {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(fork_guard());
   std::size_t total = 0;
   for (const auto& arena : idle_) total += arena->capacity();
   return total;

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,20 +30,24 @@ class Arena {
   std::size_t capacity_;
 };
 
-// Thread-safe. Gives each run an arena of its own; an arena that is too large for what is
-// asked is given too, one that is too small is freed before a larger one is made.
+// Thread-safe, in a forked child too. Gives each run an arena of its own; an arena that is too
+// large for what is asked is given too, one that is too small is freed before a larger one is
+// made.
 class ArenaPool {
  public:
+  ArenaPool() = default;
+  ArenaPool(const ArenaPool&) = delete;
+  ArenaPool& operator=(const ArenaPool&) = delete;
+
   std::unique_ptr<Arena> take(std::size_t bytes);
-  void give(std::unique_ptr<Arena> arena);
+  void give(std::unique_ptr<Arena> arena) noexcept;
   // Frees what isn't in use.
   void clear();
   // Bytes of arenas that wait for a run.
   std::size_t idle_bytes() const;
 
  private:
-  mutable std::mutex mutex_;
-  std::vector<std::unique_ptr<Arena>> idle_;
+  std::vector<std::unique_ptr<Arena>> idle_;  // guarded by fork_guard()
 };
 
 }  // namespace rbln_vae

@@ -8,7 +8,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
-#include <numeric>
+#include <functional>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "engine/executor.h"
+#include "engine/float_control.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -28,15 +30,23 @@ using AnyTensor = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
 using Shape = std::array<Index, 4>;
 using Sizes = std::array<Index, 6>;  // those of an Image, in their order
 
+constexpr nb::dlpack::dtype kBFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat),
+                                      16, 1};
+
 // A plan, and the arrays whose memory its steps point into.
 class BoundPlan {
  public:
   BoundPlan(const Kernels& kernels, Index arena_bytes, Shape input, Shape output)
       : plan(kernels, arena_bytes), input_shape(input), output_shape(output) {}
 
+  // Weights of the type in which the kernels read them.
   const void* keep(const Weights& weights) {
-    kept_.push_back(weights);
-    return weights.data();
+    const bool wide = plan.kernels().dtype == DType::kFloat32;
+    return keep(weights, wide ? nb::dtype<float>() : kBFloat16);
+  }
+  // Biases and the like, which are float32 for all kernels.
+  const float* keep_floats(const Weights& weights) {
+    return static_cast<const float*>(keep(weights, nb::dtype<float>()));
   }
 
   Plan plan;
@@ -44,6 +54,12 @@ class BoundPlan {
   Shape output_shape;
 
  private:
+  const void* keep(const Weights& weights, nb::dlpack::dtype expected) {
+    if (weights.dtype() != expected) throw nb::type_error("weights of another type than the kernels");
+    kept_.push_back(weights);
+    return weights.data();
+  }
+
   std::vector<Weights> kept_;
 };
 
@@ -62,6 +78,15 @@ void require_rows(const char* what, const Shape& tensor, Index batch, const Size
 
 Index bytes(const Weights& weights) { return static_cast<Index>(weights.nbytes()); }
 
+// Rounded to the nearest, whatever the caller has set: the result is part of the plan.
+float single(double value) {
+  const FloatControl control;
+  // Neither may be moved before the register is set, or after it is set back.
+  const volatile double from = value;
+  const volatile float result = static_cast<float>(from);
+  return result;
+}
+
 Index offset(const std::optional<Index>& given) { return given.value_or(kNone); }
 
 Activation activation(const std::optional<std::string>& name) {
@@ -79,8 +104,7 @@ Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what) {
   const nb::dlpack::dtype type = given.dtype();
   if (type == nb::dtype<float>()) {
     result.dtype = DType::kFloat32;
-  } else if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) &&
-             type.bits == 16) {
+  } else if (type == kBFloat16) {
     result.dtype = DType::kBFloat16;
   } else if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) &&
              type.bits == 16) {
@@ -103,6 +127,7 @@ Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what) {
 void bind_engine(nb::module_& m) {
   nb::exception<OutOfMemory>(m, "OutOfMemoryError", PyExc_MemoryError);
   nb::exception<TimedOut>(m, "TimedOutError", PyExc_TimeoutError);
+  nb::exception<ThreadsUnavailable>(m, "ThreadsUnavailableError", PyExc_RuntimeError);
 
   nb::class_<Kernels>(m, "Kernels", "The kernels of one instruction set for one element type.")
       .def_prop_ro("isa", [](const Kernels& k) { return std::string(name(k.isa)); })
@@ -115,18 +140,25 @@ void bind_engine(nb::module_& m) {
       .def_ro("panels", &Kernels::panels)
       .def_prop_ro("winograd", [](const Kernels& k) { return k.winograd_kernels != nullptr; })
       .def(
+          "prepare", [](const Kernels& k) { return prepare(k.isa); },
+          "Asks the operating system for what these kernels need before their first run; False\n"
+          "if it refuses.")
+      .def(
           "measure_limit",
           [](const Kernels& k, int threads, double seconds) {
-            std::vector<double> rates(static_cast<std::size_t>(larger(1, threads)), 0.0);
-            if (k.limit != nullptr) {
-              const nb::gil_scoped_release release;
-              std::vector<std::thread> workers;
-              for (double& rate : rates) {
-                workers.emplace_back([&] { rate = k.limit(seconds); });
-              }
-              for (std::thread& worker : workers) worker.join();
-            }
-            return std::accumulate(rates.begin(), rates.end(), 0.0);
+            if (k.limit == nullptr || !prepare(k.isa)) return 0.0;
+            const nb::gil_scoped_release release;
+            std::mutex mutex;
+            double total = 0;
+            const auto measure = [&] {
+              const double rate = k.limit(seconds);
+              const std::lock_guard lock(mutex);
+              total += rate;
+            };
+            std::vector<std::thread> workers = start_threads(threads - 1, measure, [] {});
+            measure();
+            for (std::thread& worker : workers) worker.join();
+            return total;
           },
           "threads"_a, "seconds"_a,
           "Floating-point operations per second that so many threads can do together,\n"
@@ -148,6 +180,9 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](BoundPlan* self, const Kernels& kernels, Index arena_bytes, Shape input_shape,
              Shape output_shape) {
+            if (!prepare(kernels.isa)) {
+              throw nb::value_error("the operating system doesn't let these kernels run");
+            }
             new (self) BoundPlan(kernels, arena_bytes, input_shape, output_shape);
           },
           "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a)
@@ -194,7 +229,7 @@ void bind_engine(nb::module_& m) {
             s.upsample = upsample;
             if (weights) s.weights = p.keep(*weights);
             s.kernels = offset(kernels);
-            s.bias = static_cast<const float*>(p.keep(bias));
+            s.bias = p.keep_floats(bias);
             s.tile_height = tile.first;
             s.tile_width = tile.second;
             s.splits = splits;
@@ -233,9 +268,9 @@ void bind_engine(nb::module_& m) {
             s.batch = batch;
             s.channels = channels;
             s.groups = groups;
-            s.eps = static_cast<float>(eps);
-            s.weight = static_cast<const float*>(p.keep(weight));
-            s.bias = static_cast<const float*>(p.keep(bias));
+            s.eps = single(eps);
+            s.weight = p.keep_floats(weight);
+            s.bias = p.keep_floats(bias);
             s.partials = partials;
             s.partial_channels = partial_channels;
             s.grid_height = grid.first;
@@ -263,7 +298,7 @@ void bind_engine(nb::module_& m) {
              Index packed_keys, Index packed_values, std::optional<Sizes> added,
              Index queries, Index keys) {
             p.plan.add(AttentionStep{batch, image(query), image(output), heads,
-                                     static_cast<float>(scale), packed_keys, packed_values,
+                                     single(scale), packed_keys, packed_values,
                                      residual(added), queries, keys});
           },
           nb::kw_only(), "batch"_a, "query"_a, "output"_a, "heads"_a, "scale"_a,
@@ -276,7 +311,7 @@ void bind_engine(nb::module_& m) {
              std::optional<Sizes> added) {
             p.plan.add(PointwiseStep{batch, image(input), image(output),
                                      {offset(coefficients), activation(function)},
-                                     static_cast<float>(factor), upsample, above, left,
+                                     single(factor), upsample, above, left,
                                      residual(added)});
           },
           nb::kw_only(), "batch"_a, "input"_a, "output"_a, "coefficients"_a.none(),
@@ -294,20 +329,30 @@ void bind_engine(nb::module_& m) {
       .def(
           "run",
           [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
-             double timeout, bool profile) {
+             double timeout, const std::optional<nb::callable>& ask, bool profile) {
             const Tensor from = tensor(input, p.input_shape, "the input");
             const Tensor to = tensor(output, p.output_shape, "the output");
             std::vector<StepTime> times;
+            std::function<void()> ask_caller;
+            if (ask) {
+              ask_caller = [&ask] {
+                const nb::gil_scoped_acquire acquire;
+                if (PyErr_CheckSignals() != 0) throw nb::python_error();
+                (*ask)();
+              };
+            }
             {
               const nb::gil_scoped_release release;
-              e.run(p.plan, from, to, timeout, profile ? &times : nullptr);
+              e.run(p.plan, from, to, timeout, ask_caller, profile ? &times : nullptr);
             }
             std::vector<std::pair<double, double>> result;
             for (const StepTime& each : times) result.emplace_back(each.begin, each.end);
             return result;
           },
-          "plan"_a, "input"_a, "output"_a, "timeout"_a, "profile"_a,
-          "Runs a plan; gives the begin and end of each step where they are asked for.");
+          "plan"_a, "input"_a, "output"_a, "timeout"_a, "ask"_a.none(), "profile"_a,
+          "Runs a plan; gives the begin and end of each step where they are asked for.\n"
+          "`ask` is called now and then, on the calling thread, where signals are looked for\n"
+          "too; what it raises ends the run.");
 }
 
 }  // namespace rbln_vae

@@ -38,12 +38,16 @@ std::uint64_t saved_registers() {
   return (std::uint64_t{high} << 32) | low;
 }
 
-// Linux gives the tile registers only to a process that asks for them.
-bool request_amx() {
 #if defined(__linux__) && defined(__x86_64__)
-  constexpr long arch_req_xcomp_perm = 0x1023;
-  constexpr long xfeature_xtiledata = 18;
-  return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
+constexpr long kTileData = 18;  // the number of the tile registers among those that are saved
+#endif
+
+// Whether Linux would give a process the tile registers.
+bool offers_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long arch_get_xcomp_supp = 0x1021;
+  std::uint64_t offered = 0;
+  return syscall(SYS_arch_prctl, arch_get_xcomp_supp, &offered) == 0 && bit(offered, kTileData);
 #else
   return false;
 #endif
@@ -78,7 +82,7 @@ CpuFeatures detect() {
     f.avx512_fp16 = bit(extended.edx, 23);
     f.avx512_bf16 = bit(more.eax, 5);
   }
-  if (saves(tiles) && bit(extended.edx, 24) && request_amx()) {
+  if (saves(tiles) && bit(extended.edx, 24) && offers_tiles()) {
     f.amx_tile = true;
     f.amx_bf16 = bit(extended.edx, 22);
   }
@@ -96,6 +100,16 @@ CpuFeatures detect() { return {}; }
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = detect();
   return features;
+}
+
+bool request_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long arch_req_xcomp_perm = 0x1023;
+  static const bool granted = syscall(SYS_arch_prctl, arch_req_xcomp_perm, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
 }
 
 std::vector<std::string> names(const CpuFeatures& f) {

@@ -24,9 +24,12 @@ struct CpuFeatures {
   bool amx_bf16 = false;
 };
 
-// The features of this machine. The first call asks the processor, and on Linux asks
-// the kernel for the right to use AMX tiles, which holds for the whole process.
+// The features of this machine.
 const CpuFeatures& cpu_features();
+
+// Asks Linux for the right to use the tiles of AMX, which holds for the whole process and its
+// children; false if it refuses. Only the first call asks.
+bool request_tiles();
 
 // The names of the features that are present, in the order of the struct.
 std::vector<std::string> names(const CpuFeatures& features);

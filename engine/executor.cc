@@ -1,10 +1,8 @@
 #include "engine/executor.h"
 
 #include <chrono>
-#include <cmath>
-#include <string>
 
-#include "engine/denormals.h"
+#include "engine/float_control.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -83,12 +81,9 @@ std::size_t Executor::bytes(const Plan& plan) const {
 }
 
 void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, double timeout,
-                   std::vector<StepTime>* times) {
+                   const std::function<void()>& ask, std::vector<StepTime>* times) {
   const Clock::time_point begin = Clock::now();
-  // Thirty years stand for no limit: the clock's units don't hold infinity.
-  const double seconds = timeout >= 0 && timeout < 1e9 ? timeout : 1e9;
-  const Clock::time_point deadline =
-      begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  const std::shared_ptr<ThreadPool> pool = ThreadPool::present(pool_);
   const std::size_t total = bytes(plan);
   const Borrowed arena(arenas_, total);
   const std::size_t stride = scratch_stride(plan);
@@ -96,10 +91,16 @@ void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, 
       arena.data() + (total - stride * static_cast<std::size_t>(threads()));
 
   const Fence fence(plan, arena.data(), total, stride);
-  const FlushDenormals flush;
-  ThreadPool::Run run(threads_, [&](std::size_t step, std::int64_t item, int slot) {
+  const FloatControl control;
+  const auto ask_caller = [&] {
+    const FloatControl::Suspended callers(control);
+    ask();
+  };
+  Watch watch(timeout, ask ? std::function<void()>(ask_caller) : nullptr);
+  ThreadPool::Run run(*pool, watch, [&](std::size_t step, std::int64_t item, int slot) {
     const Context context{arena.data(), scratches + static_cast<std::size_t>(slot) * stride,
-                          &input, &output};
+                          &input,       &output,
+                          &watch,       slot == 0};
     plan.run_item(step, context, item);
   });
   const auto elapsed = [begin] {
@@ -109,12 +110,7 @@ void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, 
   double last = times != nullptr ? elapsed() : 0;
   for (std::size_t step = 0; step < plan.steps().size(); ++step) {
     fence.open(step);
-    if (!run.phase(plan.items(step), deadline)) {
-      throw TimedOut("the run was stopped after " + std::to_string(elapsed()) +
-                     " seconds, in step " + std::to_string(step + 1) + " of " +
-                     std::to_string(plan.steps().size()) + "; the timeout is " +
-                     std::to_string(timeout) + " seconds");
-    }
+    if (!run.phase(plan.items(step))) watch.raise();
     if (times != nullptr) {
       const double now = elapsed();
       times->push_back({last, now});

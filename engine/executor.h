@@ -1,7 +1,8 @@
 // Runs a plan.
 #pragma once
 
-#include <stdexcept>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #include "engine/arena.h"
@@ -10,35 +11,38 @@
 
 namespace rbln_vae {
 
-class TimedOut : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
 // Seconds since the run began.
 struct StepTime {
   double begin;
   double end;
 };
 
-// Threads and memory that all runs of a model share. Thread-safe.
+// Runs plans on the threads that all models share, in memory that the runs of one model share.
+// Thread-safe, and whole in a forked child.
 class Executor {
  public:
-  explicit Executor(int threads) : threads_(threads) {}
+  // Throws ThreadsUnavailable.
+  explicit Executor(int threads) : threads_(threads), pool_(ThreadPool::shared(threads)) {}
 
-  // The caller's thread works along. `times`, if given, gets one entry for each step.
-  // Throws TimedOut after `timeout` seconds, and OutOfMemory.
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  // The caller's thread works along, and calls `ask` now and then, which may be empty and ends
+  // the run by an exception. `times`, if given, gets one entry for each step.
+  // Throws TimedOut after `timeout` seconds, what `ask` throws, OutOfMemory, and
+  // ThreadsUnavailable in a child that was forked.
   void run(const Plan& plan, const Tensor& input, const Tensor& output, double timeout,
-           std::vector<StepTime>* times);
+           const std::function<void()>& ask, std::vector<StepTime>* times);
 
-  int threads() const { return threads_.threads(); }
+  int threads() const { return threads_; }
   // What a run of the plan takes.
   std::size_t bytes(const Plan& plan) const;
   std::size_t idle_bytes() const { return arenas_.idle_bytes(); }
   void release() { arenas_.clear(); }
 
  private:
-  ThreadPool threads_;
+  const int threads_;
+  std::shared_ptr<ThreadPool> pool_;
   ArenaPool arenas_;
 };
 

@@ -24,6 +24,11 @@ Index product(const char* what, std::initializer_list<Index> sizes) {
   return result;
 }
 
+void check_tiles(Index height, Index width, Index grid_height, Index grid_width) {
+  require(height > 0 && width > 0 && height <= grid_height && width <= grid_width,
+          "tiles larger than the image, or empty");
+}
+
 }  // namespace
 
 Plan::Plan(const Kernels& kernels, Index arena_bytes)
@@ -106,9 +111,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
   require(s.stride > 0 && s.stride < far && s.above >= 0 && s.above < far && s.left >= 0 &&
               s.left < far,
           "stride or padding out of range");
-  require(s.tile_height > 0 && s.tile_width > 0 && s.tile_height <= s.grid_height() &&
-              s.tile_width <= s.grid_width(),
-          "tiles larger than the image, or empty");
+  check_tiles(s.tile_height, s.tile_width, s.grid_height(), s.grid_width());
   require(s.splits > 0 && s.splits <= s.panels(), "more splits than panels");
   if (s.upsample) {
     require(s.kernel_height == 2 && s.kernel_width == 2 && s.stride == 1,
@@ -162,7 +165,7 @@ void Plan::add(const WinogradStep& s, Index weight_bytes) {
 
 void Plan::add(const StatisticsStep& s) {
   check_image("statistics input", s.batch, s.input);
-  require(s.tile_height > 0 && s.tile_width > 0, "empty tiles");
+  check_tiles(s.tile_height, s.tile_width, s.input.height, s.input.width);
   check_range("statistics", s.partials,
               product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2,
                                      s.input.blocks(), kBlock, 4}));
@@ -175,9 +178,11 @@ void Plan::add(const NormStep& s, Index weight_bytes, Index bias_bytes) {
   require(s.weight != nullptr && s.bias != nullptr && weight_bytes == 4 * s.channels &&
               bias_bytes == 4 * s.channels,
           "norm weights of another size");
-  require(s.grid_height > 0 && s.grid_width > 0 && s.tile_height > 0 && s.tile_width > 0 &&
-              s.points > 0 && s.partial_channels >= s.channels,
+  require(s.grid_height > 0 && s.grid_width > 0 && s.points > 0 &&
+              s.partial_channels >= s.channels,
           "statistics without pixels");
+  product("statistics", {s.batch, s.grid_height, s.grid_width, s.points, s.partial_channels});
+  check_tiles(s.tile_height, s.tile_width, s.grid_height, s.grid_width);
   check_range("statistics", s.partials,
               product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2,
                                      s.partial_channels, 4}));

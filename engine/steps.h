@@ -223,12 +223,19 @@ struct Tensor {
   Index strides[4] = {};
 };
 
+class Watch;
+
 // What a kernel sees of a run.
 struct Context {
   std::byte* arena = nullptr;
   std::byte* scratch = nullptr;  // of the thread
   const Tensor* input = nullptr;
   const Tensor* output = nullptr;
+  Watch* watch = nullptr;
+  bool leads = false;  // whether the thread asks the watch, or sees what it found
 };
+
+// Whether the run ends: an item that takes long looks now and then, and may be left half done.
+bool stopped(const Context& context);
 
 }  // namespace rbln_vae

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <map>
 #include <string>
+#include <system_error>
 #include <utility>
 
-#include "engine/denormals.h"
+#include "engine/float_control.h"
+#include "engine/fork.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -32,29 +35,49 @@ std::uint64_t packed(std::uint32_t phase, std::uint32_t item) {
   return (std::uint64_t{phase} << 32) | item;
 }
 
+// The pools of this process by their number of threads; guarded by fork_guard().
+std::map<int, std::weak_ptr<ThreadPool>>& pools() {
+  static std::map<int, std::weak_ptr<ThreadPool>> list;
+  return list;
+}
+
 }  // namespace
 
-ThreadPool::Run::Run(ThreadPool& pool, Work work)
-    : in_use_(static_cast<std::size_t>(pool.threads()), false), pool_(pool),
+std::vector<std::thread> start_threads(int count, const std::function<void()>& work,
+                                       const std::function<void()>& stop) {
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<std::size_t>(std::max(0, count)));
+  try {
+    for (int i = 0; i < count; ++i) threads.emplace_back(work);
+  } catch (const std::system_error& error) {
+    stop();
+    for (std::thread& each : threads) each.join();
+    throw ThreadsUnavailable(std::to_string(count) + " threads were wanted besides the caller's, "
+                             "and the system gave " + std::to_string(threads.size()) + " (" +
+                             error.code().message() + ")");
+  }
+  return threads;
+}
+
+ThreadPool::Run::Run(ThreadPool& pool, Watch& watch, Work work)
+    : in_use_(static_cast<std::size_t>(pool.threads()), false), pool_(pool), watch_(watch),
       work_(std::move(work)) {
   next_ = packed(0, kClosed);
   in_use_[0] = true;
-  {
-    const std::lock_guard lock(pool_.mutex_);
-    pool_.runs_.push_back(this);
-    ++pool_.active_;
-  }
-  pool_.wake_.notify_all();
+  std::unique_lock lock(pool_.mutex_);
+  pool_.runs_.push_back(this);
+  leading_ = pool_.wait_turn(lock, watch_);
+  if (pool_.turns_ > 0) pool_.wake_.notify_all();
 }
 
 ThreadPool::Run::~Run() {
   finished_ = true;
   next_ = packed(phase_ + 1, kClosed);
   next_.notify_all();
+  if (pool_.lost()) return;
   std::unique_lock lock(pool_.mutex_);
   std::erase(pool_.runs_, this);
-  --pool_.active_;
-  if (!pool_.runs_.empty()) pool_.wake_.notify_all();
+  if (leading_) pool_.give_turn();
   pool_.left_.wait(lock, [this] { return helpers_ == 0; });
 }
 
@@ -74,13 +97,44 @@ bool ThreadPool::Run::take(std::uint32_t& phase, std::int64_t& item) {
 void ThreadPool::Run::do_item(std::uint32_t phase, std::int64_t item, int slot) {
   // Phases count from one; zero is the time before the first.
   work_(phase - 1, item, slot);
-  // items_ can't change before the last item of the phase is counted.
+  // items_ can't change before the last item of the phase is counted, and the leader doesn't
+  // leave before a helper that holds its mutex has.
   const std::int64_t items = items_.load();
-  if (done_.fetch_add(1) + 1 == items) done_.notify_all();
+  if (done_.fetch_add(1) + 1 == items && asleep_.load()) {
+    const std::lock_guard lock(mutex_);
+    done_all_.notify_one();
+  }
 }
 
-bool ThreadPool::Run::phase(std::int64_t items,
-                            std::chrono::steady_clock::time_point deadline) {
+// Asks the watch, and lets another leader work that waits for a turn.
+bool ThreadPool::Run::goes_on() {
+  if (watch_.check()) return false;
+  if (pool_.wanted()) {
+    std::unique_lock lock(pool_.mutex_);
+    pool_.give_turn();
+    leading_ = pool_.wait_turn(lock, watch_);
+  }
+  return leading_;
+}
+
+void ThreadPool::Run::wait_for(std::int64_t items) {
+  for (int look = 0; look < kLooks; ++look) {
+    if (done_.load() >= items) return;
+    pause();
+  }
+  std::unique_lock lock(mutex_);
+  asleep_ = true;
+  while (!done_all_.wait_for(lock, Watch::kPatience, [&] { return done_.load() >= items; })) {
+    // An item may take long: the run can be stopped within it, and others have their turns.
+    lock.unlock();
+    if (!goes_on() && pool_.lost()) break;
+    lock.lock();
+  }
+  asleep_ = false;
+}
+
+bool ThreadPool::Run::phase(std::int64_t items) {
+  if (!leading_) return false;
   ++phase_;
   next_ = packed(phase_, kClosed);
   items_ = items;
@@ -89,30 +143,23 @@ bool ThreadPool::Run::phase(std::int64_t items,
   if (items > 1) next_.notify_all();
   std::uint32_t phase;
   std::int64_t item;
-  bool late = false;
-  while (!late && take(phase, item)) {
+  bool on = true;
+  while (on && take(phase, item)) {
     do_item(phase, item, 0);
-    late = std::chrono::steady_clock::now() >= deadline;
+    on = goes_on();
   }
-  if (late) {
+  if (!on) {
     // Nobody takes another item; those that were taken are waited for.
     const std::uint64_t seen = next_.exchange(packed(phase_, kClosed));
     items = std::min<std::int64_t>(items, static_cast<std::uint32_t>(seen));
   }
-  for (int look = 0;; ++look) {
-    const std::int64_t done = done_.load();
-    if (done >= items) break;
-    if (look < kLooks || late) {
-      pause();
-      if (look >= kLooks) std::this_thread::yield();
-    } else {
-      done_.wait(done);
-    }
-  }
-  return !late || items == items_.load();
+  wait_for(items);
+  // Items may have been left half done.
+  return !watch_.stopped();
 }
 
-void ThreadPool::Run::help(int slot) {
+// Whether it still has its turn when it leaves.
+bool ThreadPool::Run::help(int slot) {
   int looks = 0;
   while (!finished_.load()) {
     const std::uint64_t seen = next_.load();
@@ -121,20 +168,56 @@ void ThreadPool::Run::help(int slot) {
     if (take(phase, item)) {
       do_item(phase, item, slot);
       looks = 0;
-      continue;
-    }
-    if (pool_.crowded()) return;
-    if (++looks < kLooks) {
+    } else if (++looks < kLooks) {
       pause();
     } else if (!finished_.load()) {
+      {
+        const std::lock_guard lock(pool_.mutex_);
+        pool_.give_turn();
+      }
       next_.wait(seen);
+      if (!pool_.try_turn()) return false;
       looks = 0;
     }
+    if (pool_.wanted()) return true;
   }
+  return true;
 }
 
-ThreadPool::ThreadPool(int threads) : threads_(std::max(1, threads)) {
-  for (int i = 1; i < threads_; ++i) workers_.emplace_back([this] { work(); });
+std::shared_ptr<ThreadPool> ThreadPool::shared(int threads) {
+  const std::lock_guard lock(fork_guard());
+  std::weak_ptr<ThreadPool>& known = pools()[threads];
+  std::shared_ptr<ThreadPool> pool = known.lock();
+  if (pool == nullptr || pool->lost()) {
+    // A pool of the parent's is left as it is: nothing in it may be touched.
+    pool.reset(new ThreadPool(threads), [](ThreadPool* each) {
+      if (!each->lost()) delete each;
+    });
+    known = pool;
+  }
+  return pool;
+}
+
+std::shared_ptr<ThreadPool> ThreadPool::present(std::shared_ptr<ThreadPool>& kept) {
+  {
+    const std::lock_guard lock(fork_guard());
+    if (!kept->lost()) return kept;
+  }
+  std::shared_ptr<ThreadPool> pool = shared(kept->threads());
+  const std::lock_guard lock(fork_guard());
+  kept = pool;
+  return pool;
+}
+
+ThreadPool::ThreadPool(int threads)
+    : threads_(std::max(1, threads)), forks_(forks()), turns_(threads_) {
+  workers_ = start_threads(
+      threads_ - 1, [this] { work(); },
+      [this] {
+        const std::lock_guard lock(mutex_);
+        stopping_ = true;
+        wake_.notify_all();
+      });
 }
 
 ThreadPool::~ThreadPool() {
@@ -146,18 +229,20 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
+bool ThreadPool::lost() const { return forks_ != forks(); }
+
 ThreadPool::Run* ThreadPool::joinable() {
-  if (active_.load() >= threads_) return nullptr;
+  if (turns_ == 0) return nullptr;
   Run* best = nullptr;
   for (Run* run : runs_) {
-    if (run->helpers_ + 1 >= threads_ || run->finished_.load()) continue;
+    if (!run->leading_ || run->helpers_ + 1 >= threads_ || run->finished_.load()) continue;
     if (best == nullptr || run->helpers_ < best->helpers_) best = run;
   }
   return best;
 }
 
 void ThreadPool::work() {
-  const FlushDenormals flush;
+  const FloatControl control;
   std::unique_lock lock(mutex_);
   for (;;) {
     Run* run = nullptr;
@@ -167,14 +252,58 @@ void ThreadPool::work() {
     const auto slot = static_cast<std::size_t>(free - run->in_use_.begin());
     run->in_use_[slot] = true;
     ++run->helpers_;
-    ++active_;
+    --turns_;
     lock.unlock();
-    run->help(static_cast<int>(slot));
+    const bool has_turn = run->help(static_cast<int>(slot));
     lock.lock();
     run->in_use_[slot] = false;
-    --active_;
+    if (has_turn) give_turn();
     if (--run->helpers_ == 0) left_.notify_all();
   }
+}
+
+// A turn that nobody has and nobody waits for.
+bool ThreadPool::try_turn() {
+  const std::lock_guard lock(mutex_);
+  if (turns_ == 0) return false;
+  --turns_;
+  return true;
+}
+
+// Waits until it is this leader's turn; false if the watch stopped its run before.
+bool ThreadPool::wait_turn(std::unique_lock<std::mutex>& lock, Watch& watch) {
+  if (turns_ > 0) {
+    --turns_;
+    return true;
+  }
+  Waiting self;
+  queue_.push_back(&self);
+  ++waiters_;
+  while (!self.granted.wait_for(lock, Watch::kPatience, [&] { return self.has_turn; })) {
+    lock.unlock();
+    const bool stopped = watch.check();
+    if (lost()) return false;
+    lock.lock();
+    if (!stopped || self.has_turn) continue;
+    std::erase(queue_, &self);
+    --waiters_;
+    return false;
+  }
+  return true;
+}
+
+// To the leader that has waited longest, or to whoever comes.
+void ThreadPool::give_turn() {
+  if (queue_.empty()) {
+    ++turns_;
+    if (!runs_.empty()) wake_.notify_one();
+    return;
+  }
+  Waiting* first = queue_.front();
+  queue_.pop_front();
+  --waiters_;
+  first->has_turn = true;
+  first->granted.notify_one();
 }
 
 int usable_processors() {

@@ -36,6 +36,10 @@ const char* name(Isa isa);
 // Whether this machine runs it, and this build has it.
 bool available(Isa isa);
 
+// Asks the operating system for what an instruction set needs, once in a process and before
+// any of it is run; false if it refuses.
+bool prepare(Isa isa);
+
 // The best kernels for an element type that use no instruction set above `most`.
 const Kernels& kernels(DType dtype, Isa most);
 

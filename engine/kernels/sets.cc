@@ -82,6 +82,15 @@ bool available(Isa isa) {
   }
 }
 
+bool prepare(Isa isa) {
+#if defined(RBLN_VAE_EMULATE_TILES)
+  (void)isa;
+  return true;
+#else
+  return isa != Isa::kAmxBf16 || request_tiles();
+#endif
+}
+
 std::span<const Kernels* const> all_kernels() {
   static const std::vector<const Kernels*> list = [] {
     std::vector<const Kernels*> result;

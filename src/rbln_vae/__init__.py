@@ -8,6 +8,7 @@ from .config import RBLNAutoConfig, RBLNModelConfig
 from .demo import demo_model
 from .errors import (
     RBLNArtifactError,
+    RBLNCancelledError,
     RBLNCompileError,
     RBLNDatasetError,
     RBLNError,
@@ -27,6 +28,7 @@ __all__ = [
     "RBLNAutoConfig",
     "RBLNAutoencoderKL",
     "RBLNAutoencoderKLConfig",
+    "RBLNCancelledError",
     "RBLNCompileError",
     "RBLNDatasetError",
     "RBLNError",

@@ -21,6 +21,7 @@ from .config import (
 )
 from .errors import RBLNCompileError, RBLNRuntimeError
 from .model import RBLNModel
+from .targets.watch import ShouldStop
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -154,7 +155,12 @@ class RBLNAutoencoderKL(RBLNModel):
     rbln_config: RBLNAutoencoderKLConfig
 
     def encode(
-        self, x: Tensor, return_dict: bool = True, **kwargs: Any
+        self,
+        x: Tensor,
+        return_dict: bool = True,
+        *,
+        should_stop: ShouldStop | None = None,
+        **kwargs: Any,
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Turn images into distributions of latents.
 
@@ -162,6 +168,8 @@ class RBLNAutoencoderKL(RBLNModel):
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, of any floating dtype and
                 strides. Height and width are multiples of the scale factor.
             return_dict: Whether to return an output class or a tuple.
+            should_stop: A function without arguments that is asked during the run, at most
+                every 50 ms and on the calling thread; a true answer stops the run.
             **kwargs: `generator` is accepted, and draws nothing.
 
         Returns:
@@ -174,6 +182,7 @@ class RBLNAutoencoderKL(RBLNModel):
             TypeError: It is no floating tensor, or a name is unknown.
             RBLNRuntimeError: The encoder was not compiled, or there are no runtimes.
             TimeoutError: The run took longer than `timeout`.
+            RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
             MemoryError: It would need more than `memory_limit`.
 
         Example:
@@ -190,7 +199,7 @@ class RBLNAutoencoderKL(RBLNModel):
             )
         self._check_input(x, "x", self.rbln_config.in_channels)
         check_image_size((x.shape[2], x.shape[3]), self.rbln_config.vae_scale_factor or 1)
-        posterior = DiagonalGaussianDistribution(self._run(ENCODER, x))
+        posterior = DiagonalGaussianDistribution(self._run(ENCODER, x, should_stop=should_stop))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
@@ -199,6 +208,7 @@ class RBLNAutoencoderKL(RBLNModel):
         return_dict: bool = True,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
+        should_stop: ShouldStop | None = None,
         **kwargs: Any,
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into images.
@@ -211,6 +221,8 @@ class RBLNAutoencoderKL(RBLNModel):
                 an array or a memory map `(N, out_channels, f * H, f * W)` of float32,
                 float16 or (a tensor) bfloat16, of any strides. It doesn't count against
                 `memory_limit`.
+            should_stop: A function without arguments that is asked during the run, at most
+                every 50 ms and on the calling thread; a true answer stops the run.
             **kwargs: `generator` is accepted, and draws nothing.
 
         Returns:
@@ -222,6 +234,7 @@ class RBLNAutoencoderKL(RBLNModel):
             TypeError: One is no floating tensor, or a name is unknown.
             RBLNRuntimeError: There are no runtimes.
             TimeoutError: The run took longer than `timeout`.
+            RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
             MemoryError: It would need more than `memory_limit`.
 
         Example:
@@ -238,7 +251,8 @@ class RBLNAutoencoderKL(RBLNModel):
         self._check_input(z, "z", self.rbln_config.latent_channels)
         factor = self.rbln_config.vae_scale_factor or 1
         shape = (z.shape[0], self.config.out_channels, z.shape[2] * factor, z.shape[3] * factor)
-        sample = self._run(DECODER, z, None if out is None else _writable(out, shape))
+        to = None if out is None else _writable(out, shape)
+        sample = self._run(DECODER, z, to, should_stop)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(

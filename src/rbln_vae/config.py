@@ -119,8 +119,8 @@ class RBLNModelConfig:
         npu: The RBLN chip to compile for, such as `"RBLN-CA22"`.
         num_devices: Devices that share one model.
         tensor_parallel_size: Another name of `num_devices`.
-        timeout: Seconds that one run may take before a `TimeoutError`; `float("inf")` is no
-            limit.
+        timeout: Seconds that one run may take before a `TimeoutError`. `None` is no limit,
+            since large images take minutes; on the target `rbln` it is 60.
         dtype: `"float32"`, `"bfloat16"` or a torch dtype; `None` is what is best on the
             target.
         target: `"cpu"`, `"cuda"`, `"rbln"` or `"reference"`; `None` is `rbln` where an
@@ -171,7 +171,6 @@ class RBLNModelConfig:
         "create_runtimes": True,
         "activate_profiler": False,
         "num_devices": 1,
-        "timeout": 60,
     }
 
     create_runtimes: bool
@@ -180,7 +179,7 @@ class RBLNModelConfig:
     activate_profiler: bool
     npu: str | None
     num_devices: int
-    timeout: float
+    timeout: float | None
     dtype: str | None
     target: str | None
     num_threads: int | None

@@ -24,6 +24,10 @@ class RBLNRuntimeError(RBLNError):
     """A compiled model can't run as it was loaded."""
 
 
+class RBLNCancelledError(RBLNError):
+    """A run was stopped because its caller asked for that; the model can be used again."""
+
+
 class RBLNTargetUnavailableError(RBLNError):
     """The target can't run on this machine; the message says what to install."""
 

@@ -34,6 +34,7 @@ from .targets.base import (
     default_target,
     get_target,
 )
+from .targets.watch import ShouldStop
 
 MODEL_CONFIG_NAME = "config.json"
 
@@ -442,12 +443,22 @@ class RBLNModel(ModuleMembers):
                 "the model again with rbln_batch_size and rbln_sample_size."
             )
 
-    def _run(self, part: str, image: Tensor, out: Tensor | None = None) -> Tensor:
+    def _run(
+        self,
+        part: str,
+        image: Tensor,
+        out: Tensor | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Tensor:
         """Run a part on a checked image; a new result has its dtype and device."""
+        if should_stop is not None and not callable(should_stop):
+            raise TypeError(
+                f"should_stop must be a function, and is a {type(should_stop).__name__}."
+            )
         runtime = self._runtime(part)
         self._check_shape(part, tuple(image.shape))
-        source = image.detach().cpu()
-        return runtime.run(source).to(image.device) if out is None else runtime.run(source, out)
+        result = runtime.run(image.detach().cpu(), out, should_stop)
+        return result.to(image.device) if out is None else result
 
     def profile(self) -> Profile:
         """The latest runs, operation by operation.

@@ -39,6 +39,7 @@ class Winograd {
   static constexpr Index kTile = kWinogradTile;
   static constexpr Index kSide = kTile + 2;
   static constexpr Index kPositions = kSide * kSide;
+  static_assert(kSide == 6);  // as the transforms are written and unrolled
   // Products that wait to be transformed back stay in the L2 cache beside their factors.
   static constexpr Index kSumsBytes = 320 * 1024;
 

@@ -45,6 +45,7 @@ double limit_of_products(double seconds) {
   constexpr Index kLanes = sizeof(Vector) / sizeof(float);
   constexpr Index kStep = kLanes * Products::kChannels;
   constexpr Index kTurns = 32;
+  static_assert(kSums <= 24);  // as the loops below are unrolled
   const RandomElements<T, 2 * kTurns * kStep> data;
   // Where the sums go: what nobody reads, the compiler leaves out.
   alignas(64) float kept[kSums * kLanes] = {};

@@ -30,6 +30,8 @@ class Broadcast {
   static void product(const Operands& g) {
     constexpr int kColumns = kPanels * Set::kPerPanel;
     constexpr Index kRow = kPanel * kSideBySide;
+    // A loop that isn't unrolled whole keeps its sums in memory.
+    static_assert(kPixels <= 16 && kColumns <= 4 && kSideBySide <= 2 * Set::kChannels);
     typename Set::Vector sums[kPixels][kColumns];
 #pragma GCC unroll 16
     for (int m = 0; m < kPixels; ++m) {

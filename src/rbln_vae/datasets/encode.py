@@ -37,9 +37,6 @@ from .pipeline import Progress, encode_splits
 from .sizes import Placement
 from .sources import Source, Split, open_source
 
-_TIMEOUT = 3600.0
-"""Seconds that a run of the encoder may take, unless the caller says otherwise."""
-
 _PROBED = 16
 """Images that a dry run decodes."""
 
@@ -148,7 +145,7 @@ def encode_dataset(
         raise ValueError("with ray, model must be a directory or an id that each worker can load")
     opened = open_source(source, **reading)
     _check_apart(source, directory)
-    settings = {"timeout": _TIMEOUT, **(rbln_config or {})}
+    settings = dict(rbln_config or {})
     loading = _where(model, subfolder, revision)
     if ray is None:
         settings |= {} if threads is None else {"num_threads": threads}
@@ -326,7 +323,7 @@ def estimate(
     directory = local_directory(out)
     opened = open_source(source, **reading)
     _check_apart(source, directory)
-    settings = {"timeout": _TIMEOUT, **(rbln_config or {})}
+    settings = dict(rbln_config or {})
     settings |= {} if threads is None else {"num_threads": threads}
     loading = _where(model, subfolder, revision)
     vae = load_model(model, settings, loading)

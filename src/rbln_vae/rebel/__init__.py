@@ -226,10 +226,7 @@ class Runtime:
         self._model = compiled_model
         self._tensor_type = tensor_type
         self._devices = devices
-        options = RuntimeOptions(
-            timeout=float("inf") if timeout is None else timeout,
-            activate_profiler=activate_profiler,
-        )
+        options = RuntimeOptions(timeout=timeout, activate_profiler=activate_profiler)
         artifact = compiled_model.artifact
         self._runtime = get_target(artifact.target).create_runtime(artifact, options)
 

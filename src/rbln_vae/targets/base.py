@@ -18,6 +18,7 @@ from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
 from ..profiler import RunProfile
+from .watch import ShouldStop
 
 
 class CompiledModel(Protocol):
@@ -55,27 +56,34 @@ class RuntimeOptions:
     device: int | str | None = None
     num_threads: int | None = None
     memory_limit: int | None = None
-    timeout: float = 60
+    timeout: float | None = None
     activate_profiler: bool = False
 
 
 class Runtime(Protocol):
     """A compiled part on its device, ready to run; several threads may share it."""
 
-    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        image: Tensor,
+        out: Tensor | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Tensor:
         """Run the part.
 
         Args:
             image: `(N, C, H, W)` on the CPU, of any floating dtype and strides; not
                 written to.
             out: Where to write the result, on the CPU, of its shape and any floating dtype
-                and strides.
+                and strides; it shares no memory with the image.
+            should_stop: Asked at most every 50 ms, on the calling thread; true stops the run.
 
         Returns:
             `out`, or a new tensor on the CPU in the dtype of the input.
 
         Raises:
             TimeoutError: The run took longer than its timeout.
+            RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
             MemoryError: It would need more than its memory limit.
         """
 
@@ -186,14 +194,6 @@ class GraphTarget(Target):
         Raises:
             RBLNCompileError: The target can't run the graph.
         """
-
-
-def timed_out(timeout: float) -> TimeoutError:
-    """The error of a run that took longer than its timeout."""
-    return TimeoutError(
-        f"A run took longer than timeout={timeout} seconds and was given up; the model can be "
-        "used again. Give a longer timeout, or a smaller batch or image."
-    )
 
 
 def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> MemoryError:

@@ -27,8 +27,12 @@ from ..errors import (
 )
 from ..profiler import RunProfile
 from .base import CompiledModel, CompileOptions, RuntimeOptions, Target, sizes
+from .watch import ShouldStop, Watch
 
 DTYPE = "float32"
+
+DEFAULT_TIMEOUT = 60.0
+"""Seconds that a run may take, as in optimum-rbln: an NPU that hangs gives no other sign."""
 
 _NO_COMPILER = (
     "Rebellions' compiler, the package rebel-compiler, is not installed. Install it as "
@@ -108,7 +112,7 @@ class RblnTarget(Target):
                 tensor_type="pt",
                 device=options.device,
                 activate_profiler=options.activate_profiler,
-                timeout=options.timeout,
+                timeout=DEFAULT_TIMEOUT if options.timeout is None else options.timeout,
             )
         except RuntimeError as error:
             raise RBLNRuntimeError(
@@ -157,8 +161,15 @@ class RblnRuntime:
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
         """The compiler has chosen already."""
 
-    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        image: Tensor,
+        out: Tensor | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Tensor:
+        """Run the part; what the NPU has begun can't be stopped, so it asks before that alone."""
         with self._lock:
+            Watch(should_stop=should_stop).check()
             result: Tensor = self._runtime(image.float().contiguous())
             return result.to(image.dtype, copy=True) if out is None else out.copy_(result)
 

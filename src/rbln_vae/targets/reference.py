@@ -26,8 +26,8 @@ from .base import (
     mebibytes,
     over_memory_limit,
     sizes,
-    timed_out,
 )
+from .watch import ShouldStop, Watch
 
 _PROFILES_KEPT = 100
 
@@ -82,23 +82,28 @@ class InterpreterRuntime:
     def profiles(self) -> list[RunProfile]:
         return list(self._profiles)
 
-    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        image: Tensor,
+        out: Tensor | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Tensor:
         interpreter = self._interpreter
         self._check_memory(image.shape)
-        clock = _Clock(self._options.timeout)
-        watch = _Stopwatch(interpreter) if self._options.activate_profiler else None
+        watch = Watch(self._options.timeout, should_stop)
+        stopwatch = _Stopwatch(interpreter) if self._options.activate_profiler else None
 
         def before(index: int, operation: Operation) -> None:
-            clock.check()
-            if watch is not None:
-                watch.lap()
+            watch.check()
+            if stopwatch is not None:
+                stopwatch.lap()
 
         with _threads(self._options.num_threads):
             result = interpreter.run(image, before)
-            if watch is not None:
-                watch.lap()
-                self._profiles.append(watch.profile(tuple(image.shape)))
-        clock.check()
+            if stopwatch is not None:
+                stopwatch.lap()
+                self._profiles.append(stopwatch.profile(tuple(image.shape)))
+        watch.check()
         return result.to(image.device, image.dtype) if out is None else out.copy_(result)
 
     def memory_needed(self, shape: Shape) -> int:
@@ -134,16 +139,6 @@ def peak_elements(graph: Graph, input_shape: Shape) -> int:
         peak = max(peak, sum(live.values()))
         live = {value: size for value, size in live.items() if last.get(value, -1) > index}
     return peak
-
-
-class _Clock:
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self.end = time.monotonic() + timeout
-
-    def check(self) -> None:
-        if time.monotonic() > self.end:
-            raise timed_out(self.timeout)
 
 
 class _Stopwatch:

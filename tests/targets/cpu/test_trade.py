@@ -52,7 +52,7 @@ def image_of(graph: Graph, height: int, width: int, batch: int = 1) -> torch.Ten
 
 def run_plan(runtime: CpuRuntime, plan: Plan, image: torch.Tensor) -> torch.Tensor:
     result = torch.empty(plan.output_shape)
-    runtime._executor.run(runtime._bind(plan), image, result, 60.0, False)
+    runtime._executor.run(runtime._bind(plan), image, result, 60.0, None, False)
     return result
 
 

@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ... import _engine
-from ...errors import RBLNTargetUnavailableError
+from ...errors import RBLNRuntimeError, RBLNTargetUnavailableError
 from ...graph.ir import Graph, Shape, Value
 from ...host import usable_memory
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
-from ..base import mebibytes, over_memory_limit, sizes, timed_out
+from ..base import mebibytes, over_memory_limit, sizes
+from ..watch import ShouldStop, Watch
 from .packing import DTYPES, pack
 from .plan import Plan
 from .planner import make_plan
@@ -81,12 +81,60 @@ def best_dtype() -> str:
     return usable_kernels()[-1].dtype
 
 
+def _chosen_kernels(dtype: str) -> _engine.Kernels:
+    """The best kernels for a dtype that the operating system lets this process run."""
+    return next(k for k in reversed(usable_kernels()) if k.dtype == dtype and k.prepare())
+
+
 def _aligned(weight: Tensor) -> Tensor:
     """The weight, or a copy that begins on a line of the cache.
 
     Kernels read lines; a file that is mapped may have put them astride of two.
     """
     return weight if weight.data_ptr() % 64 == 0 else weight.clone()
+
+
+@contextlib.contextmanager
+def _threads_start() -> Iterator[None]:
+    """Where the system has no more threads, an error that says what to do."""
+    try:
+        yield
+    except _engine.ThreadsUnavailableError as error:
+        raise RBLNRuntimeError(
+            f"The threads of a run can't be started: {error}. Give a smaller num_threads, or raise "
+            "the limit of processes (ulimit -u, or the pids limit of the container)."
+        ) from None
+
+
+def _check_apart(image: Tensor, out: Tensor) -> None:
+    """Raise where writing a result would change the image, or write some of it twice.
+
+    The engine reads and writes at once, in no order that a caller could know.
+    """
+    axes = sorted((stride, size) for stride, size in zip(out.stride(), out.shape, strict=True))
+    end = 0  # of what the axes of smaller strides reach
+    for stride, size in axes:
+        if size > 1 and stride <= end:
+            raise ValueError(
+                f"out has the strides {out.stride()}, so that several of its elements share "
+                "memory. Give a tensor whose elements lie apart."
+            )
+        end += (size - 1) * stride
+    (first, last), (begin, end) = _extent(image), _extent(out)
+    if first < end and begin < last:
+        raise ValueError(
+            "out shares memory with the input, which is still read while the result is written. "
+            "Give another tensor."
+        )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which the elements of a tensor lie."""
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = tensor.data_ptr()
+    return begin, begin + (reach + 1) * tensor.element_size()
 
 
 @contextlib.contextmanager
@@ -117,7 +165,7 @@ class CpuRuntime:
         memory_limit: The most bytes that a run may take with its result, besides the
             weights; `None` is the memory of the machine or of the control group, whichever
             is less. Within it a run is as fast as can be, and gives the same bits.
-        timeout: Seconds that a run may take.
+        timeout: Seconds that a run may take; `None` is no limit.
         activate_profiler: Whether to keep the times of the latest runs.
     """
 
@@ -129,7 +177,7 @@ class CpuRuntime:
         dtype: str | None = None,
         num_threads: int | None = None,
         memory_limit: int | None = None,
-        timeout: float = 60.0,
+        timeout: float | None = None,
         activate_profiler: bool = False,
     ) -> None:
         dtype = best_dtype() if dtype is None else dtype
@@ -143,8 +191,9 @@ class CpuRuntime:
         self.memory_limit = min(limit, ADDRESSABLE)
         weights = pack(graph, dtype) if packed is None else packed
         self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
-        self._kernels = [each for each in usable_kernels() if each.dtype == dtype][-1]
-        self._executor = _engine.Executor(num_threads or _engine.usable_processors())
+        self._kernels = _chosen_kernels(dtype)
+        with _threads_start():
+            self._executor = _engine.Executor(num_threads or _engine.usable_processors())
         self.machine = Machine(
             isa=self._kernels.isa,
             dtype=dtype,
@@ -156,7 +205,6 @@ class CpuRuntime:
         )
         self._slicing = self._tiling = False
         self._plans: dict[tuple[Shape, int, bool, bool], tuple[Plan, _engine.Plan]] = {}
-        self._lock = threading.Lock()
         self._profiles: deque[RunProfile] | None = None
         if activate_profiler:
             self._profiles = deque(maxlen=KEPT_PROFILES)
@@ -210,21 +258,30 @@ class CpuRuntime:
         """Run batches one by one, or images too in the least memory, whatever the limit."""
         self._slicing, self._tiling = slicing, tiling
 
-    def run(self, image: Tensor, out: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        image: Tensor,
+        out: Tensor | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Tensor:
         """Run the part.
 
         Args:
             image: `(N, C, H, W)` on the CPU, of any floating dtype and strides.
             out: Where to write the result: of its shape, float32, float16 or bfloat16, of
-                any strides.
+                any strides. No two of its elements share memory, and none does with `image`.
+            should_stop: Asked at most every 50 ms, on the calling thread; true stops the run.
 
         Returns:
             `out`, or a new contiguous tensor in the dtype of the input.
 
         Raises:
             TimeoutError: The run took longer than the timeout.
+            RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
             MemoryError: It would need more than the memory limit, or than there is.
         """
+        watch = Watch(self.timeout, should_stop)
+        watch.check()
         if not image.is_floating_point():
             raise TypeError(f"The input is {image.dtype}, expected a floating-point tensor.")
         shape = tuple(image.shape)
@@ -237,30 +294,33 @@ class CpuRuntime:
                 f"out is {out.dtype} of the shape {tuple(out.shape)}, expected "
                 f"{', '.join(map(str, EXCHANGED))} of {expected}."
             )
+        if out is not None:
+            _check_apart(source, out)
         with _torch_allocates():
             if source.dtype not in EXCHANGED:
                 source = source.to(torch.float32)
             result = torch.empty(expected, dtype=source.dtype) if out is None else out
-        deadline = time.monotonic() + self.timeout
         size = plan.input_shape[0]
         for begin in range(0, shape[0], size):
             part = source[begin : begin + size]
             if len(part) < size:
                 plan, native = self._planned(tuple(part.shape), room)
-            self._execute(plan, native, part, result[begin : begin + size], deadline)
+            self._execute(plan, native, part, result[begin : begin + size], watch)
         with _torch_allocates():
             return result if out is not None else result.to(image.dtype)
 
     def _execute(
-        self, plan: Plan, native: _engine.Plan, source: Tensor, result: Tensor, deadline: float
+        self, plan: Plan, native: _engine.Plan, source: Tensor, result: Tensor, watch: Watch
     ) -> None:
+        watch.check()
         start = time.time()
         profile = self._profiles is not None
-        left = max(0.0, deadline - time.monotonic())
+        ask = watch.ask if watch.needs_asking else None
         try:
-            times = self._executor.run(native, source, result, left, profile)
-        except TimeoutError:
-            raise timed_out(self.timeout) from None
+            with _threads_start():
+                times = self._executor.run(native, source, result, watch.seconds_left, ask, profile)
+        except _engine.TimedOutError:
+            raise watch.timed_out() from None
         if self._profiles is not None:
             self._profiles.append(self._profile(plan, start, times))
 
@@ -287,21 +347,20 @@ class CpuRuntime:
 
     def _planned(self, shape: Shape, room: int) -> tuple[Plan, _engine.Plan]:
         """The plan of a run, or of a part of its batch, in so many bytes."""
+        # No lock, which a forked child might find held for ever: single calls of a dict are whole.
         key = (shape, room, self._slicing, self._tiling)
-        with self._lock:
-            known = self._plans.get(key)
-        if known is not None:
-            return known
-        self._check_shape(shape)
-        made = self._fit(shape, room)
-        with self._lock:
-            while len(self._plans) >= CACHED_PLANS:
-                del self._plans[next(iter(self._plans))]
-            self._plans[key] = made
-        return made
+        known = self._plans.get(key)
+        if known is None:
+            known = self._plans[key] = self._make_plan(*key)
+            while len(self._plans) > CACHED_PLANS:
+                self._plans.pop(list(self._plans)[0], None)  # noqa: RUF015
+        return known
 
-    def _fit(self, shape: Shape, room: int) -> tuple[Plan, _engine.Plan]:
-        if self._slicing or self._tiling:
+    def _make_plan(
+        self, shape: Shape, room: int, slicing: bool, tiling: bool
+    ) -> tuple[Plan, _engine.Plan]:
+        self._check_shape(shape)
+        if slicing or tiling:
             shape = (1, *shape[1:])
         free = make_plan(self.graph, shape, self.machine)
         try:
@@ -312,10 +371,10 @@ class CpuRuntime:
             if free.arena_bytes <= room:
                 raise
             needed = free.arena_bytes
-        if needed <= room and not self._tiling:
+        if needed <= room and not tiling:
             return free, native
         scratch = needed - free.arena_bytes
-        made = None if self._tiling else self._within(shape, room, scratch)
+        made = None if tiling else self._within(shape, room, scratch)
         return made or self._least(shape, room, scratch)
 
     def _within(self, shape: Shape, room: int, scratch: int) -> tuple[Plan, _engine.Plan] | None:
