@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -71,6 +72,7 @@ class RBLNModel(ModuleMembers):
         self._target = get_target(str(rbln_config.target))
         self._runtimes: dict[str, Runtime] = {}
         if rbln_config.create_runtimes:
+            _prepare_forks()
             self._runtimes = {
                 part: self._target.create_runtime(compiled, _runtime_options(rbln_config, part))
                 for part, compiled in self.compiled_models.items()
@@ -506,6 +508,16 @@ class RBLNModel(ModuleMembers):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"
+
+
+@functools.cache
+def _prepare_forks() -> None:
+    """Let torch work on one thread in forked children.
+
+    Its other threads don't exist there, and it would wait for them for ever.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def _frozen(config: Mapping[str, Any]) -> Any:

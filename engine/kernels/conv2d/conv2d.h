@@ -76,7 +76,7 @@ class Conv2d {
                    tile * 2 * panels * kPanel;
       }
       Epilogue<Simd> epilogue(s_, partials, current.height * current.width * s_.phases());
-      for (Index group = first; group < last; ++group) {
+      for (Index group = first; group < last && !stopped(context_); ++group) {
         const Index panel = group * Simd::kMaxPanels;
         // What is to be loaded is shared out over the groups.
         const Index share = ceil_div(loader.left(), last - group);

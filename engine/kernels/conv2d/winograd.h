@@ -205,7 +205,7 @@ class Winograd {
     const float* weights =
         reinterpret_cast<const float*>(context_.arena + s_.kernels) + phase * kernels;
     const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
-    for (Index y = 0; y < range.count; ++y) {
+    for (Index y = 0; y < range.count && !stopped(context_); ++y) {
       for (Index x = 0; x < range.count; ++x) {
         const Index position = (range.down + y) * kSide + range.right + x;
         const float* here = weights + (y * range.count + x) * blocks * kPanelBlock;

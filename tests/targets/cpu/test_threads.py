@@ -1,0 +1,176 @@
+"""The threads of the engine: shared by all models, taking turns, and computing alike."""
+
+from __future__ import annotations
+
+import platform
+import threading
+
+import pytest
+import torch
+from long_runs import attention_graph, endless_run, in_a_process
+
+from rbln_vae.errors import RBLNCancelledError
+from rbln_vae.targets.cpu.runtime import CpuRuntime
+
+COUNT = """
+import json, os, torch
+from vaes import compile_vae, make_vae
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+"""
+
+
+def test_models_share_one_pool_for_a_number_of_threads() -> None:
+    script = """
+model = make_vae()
+before = threads()
+counts = []
+kept = []
+for number in (3, 3, 3, 5, 3):
+    kept.append(compile_vae(model, num_threads=number))
+    kept[-1].decode(torch.randn(1, 4, 8, 8))
+    counts.append(threads() - before)
+kept.clear()
+counts.append(threads() - before)
+print(json.dumps(counts))
+"""
+    # Two threads besides the caller's for three, four more for five; none when all have gone.
+    assert in_a_process(COUNT + script) == [2, 2, 2, 6, 6, 0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_run_does_not_wait_for_the_end_of_others(threads: int) -> None:
+    endless, image = endless_run(num_threads=threads)
+    short = CpuRuntime(attention_graph(), dtype="float32", num_threads=threads)
+    small = torch.randn(1, 32, 40, 40)
+    expected = short.run(small)
+    begun = [threading.Event() for _ in range(3)]
+    done = threading.Event()
+    cancelled = []
+
+    def work(event: threading.Event) -> None:
+        try:
+            endless.run(image, should_stop=lambda: event.set() or done.is_set())
+        except RBLNCancelledError as error:
+            cancelled.append(error)
+
+    others = [threading.Thread(target=work, args=(event,)) for event in begun]
+    for other in others:
+        other.start()
+    for event in begun:
+        event.wait()
+    # More runs than threads, none of which would end by itself.
+    for _ in range(3):
+        assert torch.equal(short.run(small), expected)
+    done.set()
+    for other in others:
+        other.join()
+    assert len(cancelled) == 3
+
+
+def test_a_run_that_waits_for_its_turn_can_be_stopped() -> None:
+    endless, image = endless_run(num_threads=1)
+    stop = threading.Event()
+    begun = threading.Event()
+
+    def work() -> None:
+        with pytest.raises(RBLNCancelledError):
+            endless.run(image, should_stop=lambda: begun.set() or stop.is_set())
+
+    other = threading.Thread(target=work)
+    other.start()
+    begun.wait()
+    with pytest.raises(TimeoutError):
+        CpuRuntime(attention_graph(), num_threads=1, timeout=0.0).run(torch.randn(1, 32, 9, 9))
+    stop.set()
+    other.join()
+
+
+NO_MORE = """
+import resource
+from rbln_vae import RBLNError
+
+compiled = compile_vae(make_vae())
+latent = torch.randn(1, 4, 8, 8)
+expected = compiled.decode(latent).sample
+before = threads()
+# Each thread asks for a stack of its own, and there is no room for so many.
+status = open("/proc/self/status").read()
+size = 1024 * int(status.partition("VmSize:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, resource.RLIM_INFINITY))
+message = ""
+try:
+    WHAT
+except RBLNError as error:
+    message = str(error)
+after = threads()
+same = torch.equal(compiled.decode(latent).sample, expected)
+print(json.dumps([message, after - before, same]))
+"""
+
+
+def test_threads_that_can_not_be_started_are_an_error_and_none_is_left() -> None:
+    script = NO_MORE.replace("WHAT", "compile_vae(make_vae(), num_threads=1000)")
+    message, left, same = in_a_process(COUNT + script)
+    assert "999 threads were wanted" in message
+    assert "the system gave" in message
+    assert "num_threads" in message
+    assert left == 0
+    assert same
+
+
+def test_a_limit_that_can_not_be_measured_on_so_many_threads_is_an_error() -> None:
+    script = NO_MORE.replace(
+        "    WHAT\nexcept RBLNError",
+        """    from rbln_vae import _engine
+    _engine.all_kernels()[-1].measure_limit(1000, 0.01)
+    message = "nothing to measure" if _engine.all_kernels()[-1].isa == "generic" else ""
+except _engine.ThreadsUnavailableError""",
+    )
+    message, left, same = in_a_process(COUNT + script)
+    assert "999 threads were wanted" in message or message == "nothing to measure"
+    assert left == 0
+    assert same
+
+
+ARITHMETIC = """
+import ctypes, json, torch
+from long_runs import attention_graph
+from vaes import compile_vae, make_vae
+
+libm = ctypes.CDLL("libm.so.6")
+UPWARD, INVALID, DENORMAL = 0x800, 0x01, 0x02
+model = make_vae(block_out_channels=(16, 32), norm_num_groups=8)
+latent = torch.randn(2, 4, 24, 24)
+latent[1, 0, 0, 0] = float("nan")
+usual = {n: compile_vae(model, num_threads=n).decode(latent).sample[0] for n in (1, 3)}
+fresh = {n: compile_vae(model, num_threads=n) for n in (1, 3)}
+same, kept = [], []
+
+def should_stop():
+    kept.append(libm.fegetround() == UPWARD)
+
+libm.fesetround(UPWARD)
+found = {n: vae.decode(latent, should_stop=should_stop).sample[0] for n, vae in fresh.items()}
+kept.append(libm.fegetround() == UPWARD)
+libm.fesetround(0)
+same = [torch.equal(usual[1], each) for each in [*usual.values(), *found.values()]]
+# A trap would end the process.
+libm.feenableexcept(INVALID | DENORMAL)
+fresh[1].decode(latent)
+libm.fedisableexcept(INVALID | DENORMAL)
+print(json.dumps([same, kept]))
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc",
+    reason="the numbers of rounding modes and traps are those of x86-64 and glibc",
+)
+def test_how_the_caller_rounds_and_traps_changes_no_bit() -> None:
+    same, kept = in_a_process(ARITHMETIC)
+    assert same == [True] * 4
+    assert kept
+    assert all(kept)
