@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
 import typer.core
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -105,8 +106,16 @@ def one_line(error: BaseException) -> str:
 class Commands(typer.core.TyperGroup):
     """The group of commands, whose errors are one line and an exit code.
 
-    2 is a wrong call, 1 a failure.
+    2 is a wrong call, 1 a failure, 130 an interruption (Ctrl-C).
     """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was called."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err().print("interrupted")
+            raise typer.Exit(130) from None
 
     def main(
         self,
