@@ -52,8 +52,11 @@ test: $(INSTALLED)
 # emulated tiles too; runs that meet each other under ThreadSanitizer.
 test-engine: $(INSTALLED)
 	$(TEST_ENGINE) address -q -n auto -m "not slow" \
-	  tests/targets/cpu/test_kernels.py tests/targets/cpu/test_runtime.py
-	$(TEST_ENGINE) thread -q -m "not slow" tests/targets/cpu/test_runtime.py -k "share or threads"
+	  tests/targets/cpu/test_kernels.py tests/targets/cpu/test_runtime.py \
+	  tests/targets/cpu/test_stopping.py
+	$(TEST_ENGINE) thread -q -m "not slow" tests/targets/cpu/test_runtime.py \
+	  tests/targets/cpu/test_threads.py tests/targets/cpu/test_stopping.py \
+	  -k "share or threads or test_stopping"
 	$(TEST_ENGINE) emulated -q -m "not slow" tests/targets/cpu/test_runtime.py
 
 test-engine-all: $(INSTALLED)

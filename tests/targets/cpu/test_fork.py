@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from long_runs import in_a_process
+from processes import in_a_process
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 

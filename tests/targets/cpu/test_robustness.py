@@ -5,17 +5,13 @@ What is asked of the memory of a whole process runs in a process of its own.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from processes import in_a_process
 from vaes import capture_part, compile_vae, make_vae
 
 from rbln_vae import RBLNAutoencoderKL, _engine
@@ -51,20 +47,6 @@ def memory(name):
 
 graph = read_artifact(Path(sys.argv[1])).graph
 """
-
-
-def in_a_process(script: str, file: Path, *arguments: object) -> Any:
-    """Run a script after `PRELUDE`, on the graph of a file; gives what it prints, from JSON."""
-    if "san.so" in os.environ.get("LD_PRELOAD", ""):
-        pytest.skip("a sanitizer keeps memory of its own")
-    result = subprocess.run(
-        [sys.executable, "-c", PRELUDE + script, str(file), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 # Many runs
@@ -103,7 +85,7 @@ print(json.dumps({"taken": taken, "plans": len(native._plans)}))
 
 
 def check_soak(file: Path, runs: int) -> None:
-    result = in_a_process(SOAK, file, 4, runs)
+    result = in_a_process(PRELUDE + SOAK, file, 4, runs)
     before, after = result["taken"]
     # More sizes than plans are kept for, or nothing would ever have been thrown away.
     assert result["plans"] == 64
@@ -173,7 +155,7 @@ print(json.dumps({"answers": answers, "grown": grown}))
 
 
 def test_sizes_beyond_any_memory_are_refused_before_it_is_asked_for(file: Path) -> None:
-    result = in_a_process(OVERFLOWS, file)
+    result = in_a_process(PRELUDE + OVERFLOWS, file)
     assert len(result["answers"]) > 1000
     assert set(result["answers"]) <= {"MemoryError", "ValueError"}
     assert result["grown"] < 2**24
@@ -207,7 +189,7 @@ print(json.dumps({"needed": needed, "answers": answers}))
 
 
 def test_memory_that_can_not_be_had_is_an_error_and_the_model_stays_usable(file: Path) -> None:
-    result = in_a_process(ADDRESS_SPACE, file)
+    result = in_a_process(PRELUDE + ADDRESS_SPACE, file)
     for share, message in result["answers"]:
         # A run takes images in and out besides, and alignment.
         if share < 1:

@@ -322,3 +322,31 @@ def test_every_instruction_set_but_the_portable_one_tells_the_limit_of_the_machi
         else:
             # Millions with emulated tiles under a sanitizer.
             assert 1e6 < limit < 1e14
+
+
+def test_a_result_may_not_overlap_itself(decoder: Graph) -> None:
+    native = CpuRuntime(decoder)
+    image = torch.randn(1, 4, 8, 8)
+    expected = native.run(image)
+    for out in (
+        torch.empty(1, 3, 1, 16).expand(1, 3, 16, 16),
+        torch.empty(300).as_strided((1, 3, 16, 16), (0, 16, 8, 1)),
+    ):
+        with pytest.raises(ValueError, match="share memory"):
+            native.run(image, out)
+    # Strides that lie apart, in whatever order, are taken.
+    for out in (
+        torch.empty(16, 3, 16, 1).permute(3, 1, 0, 2),
+        torch.empty(1, 3, 32, 40)[:, :, ::2, 3:19],
+    ):
+        assert torch.equal(native.run(image, out), expected)
+
+
+def test_a_result_may_not_overlap_the_input(decoder: Graph) -> None:
+    native = CpuRuntime(decoder)
+    room = torch.randn(3000)
+    image = room[:256].view(1, 4, 8, 8)
+    expected = native.run(image)
+    with pytest.raises(ValueError, match="shares memory with the input"):
+        native.run(image, room[255 : 255 + 768].view(1, 3, 16, 16))
+    assert torch.equal(native.run(image, room[256 : 256 + 768].view(1, 3, 16, 16)), expected)

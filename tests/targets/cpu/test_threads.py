@@ -7,7 +7,8 @@ import threading
 
 import pytest
 import torch
-from long_runs import attention_graph, endless_run, in_a_process
+from long_runs import attention_graph, endless_run
+from processes import in_a_process
 
 from rbln_vae.errors import RBLNCancelledError
 from rbln_vae.targets.cpu.runtime import CpuRuntime
