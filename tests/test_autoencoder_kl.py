@@ -31,6 +31,7 @@ from vaes import (
 from rbln_vae import (
     RBLNAutoencoderKL,
     RBLNAutoencoderKLConfig,
+    RBLNCancelledError,
     RBLNCompileError,
     RBLNRuntimeError,
 )
@@ -694,6 +695,24 @@ def test_the_profiler_keeps_a_bounded_number_of_runs():
     for _ in range(130):
         vae.decode(latent(1, 1, 1))
     assert 10 <= len(vae.profile().runs) <= 128
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_a_caller_stops_one_image(target):
+    vae = compile_vae(default_vae(), target=target)
+    for run, sample in ((vae.encode, noise(1, 3, 16, 16)), (vae.decode, latent(1, 8, 8))):
+        with pytest.raises(RBLNCancelledError, match="should_stop"):
+            run(sample, should_stop=lambda: True)
+        with pytest.raises(KeyError):
+            run(sample, should_stop=lambda: {}["the caller's own"])
+        run(sample, should_stop=lambda: False)
+        run(sample, should_stop=None)
+        with pytest.raises(TypeError, match="should_stop must be a function, and is a bool"):
+            run(sample, should_stop=True)
+    assert_same_model(vae, default_vae())
 
 
 # Threads

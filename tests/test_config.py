@@ -28,7 +28,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, Any, Any]] = {
     "activate_profiler": (False, True, True),
     "npu": (None, "RBLN-CA22", "RBLN-CA22"),
     "num_devices": (1, 4, 4),
-    "timeout": (60, 1.5, 1.5),
+    "timeout": (None, 1.5, 1.5),
     "dtype": (None, "bfloat16", "bfloat16"),
     "target": (None, "reference", "reference"),
     "num_threads": (None, 3, 3),

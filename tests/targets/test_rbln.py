@@ -13,6 +13,7 @@ import rbln_vae.rebel
 from rbln_vae import (
     RBLNArtifactError,
     RBLNAutoencoderKL,
+    RBLNCancelledError,
     RBLNCompileError,
     RBLNRuntimeError,
     RBLNTargetUnavailableError,
@@ -176,6 +177,28 @@ def test_what_the_compiler_refuses_is_an_error_of_ours():
     vae.decoder.conv_act = torch.nn.Softplus()
     with pytest.raises(RBLNCompileError, match=r"can't compile the decoder.*softplus"):
         compile_for_npu(vae)
+
+
+@pytest.mark.usefixtures("npus")
+@pytest.mark.parametrize(("given", "expected"), [({}, 60), ({"timeout": 5}, 5)], ids=str)
+def test_an_npu_that_hangs_is_given_up_after_a_minute_unless_told(monkeypatch, given, expected):
+    seen: list[Any] = []
+    runtime = rbln_vae.rebel.Runtime
+
+    def start(model: Any, **options: Any) -> Any:
+        seen.append(options["timeout"])
+        return runtime(model, **options)
+
+    monkeypatch.setattr(rbln_vae.rebel, "Runtime", start)
+    compile_for_npu(make_vae(), uses_encoder=False, **given)
+    assert seen == [expected]
+
+
+@pytest.mark.usefixtures("npus")
+def test_a_run_that_nobody_wants_is_not_begun():
+    model = compile_for_npu(make_vae())
+    with pytest.raises(RBLNCancelledError):
+        model.decode(noise(1, 4, 8, 8), should_stop=lambda: True)
 
 
 @pytest.mark.usefixtures("npus")
