@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -590,3 +592,73 @@ def drawn(console: Console, written: io.StringIO) -> str:
     """The line that a bar has drawn last, as a terminal shows it."""
     time.sleep(0.3)  # it draws ten times a second
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue()).rpartition("\r")[2].rstrip()
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compile", "SOURCE", "OUT"),
+        ("encode", "PHOTO", "--model", "COMPILED"),
+        ("reconstruct", "PHOTO", "--model", "COMPILED"),
+        ("verify", "COMPILED", "SOURCE"),
+        ("profile", "COMPILED"),
+        ("plan", "COMPILED"),
+        ("encode-dataset", "FOLDER", "OUT", "--model", "COMPILED"),
+        ("serve", "COMPILED"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_interrupted_command_says_so_in_one_line(
+    command, source, compiled, photo, tmp_path, monkeypatch
+):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # Where each of them is when it is interrupted.
+    for name in ("_run", "describe", "_compile"):
+        monkeypatch.setattr(RBLNAutoencoderKL, name, interrupt)
+    monkeypatch.setattr("uvicorn.Server.run", interrupt)
+    folder = tmp_path / "folder"
+    make_folder(folder, 3)
+    places = {
+        "SOURCE": source,
+        "COMPILED": compiled,
+        "PHOTO": photo,
+        "FOLDER": folder,
+        "OUT": tmp_path / "out",
+    }
+    result = run(*(places.get(word, word) for word in command))
+    assert result.exit_code == 130
+    assert [line for line in result.stderr.splitlines() if not line.startswith("serving")] == [
+        "interrupted"
+    ]
+    assert not (tmp_path / "out" / "rbln_config.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads times of Linux")
+def test_ctrl_c_ends_a_real_command(compiled, tmp_path):
+    save_file({"latents": torch.randn(1, 4, 1024, 1024)}, tmp_path / "large.safetensors")
+    command = ["decode", str(tmp_path / "large.safetensors"), "--model", str(compiled)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rbln_vae", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    # Attention over a million pixels takes many minutes; so much time shows that it has begun.
+    while process.poll() is None and _seconds_of_processor(process.pid) < 15:
+        time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "interrupted"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.safetensors"]
+
+
+def _seconds_of_processor(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

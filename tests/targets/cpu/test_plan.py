@@ -84,7 +84,7 @@ def test_what_fits_is_taken() -> None:
     ],
 )
 def test_a_norm_whose_sizes_overflow_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="overflows|tiles|don't lie"):
+    with pytest.raises(ValueError, match=r"overflows|tiles|don't lie"):
         make_plan().norm(**norm(**changes))
 
 
