@@ -301,7 +301,7 @@ def encode_dataset(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="Threads of an encoder. By default all processors, and 1 with --ray.",
+            help="Threads of an encoder. By default one for each core, and 1 with --ray.",
             min=1,
             show_default=False,
         ),

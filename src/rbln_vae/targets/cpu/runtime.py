@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import _engine
 from ...errors import RBLNRuntimeError, RBLNTargetUnavailableError
 from ...graph.ir import Graph, Shape, Value
-from ...host import usable_memory
+from ...host import usable_memory, usable_processors
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ..base import mebibytes, over_memory_limit, sizes
@@ -160,8 +160,8 @@ class CpuRuntime:
             are read, so that they may be on the meta device.
         packed: What `packing.pack` made of the weights for `dtype`.
         dtype: In what to compute; `None` is what is fastest here.
-        num_threads: Threads of a run; `None` is one for each processor that this
-            process may use.
+        num_threads: Threads of a run; `None` is one for each core that this process may
+            use.
         memory_limit: The most bytes that a run may take with its result, besides the
             weights; `None` is the memory of the machine or of the control group, whichever
             is less. Within it a run is as fast as can be, and gives the same bits.
@@ -193,7 +193,7 @@ class CpuRuntime:
         self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._kernels = _chosen_kernels(dtype)
         with _threads_start():
-            self._executor = _engine.Executor(num_threads or _engine.usable_processors())
+            self._executor = _engine.Executor(num_threads or usable_processors())
         self.machine = Machine(
             isa=self._kernels.isa,
             dtype=dtype,
