@@ -220,14 +220,14 @@ def _drain(
         raise
 
 
-def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, str]:
+def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, Any]:
     """What leads a loader to the model."""
     if isinstance(model, RBLNAutoencoderKL):
         return {}
     return find_vae(os.fspath(model), subfolder=subfolder, revision=revision)
 
 
-def _identity(vae: RBLNAutoencoderKL, model: Any, loading: Mapping[str, str]) -> dict[str, Any]:
+def _identity(vae: RBLNAutoencoderKL, model: Any, loading: Mapping[str, Any]) -> dict[str, Any]:
     given = isinstance(model, RBLNAutoencoderKL)
     return identity_of(vae, None if given else find_compiled(os.fspath(model), **loading))
 
