@@ -36,7 +36,7 @@ help:
 	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
 	@echo "make bench      measure speed and memory against OpenVINO, diffusers and torch.compile"
 	@echo "make bench-memory  measure memory and time against the size of the image"
-	@echo "make check      lint, formatting and types"
+	@echo "make check      lint, formatting, types, and symbols of the kernels"
 	@echo "make format     format the Python sources"
 	@echo "make clean      remove what was built; distclean removes $(VENV) too"
 
@@ -86,6 +86,7 @@ check: $(INSTALLED)
 	$(RUN)/ruff check
 	$(RUN)/ruff format --check
 	$(RUN)/mypy
+	$(RUN)/python tools/check_symbols.py build/*/compile_commands.json
 
 format: $(INSTALLED)
 	$(RUN)/ruff check --fix
@@ -113,7 +114,7 @@ $(RUN)/pip:
 	  exit 1; }
 
 clean:
-	rm -rf build dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build $(INSTALLED) dist demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

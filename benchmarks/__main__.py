@@ -30,14 +30,13 @@ def speed(
     name: Annotated[str, typer.Option(help="of the files under benchmarks/results")] = "speed",
 ) -> None:
     """Time and peak memory of decode and encode."""
-    from . import report
+    from . import speed
     from .contenders import usual
-    from .speed import measure
 
     names = contenders.split(",") if contenders else usual()
-    measured = measure(parts.split(","), [int(s) for s in sizes.split(",")], names, rounds)
-    print(report.table(measured))
-    print(f"saved {report.save(name, measured)}")
+    measured = speed.measure(parts.split(","), [int(s) for s in sizes.split(",")], names, rounds)
+    print(speed.table(measured))
+    print(f"saved {speed.save(name, measured)}")
 
 
 @app.command()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from rbln_vae.host import usable_processors
 
 _SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def threads() -> int:
     """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return usable_processors()
 
 
 def describe() -> dict[str, str]:

@@ -17,8 +17,8 @@ namespace {
 constexpr std::size_t kPage = std::size_t{2} << 20;
 
 [[noreturn]] void refuse(std::size_t bytes) {
-  throw OutOfMemory("the system has no " + std::to_string(bytes) + " bytes (" +
-                    std::to_string(bytes >> 20) + " MiB) for the activations of this run");
+  throw OutOfMemory("the system has no " + std::to_string((bytes >> 20) + 1) +
+                    " MiB for this run: free memory, set memory_limit, or run a smaller image");
 }
 
 }  // namespace

@@ -172,8 +172,6 @@ void bind_engine(nb::module_& m) {
         return result;
       },
       nb::rv_policy::reference, "All kernels that this machine can run, the best last.");
-  m.def("usable_processors", &usable_processors,
-        "How many processors this process may use.");
 
   nb::class_<BoundPlan>(m, "Plan", "The steps of a run for one input shape.")
       .def(

@@ -1,8 +1,6 @@
 #include "engine/thread_pool.h"
 
 #include <algorithm>
-#include <cmath>
-#include <fstream>
 #include <map>
 #include <string>
 #include <system_error>
@@ -10,10 +8,6 @@
 
 #include "engine/float_control.h"
 #include "engine/fork.h"
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 namespace rbln_vae {
 namespace {
@@ -304,23 +298,6 @@ void ThreadPool::give_turn() {
   --waiters_;
   first->has_turn = true;
   first->granted.notify_one();
-}
-
-int usable_processors() {
-  int count = static_cast<int>(std::thread::hardware_concurrency());
-#if defined(__linux__)
-  cpu_set_t mask;
-  if (sched_getaffinity(0, sizeof mask, &mask) == 0) count = CPU_COUNT(&mask);
-  // "quota period" in microseconds; "max" where there is no quota.
-  std::string quota;
-  double period = 0;
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  if (file >> quota >> period && quota != "max" && period > 0) {
-    const int share = static_cast<int>(std::ceil(std::stod(quota) / period));
-    count = std::min(count, std::max(1, share));
-  }
-#endif
-  return std::max(1, count);
 }
 
 }  // namespace rbln_vae

@@ -127,8 +127,4 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
-// How many processors this process may use: its affinity mask, and the share of time
-// that its control group has.
-int usable_processors();
-
 }  // namespace rbln_vae

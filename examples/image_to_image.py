@@ -1,5 +1,7 @@
 """Change a picture by a prompt, with both parts of the pipeline's VAE compiled.
 
+It needs what `pip install 'rbln-vae[examples]'` installs.
+
 python examples/image_to_image.py photo.jpg --prompt "a watercolour"
 python examples/image_to_image.py --tiny    # offline, random weights: noise
 """

@@ -1,5 +1,7 @@
 """Fill the white parts of a mask by a prompt, with both parts of the pipeline's VAE compiled.
 
+It needs what `pip install 'rbln-vae[examples]'` installs.
+
 python examples/inpainting.py photo.jpg mask.png --prompt "a cat on the bench"
 python examples/inpainting.py --tiny        # offline, random weights: noise
 """

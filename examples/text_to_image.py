@@ -1,5 +1,7 @@
 """Make an image from a prompt, with the decoder of the pipeline compiled.
 
+It needs what `pip install 'rbln-vae[examples]'` installs.
+
 python examples/text_to_image.py --prompt "a lighthouse in a storm"
 python examples/text_to_image.py --tiny     # offline, random weights: noise
 """

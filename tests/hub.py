@@ -39,6 +39,9 @@ class Hub:
         created: What `create_repo` sent.
         commits: Repository, branch and header of each commit.
         tokens: The tokens that came with any request.
+        requests: The path of each request about a model.
+        silent: Whether requests get no answer.
+        busy: How many requests to answer with 503 before any other answer.
     """
 
     repositories: dict[str, dict[str, Files]] = field(default_factory=dict)
@@ -46,6 +49,10 @@ class Hub:
     created: list[dict[str, Any]] = field(default_factory=list)
     commits: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
+    requests: list[str] = field(default_factory=list)
+    silent: bool = False
+    busy: int = 0
+    closing: threading.Event = field(default_factory=threading.Event)
     objects: Files = field(default_factory=dict)
     url: str = ""
 
@@ -102,7 +109,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if "/resolve/" in path or path.startswith("/api/models/"):
+            self.hub.requests.append(path)
+        if self.hub.silent:
+            self.hub.closing.wait()
+            self.close_connection = True
+        elif self.hub.busy:
+            self.hub.busy -= 1
+            self._send(503)
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*match.groups())
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             if found := self._found(match[1], match[2] or "main"):
@@ -218,6 +233,7 @@ def serve_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         try:
             yield hub
         finally:
+            hub.closing.set()
             server.shutdown()
             thread.join()
 

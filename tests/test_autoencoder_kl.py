@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ from rbln_vae import (
 from rbln_vae.metrics import relative_l2
 from rbln_vae.targets import base
 from rbln_vae.targets.reference import InterpreterTarget
+from rbln_vae.units import byte_count
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-4}
@@ -599,10 +601,11 @@ def test_no_limit_of_time_is_inf():
 
 def test_a_run_over_the_memory_limit_names_what_it_needs():
     vae = compile_vae(default_vae(), memory_limit="1MiB")
-    with pytest.raises(MemoryError, match=r"decoder .*1048576") as raised:
+    with pytest.raises(MemoryError, match=r"decoder .* is 1\.0 MiB\.") as raised:
         vae.decode(latent(1, 512, 512))
-    needed = [int(word) for word in str(raised.value).split() if word.isdigit()]
-    assert max(needed) > 512 * 512 * 8 * 4
+    advised = re.search(r"Raise it to '(.*)'", str(raised.value))
+    assert advised is not None
+    assert byte_count(advised[1]) > 512 * 512 * 8 * 4
     assert_same_model(vae, default_vae())  # small ones run
 
 

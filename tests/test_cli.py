@@ -144,6 +144,12 @@ def test_a_failure_is_one_line_and_exit_code_1(tmp_path) -> None:
     assert "nothing" in said
 
 
+@pytest.mark.parametrize("off", ["", "0"])
+def test_debugging_that_is_off_is_a_line(tmp_path, monkeypatch, off) -> None:
+    monkeypatch.setenv("RBLN_VAE_DEBUG", off)
+    failed(run("compile", tmp_path / "nothing", tmp_path / "out"), 1)
+
+
 def test_debugging_shows_where_an_error_comes_from(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RBLN_VAE_DEBUG", "1")
     result = run("compile", tmp_path / "nothing", tmp_path / "out")

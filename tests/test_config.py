@@ -117,6 +117,12 @@ def test_a_memory_limit_is_in_bytes_or_in_units(text, number):
     assert RBLNModelConfig(memory_limit=text).memory_limit == number
 
 
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_an_empty_memory_limit_is_none(nothing):
+    assert RBLNModelConfig(memory_limit=nothing).memory_limit is None
+    assert RBLNModelConfig(memory_limit="2GiB").copy(memory_limit=nothing).memory_limit is None
+
+
 # Sizes
 
 
@@ -213,6 +219,7 @@ def test_the_nearest_sizes_are_multiples_on_both_sides(size, factor):
         ("target", "gpu", ValueError, "cpu, cuda, rbln, reference"),
         ("target", ["cpu"], ValueError, "cpu, cuda, rbln, reference"),
         ("num_threads", 0, ValueError, "a positive integer"),
+        ("num_threads", 2000, ValueError, "at most 1024"),
         ("memory_limit", 0, ValueError, "a positive integer"),
         ("memory_limit", "2 buckets", ValueError, "'2GiB'"),
         ("memory_limit", "9" * 400, ValueError, "'2GiB'"),

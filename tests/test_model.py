@@ -126,7 +126,7 @@ def test_a_loaded_model_is_that_which_was_saved(compiled):
 def test_a_name_of_nothing_is_an_error(tmp_path):
     for name in (tmp_path / "none", "/no/such/model", "./none"):
         for export in (True, False, None):
-            with pytest.raises(OSError, match=r"neither a local directory nor a model on the hub"):
+            with pytest.raises(OSError, match=rf"There is no directory {name}"):
                 load(name, export)
 
 

@@ -15,13 +15,12 @@ from .config import (
     RBLNModelConfig,
     boolean,
     check_image_size,
-    positive_int,
-    positive_number,
     reject_unknown,
 )
 from .errors import RBLNCompileError, RBLNRuntimeError
 from .model import RBLNModel
 from .targets.watch import ShouldStop
+from .units import positive_int, positive_number
 
 if TYPE_CHECKING:
     import numpy.typing as npt

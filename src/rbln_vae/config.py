@@ -10,8 +10,6 @@ import difflib
 import importlib
 import inspect
 import json
-import math
-import numbers
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -20,11 +18,14 @@ from typing import Any, ClassVar, TypeVar
 
 from .errors import RBLNArtifactError
 from .files import atomic_path
+from .units import optional_byte_count, positive_int, positive_number
 from .version import __version__
 
 CONFIG_NAME = "rbln_config.json"
 TARGETS = ("cpu", "cuda", "rbln", "reference")
 DTYPES = ("float32", "bfloat16")
+MAX_THREADS = 1024
+"""Of a run: no machine has more cores, and a larger number is a mistake."""
 
 Device = int | str
 ConfigType = TypeVar("ConfigType", bound="RBLNModelConfig")
@@ -35,23 +36,6 @@ def boolean(value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError("expected True or False")
     return value
-
-
-def positive_int(value: object) -> int:
-    """The value as an `int`, which must be positive; `True` is no number here."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
-        raise ValueError("expected a positive integer")
-    return int(value)
-
-
-def positive_number(value: object) -> int | float:
-    """The value as an `int` if it is whole, else as a `float`; it must be positive."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError("expected a number")
-    number = float(value)
-    if not number > 0:
-        raise ValueError("expected a positive number")
-    return int(number) if number.is_integer() else number
 
 
 def _device(value: object) -> Device:
@@ -89,22 +73,11 @@ def _text(value: object) -> str:
     return value
 
 
-_UNITS = {
-    **{"": 1, "B": 1},
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)},
-}
-
-
-def byte_count(value: object) -> int:
-    """A number of bytes from an `int` or a text such as `"2GiB"` or `"512MB"`."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        number = float(match[1]) if match is not None else math.inf
-        if match is None or match[2] not in _UNITS or math.isinf(number):
-            raise ValueError("expected a number of bytes, such as 2147483648 or '2GiB'")
-        value = int(number * _UNITS[match[2]])
-    return positive_int(value)
+def _threads(value: object) -> int:
+    number = positive_int(value)
+    if number > MAX_THREADS:
+        raise ValueError(f"expected at most {MAX_THREADS}")
+    return number
 
 
 class RBLNModelConfig:
@@ -125,10 +98,10 @@ class RBLNModelConfig:
             target.
         target: `"cpu"`, `"cuda"`, `"rbln"` or `"reference"`; `None` is `rbln` where an
             NPU is present, else `cpu`.
-        num_threads: CPU: threads of a run; `None` is all the cores that the process may
-            use.
+        num_threads: CPU: threads of a run, at most 1024; `None` is one for each core that
+            the process may use.
         memory_limit: CPU: the most memory that activations may take, in bytes or as
-            `"2GiB"`.
+            `"2GiB"`; `None` and `""` are no limit but the machine's.
         rbln_vae_version: The version that stored the configuration; leave it out.
         **kwargs: None is known; an unknown name is an error that suggests the nearest.
 
@@ -162,8 +135,8 @@ class RBLNModelConfig:
         "timeout": positive_number,
         "dtype": _dtype,
         "target": _target,
-        "num_threads": positive_int,
-        "memory_limit": byte_count,
+        "num_threads": _threads,
+        "memory_limit": optional_byte_count,
     }
     """What checks and converts each option; `None` stands for "not chosen" in all of them."""
 

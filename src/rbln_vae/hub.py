@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from .artifact import SUFFIX
@@ -43,6 +46,102 @@ def check_loader_options(loader: Mapping[str, Any]) -> None:
     reject_unknown(loader, _DOWNLOAD_OPTIONS + _ORIGINAL_OPTIONS, "argument of from_pretrained")
 
 
+_PATIENCE = 8.0
+"""Seconds that the hub may take to say whether it has a model."""
+_BUSY = (408, 429, 500, 502, 503, 504)
+"""The statuses of a hub that is there, but busy: downloads try again."""
+
+
+def reach(model_id: str, loader: Mapping[str, Any]) -> dict[str, Any]:
+    """The loader's arguments, with `local_files_only` where the hub doesn't give the model.
+
+    `huggingface_hub` waits for each file anew, tries again for most of a minute, and warns each
+    time. So the hub is asked once, before any download; downloads then take as long as they take.
+
+    Args:
+        model_id: A local path or a hub id. The hub is not asked for one that is a path.
+        loader: `revision`, `token`, … of `huggingface_hub.hf_hub_download`, and any others.
+
+    Raises:
+        OSError: The hub has no such model, or can't be reached, and the cache hasn't got it.
+    """
+    if loader.get("local_files_only") or Path(model_id).exists() or is_path(model_id):
+        return dict(loader)
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    error = _asked(model_id, loader)
+    if error is None or isinstance(error, EntryNotFoundError):
+        return dict(loader)
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in _BUSY:
+        return dict(loader)
+    if isinstance(error, HFValidationError):
+        raise _no_model(model_id, error) from error
+    if isinstance(error, RevisionNotFoundError):
+        raise OSError(
+            f"{model_id!r} on the hub has no revision {loader.get('revision')!r}. Check its name."
+        ) from error
+    if loader.get("force_download") or not _is_cached(model_id, loader):
+        if isinstance(error, RepositoryNotFoundError):
+            raise _no_model(model_id, error) from error
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"{model_id!r} is neither a local directory nor in the cache, and the hub can't be "
+            f"reached ({reason}). Check the name and the connection, or name a directory."
+        ) from error
+    return {**loader, "local_files_only": True}
+
+
+def _asked(model_id: str, loader: Mapping[str, Any]) -> Exception | None:
+    """What the hub says of a model, or why it says nothing; `None` if all is well.
+
+    The thread is left behind when its time is over: looking up the address and trying one after
+    another have no timeout that would cover them.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    patience = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or _PATIENCE)
+    answers: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            url = hf_hub_url(model_id, CONFIG_NAME, revision=loader.get("revision"))
+            get_hf_file_metadata(url, token=loader.get("token"), timeout=patience)
+        except Exception as error:  # each version of the library has its own for a lost connection
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=patience)
+    except Empty:
+        return TimeoutError(f"no answer in {patience:g} seconds; HF_HUB_ETAG_TIMEOUT gives it more")
+
+
+def _no_model(model_id: str, error: Exception) -> OSError:
+    return OSError(
+        f"{model_id!r} is neither a local directory nor a model on the hub that this machine "
+        f"can see ({type(error).__name__}). Check the name, and log in if it is private."
+    )
+
+
+def _is_cached(model_id: str, loader: Mapping[str, Any]) -> bool:
+    """Whether the cache holds a model or a pipeline, to judge by the files that describe it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    where = {name: loader[name] for name in ("cache_dir", "revision") if name in loader}
+    subfolder = (loader.get("subfolder") or "").strip("/")
+    prefix = f"{subfolder}/" if subfolder else ""
+    names = (prefix + CONFIG_NAME, prefix + "config.json", "model_index.json")
+    return any(isinstance(try_to_load_from_cache(model_id, each, **where), str) for each in names)
+
+
 def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path | None:
     """The directory of a compiled model, downloaded if it is on the hub.
 
@@ -72,6 +171,8 @@ def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path |
         if not path.is_file() and "://" not in model_id:
             raise OSError(f"There is no file {path}.")
         return None
+    if is_path(model_id):
+        raise OSError(f"There is no directory {model_id}.")
     return _download(model_id, subfolder, download)
 
 
@@ -99,15 +200,18 @@ def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | No
 
 def find_vae(
     model_id: str, *, subfolder: str | None = None, revision: str | None = None
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Arguments for a loader that lead to a VAE, which may be that of a pipeline.
 
     Args:
         model_id: A local path or a hub id.
         subfolder: Where in it the VAE is, where the user has said so.
         revision: Of a model on the hub.
+
+    Raises:
+        OSError: As `reach`.
     """
-    where = {} if revision is None else {"revision": revision}
+    where = reach(model_id, {} if revision is None else {"revision": revision})
     if subfolder is None and (found := find_pipeline(model_id, **where)):
         subfolder, _ = found
     return where if subfolder is None else {**where, "subfolder": subfolder}
@@ -118,7 +222,7 @@ def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, An
     path = Path(model_id)
     if path.is_dir():
         file = path / name
-    elif path.exists() or is_single_file(model_id):
+    elif path.exists() or is_path(model_id):
         return None
     else:
         from huggingface_hub import hf_hub_download
@@ -140,6 +244,17 @@ def is_single_file(model_id: str) -> bool:
     return model_id.endswith(".safetensors")
 
 
+def is_path(model_id: str) -> bool:
+    """Whether the name can only be that of something local, or of a file."""
+    return (
+        model_id.startswith((".", "~", "/"))
+        or model_id.endswith("/")
+        or model_id.count("/") > 1
+        or "\\" in model_id
+        or is_single_file(model_id)
+    )
+
+
 def _compiled_directory(directory: Path) -> Path | None:
     if not directory.is_dir():
         raise OSError(f"There is no directory {directory}.")
@@ -155,7 +270,7 @@ def _compiled_directory(directory: Path) -> Path | None:
 
 
 def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Path | None:
-    from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HFValidationError,
@@ -167,22 +282,17 @@ def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Pat
     try:
         hf_hub_download(model_id, prefix + CONFIG_NAME, **download)
     except LocalEntryNotFoundError as error:
-        # The hub has not answered; what the cache holds of the model still may tell.
-        where = {k: download[k] for k in ("cache_dir", "revision") if k in download}
-        others = (prefix + "config.json", "model_index.json")
-        if not any(isinstance(try_to_load_from_cache(model_id, o, **where), str) for o in others):
+        # The hub was not asked; what the cache holds of the model still may tell.
+        if not _is_cached(model_id, {**download, "subfolder": subfolder}):
             raise OSError(
-                f"{model_id!r} is not in the cache, and the hub was not asked or can't be reached. "
-                "Check the connection, local_files_only and HF_HUB_OFFLINE, or name a directory."
+                f"{model_id!r} is not in the cache, and the hub was not asked, or gave no "
+                "answer about it. Check local_files_only, or name a directory."
             ) from error
         return None
     except EntryNotFoundError:
         return None
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise OSError(
-            f"{model_id!r} is neither a local directory nor a model on the hub that this machine "
-            f"can see ({type(error).__name__}). Check the name, and log in if it is private."
-        ) from error
+        raise _no_model(model_id, error) from error
     patterns = [f"{prefix}*{SUFFIX}", f"{prefix}*.json"]
     snapshot = snapshot_download(model_id, allow_patterns=patterns, **download)
     return Path(snapshot) / subfolder

@@ -143,6 +143,7 @@ class RBLNModel(ModuleMembers):
         options, loader = _split(kwargs)
         wanted = cls._wanted(rbln_config, options)
         name = os.fspath(model_id)
+        loader = hub.reach(name, loader)
         compiled_directory = hub.find_compiled(name, **hub.options(loader))
         if compiled_directory is not None:
             if export:

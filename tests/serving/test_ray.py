@@ -138,3 +138,12 @@ def test_options_that_are_wrong_are_named() -> None:
     assert options.replicas == 3
     assert options.named_models() == {"a": "x", "b": "y/z"}
     assert Options(model="dir/tiny/").named_models() == {"tiny": "dir/tiny/"}
+
+
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_no_memory_limit_is_that_of_the_service(nothing) -> None:
+    from rbln_vae.serving.ray import Options
+    from rbln_vae.serving.server import default_memory_limit
+
+    options = Options(model="x", memory_limit=nothing)
+    assert options.batching().memory_limit == default_memory_limit()

@@ -195,6 +195,7 @@ def process(compiled: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["serve", str(compiled), "--model", f"second={compiled}", "--port", str(port)]
+    arguments += ["--memory-limit", ""]  # as an empty field of a form gives it: none
     started = subprocess.Popen(
         [sys.executable, "-m", "rbln_vae", *arguments, "--max-wait-ms", "5000"],
         stderr=subprocess.PIPE,

@@ -29,7 +29,7 @@ from .options import (
     Threads,
     given,
 )
-from .terminal import Commands, out
+from .terminal import Commands, out, working
 
 app = typer.Typer(
     cls=Commands,
@@ -84,14 +84,20 @@ def compile_(
     revision: Revision = None,
 ) -> None:
     """Compile MODEL and keep the result in OUT."""
-    from . import building
+    from ..hub import reach
+    from ..images import parse_size
 
     settings = given(target=target, dtype=dtype, batch_size=batch_size)
+    if sample_size is not None:
+        settings["sample_size"] = parse_size(sample_size)
     if decoder_only:
         settings["uses_encoder"] = False
-    building.compile_model(
-        model, out_directory, sample_size, settings, subfolder=subfolder, revision=revision
-    )
+    # Before the rest is loaded, which takes seconds: a name may well be mistyped.
+    with working(f"Looking for {model} …"):
+        where = reach(model, given(subfolder=subfolder, revision=revision))
+    from . import building
+
+    building.compile_model(model, out_directory, settings, where)
 
 
 @app.command()
@@ -301,7 +307,7 @@ def encode_dataset(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="Threads of an encoder. By default all processors, and 1 with --ray.",
+            help="Threads of an encoder. By default one for each core, and 1 with --ray.",
             min=1,
             show_default=False,
         ),

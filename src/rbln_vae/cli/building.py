@@ -28,7 +28,6 @@ from .models import (
     open_reference,
     scale_factor,
 )
-from .options import given
 from .terminal import err, out, table, working
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
@@ -38,23 +37,27 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
 def compile_model(
     model: str,
     directory: Path,
-    sample_size: str | None,
     settings: Mapping[str, Any],
-    **loading: Any,
+    where: Mapping[str, Any],
 ) -> None:
-    """Compile a model, save it, and print its parts."""
-    options = dict(settings)
-    if sample_size is not None:
-        options["sample_size"] = parse_size(sample_size)
+    """Compile a model, save it, and print its parts.
+
+    Args:
+        model: A directory, a hub id or a .safetensors file, of a VAE or of a pipeline.
+        directory: Where to save.
+        settings: For `rbln_config`.
+        where: What `hub.reach` says of the model.
+    """
+    options, loading = dict(settings), dict(where)
     start = time.perf_counter()
     with working(f"Compiling {model} …"):
-        if loading.get("subfolder") is None:
+        if "subfolder" not in loading:
             _find_in_pipeline(model, options, loading)
         compiled = RBLNAutoencoderKL.from_pretrained(
             model,
             export=True,
             rbln_config={**options, "create_runtimes": False},
-            **given(**loading),
+            **loading,
         )
         compiled.save_pretrained(directory)
     _print_parts(directory, image_size(compiled.rbln_config))
@@ -63,13 +66,12 @@ def compile_model(
 
 def _find_in_pipeline(model: str, options: dict[str, Any], loading: dict[str, Any]) -> None:
     """Point to the VAE of a pipeline, and to the size that the pipeline makes by default."""
-    where = given(revision=loading.get("revision"))
-    found = find_pipeline(model, **where)
+    found = find_pipeline(model, **loading)
     if found is None:
         return
     loading["subfolder"], side = found
     if side is not None and "sample_size" not in options:
-        config = AutoencoderKL.load_config(model, subfolder=loading["subfolder"], **where)
+        config = AutoencoderKL.load_config(model, **loading)
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         options["sample_size"] = side * factor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..datasets import (
     encode_dataset,
     estimate,
 )
+from ..host import usable_processors
 from ..images import Size, parse_size
 from .terminal import err, out, table, working
 
@@ -118,7 +118,7 @@ def _estimate(
             rbln_config=settings,
             **naming,
         )
-    processors = len(os.sched_getaffinity(0))
+    processors = usable_processors()
     decoders, encoders = workers or processors, 1
     if ray is not None:
         # Without asking the cluster, which may not be up yet.

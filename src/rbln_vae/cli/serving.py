@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..config import byte_count
+from ..units import byte_count, optional_byte_count
 from .models import open_model
 from .terminal import err
+
+Number = TypeVar("Number")
 
 
 def serve(
@@ -37,11 +39,9 @@ def serve(
             f"serve needs {error.name}, which isn't installed: pip install 'rbln-vae[serve]'"
         ) from error
 
-    memory = (
-        default_memory_limit() if memory_limit is None else _bytes("memory-limit", memory_limit)
-    )
+    memory = _bytes("memory-limit", memory_limit, optional_byte_count) or default_memory_limit()
     options = BatcherOptions(memory_limit=memory, **batching)
-    allowed = Limits(max_body=_bytes("max-body", max_body), **limits)
+    allowed = Limits(max_body=_bytes("max-body", max_body, byte_count), **limits)
     run = {**settings, "memory_limit": memory}
     served = [
         ServedModel(name, open_model(where, run, **given))
@@ -70,8 +70,8 @@ def _named(model: str | None, others: Sequence[str]) -> dict[str, str | None]:
     return named
 
 
-def _bytes(option: str, text: str) -> int:
+def _bytes(option: str, text: str | None, parse: Callable[[object], Number]) -> Number:
     try:
-        return byte_count(text)
+        return parse(text)
     except ValueError as error:
         raise ValueError(f"--{option} {text}: {error}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..debug import debugging
 from ..errors import RBLNError
 
 Result = TypeVar("Result")
@@ -87,11 +87,6 @@ def for_each(
                 named = text if str(path) in text else f"{path}: {text}"
                 console.print(f"error: {named}")
     return results, len(results) == len(paths)
-
-
-def debugging() -> bool:
-    """Whether errors show their traceback: `RBLN_VAE_DEBUG` is set, and not to 0."""
-    return os.environ.get("RBLN_VAE_DEBUG", "0") not in ("", "0")
 
 
 def one_line(error: BaseException) -> str:

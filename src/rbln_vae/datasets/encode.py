@@ -17,6 +17,7 @@ import numpy as np
 
 from ..autoencoder_kl import RBLNAutoencoderKL
 from ..errors import RBLNDatasetError
+from ..host import usable_processors
 from ..hub import find_compiled, find_vae
 from ..images import Size, format_size
 from .encoder import LatentEncoder, identity_of, load_model
@@ -114,9 +115,9 @@ def encode_dataset(
         revision: Of a model on the hub.
         max_rejected: How many samples may be rejected.
         workers: Here, threads that read and decode images for the one encoder, by default as
-            many as there are processors; with `ray`, actors with an encoder each, by
+            many as there are cores; with `ray`, actors with an encoder each, by
             default as many as have room.
-        threads: Of an encoder; by default all processors, and 1 with `ray`.
+        threads: Of an encoder; by default one for each core, and 1 with `ray`.
         ray: The address of a Ray cluster, `"auto"`, or `"local"` for one on this machine.
         rbln_config: Options of the model, where it is loaded here.
         report: Called with the progress after each run of the encoder; with `ray`, after
@@ -165,7 +166,7 @@ def encode_dataset(
                 encoder,
                 job,
                 sizing,
-                decoders=workers or len(os.sched_getaffinity(0)),
+                decoders=workers or usable_processors(),
                 progress=progress,
                 report=lambda: report(progress),
             )
@@ -219,14 +220,14 @@ def _drain(
         raise
 
 
-def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, str]:
+def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, Any]:
     """What leads a loader to the model."""
     if isinstance(model, RBLNAutoencoderKL):
         return {}
     return find_vae(os.fspath(model), subfolder=subfolder, revision=revision)
 
 
-def _identity(vae: RBLNAutoencoderKL, model: Any, loading: Mapping[str, str]) -> dict[str, Any]:
+def _identity(vae: RBLNAutoencoderKL, model: Any, loading: Mapping[str, Any]) -> dict[str, Any]:
     given = isinstance(model, RBLNAutoencoderKL)
     return identity_of(vae, None if given else find_compiled(os.fspath(model), **loading))
 

@@ -168,14 +168,14 @@ class LatentEncoder:
 def load_model(
     model: str | os.PathLike[str] | RBLNAutoencoderKL,
     settings: Mapping[str, Any],
-    loading: Mapping[str, str],
+    loading: Mapping[str, Any],
 ) -> RBLNAutoencoderKL:
     """The model itself, or the one that a name stands for.
 
     Args:
         model: Or its name.
         settings: For `rbln_config`.
-        loading: `subfolder` and `revision`, where they are needed.
+        loading: What leads to the model, as `hub.find_vae` says.
     """
     if isinstance(model, RBLNAutoencoderKL):
         return model

@@ -47,7 +47,7 @@ class Worker:
         options: Mapping[str, Any],
         model: str,
         settings: Mapping[str, Any],
-        loading: Mapping[str, str],
+        loading: Mapping[str, Any],
         decoders: int,
     ) -> None:
         made = Options.from_dict(options)
@@ -86,7 +86,7 @@ def encode_with_ray(
     decoders: int,
     model: str,
     settings: Mapping[str, Any],
-    loading: Mapping[str, str],
+    loading: Mapping[str, Any],
     progress: Progress,
 ) -> Iterator[Entry]:
     """Encode what isn't done yet of some splits, on a cluster.

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..debug import debugging
 from .ir import (
     Activation,
     Add,
@@ -46,7 +46,7 @@ def optimise(graph: Graph) -> Graph:
     """
     for rewrite in PASSES:
         graph = rewrite(graph)
-        if os.environ.get("RBLN_VAE_DEBUG"):
+        if debugging():
             sys.stderr.write(f"after {rewrite.__name__}:\n{graph}\n\n")
     return graph
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..units import format_bytes
 from .models import Runner, Shape
 
 _LEAST_WEIGHT = 1 / 8
@@ -189,8 +190,8 @@ class Batcher:
             raise TooLargeError(str(error)) from error
         if limit is not None and needed > limit:
             raise TooLargeError(
-                f"A run of the {part} on {'x'.join(map(str, shape))} needs {needed:,} bytes for "
-                f"activations, and this server gives {limit:,}."
+                f"A run of the {part} on {'x'.join(map(str, shape))} needs {format_bytes(needed)} "
+                f"besides the weights, and this server gives {format_bytes(limit)} to runs."
             )
         weight = max(_LEAST_WEIGHT, runner.weight(part, shape))
         waiting = self.waiting

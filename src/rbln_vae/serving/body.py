@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from ..units import format_bytes
 from .edge import CLIENT_GONE
 from .errors import RefusedError
 
@@ -39,8 +40,8 @@ class Bodies:
             raise RefusedError(
                 429,
                 "busy",
-                f"The server holds {self.held:,} bytes of other requests and has no room for "
-                f"{size:,} more. Try again after {_RETRY_AFTER} second.",
+                f"The server holds {format_bytes(self.held)} of other requests and has no room for "
+                f"{format_bytes(size)} more. Try again after {_RETRY_AFTER} second.",
                 retry_after=_RETRY_AFTER,
             )
         self.held += size
@@ -81,8 +82,8 @@ def too_long(most: int) -> RefusedError:
     return RefusedError(
         413,
         "too_large",
-        f"The body has more than the {most:,} bytes that this server takes. Send a smaller image "
-        "or batch.",
+        f"The body has more than the {format_bytes(most)} that this server takes. Send a smaller "
+        "image or batch.",
     )
 
 

@@ -25,7 +25,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from ..config import byte_count
+from ..units import byte_count, optional_byte_count
 from . import logs
 from .app import Limits, create_app
 from .backend import LocalBackend
@@ -80,9 +80,7 @@ class Options(BaseModel):
         return BatcherOptions(
             max_batch=self.max_batch,
             max_wait=self.max_wait_ms / 1000,
-            memory_limit=byte_count(self.memory_limit)
-            if self.memory_limit
-            else default_memory_limit(),
+            memory_limit=optional_byte_count(self.memory_limit) or default_memory_limit(),
             queue=self.queue,
             concurrency=self.concurrency,
         )

@@ -6,6 +6,7 @@ A target compiles parts of models, loads what it compiled, and makes runtimes, w
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
 from ..profiler import RunProfile
+from ..units import format_bytes
 from .watch import ShouldStop
 
 
@@ -199,19 +201,15 @@ class GraphTarget(Target):
 def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> MemoryError:
     """The error of a run that needs more memory than its limit, however it is run."""
     return MemoryError(
-        f"A run of the {part} on {sizes(shape)} needs at least {least} bytes besides the "
-        f"weights, and memory_limit is {limit}. Raise the limit, or run a smaller image."
+        f"A run of the {part} on {sizes(shape)} needs at least {format_bytes(least)} besides the "
+        f"weights, and memory_limit is {format_bytes(limit)}. Raise it to "
+        f"'{math.ceil(least / 2**20)}MiB', or run a smaller image."
     )
 
 
 def sizes(shape: Shape) -> str:
     """`1x4x64x64`."""
     return "x".join(map(str, shape))
-
-
-def mebibytes(size: float) -> str:
-    """`3.0 MiB` for 3145728 bytes."""
-    return f"{size / 2**20:,.1f} MiB"
 
 
 _MODULES = {

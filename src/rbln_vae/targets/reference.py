@@ -18,12 +18,12 @@ from ..graph.interpreter import Interpreter
 from ..graph.ir import Graph, Operation, Shape, Value
 from ..graph.passes import optimise
 from ..profiler import RunProfile, Step
+from ..units import format_bytes
 from .base import (
     CompiledModel,
     CompileOptions,
     GraphTarget,
     RuntimeOptions,
-    mebibytes,
     over_memory_limit,
     sizes,
 )
@@ -111,7 +111,7 @@ class InterpreterRuntime:
 
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         graph = self._interpreter.graph
-        memory = mebibytes(self.memory_needed(shape))
+        memory = format_bytes(self.memory_needed(shape))
         text = f"{graph.name} on {sizes(shape)}: {memory} for activations, everything computed once"
         return f"{text}\n{graph}" if steps else text
 

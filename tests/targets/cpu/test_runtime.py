@@ -221,10 +221,10 @@ def test_a_run_that_takes_too_long_is_stopped(decoder: Graph) -> None:
 
 def test_memory_that_is_not_there_is_an_error(decoder: Graph) -> None:
     native = CpuRuntime(decoder, memory_limit=1_000_000)
-    with pytest.raises(MemoryError, match="memory_limit is 1000000"):
+    with pytest.raises(MemoryError, match=r"memory_limit is 976\.6 KiB\. Raise it to '\d+MiB'"):
         native.run(torch.randn(1, 4, 64, 64))
     native = CpuRuntime(decoder)
-    with pytest.raises(MemoryError, match="bytes"):
+    with pytest.raises(MemoryError, match=r"needs at least [\d,.]+ GiB"):
         native.run(torch.empty(1).expand(1, 4, 2**17, 2**17))
     with pytest.raises((MemoryError, ValueError)):
         native.run(torch.empty(1).expand(1, 4, 2**29, 2**29))

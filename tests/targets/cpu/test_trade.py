@@ -22,6 +22,7 @@ from rbln_vae.targets.cpu.plan import Plan
 from rbln_vae.targets.cpu.planner import droppable, make_plan
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.trade import tradeoffs
+from rbln_vae.units import format_bytes
 
 ARCHITECTURES = {
     "narrow": {"block_out_channels": (8, 16)},
@@ -135,17 +136,21 @@ def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype
     shape = tuple(image.shape)
     free = runtime_of("wide", part, dtype)
     expected, most = free.run(image), free.memory_needed(shape)
+    thrifty = CpuRuntime(graph, dtype=dtype, num_threads=2)
+    thrifty.save_memory(slicing=True, tiling=True)
+    least = thrifty.memory_needed(shape)
+    assert least < most
     with pytest.raises(MemoryError, match="at least") as caught:
         CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=1).run(image)
-    found = re.search(r"at least (\d+) bytes", str(caught.value))
+    advised = f"at least {format_bytes(least)} .* is 1 bytes. Raise it to '(.*)MiB'"
+    found = re.search(advised, str(caught.value))
     assert found is not None
-    least = int(found[1])
-    assert least < most
+    assert least <= int(found[1]) * 2**20 < least + 2**20
     for limit in (least, (least + most) // 2, most - 1, most):
         limited = CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=limit)
         assert limited.memory_needed(shape) <= limit
         assert torch.equal(limited.run(image), expected)
-    with pytest.raises(MemoryError, match=f"at least {least} bytes"):
+    with pytest.raises(MemoryError, match=f"at least {format_bytes(least)}"):
         CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=least - 1).run(image)
 
 

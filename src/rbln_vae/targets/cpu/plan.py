@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...graph.ir import Shape, Value
+from ...units import format_bytes
 from .memory import Buffer
 from .tiles import Machine
 
@@ -85,7 +86,7 @@ class Plan:
         lines = [
             f"{'x'.join(map(str, self.input_shape))} to {'x'.join(map(str, self.output_shape))}, "
             f"{self.machine.dtype}, {self.machine.isa}: {self.flops / 1e9:.1f} GFLOP "
-            f"({self.extra_work:.1%} of extra work), arena of {self.arena_bytes / 2**20:.1f} MiB",
+            f"({self.extra_work:.1%} of extra work), arena of {format_bytes(self.arena_bytes)}",
             f"{'GFLOP':>9} {'MiB live':>9}  step",
         ]
         together: dict[tuple[int, str, str], list[int]] = {}

@@ -17,10 +17,11 @@ from torch import Tensor
 from ... import _engine
 from ...errors import RBLNRuntimeError, RBLNTargetUnavailableError
 from ...graph.ir import Graph, Shape, Value
-from ...host import usable_memory
+from ...host import usable_memory, usable_processors
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
-from ..base import mebibytes, over_memory_limit, sizes
+from ...units import format_bytes
+from ..base import over_memory_limit, sizes
 from ..watch import ShouldStop, Watch
 from .packing import DTYPES, pack
 from .plan import Plan
@@ -147,8 +148,8 @@ def _torch_allocates() -> Iterator[None]:
         if wanted is None:
             raise
         raise MemoryError(
-            f"The system has no {wanted[1]} bytes for the images of this run. Run a smaller batch "
-            "or image, or free memory; the model can be used again."
+            f"The system has no {format_bytes(int(wanted[1]))} for the images of this run. Run a "
+            "smaller batch or image, or free memory; the model can be used again."
         ) from None
 
 
@@ -160,8 +161,8 @@ class CpuRuntime:
             are read, so that they may be on the meta device.
         packed: What `packing.pack` made of the weights for `dtype`.
         dtype: In what to compute; `None` is what is fastest here.
-        num_threads: Threads of a run; `None` is one for each processor that this
-            process may use.
+        num_threads: Threads of a run; `None` is one for each core that this process may
+            use.
         memory_limit: The most bytes that a run may take with its result, besides the
             weights; `None` is the memory of the machine or of the control group, whichever
             is less. Within it a run is as fast as can be, and gives the same bits.
@@ -193,7 +194,7 @@ class CpuRuntime:
         self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._kernels = _chosen_kernels(dtype)
         with _threads_start():
-            self._executor = _engine.Executor(num_threads or _engine.usable_processors())
+            self._executor = _engine.Executor(num_threads or usable_processors())
         self.machine = Machine(
             isa=self._kernels.isa,
             dtype=dtype,
@@ -237,19 +238,19 @@ class CpuRuntime:
         plan, native = self._planned(shape, room)
         parts = -(-shape[0] // plan.input_shape[0])
         scratch = self._executor.bytes(native) - plan.arena_bytes
-        total = mebibytes(plan.arena_bytes + scratch + result)
+        total = format_bytes(plan.arena_bytes + scratch + result)
         lines = [
             f"{self.graph.name} on {sizes(shape)}, {self.machine.dtype}, {self.machine.isa}, "
             f"{self.machine.threads} threads",
-            f"memory      {total}: {mebibytes(plan.arena_bytes)} for activations, "
-            f"{mebibytes(scratch)} for threads, {mebibytes(result)} for the result",
+            f"memory      {total}: {format_bytes(plan.arena_bytes)} for activations, "
+            f"{format_bytes(scratch)} for threads, {format_bytes(result)} for the result",
             f"work        {parts * plan.flops / 1e12:.3f} TFLOP, {plan.extra_work:.1%} of it extra"
             + (f", in {parts} parts of the batch" if parts > 1 else ""),
             "",
             f"{'memory':>14} {'extra work':>11}  computed again, in strips",
         ]
         for other in tradeoffs(self.graph, shape, self.machine):
-            memory = mebibytes(self._executor.bytes(self._bind(other)) + result)
+            memory = format_bytes(self._executor.bytes(self._bind(other)) + result)
             again = ", ".join(other.recomputed) or "nothing"
             lines.append(f"{memory:>14} {other.extra_work:>11.1%}  {again}")
         return "\n".join([*lines, "", plan.describe()] if steps else lines)
@@ -419,7 +420,10 @@ class CpuRuntime:
 
     def _bind(self, plan: Plan) -> _engine.Plan:
         if plan.arena_bytes > ADDRESSABLE:
-            raise MemoryError(f"{plan.arena_bytes} bytes can't be addressed")
+            raise MemoryError(
+                f"A run needs {format_bytes(plan.arena_bytes)}, more than can be addressed. Run a "
+                "smaller image."
+            )
         native = _engine.Plan(self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape)
         for step in plan.steps:
             weights = {name: self._packed[weight] for name, weight in step.weights.items()}

@@ -1,0 +1,62 @@
+"""Numbers and sizes as people write and read them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+
+_UNITS = {
+    **{"": 1, "B": 1},
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
+
+
+def positive_int(value: object) -> int:
+    """The value as an `int`, which must be positive; `True` is no number here."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
+        raise ValueError("expected a positive integer")
+    return int(value)
+
+
+def positive_number(value: object) -> int | float:
+    """The value as an `int` if it is whole, else as a `float`; it must be positive."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError("expected a number")
+    number = float(value)
+    if not number > 0:
+        raise ValueError("expected a positive number")
+    return int(number) if number.is_integer() else number
+
+
+def byte_count(value: object) -> int:
+    """A number of bytes from an `int` or a text such as `"2GiB"` or `"512MB"`."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        number = float(match[1]) if match is not None else math.inf
+        if match is None or match[2] not in _UNITS or math.isinf(number):
+            raise ValueError("expected a number of bytes, such as 2147483648 or '2GiB'")
+        value = int(number * _UNITS[match[2]])
+    return positive_int(value)
+
+
+def optional_byte_count(value: object) -> int | None:
+    """`byte_count`, or `None` where nothing is given: `None`, or the empty field of a form."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return byte_count(value)
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes for people: `3.0 MiB` for 3145728.
+
+    In MiB up to 10 GiB, so that what is compared most often has one unit.
+    """
+    if size < 2**10:
+        return f"{size:g} bytes"
+    if size < 2**20:
+        return f"{size / 2**10:,.1f} KiB"
+    if size < 10 * 2**30:
+        return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**30:,.1f} GiB"
