@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +19,7 @@ from .config import (
     reject_unknown,
 )
 from .errors import RBLNCompileError, RBLNRuntimeError
+from .graph.capture import replica
 from .model import RBLNModel
 
 if TYPE_CHECKING:
@@ -364,10 +364,10 @@ class RBLNAutoencoderKL(RBLNModel):
         return parts
 
     @classmethod
-    @contextlib.contextmanager
-    def _module(cls, model: torch.nn.Module, part: str) -> Iterator[torch.nn.Module]:
-        with _standard_attention(model):
-            yield _Encoder(model) if part == ENCODER else _Decoder(model)
+    def _module(cls, model: torch.nn.Module, part: str) -> torch.nn.Module:
+        module = replica(_Encoder(model) if part == ENCODER else _Decoder(model))
+        _use_standard_attention(module)
+        return module
 
     @classmethod
     def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
@@ -450,21 +450,14 @@ class _Decoder(torch.nn.Module):
         return image
 
 
-@contextlib.contextmanager
-def _standard_attention(vae: Any) -> Iterator[None]:
-    """Capture attention in one form, whatever processors the model was given.
+def _use_standard_attention(module: torch.nn.Module) -> None:
+    """Give attention one form, whatever processors the model has.
 
     All processors of diffusers compute the same function from the same weights.
     """
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-    modules = [m for m in vae.modules() if isinstance(m, Attention)]
-    before = [m.processor for m in modules]
     standard: Any = AttnProcessor2_0()  # type: ignore[no-untyped-call]
-    try:
-        for module in modules:
-            module.processor = standard
-        yield
-    finally:
-        for module, processor in zip(modules, before, strict=True):
-            module.processor = processor
+    for submodule in module.modules():
+        if isinstance(submodule, Attention):
+            submodule.set_processor(standard)
