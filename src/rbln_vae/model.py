@@ -370,7 +370,9 @@ class RBLNModel(ModuleMembers):
     # Running one
 
     def memory_needed(self, part: str, shape: tuple[int, ...]) -> int:
-        """Bytes that a run takes besides the weights: activations, and the result.
+        """Bytes that a run takes besides the weights.
+
+        These are activations, scratch memory of its threads, and the result.
 
         Args:
             part: The name of a compiled part.
