@@ -277,6 +277,5 @@ def _save(directory: Path, parts: Iterable[str], dtype: str) -> None:
     channels = {"encode": model.config.in_channels, "decode": model.config.latent_channels}
     for part in parts:
         name = f"{part}r"
-        with RBLNAutoencoderKL._module(model, name) as module:
-            graph = capture(module, name, channels[part])
+        graph = capture(RBLNAutoencoderKL._module(model, name), name, channels[part])
         Artifact(graph, "cpu", dtype).save(directory / f"{part}.rbln")

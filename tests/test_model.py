@@ -709,17 +709,13 @@ def run_python(code: str, *arguments: object) -> str:
 
 def test_importing_the_package_is_light():
     code = """
-import sys, time
-start = time.process_time()
+import sys
 import rbln_vae
-seconds = time.process_time() - start
 rbln_vae.RBLNModelConfig(dtype="bfloat16")
 heavy = {"torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy"}
-print(seconds, *heavy & set(sys.modules))
+print(*heavy & set(sys.modules))
 """
-    seconds, *heavy = run_python(code).split()
-    assert heavy == []
-    assert float(seconds) < 0.3
+    assert run_python(code).split() == []
 
 
 def test_every_public_name_is_found():

@@ -100,8 +100,10 @@ class RBLNModelConfig:
             NPU is present, else `cpu`.
         num_threads: CPU: threads of a run, at most 1024; `None` is one for each core that
             the process may use.
-        memory_limit: CPU: the most memory that activations may take, in bytes or as
-            `"2GiB"`; `None` and `""` are no limit but the machine's.
+        memory_limit: The most memory that a run may take besides the weights: activations,
+            scratch memory of its threads, and the result. In bytes or as `"2GiB"`; `None` and
+            `""` are the memory of the machine or the control group on the target `cpu`, and
+            no limit on others. The target `rbln` ignores it.
         rbln_vae_version: The version that stored the configuration; leave it out.
         **kwargs: None is known; an unknown name is an error that suggests the nearest.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -92,10 +91,11 @@ class RBLNModel(ModuleMembers):
 
     @classmethod
     @abstractmethod
-    def _module(
-        cls, model: torch.nn.Module, part: str
-    ) -> contextlib.AbstractContextManager[torch.nn.Module]:
-        """One part as a module from image to image, ready to be compiled within the block."""
+    def _module(cls, model: torch.nn.Module, part: str) -> torch.nn.Module:
+        """One part as a module from image to image, to be compiled.
+
+        A copy that shares the model's weights, so that a target may do what it likes with it.
+        """
 
     @classmethod
     @abstractmethod
@@ -172,7 +172,8 @@ class RBLNModel(ModuleMembers):
         """Compile a loaded model.
 
         Args:
-            model: The diffusers model; it is not changed, and not needed afterwards.
+            model: The diffusers model, which is not needed afterwards. It is not changed,
+                not even meanwhile, so other threads may run it.
             rbln_config: Options, as a dict or an instance of the configuration class.
             **kwargs: Options with the prefix `rbln_`, which win over `rbln_config`.
 
@@ -235,8 +236,7 @@ class RBLNModel(ModuleMembers):
             options = CompileOptions(
                 shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices, part
             )
-            with cls._module(model, part) as module:
-                compiled[part] = target.compile_module(module, options)
+            compiled[part] = target.compile_module(cls._module(model, part), options)
         rbln_config.freeze()
         return cls(compiled, config, rbln_config)
 
@@ -374,7 +374,9 @@ class RBLNModel(ModuleMembers):
     # Running one
 
     def memory_needed(self, part: str, shape: tuple[int, ...]) -> int:
-        """Bytes that a run takes besides the weights: activations, and the result.
+        """Bytes that a run takes besides the weights.
+
+        These are activations, scratch memory of its threads, and the result.
 
         Args:
             part: The name of a compiled part.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pictures import encoded, picture
 
-from rbln_vae.datasets import Options, Progress, Sample, Split
+from rbln_vae.datasets import Options, Progress, Sample, Split, pipeline
 from rbln_vae.datasets.encoder import Encoded
 from rbln_vae.datasets.job import Job, open_job
 from rbln_vae.datasets.pictures import Prepared
@@ -20,6 +22,8 @@ from rbln_vae.datasets.pipeline import encode_splits
 
 OPTIONS = Options(sizes=((32, 32),), shard_size=4)
 CONTENT = encoded(picture(0))
+PATIENCE = 60
+"""Seconds after which something that must happen never will."""
 
 
 @dataclasses.dataclass
@@ -44,10 +48,11 @@ class Recording:
     def __init__(self, batch_size: int = 1, fails_at: int | None = None) -> None:
         self.batch_size, self.fails_at = batch_size, fails_at
         self.keys: list[str] = []
-        self.gate = threading.Event()
+        self.begun, self.gate = threading.Event(), threading.Event()
         self.gate.set()
 
     def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
+        self.begun.set()
         self.gate.wait()
         self.keys += [image.key for image in images]
         if self.fails_at is not None and len(self.keys) > self.fails_at:
@@ -96,17 +101,36 @@ def test_an_empty_split_is_done(job: Job) -> None:
     assert list(run(Simulated([], 0), Recording(), job)) == []
 
 
-def test_no_more_is_read_than_there_is_room_for(job: Job) -> None:
+def test_no_more_is_read_than_there_is_room_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    stalled = threading.Event()
+
+    class Watched(queue.Queue[Any]):
+        """Tells when there was no room."""
+
+        def put(self, *arguments: Any, **options: Any) -> None:
+            try:
+                super().put(*arguments, **options)
+            except queue.Full:
+                stalled.set()
+                raise
+
+    monkeypatch.setattr(pipeline.queue, "Queue", Watched)
     split, encoder = Simulated([]), Recording()
     encoder.gate.clear()
     entries = run(split, encoder, job, decoders=3)
     reader = threading.Thread(target=lambda: next(entries))
     reader.start()
-    time.sleep(0.5)
-    # Two for each decoder, one for the encoder, and one or two that are handed over.
-    assert len(split.given) <= 2 * 3 + 1 + 3
-    encoder.gate.set()
-    reader.join()
+    try:
+        # The encoder takes nothing any more: where there is no room now, there will be none.
+        assert encoder.begun.wait(PATIENCE)
+        stalled.clear()
+        assert stalled.wait(PATIENCE)
+        # Each decoder is given something; at most two for each, one that the encoder has, one
+        # that it would take next, and one that is handed over.
+        assert 3 < len(split.given) <= 2 * 3 + 1 + 1 + 1
+    finally:
+        encoder.gate.set()
+        reader.join()
     entries.close()  # ends all threads of a source that has no end
     assert not [t for t in threading.enumerate() if t.name.startswith(("feed", "decode", "write"))]
 
@@ -133,9 +157,22 @@ def test_a_shard_that_cannot_be_written_stops_it_before_the_next_is_full(
     def failing(*_, **__):
         raise OSError("no room")
 
+    class Prompt(ThreadPoolExecutor):
+        """Has tried to write a shard before the next image is encoded."""
+
+        def __init__(self, threads: int, name: str) -> None:
+            super().__init__(threads, name)
+            self.writes = name == "write"
+
+        def submit(self, *arguments: Any, **options: Any) -> Future[Any]:
+            future = super().submit(*arguments, **options)
+            if self.writes:
+                wait([future])
+            return future
+
     monkeypatch.setattr(Job, "finish", failing)
+    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Prompt)
     encoder = Recording()
     with pytest.raises(OSError, match="no room"):
-        for _ in run(Simulated([]), encoder, job, report=lambda: time.sleep(0.05)):
-            pass
-    assert len(encoder.keys) < 2 * OPTIONS.shard_size
+        list(run(Simulated([]), encoder, job))
+    assert len(encoder.keys) == OPTIONS.shard_size + 1

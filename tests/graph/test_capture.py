@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from vaes import capture_part, make_vae, noise, part_of
 
 from rbln_vae.errors import RBLNCompileError
-from rbln_vae.graph.capture import capture
+from rbln_vae.graph.capture import capture, replica
 from rbln_vae.graph.passes import drop_no_ops
 from rbln_vae.metrics import relative_l2
 
@@ -85,6 +87,13 @@ def test_weights_of_any_precision_are_captured_as_float32(part: str, dtype: torc
     assert relative_l2(evaluate(graph, image), expected) < 2e-6
 
 
+class ModuleProcessor(nn.Module):
+    """The default of diffusers as a module, which attention then has as a submodule."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return AttnProcessor()(*arguments, **options)
+
+
 def sliced(vae: Any) -> None:
     vae.set_attn_processor(SlicedAttnProcessor(slice_size=2))
 
@@ -92,6 +101,7 @@ def sliced(vae: Any) -> None:
 PROCESSORS: dict[str, Callable[[Any], Any]] = {
     "AttnProcessor": lambda vae: vae.set_attn_processor(AttnProcessor()),
     "SlicedAttnProcessor": sliced,
+    "a module": lambda vae: vae.set_attn_processor(ModuleProcessor()),
     "fused projections": lambda vae: vae.fuse_qkv_projections(),
     "the default of diffusers": lambda vae: vae.set_default_attn_processor(),
     "slices, tiles, channels last": lambda vae: (
@@ -151,7 +161,7 @@ def test_the_training_flag_is_kept(training: bool) -> None:
     assert evaluate(graph, noise(1, 4, 4, 4)).isfinite().all()
 
 
-def test_the_processors_are_put_back_when_capture_fails() -> None:
+def test_the_model_is_not_changed_when_capture_fails() -> None:
     vae = make_vae()
     processor = SlicedAttnProcessor(2)
     vae.set_attn_processor(processor)
@@ -194,6 +204,39 @@ def test_capture_draws_nothing_from_the_global_generator() -> None:
 
 
 # Modules of one's own
+
+
+def test_a_module_can_run_while_it_is_captured() -> None:
+    module = Within(nn.Conv2d(4, 4, 3, padding=1))
+    image, capturing, seen = noise(1, 4, 5, 6), threading.current_thread(), []
+    expected = module(image)
+
+    def look(*_: Any) -> None:
+        if threading.current_thread() is capturing:
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(module, image).result())
+
+    module.inside.register_forward_hook(look)
+    graph = capture(module, "own", 4)
+    assert seen
+    assert all(torch.equal(found, expected) for found in seen)
+    assert relative_l2(evaluate(graph, image), expected.detach()) < 2e-6
+
+
+def test_a_replica_has_modules_of_its_own_and_shares_the_weights() -> None:
+    module = Within(nn.BatchNorm2d(4))
+    other = replica(module)
+    assert not set(other.modules()) & set(module.modules())
+    own, shared = (dict(m.named_parameters()) | dict(m.named_buffers()) for m in (other, module))
+    assert own.keys() == shared.keys()
+    assert all(own[name] is weight for name, weight in shared.items())
+
+
+def test_a_module_that_cannot_be_copied_is_an_error_that_says_why() -> None:
+    module = Within(nn.Conv2d(4, 4, 1))
+    module.inside.busy = threading.Lock()
+    with pytest.raises(RBLNCompileError, match=r"Within can't be copied: .*lock.*Remove the hooks"):
+        capture(module, "own", 4)
 
 
 class Call(nn.Module):

@@ -497,7 +497,8 @@ def serve(
     memory_limit: Annotated[
         str | None,
         typer.Option(
-            help="The most memory that the activations of all runs may take, such as 2GiB. By "
+            help="The most memory that all runs together may take besides the weights, such as "
+            "2GiB: activations, scratch memory of their threads, and the results. By "
             "default half of the machine's.",
             show_default=False,
         ),

@@ -101,7 +101,9 @@ Threads = Annotated[
 MemoryLimit = Annotated[
     str | None,
     typer.Option(
-        help="The most memory that activations may take, such as 2GiB.", show_default=False
+        help="The most memory that a run may take besides the weights: activations, scratch "
+        "memory of its threads, and the result. Such as 2GiB.",
+        show_default=False,
     ),
 ]
 

@@ -7,7 +7,10 @@ and the graph is free of them.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,12 +44,18 @@ EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 64 * 241, 64 * 251
 EXAMPLE_BATCH = 2  # not 1, which a model that mixes images could not be told from
 
 
+_EXPORTING = threading.Lock()
+"""torch.export patches `torch.nn.Module` and keeps its state in globals while it traces."""
+
+
 def capture(module: torch.nn.Module, name: str, input_channels: int) -> Graph:
     """Capture what a module does to an image.
 
+    Several threads may capture at once; they take turns.
+
     Args:
         module: Takes an image `(N, input_channels, H, W)` and gives an image. It is not
-            changed, and its weights are copied.
+            changed, not even meanwhile, so other threads may run it. Its weights are copied.
         name: The name of the graph.
         input_channels: Channels of the input.
 
@@ -65,7 +74,29 @@ def capture(module: torch.nn.Module, name: str, input_channels: int) -> Graph:
           %conv2d = Conv2d(%x) weight, padding (1, 1, 1, 1)
           return %conv2d
     """
-    return _Capture(_export(module, input_channels), name, input_channels).graph()
+    return _Capture(_export(replica(module), input_channels), name, input_channels).graph()
+
+
+def replica(module: torch.nn.Module) -> torch.nn.Module:
+    """Copy a module and its submodules, but not the weights, which both then share.
+
+    Args:
+        module: What to copy; it is not changed.
+
+    Returns:
+        Modules of the same classes, hooks and attributes, around the same tensors.
+
+    Raises:
+        RBLNCompileError: A hook or an attribute can't be copied.
+    """
+    weights = itertools.chain(module.parameters(), module.buffers())
+    try:
+        return copy.deepcopy(module, {id(weight): weight for weight in weights})
+    except Exception as error:  # an attribute's own code is run
+        raise RBLNCompileError(
+            f"{type(module).__name__} can't be copied: {error}. Remove the hooks and attributes "
+            "that hold what can't be copied, such as locks and open files."
+        ) from error
 
 
 def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProgram:
@@ -75,7 +106,7 @@ def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProg
         EXAMPLE_BATCH, channels, EXAMPLE_HEIGHT, EXAMPLE_WIDTH
     )
     try:
-        with torch.no_grad():
+        with _EXPORTING, torch.no_grad():
             return torch.export.export(module, (example,), strict=False)
     except Exception as error:
         # Export runs the model's own Python code, so anything can be raised.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -245,53 +244,92 @@ def test_winograd_spreads_nan_and_infinity_no_further_than_its_tiles(
     assert found.all()
 
 
-def test_winograd_is_chosen_where_it_gains() -> None:
-    def chosen(machine: Machine, **changes: Any) -> bool:
-        conv = Convolution(
-            **{
-                "inputs": 64,
-                "outputs": 64,
-                "kernel": (3, 3),
-                "stride": 1,
-                "upsample": False,
-                "grid": (64, 64),
-                "normed": True,
-                **changes,
-            }
-        )
-        return gains_by_winograd(conv, machine)
+FLOAT32 = Machine("avx512", "float32", 1, 14, 2, winograd=True, threads=2)
+MULTIPLIES_BFLOAT16 = dataclasses.replace(FLOAT32, isa="avx512_bf16", dtype="bfloat16")
+STORES_BFLOAT16 = dataclasses.replace(FLOAT32, dtype="bfloat16")
+MACHINES = st.sampled_from([FLOAT32, MULTIPLIES_BFLOAT16, STORES_BFLOAT16])
+WHOLE_TILES = st.integers(1, 64).map(lambda tiles: 4 * tiles)
+WHOLE_BLOCKS = st.integers(1, 16).map(lambda blocks: 32 * blocks)
 
-    float32 = Machine("avx512", "float32", 1, 14, 2, winograd=True, threads=2)
-    bfloat16 = Machine("avx512_bf16", "bfloat16", 1, 14, 2, winograd=True, threads=2)
-    for machine in (float32, bfloat16):
-        assert chosen(machine)
-        assert chosen(machine, inputs=256, outputs=3, grid=(128, 128))
-        assert not chosen(machine, inputs=3, outputs=32)
-        assert not chosen(machine, stride=2)
-        assert not chosen(machine, kernel=(1, 1))
-        assert not chosen(machine, kernel=(5, 5))
-        assert not chosen(machine, grid=(8, 8))
-        assert not chosen(dataclasses.replace(machine, winograd=False))
-    assert chosen(float32, upsample=True, kernel=(2, 2))
-    # Four sets of kernels are to be transformed.
-    assert chosen(float32, grid=(24, 24))
-    assert not chosen(float32, grid=(24, 24), upsample=True, kernel=(2, 2))
-    # What is saved of 2x2 kernels is less than what products in bfloat16 save.
-    assert not chosen(bfloat16, grid=(512, 512), upsample=True, kernel=(2, 2))
-    # But where bfloat16 is only stored, nothing else is chosen than in float32.
-    for isa in ("generic", "avx2", "avx512"):
-        assert chosen(
-            dataclasses.replace(bfloat16, isa=isa), grid=(32, 32), upsample=True, kernel=(2, 2)
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Convolution:
+    """Some that Winograd's algorithm can do, without padding of pixels or channels."""
+    upsample = draw(st.booleans())
+    return Convolution(
+        inputs=draw(WHOLE_BLOCKS),
+        outputs=draw(WHOLE_BLOCKS),
+        kernel=(2, 2) if upsample else (3, 3),
+        stride=1,
+        upsample=upsample,
+        grid=(draw(WHOLE_TILES), draw(WHOLE_TILES)),
+        normed=draw(st.booleans()),
+    )
+
+
+@given(convolutions(), MACHINES, WHOLE_TILES, WHOLE_TILES)
+def test_more_pixels_never_speak_against_winograd(
+    conv: Convolution, machine: Machine, rows: int, columns: int
+) -> None:
+    larger = dataclasses.replace(conv, grid=(conv.grid[0] + rows, conv.grid[1] + columns))
+    assert gains_by_winograd(larger, machine) or not gains_by_winograd(conv, machine)
+
+
+@given(convolutions(), MACHINES, WHOLE_BLOCKS, WHOLE_BLOCKS)
+def test_more_channels_never_speak_against_winograd(
+    conv: Convolution, machine: Machine, inputs: int, outputs: int
+) -> None:
+    wider = dataclasses.replace(conv, inputs=conv.inputs + inputs, outputs=conv.outputs + outputs)
+    assert gains_by_winograd(wider, machine) or not gains_by_winograd(conv, machine)
+
+
+@given(convolutions())
+def test_faster_products_speak_against_winograd_and_storage_does_not(conv: Convolution) -> None:
+    chosen = gains_by_winograd(conv, FLOAT32)
+    assert gains_by_winograd(conv, STORES_BFLOAT16) is chosen
+    assert chosen or not gains_by_winograd(conv, MULTIPLIES_BFLOAT16)
+
+
+def test_winograd_needs_more_pixels_where_products_are_faster() -> None:
+    def fewest(machine: Machine) -> int:
+        conv = Convolution(256, 256, (3, 3), 1, False, (4, 4), normed=True)
+        sizes = ((4 * tiles, 4 * tiles) for tiles in range(1, 1000))
+        return next(
+            math.prod(grid)
+            for grid in sizes
+            if gains_by_winograd(dataclasses.replace(conv, grid=grid), machine)
         )
+
+    assert fewest(FLOAT32) < fewest(MULTIPLIES_BFLOAT16)
+
+
+@given(convolutions(), MACHINES)
+def test_winograd_never_transforms_kernels_for_a_single_tile(
+    conv: Convolution, machine: Machine
+) -> None:
+    assert not gains_by_winograd(dataclasses.replace(conv, grid=(4, 4)), machine)
+
+
+@given(convolutions(), MACHINES, st.integers(1, 7), st.integers(1, 2))
+def test_winograd_is_for_kernels_of_3x3_and_where_there_is_one(
+    conv: Convolution, machine: Machine, size: int, stride: int
+) -> None:
+    assert not gains_by_winograd(conv, dataclasses.replace(machine, winograd=False))
+    other = dataclasses.replace(conv, upsample=False, kernel=(size, size), stride=stride)
+    assert (size, stride) == (3, 1) or not gains_by_winograd(other, machine)
+
+
+@pytest.mark.parametrize("machine", [FLOAT32, MULTIPLIES_BFLOAT16], ids=lambda m: m.dtype)
+def test_winograd_is_chosen_for_the_widest_layers_of_large_images(machine: Machine) -> None:
+    """It takes a quarter of the products, and bfloat16 saves but half of their time."""
+    wide = Convolution(512, 512, (3, 3), 1, False, (512, 512), normed=True)
+    assert gains_by_winograd(wide, machine)
 
 
 def test_tiles_are_those_of_float32_where_products_are() -> None:
     conv = Convolution(256, 512, (3, 3), 1, False, (96, 96), normed=True)
-    float32 = Machine("avx512", "float32", 1, 14, 2, winograd=True, threads=2)
-    widened = dataclasses.replace(float32, dtype="bfloat16")
-    assert conv.tile(widened) == conv.tile(float32)
-    multiplied = dataclasses.replace(widened, isa="avx512_bf16")
-    assert math.prod(conv.tile(multiplied)) > math.prod(conv.tile(widened))
+    assert conv.tile(STORES_BFLOAT16) == conv.tile(FLOAT32)
+    assert math.prod(conv.tile(MULTIPLIES_BFLOAT16)) > math.prod(conv.tile(STORES_BFLOAT16))
 
 
 @pytest.mark.parametrize(("isa", "dtype"), WINOGRAD)

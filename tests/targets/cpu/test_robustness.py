@@ -6,7 +6,6 @@ What is asked of the memory of a whole process runs in a process of its own.
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from vaes import capture_part, compile_vae, make_vae
 
 from rbln_vae import RBLNAutoencoderKL, _engine
 from rbln_vae.artifact import Artifact
-from rbln_vae.graph.ir import Graph
+from rbln_vae.graph.ir import Conv2d, Graph
 from rbln_vae.graph.passes import optimise
 from rbln_vae.targets.cpu.packing import pack
 from rbln_vae.targets.cpu.runtime import CpuRuntime
@@ -196,7 +195,7 @@ def test_memory_that_can_not_be_had_is_an_error_and_the_model_stays_usable(file:
             assert message is not None
         if share > 2:
             assert message is None
-        assert message is None or re.search(r"the system has no [\d,.]+ MiB", message, re.I)
+        assert message is None or re.search(r"the system has no [\d,.]+ [KMG]iB", message, re.I)
     needed = f"{result['needed'] // 2**20 + 1} MiB for this run"
     assert any(needed in message for _, message in result["answers"] if message)
 
@@ -209,23 +208,18 @@ KERNELS = [(k.isa, k.dtype) for k in _engine.all_kernels() if k.isa != "generic"
 
 
 @pytest.mark.parametrize(("isa", "dtype"), KERNELS)
-@pytest.mark.parametrize("value", [0.0, 1e-40, 1e30, float("inf"), float("nan")])
-def test_no_number_makes_a_run_slow(
-    decoder: Graph, isa: str, dtype: str, value: float, monkeypatch: pytest.MonkeyPatch
+def test_denormals_count_as_zero_in_a_run_and_nowhere_else(
+    isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Arithmetic on them takes a hundred times as long where they don't."""
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
-    native = CpuRuntime(decoder, dtype=dtype, num_threads=1)
-    usual = torch.randn(1, 4, 24, 24)
-    unusual = usual * value
-
-    def seconds(image: torch.Tensor) -> float:
-        start = time.thread_time()
-        native.run(image)
-        return time.thread_time() - start
-
-    times = [(seconds(usual), seconds(unusual)) for _ in range(5)]
-    # Arithmetic on denormals takes a hundred times as long where it isn't switched off.
-    assert min(u for _, u in times) < 3 * min(u for u, _ in times) + 0.005
+    weight = torch.eye(4)[:, :, None, None]
+    graph = Graph("copy", "x", 4, "y", (Conv2d("y", "x", "w", None),), {"w": weight})
+    native = CpuRuntime(graph, dtype=dtype, num_threads=2)
+    image = torch.full((2, 4, 64, 64), 1e-40)
+    assert native.run(image).count_nonzero() == 0
+    assert native.run(image * 1e10).count_nonzero() == image.numel()
+    assert (image * 1.0).count_nonzero() == image.numel()
 
 
 @pytest.mark.parametrize(("isa", "dtype"), KERNELS)

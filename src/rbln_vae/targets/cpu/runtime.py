@@ -163,9 +163,10 @@ class CpuRuntime:
         dtype: In what to compute; `None` is what is fastest here.
         num_threads: Threads of a run; `None` is one for each core that this process may
             use.
-        memory_limit: The most bytes that a run may take with its result, besides the
-            weights; `None` is the memory of the machine or of the control group, whichever
-            is less. Within it a run is as fast as can be, and gives the same bits.
+        memory_limit: The most bytes that a run may take besides the weights: activations,
+            scratch memory of its threads, and the result. `None` is the memory of the machine
+            or of the control group, whichever is less. Within it a run is as fast as can be,
+            and gives the same bits.
         timeout: Seconds that a run may take; `None` is no limit.
         activate_profiler: Whether to keep the times of the latest runs.
     """
