@@ -240,7 +240,7 @@ def test_options_of_the_run_are_given_while_loading(compiled):
     model = load(compiled, rbln_timeout=5, rbln_config={"num_threads": 1, "device": "cpu"})
     found = model.rbln_config
     assert (found.timeout, found.num_threads, found.device) == (5, 1, "cpu")
-    assert load(compiled).rbln_config.timeout == 60
+    assert load(compiled).rbln_config.timeout is None
 
 
 @pytest.mark.parametrize(
