@@ -18,7 +18,8 @@ from rbln_vae.artifact import Artifact, read_artifact
 from rbln_vae.graph import passes
 from rbln_vae.graph.capture import capture
 from rbln_vae.graph.ir import Conv2d, Graph, Identity, Operation
-from rbln_vae.targets.cpu import planner, tiles
+from rbln_vae.schedule import scheduler
+from rbln_vae.targets.cpu import rules, tiles
 from rbln_vae.targets.cpu.runtime import ISAS, CpuRuntime, best_dtype, usable_kernels
 
 from .contenders import STABLE_DIFFUSION, Contender
@@ -88,7 +89,7 @@ def _without(rewrite: passes.Pass) -> Callable[[Ablated], None]:
 def _summed_apart(graph: Graph) -> Graph:
     """The graph with a copy before each norm, which hides from a convolution who reads it.
 
-    The planner gives the copy the memory of the original, so that nothing is copied; but
+    The scheduler gives the copy the memory of the original, so that nothing is copied; but
     the statistics are then a step of their own.
     """
     normed = {o.inputs[0] for o in graph.operations if getattr(o, "norm", None) is not None}
@@ -108,7 +109,7 @@ def _statistics(contender: Ablated) -> None:
 
 
 def _winograd(contender: Ablated) -> None:
-    planner.gains_by_winograd = lambda *_: False
+    rules.gains_by_winograd = lambda *_: False
 
 
 def _splits(contender: Ablated) -> None:
@@ -120,7 +121,7 @@ def _together(contender: Ablated) -> None:
 
 
 def _in_place(contender: Ablated) -> None:
-    planner._Planner.replaceable = lambda *_: None  # type: ignore[method-assign]
+    scheduler._Scheduler.replaceable = lambda *_: None  # type: ignore[method-assign]
 
 
 def _large_pages(contender: Ablated) -> None:
@@ -134,7 +135,7 @@ def _kept_memory(contender: Ablated) -> None:
 
 
 def _kept_plans(contender: Ablated) -> None:
-    contender.before = lambda: contender.native._plans.clear()
+    contender.before = lambda: contender.native._bound.clear()
 
 
 def _instruction_set(contender: Ablated) -> None:

@@ -57,7 +57,7 @@ def _start(directory: Path, sizes: Sequence[int]) -> dict[str, float]:
     """Seconds of each thing in this process."""
     from rbln_vae import RBLNAutoencoderKL
     from rbln_vae.artifact import read_artifact
-    from rbln_vae.targets.cpu.planner import make_plan
+    from rbln_vae.targets.cpu.lower import lower
     from rbln_vae.targets.cpu.runtime import CpuRuntime
 
     found: dict[str, float] = {}
@@ -68,10 +68,11 @@ def _start(directory: Path, sizes: Sequence[int]) -> dict[str, float]:
         found[name] = time.perf_counter() - start
     for part in ("decode", "encode"):
         artifact = read_artifact(directory / "compiled" / f"{part}r.rbln")
-        machine = CpuRuntime(artifact.graph, artifact.packed, dtype=artifact.dtype).machine
+        runtime = CpuRuntime(artifact.graph, artifact.packed, dtype=artifact.dtype)
         for size in sizes:
             shape = make_input(part, size).shape
             start = time.perf_counter()
-            make_plan(artifact.graph, shape, machine)
+            search = runtime.search(tuple(shape))
+            lower(search.keeping_all(shape[0]), search.rules(shape[0]))
             found[f"plan, {part}r {size}²"] = time.perf_counter() - start
     return found

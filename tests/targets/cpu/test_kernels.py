@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rbln_vae import _engine
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import Conv2d, Graph
-from rbln_vae.targets.cpu import planner
+from rbln_vae.targets.cpu import rules
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.tiles import Convolution, Machine, gains_by_winograd
 
@@ -128,7 +128,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     def choose(winograd: bool) -> None:
         monkeypatch.setattr(
-            planner,
+            rules,
             "gains_by_winograd",
             lambda conv, machine: (
                 winograd
@@ -144,7 +144,7 @@ def convolved(
     case: ConvCase, x: torch.Tensor, dtype: str = "float32", threads: int = 1
 ) -> torch.Tensor:
     native = CpuRuntime(case.graph(), dtype=dtype, num_threads=threads)
-    steps = native.plan(tuple(x.shape)).steps
+    steps = native.program(tuple(x.shape)).steps
     assert ("Winograd", "y") in [(step.kind, step.name) for step in steps]
     return native.run(x)
 
@@ -339,4 +339,4 @@ def test_the_algorithm_does_not_depend_on_the_batch(
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     native = CpuRuntime(ConvCase(64, 64, 64, 64).graph(), dtype=dtype)
     for batch in (1, 3):
-        assert "Winograd" in {s.kind for s in native.plan((batch, 64, 64, 64)).steps}
+        assert "Winograd" in {s.kind for s in native.program((batch, 64, 64, 64)).steps}

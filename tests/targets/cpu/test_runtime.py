@@ -281,7 +281,7 @@ def test_profile_has_every_step(decoder: Graph) -> None:
     native.run(torch.randn(1, 4, 8, 8))
     (profile,) = native.profiles
     assert profile.part == "decoder"
-    assert len(profile.steps) == len(native.plan((1, 4, 8, 8)).steps)
+    assert len(profile.steps) == len(native.program((1, 4, 8, 8)).steps)
     assert sum(s.flops for s in profile.steps) == decoder.flops((1, 4, 8, 8))
     assert all(step.seconds >= 0 and step.bytes > 0 for step in profile.steps)
 

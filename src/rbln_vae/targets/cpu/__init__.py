@@ -41,7 +41,7 @@ class CpuTarget(GraphTarget):
         }
         graph = dataclasses.replace(graph, weights=shapes)
         # What the engine has no kernel for is an error now, not at the first run.
-        CpuRuntime(graph, packed, dtype=dtype, num_threads=1).plan(options.input_shape)
+        CpuRuntime(graph, packed, dtype=dtype, num_threads=1).program(options.input_shape)
         return Artifact(graph, self.name, dtype, options.source, packed=packed)
 
     def load(self, path: Path) -> Artifact:

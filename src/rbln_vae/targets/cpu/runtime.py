@@ -10,6 +10,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,24 +21,24 @@ from ...graph.ir import Graph, Shape, Value
 from ...host import usable_memory, usable_processors
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
+from ...schedule.schedule import Schedule
+from ...schedule.search import Search
 from ...units import format_bytes
 from ..base import over_memory_limit, sizes
 from ..watch import ShouldStop, Watch
+from .lower import lower
 from .packing import DTYPES, pack
-from .plan import Plan
-from .planner import make_plan
+from .program import ADDRESSABLE, Program
+from .rules import CpuRules
 from .tiles import Machine
-from .trade import fit_plan, hopeless, tradeoffs
 
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """The instruction sets of the engine, the best last."""
 
 EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
 """What the engine reads and writes outside its arena."""
-ADDRESSABLE = 2**62
-"""Bytes that the engine can count in any sum of two sizes."""
 
-CACHED_PLANS = 64
+CACHED_PROGRAMS = 64
 KEPT_PROFILES = 16
 
 
@@ -153,6 +154,15 @@ def _torch_allocates() -> Iterator[None]:
         ) from None
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A program with its weights, and the bytes that a run takes with its threads' scratch."""
+
+    program: Program
+    native: _engine.Plan
+    bytes: int
+
+
 class CpuRuntime:
     """Runs a graph with the native engine; any number of threads may share it.
 
@@ -206,18 +216,40 @@ class CpuRuntime:
             threads=self._executor.threads,
         )
         self._slicing = self._tiling = False
-        self._plans: dict[tuple[Shape, int, bool, bool], tuple[Plan, _engine.Plan]] = {}
+        self._bound: dict[tuple[Shape, int, bool, bool], _Bound] = {}
         self._profiles: deque[RunProfile] | None = None
         if activate_profiler:
             self._profiles = deque(maxlen=KEPT_PROFILES)
             self._limit = measured_limit(self._kernels.isa, dtype, self._executor.threads)
 
-    def plan(self, shape: Shape) -> Plan:
-        """What a run on an input of that shape does; `print(plan.describe())`.
+    def program(self, shape: Shape) -> Program:
+        """What a run on an input of that shape does; `print(program.describe())`.
 
-        A batch that is too much for the limit is run in parts, and the plan is that of one.
+        A batch that is too much for the limit is run in parts, and the program is that of one.
         """
-        return self._planned(tuple(shape), self._room(tuple(shape)))[0]
+        return self._bound_for(tuple(shape), self._room(tuple(shape))).program
+
+    def rules(self, shape: Shape) -> CpuRules:
+        """What the engine asks of a schedule for an input of that shape."""
+        return CpuRules(self.graph, shape, self.machine)
+
+    def search(self, shape: Shape) -> Search[CpuRules]:
+        """The schedules for an input of that shape."""
+        return Search(self.graph, shape, self.rules)
+
+    def execute(self, program: Program, image: Tensor) -> Tensor:
+        """Run a program for this graph and machine, however much memory it takes.
+
+        Args:
+            program: As `lower` makes it, of a schedule of `search` or of your own.
+            image: `(N, C, H, W)` as the schedule says, float32, float16 or bfloat16.
+
+        Returns:
+            A new tensor in float32.
+        """
+        result = torch.empty(program.schedule.output_shape)
+        self._execute(self._bind(program), image, result, Watch(self.timeout))
+        return result
 
     def memory_needed(self, shape: Shape) -> int:
         """Bytes that a run on an input of that shape takes with its result, besides weights.
@@ -228,33 +260,35 @@ class CpuRuntime:
         """
         shape = tuple(shape)
         room = self._room(shape)
-        native = self._planned(shape, room)[1]
-        return self._executor.bytes(native) + self.memory_limit - room
+        return self._bound_for(shape, room).bytes + self.memory_limit - room
 
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
-        """The memory and the work of a run, and what other plans would take."""
+        """The memory and the work of a run, and what other schedules would take."""
         shape = tuple(shape)
         room = self._room(shape)
         result = self.memory_limit - room
-        plan, native = self._planned(shape, room)
-        parts = -(-shape[0] // plan.input_shape[0])
-        scratch = self._executor.bytes(native) - plan.arena_bytes
-        total = format_bytes(plan.arena_bytes + scratch + result)
+        bound = self._bound_for(shape, room)
+        schedule = bound.program.schedule
+        parts = -(-shape[0] // schedule.input_shape[0])
         lines = [
             f"{self.graph.name} on {sizes(shape)}, {self.machine.dtype}, {self.machine.isa}, "
             f"{self.machine.threads} threads",
-            f"memory      {total}: {format_bytes(plan.arena_bytes)} for activations, "
-            f"{format_bytes(scratch)} for threads, {format_bytes(result)} for the result",
-            f"work        {parts * plan.flops / 1e12:.3f} TFLOP, {plan.extra_work:.1%} of it extra"
+            f"memory      {format_bytes(bound.bytes + result)}: "
+            f"{format_bytes(schedule.arena_bytes)} for activations, "
+            f"{format_bytes(bound.bytes - schedule.arena_bytes)} for threads, "
+            f"{format_bytes(result)} for the result",
+            f"work        {parts * schedule.flops / 1e12:.3f} TFLOP, "
+            f"{schedule.extra_work:.1%} of it extra"
             + (f", in {parts} parts of the batch" if parts > 1 else ""),
             "",
             f"{'memory':>14} {'extra work':>11}  computed again, in strips",
         ]
-        for other in tradeoffs(self.graph, shape, self.machine):
-            memory = format_bytes(self._executor.bytes(self._bind(other)) + result)
+        search = self.search(shape)
+        for other in search.tradeoffs():
+            memory = format_bytes(self._lowered(other, search).bytes + result)
             again = ", ".join(other.recomputed) or "nothing"
             lines.append(f"{memory:>14} {other.extra_work:>11.1%}  {again}")
-        return "\n".join([*lines, "", plan.describe()] if steps else lines)
+        return "\n".join([*lines, "", bound.program.describe()] if steps else lines)
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
         """Run batches one by one, or images too in the least memory, whatever the limit."""
@@ -288,9 +322,9 @@ class CpuRuntime:
             raise TypeError(f"The input is {image.dtype}, expected a floating-point tensor.")
         shape = tuple(image.shape)
         room = self.memory_limit if out is not None else self._room(shape)
-        plan, native = self._planned(shape, room)
+        bound = self._bound_for(shape, room)
         source = image.detach()
-        expected = (shape[0], *plan.output_shape[1:])
+        expected = (shape[0], *bound.program.schedule.output_shape[1:])
         if out is not None and (tuple(out.shape) != expected or out.dtype not in EXCHANGED):
             raise ValueError(
                 f"out is {out.dtype} of the shape {tuple(out.shape)}, expected "
@@ -302,29 +336,29 @@ class CpuRuntime:
             if source.dtype not in EXCHANGED:
                 source = source.to(torch.float32)
             result = torch.empty(expected, dtype=source.dtype) if out is None else out
-        size = plan.input_shape[0]
+        size = bound.program.schedule.input_shape[0]
         for begin in range(0, shape[0], size):
             part = source[begin : begin + size]
             if len(part) < size:
-                plan, native = self._planned(tuple(part.shape), room)
-            self._execute(plan, native, part, result[begin : begin + size], watch)
+                bound = self._bound_for(tuple(part.shape), room)
+            self._execute(bound, part, result[begin : begin + size], watch)
         with _torch_allocates():
             return result if out is not None else result.to(image.dtype)
 
-    def _execute(
-        self, plan: Plan, native: _engine.Plan, source: Tensor, result: Tensor, watch: Watch
-    ) -> None:
+    def _execute(self, bound: _Bound, source: Tensor, result: Tensor, watch: Watch) -> None:
         watch.check()
         start = time.time()
         profile = self._profiles is not None
         ask = watch.ask if watch.needs_asking else None
         try:
             with _threads_start():
-                times = self._executor.run(native, source, result, watch.seconds_left, ask, profile)
+                times = self._executor.run(
+                    bound.native, source, result, watch.seconds_left, ask, profile
+                )
         except _engine.TimedOutError:
             raise watch.timed_out() from None
         if self._profiles is not None:
-            self._profiles.append(self._profile(plan, start, times))
+            self._profiles.append(self._profile(bound.program, start, times))
 
     @property
     def profiles(self) -> list[RunProfile]:
@@ -347,67 +381,57 @@ class CpuRuntime:
                 f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
             )
 
-    def _planned(self, shape: Shape, room: int) -> tuple[Plan, _engine.Plan]:
-        """The plan of a run, or of a part of its batch, in so many bytes."""
+    def _bound_for(self, shape: Shape, room: int) -> _Bound:
+        """The program of a run, or of a part of its batch, in so many bytes."""
         # No lock, which a forked child might find held for ever: single calls of a dict are whole.
         key = (shape, room, self._slicing, self._tiling)
-        known = self._plans.get(key)
+        known = self._bound.get(key)
         if known is None:
-            known = self._plans[key] = self._make_plan(*key)
-            while len(self._plans) > CACHED_PLANS:
-                self._plans.pop(list(self._plans)[0], None)  # noqa: RUF015
+            known = self._bound[key] = self._fit(*key)
+            while len(self._bound) > CACHED_PROGRAMS:
+                self._bound.pop(list(self._bound)[0], None)  # noqa: RUF015
         return known
 
-    def _make_plan(
-        self, shape: Shape, room: int, slicing: bool, tiling: bool
-    ) -> tuple[Plan, _engine.Plan]:
+    def _fit(self, shape: Shape, room: int, slicing: bool, tiling: bool) -> _Bound:
+        """The fastest program in so many bytes, those of the threads' scratch among them."""
         self._check_shape(shape)
-        if slicing or tiling:
-            shape = (1, *shape[1:])
-        free = make_plan(self.graph, shape, self.machine)
+        search = self.search((1, *shape[1:]) if slicing or tiling else shape)
+        free = search.keeping_all(search.input_shape[0])
+        scratch = 0
         try:
-            native = self._bind(free)
-            needed = self._executor.bytes(native)
+            bound = self._lowered(free, search)
         except (ValueError, MemoryError):
             # The engine can't count as far as Python can.
             if free.arena_bytes <= room:
                 raise
-            needed = free.arena_bytes
-        if needed <= room and not tiling:
-            return free, native
-        scratch = needed - free.arena_bytes
-        made = None if tiling else self._within(shape, room, scratch)
-        return made or self._least(shape, room, scratch)
-
-    def _within(self, shape: Shape, room: int, scratch: int) -> tuple[Plan, _engine.Plan] | None:
-        """The cheapest plan in so many bytes, those of the threads' scratch among them."""
-        while plan := fit_plan(self.graph, shape, self.machine, room - scratch):
-            native = self._bind(plan)
-            needed = self._executor.bytes(native)
-            if needed <= room:
-                return plan, native
+        else:
+            if bound.bytes <= room and not tiling:
+                return bound
+            scratch = bound.bytes - free.arena_bytes
+        while not tiling and (schedule := search.fit(room - scratch)):
+            bound = self._lowered(schedule, search)
+            if bound.bytes <= room:
+                return bound
             # Strips have tiles of their own, which need more than those of a whole image.
-            scratch = needed - plan.arena_bytes
-        return None
+            scratch = bound.bytes - schedule.arena_bytes
+        return self._least(search, room, scratch)
 
-    def _least(self, shape: Shape, room: int, scratch: int) -> tuple[Plan, _engine.Plan]:
-        """The plan for one image that needs the least, if there is room for it."""
-        shape = (1, *shape[1:])
-        if hopeless(make_plan(self.graph, shape, self.machine), room):
+    def _least(self, search: Search[CpuRules], room: int, scratch: int) -> _Bound:
+        """The program for one image that needs the least, if there is room for it."""
+        shape = search.shape(1)
+        if search.is_hopeless(room):
             # A guess, by the choice that needs the least at another size: quickly made, so that
             # no request keeps anyone busy just to be refused.
-            guess = make_plan(self.graph, shape, self.machine, self._usual_choice, sketch=True)
+            guess = search.recomputing(self._usual_choice, sketch=True)
             self._require_room(shape, guess.arena_bytes + scratch, room)
-        plans: list[tuple[int, Plan, _engine.Plan]] = []
-        for sketch in reversed(tradeoffs(self.graph, shape, self.machine)):
-            if plans and sketch.arena_bytes >= min(needed for needed, *_ in plans):
+        found: list[_Bound] = []
+        for sketch in reversed(search.tradeoffs()):
+            if found and sketch.arena_bytes >= min(each.bytes for each in found):
                 break
-            plan = make_plan(self.graph, shape, self.machine, sketch.recomputed)
-            native = self._bind(plan)
-            plans.append((self._executor.bytes(native), plan, native))
-        needed, plan, native = min(plans, key=lambda each: each[0])
-        self._require_room(shape, needed, room)
-        return plan, native
+            found.append(self._lowered(search.recomputing(sketch.recomputed), search))
+        least = min(found, key=lambda each: each.bytes)
+        self._require_room(shape, least.bytes, room)
+        return least
 
     def _require_room(self, shape: Shape, needed: int, room: int) -> None:
         if needed > room:
@@ -417,23 +441,21 @@ class CpuRuntime:
     @functools.cached_property
     def _usual_choice(self) -> tuple[Value, ...]:
         shape = (1, self.graph.input_channels, 512, 512)
-        return tradeoffs(self.graph, shape, self.machine)[-1].recomputed
+        return self.search(shape).tradeoffs()[-1].recomputed
 
-    def _bind(self, plan: Plan) -> _engine.Plan:
-        if plan.arena_bytes > ADDRESSABLE:
-            raise MemoryError(
-                f"A run needs {format_bytes(plan.arena_bytes)}, more than can be addressed. Run a "
-                "smaller image."
-            )
-        native = _engine.Plan(self._kernels, plan.arena_bytes, plan.input_shape, plan.output_shape)
-        for step in plan.steps:
-            weights = {name: self._packed[weight] for name, weight in step.weights.items()}
-            getattr(native, step.call)(**step.arguments, **weights)
-        return native
+    def _lowered(self, schedule: Schedule, search: Search[CpuRules]) -> _Bound:
+        return self._bind(lower(schedule, search.rules(schedule.input_shape[0])))
 
-    def _profile(self, plan: Plan, start: float, times: list[tuple[float, float]]) -> RunProfile:
+    def _bind(self, program: Program) -> _Bound:
+        native = program.bind(self._kernels, self._packed)
+        return _Bound(program, native, self._executor.bytes(native))
+
+    def _profile(
+        self, program: Program, start: float, times: list[tuple[float, float]]
+    ) -> RunProfile:
         steps = tuple(
             StepTime(step.name, step.kind, begin, end - begin, step.flops, step.bytes)
-            for step, (begin, end) in zip(plan.steps, times, strict=True)
+            for step, (begin, end) in zip(program.steps, times, strict=True)
         )
-        return RunProfile(self.graph.name, plan.input_shape, start, steps, self._limit)
+        shape = program.schedule.input_shape
+        return RunProfile(self.graph.name, shape, start, steps, self._limit)

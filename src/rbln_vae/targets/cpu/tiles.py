@@ -41,7 +41,7 @@ WINOGRAD_TILE = 4
 
 @dataclass(frozen=True)
 class Machine:
-    """What the planner knows of the kernels that will run.
+    """What is known of the kernels that will run.
 
     Attributes:
         isa: Their instruction set.

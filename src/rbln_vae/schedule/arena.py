@@ -1,4 +1,4 @@
-"""The arena: what lies in it, where, and from which step to which."""
+"""The arena: what lies in it, where, and from which task to which."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .packing import BLOCK
-
 ALIGNMENT = 4096
 """Buffers begin on a page of their own."""
 
 
 @dataclass(eq=False)
 class Buffer:
-    """A range of the arena, and the steps from the first to the last that need it.
+    """A range of the arena, and the tasks from the first to the last that need it.
 
     One may have to lie where another one lies that ends before, since what it holds is
     written over that.
@@ -38,14 +36,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Image:
-    """An image in a buffer, or some rows of one.
+class View:
+    """Some rows of an image that lies in a buffer, for each image of the batch.
 
     Attributes:
         buffer: Where it lies.
-        channels, height, width: Of each image of the batch.
-        plane: Pixels from one block of channels to the next.
-        sample: Pixels from one image of the batch to the next.
+        channels, height, width: Of the view.
+        room: Channels and rows that the buffer was laid out for, of this width.
         row: The row of the buffer in which it begins.
     """
 
@@ -53,30 +50,15 @@ class Image:
     channels: int
     height: int
     width: int
-    plane: int
-    sample: int
+    room: tuple[int, int]
     row: int = 0
 
-    @property
-    def blocks(self) -> int:
-        return -(-self.channels // BLOCK)
-
-    @property
-    def elements(self) -> int:
-        """Of one image of the batch, with the channels that fill the last block."""
-        return self.blocks * self.height * self.width * BLOCK
-
-    def rows(self, begin: int, end: int) -> Image:
+    def rows(self, begin: int, end: int) -> View:
         """Some of its rows."""
         return dataclasses.replace(self, height=end - begin, row=self.row + begin)
 
-    def sizes(self, element_bytes: int) -> tuple[int, int, int, int, int, int]:
-        """As the engine takes it."""
-        offset = self.buffer.offset + self.row * self.width * BLOCK * element_bytes
-        return (offset, self.channels, self.height, self.width, self.plane, self.sample)
 
-
-def place(buffers: list[Buffer], times: Sequence[int]) -> int:
+def lay_out(buffers: list[Buffer], times: Sequence[int]) -> int:
     """Give each buffer an offset; those that live at different times may share memory.
 
     Large buffers first, each at the lowest offset where it meets no other that lives at
@@ -85,7 +67,7 @@ def place(buffers: list[Buffer], times: Sequence[int]) -> int:
 
     Args:
         buffers: All that the arena holds.
-        times: Of the steps, by which lives are measured.
+        times: Of the tasks, by which lives are measured.
 
     Returns:
         The size of the arena.

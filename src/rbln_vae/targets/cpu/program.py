@@ -1,16 +1,21 @@
-"""A plan: what the engine does for one input shape, step by step, and in what memory."""
+"""A program: what the engine does for one input shape, step by step."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...graph.ir import Shape, Value
+from torch import Tensor
+
+from ... import _engine
+from ...schedule.schedule import Schedule
 from ...units import format_bytes
-from .memory import Buffer
+from ..base import sizes
 from .tiles import Machine
+
+ADDRESSABLE = 2**62
+"""Bytes that the engine can count in any sum of two sizes."""
 
 
 @dataclass(frozen=True)
@@ -39,60 +44,58 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The steps of a run for one input shape.
+class Program:
+    """What the engine does for one input shape.
 
     Attributes:
-        input_shape: `(N, C, H, W)`.
-        output_shape: `(N, C, H, W)`.
-        machine: What it was made for.
-        steps: In order.
-        buffers: Everything in the arena.
-        arena_bytes: The size of the arena.
-        recomputed: The values that are never held whole, but computed in strips wherever
-            they are needed; the others are computed once.
-        needed_flops: Floating-point operations that a run does where all values are kept.
+        schedule: What it does it for.
+        machine: What will run it.
+        steps: One for each task of the schedule.
     """
 
-    input_shape: Shape
-    output_shape: Shape
+    schedule: Schedule
     machine: Machine
     steps: tuple[Step, ...]
-    buffers: tuple[Buffer, ...]
-    arena_bytes: int
-    recomputed: tuple[Value, ...]
-    needed_flops: int
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of a run."""
-        return sum(step.flops for step in self.steps)
+    def bind(self, kernels: _engine.Kernels, packed: Mapping[str, Tensor]) -> _engine.Plan:
+        """The program as the engine takes it.
 
-    @property
-    def extra_work(self) -> float:
-        """What is computed again, as a share of what is needed."""
-        return self.flops / self.needed_flops - 1 if self.needed_flops else 0.0
+        Args:
+            kernels: Those of the machine.
+            packed: What `packing.pack` made of the weights.
 
-    def live_bytes(self) -> list[int]:
-        """For each step, the bytes of the buffers that hold something then."""
-        changes = [0] * (len(self.steps) + 1)
-        for buffer in self.buffers:
-            changes[buffer.first] += buffer.bytes
-            changes[buffer.last + 1] -= buffer.bytes
-        return list(itertools.accumulate(changes[:-1]))
+        Raises:
+            MemoryError: Its arena is larger than any address.
+            ValueError: A step is none that the engine can do safely.
+        """
+        schedule = self.schedule
+        if schedule.arena_bytes > ADDRESSABLE:
+            raise MemoryError(
+                f"A run needs {format_bytes(schedule.arena_bytes)}, more than can be addressed. "
+                "Run a smaller image."
+            )
+        bound = _engine.Plan(
+            kernels, schedule.arena_bytes, schedule.input_shape, schedule.output_shape
+        )
+        for step in self.steps:
+            weights = {name: packed[weight] for name, weight in step.weights.items()}
+            getattr(bound, step.call)(**step.arguments, **weights)
+        return bound
 
     def describe(self) -> str:
         """The steps, their work and their memory, as a table; those of strips together."""
+        schedule = self.schedule
         lines = [
-            f"{'x'.join(map(str, self.input_shape))} to {'x'.join(map(str, self.output_shape))}, "
-            f"{self.machine.dtype}, {self.machine.isa}: {self.flops / 1e9:.1f} GFLOP "
-            f"({self.extra_work:.1%} of extra work), arena of {format_bytes(self.arena_bytes)}",
+            f"{sizes(schedule.input_shape)} to {sizes(schedule.output_shape)}, "
+            f"{self.machine.dtype}, {self.machine.isa}: {schedule.flops / 1e9:.1f} GFLOP "
+            f"({schedule.extra_work:.1%} of extra work), "
+            f"arena of {format_bytes(schedule.arena_bytes)}",
             f"{'GFLOP':>9} {'MiB live':>9}  step",
         ]
         together: dict[tuple[int, str, str], list[int]] = {}
         for index, step in enumerate(self.steps):
             together.setdefault((step.sweep, step.kind, step.name), []).append(index)
-        live = self.live_bytes()
+        live = schedule.live_bytes()
         for (sweep, kind, name), indices in together.items():
             first = self.steps[indices[0]]
             tile = first.arguments.get("tile")

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...graph.ir import Conv2d, Operation, Value
+from ..graph.ir import Conv2d, Operation, Value
 
 Rows = tuple[int, int]
 """From a row up to another."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vaes import capture_part, make_vae
 
-from rbln_vae import _engine
 from rbln_vae.graph.ir import Graph
 from rbln_vae.graph.passes import optimise
-from rbln_vae.targets.cpu import planner
-from rbln_vae.targets.cpu.plan import Plan
-from rbln_vae.targets.cpu.planner import droppable, make_plan
+from rbln_vae.schedule import scheduler
+from rbln_vae.schedule.schedule import Kind, Schedule
+from rbln_vae.schedule.scheduler import droppable, make_schedule
+from rbln_vae.targets.cpu.lower import lower
 from rbln_vae.targets.cpu.runtime import CpuRuntime
-from rbln_vae.targets.cpu.trade import tradeoffs
 from rbln_vae.units import format_bytes
 
 ARCHITECTURES = {
@@ -51,10 +52,20 @@ def image_of(graph: Graph, height: int, width: int, batch: int = 1) -> torch.Ten
     return torch.randn(shape, generator=generator)
 
 
-def run_plan(runtime: CpuRuntime, plan: Plan, image: torch.Tensor) -> torch.Tensor:
-    result = torch.empty(plan.output_shape)
-    runtime._executor.run(runtime._bind(plan), image, result, 60.0, None, False)
-    return result
+def scheduled(
+    runtime: CpuRuntime, shape: Sequence[int], choice: Iterable[str] = (), *, sketch: bool = False
+) -> Schedule:
+    """A schedule for the engine."""
+    rules = runtime.rules(tuple(shape))
+    return make_schedule(runtime.graph, shape, rules, choice, sketch=sketch)
+
+
+def run_schedule(runtime: CpuRuntime, schedule: Schedule, image: torch.Tensor) -> torch.Tensor:
+    return runtime.execute(lower(schedule, runtime.rules(schedule.input_shape)), image)
+
+
+def kinds(schedule: Schedule) -> set[Kind]:
+    return {task.kind for task in schedule.tasks}
 
 
 @settings(deadline=None, max_examples=60)
@@ -76,13 +87,13 @@ def test_whatever_is_computed_again_the_bits_are_the_same(
     expected = runtime.run(image)
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans(), "written over"):
-            patch.setattr(planner, "REPLACED_BYTES", 0)
-        plan = make_plan(graph, image.shape, runtime.machine, choice)
-        sketch = make_plan(graph, image.shape, runtime.machine, choice, sketch=True)
-    assert torch.equal(run_plan(runtime, plan, image), expected)
+            patch.setattr(scheduler, "REPLACED_BYTES", 0)
+        schedule = scheduled(runtime, image.shape, choice)
+        sketch = scheduled(runtime, image.shape, choice, sketch=True)
+    assert torch.equal(run_schedule(runtime, schedule, image), expected)
     # A sketch knows the memory to the byte, and the work but for what rounding leaves.
-    assert sketch.arena_bytes == plan.arena_bytes
-    assert sketch.flops == pytest.approx(plan.flops, rel=1e-3)
+    assert sketch.arena_bytes == schedule.arena_bytes
+    assert sketch.flops == pytest.approx(schedule.flops, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,18 +103,18 @@ def test_a_block_that_halves_the_channels_is_written_over_its_input(
     graph = graph_of("deep", "decoder")
     runtime = runtime_of("deep", "decoder", dtype)
     image = image_of(graph, 120, 100)
-    beside = make_plan(graph, image.shape, runtime.machine)
-    assert "Keep" not in {step.kind for step in beside.steps}
-    monkeypatch.setattr(planner, "REPLACED_BYTES", 0)
-    over = make_plan(graph, image.shape, runtime.machine)
-    assert "Keep" in {step.kind for step in over.steps}
+    beside = scheduled(runtime, image.shape)
+    assert Kind.KEEP not in kinds(beside)
+    monkeypatch.setattr(scheduler, "REPLACED_BYTES", 0)
+    over = scheduled(runtime, image.shape)
+    assert Kind.KEEP in kinds(over)
     assert over.flops == pytest.approx(beside.flops, rel=1e-3)
     # Of a large image more: the rows that are kept are a smaller part of it.
     assert over.arena_bytes < 0.95 * beside.arena_bytes
-    assert torch.equal(run_plan(runtime, over, image), run_plan(runtime, beside, image))
+    assert torch.equal(run_schedule(runtime, over, image), run_schedule(runtime, beside, image))
     # A batch has its images apart, and is left as it is.
     two = (2, *image.shape[1:])
-    assert "Keep" not in {s.kind for s in make_plan(graph, two, runtime.machine).steps}
+    assert Kind.KEEP not in kinds(scheduled(runtime, two))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -115,17 +126,17 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
     runtime = runtime_of(architecture, part, "bfloat16")
     image = image_of(graph, 88, 72)
     expected = runtime.run(image)
-    plans = tradeoffs(graph, tuple(image.shape), runtime.machine)
-    sizes = [plan.arena_bytes for plan in plans]
+    sketches = runtime.search(tuple(image.shape)).tradeoffs()
+    sizes = [sketch.arena_bytes for sketch in sketches]
     assert sizes == sorted(sizes, reverse=True)
     # Images of a few channels are stored as 32, and there is little to save.
     large = tuple(image_of(graph, 352, 288).shape)
-    assert len(tradeoffs(graph, large, runtime.machine)) > 1 or architecture == "narrow"
-    assert plans[0].extra_work == 0
-    for sketch in plans[1:]:
-        plan = make_plan(graph, image.shape, runtime.machine, sketch.recomputed)
-        assert plan.flops == pytest.approx(sketch.flops, rel=1e-3)
-        assert torch.equal(run_plan(runtime, plan, image), expected)
+    assert len(runtime.search(large).tradeoffs()) > 1 or architecture == "narrow"
+    assert sketches[0].extra_work == 0
+    for sketch in sketches[1:]:
+        schedule = scheduled(runtime, image.shape, sketch.recomputed)
+        assert schedule.flops == pytest.approx(sketch.flops, rel=1e-3)
+        assert torch.equal(run_schedule(runtime, schedule, image), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,8 +174,8 @@ def test_no_limit_is_passed_by_the_memory_of_threads(
     graph = graph_of(architecture, part)
     shape = tuple(image_of(graph, 40, 200).shape)
     free = runtime_of(architecture, part, dtype)
-    least, *others = reversed(tradeoffs(graph, shape, free.machine))
-    beside = free.memory_needed(shape) - free.plan(shape).arena_bytes
+    least, *others = reversed(free.search(shape).tradeoffs())
+    beside = free.memory_needed(shape) - free.program(shape).schedule.arena_bytes
     for other in (least, *others):
         # Where strips need more for threads than the whole image, another plan must do.
         limit = other.arena_bytes + beside
@@ -178,14 +189,13 @@ def test_no_limit_is_passed_by_the_memory_of_threads(
 def test_the_arena_is_as_large_as_what_the_steps_use() -> None:
     graph = graph_of("deep", "decoder")
     runtime = runtime_of("deep", "decoder", "float32")
-    for plan in tradeoffs(graph, (1, 4, 40, 32), runtime.machine):
-        runtime._bind(plan)
-        cut = plan.arena_bytes - 4096
-        native = _engine.Plan(runtime._kernels, cut, plan.input_shape, plan.output_shape)
+    image = image_of(graph, 40, 32)
+    for schedule in runtime.search(tuple(image.shape)).tradeoffs():
+        program = lower(schedule, runtime.rules(schedule.input_shape))
+        runtime.execute(program, image)
+        cut = dataclasses.replace(schedule, arena_bytes=schedule.arena_bytes - 4096)
         with pytest.raises(ValueError, match="don't lie in an arena"):
-            for step in plan.steps:
-                weights = {n: runtime._packed[w] for n, w in step.weights.items()}
-                getattr(native, step.call)(**step.arguments, **weights)
+            runtime.execute(dataclasses.replace(program, schedule=cut), image)
 
 
 def test_a_batch_goes_through_in_parts_before_anything_is_computed_again() -> None:
@@ -197,14 +207,14 @@ def test_a_batch_goes_through_in_parts_before_anything_is_computed_again() -> No
     result = 4 * expected.numel()
     two = free.memory_needed((2, *shape[1:])) - result // 5 * 2 + result
     limited = CpuRuntime(graph, dtype="float32", num_threads=2, memory_limit=two)
-    plan = limited.plan(shape)
-    assert plan.input_shape[0] == 2
-    assert not plan.recomputed
+    schedule = limited.program(shape).schedule
+    assert schedule.input_shape[0] == 2
+    assert not schedule.recomputed
     assert torch.equal(limited.run(image), expected)
     least = CpuRuntime(graph, dtype="float32", num_threads=2)
     least.save_memory(slicing=True, tiling=True)
-    assert least.plan(shape).input_shape[0] == 1
-    assert least.plan(shape).recomputed
+    assert least.program(shape).schedule.input_shape[0] == 1
+    assert least.program(shape).schedule.recomputed
     assert torch.equal(least.run(image), expected)
     assert least.memory_needed(shape) < limited.memory_needed(shape) < free.memory_needed(shape)
 

@@ -1,0 +1,216 @@
+"""Trading time for memory: which values a schedule computes again rather than keeps.
+
+Any choice of values gives the same result, to the last bit; what differs is the memory and
+the work. The choice is made step by step: where more memory is needed than there is, that
+value is given up which costs the least work for what it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from ..graph.ir import Graph, Shape, Value
+from .rules import Rules
+from .schedule import Schedule
+from .scheduler import droppable, make_schedule
+
+FINER = 0.97
+"""A schedule of less memory than another needs at most this share of it."""
+
+Choice = frozenset[Value]
+
+
+RulesType = TypeVar("RulesType", bound=Rules)
+
+
+class Search(Generic[RulesType]):
+    """The schedules of one graph on one shape of its input.
+
+    Args:
+        graph: What the passes made of it.
+        input_shape: `(N, C, H, W)`.
+        rules_of: Gives the target's rules for this graph and a shape.
+    """
+
+    def __init__(
+        self, graph: Graph, input_shape: Shape, rules_of: Callable[[Shape], RulesType]
+    ) -> None:
+        self.graph = graph
+        self.input_shape = input_shape
+        self._rules_of = rules_of
+        self._rules: dict[int, RulesType] = {}
+        self._keeping_all: dict[int, Schedule] = {}
+        self._choices = _Choices(graph, self.shape(1), self.rules(1))
+
+    def shape(self, batch: int) -> Shape:
+        """The shape with so many images."""
+        return (batch, *self.input_shape[1:])
+
+    def rules(self, batch: int) -> RulesType:
+        """The rules for so many images."""
+        if batch not in self._rules:
+            self._rules[batch] = self._rules_of(self.shape(batch))
+        return self._rules[batch]
+
+    def keeping_all(self, batch: int) -> Schedule:
+        """The schedule for so many images that keeps all values."""
+        if batch not in self._keeping_all:
+            self._keeping_all[batch] = make_schedule(
+                self.graph, self.shape(batch), self.rules(batch)
+            )
+        return self._keeping_all[batch]
+
+    def fit(self, limit: int) -> Schedule | None:
+        """Schedule a run in an arena of at most so many bytes.
+
+        Args:
+            limit: Bytes.
+
+        Returns:
+            The cheapest schedule that was found, or `None` if none fits. A batch may be too
+            much for the limit: the schedule is then for a part of it, down to one image, and
+            only for one image are values computed again.
+        """
+        batch = self.input_shape[0]
+        one = self.keeping_all(1)
+        size = min(batch, limit // one.arena_bytes + 1)
+        while size > 0:
+            parts = -(-batch // size)
+            schedule = self.keeping_all(-(-batch // parts))
+            if schedule.arena_bytes <= limit:
+                return schedule
+            size = size * 7 // 8
+        if self.is_hopeless(limit):
+            return None
+        choice = self._choices.within(limit, frozenset())
+        if choice is None:
+            choice = self._choices.tradeoffs()[-1]
+            if self._choices.arena(choice) > limit:
+                return None
+        return self.recomputing(choice)
+
+    def is_hopeless(self, limit: int) -> bool:
+        """Whether one image needs so much more than a limit that no schedule will fit.
+
+        Small ones are always looked into: it takes a second at most.
+        """
+        return self.keeping_all(1).arena_bytes > max(8 * limit, 2**32)
+
+    def recomputing(self, choice: Iterable[Value], *, sketch: bool = False) -> Schedule:
+        """The schedule for one image that computes some values again."""
+        return make_schedule(self.graph, self.shape(1), self.rules(1), choice, sketch=sketch)
+
+    def tradeoffs(self) -> list[Schedule]:
+        """Sketches of schedules for one image, from the least work to the least memory."""
+        free = self.recomputing((), sketch=True)
+        others = (self._choices.sketch(choice) for choice in self._choices.tradeoffs())
+        return [free, *(each for each in others if each.arena_bytes < FINER * free.arena_bytes)]
+
+
+class _Choices:
+    """Which values to compute again, step by step."""
+
+    def __init__(self, graph: Graph, input_shape: Shape, rules: Rules) -> None:
+        self.graph = graph
+        self.input_shape = input_shape
+        self.rules = rules
+        self.candidates = droppable(graph)
+        self.sketches: dict[Choice, Schedule] = {}
+
+    def sketch(self, choice: Choice) -> Schedule:
+        if choice not in self.sketches:
+            self.sketches[choice] = make_schedule(
+                self.graph, self.input_shape, self.rules, choice, sketch=True, over=False
+            )
+        return self.sketches[choice]
+
+    def arena(self, choice: Choice) -> int:
+        return self.sketch(choice).arena_bytes
+
+    def tradeoffs(self) -> list[Choice]:
+        """Choices of ever less memory."""
+        nothing: Choice = frozenset()
+        found = [nothing]
+        while True:
+            least = self.arena(found[-1])
+            finer = int(FINER * least)
+            # What another way leads to is asked last, until it leads nowhere.
+            choice = self.within(finer, found[-1]) or self.within(least - 1, nothing)
+            if choice is None:
+                return found
+            found.append(choice)
+
+    def within(self, limit: int, choice: Choice) -> Choice | None:
+        """A choice whose arena is at most so large, from one that needs more."""
+        while self.arena(choice) > limit:
+            better = self.next(limit, choice)
+            if better is None:
+                return None
+            choice = better
+        # What was given up early may not have been needed.
+        for value in sorted(choice):
+            fewer = choice - {value}
+            if self.arena(fewer) <= limit and self.work(fewer) <= self.work(choice):
+                choice = fewer
+        return choice
+
+    def next(self, limit: int, choice: Choice) -> Choice | None:
+        """The choice with one value more, and its kin, that saves at the least price."""
+        excess = self.excess(limit, choice)
+        best: tuple[float, int, list[Value]] | None = None
+        result = None
+        for value in sorted(self.candidates - choice):
+            if value not in self.kept_at_peak(limit, choice):
+                continue
+            more = self.with_kin(limit, choice | {value}, value)
+            saved = excess - self.excess(limit, more)
+            if saved <= 0:
+                continue
+            price = max(0, self.work(more) - self.work(choice)) / saved
+            key = (price, -saved, sorted(more))
+            if best is None or key < best:
+                best, result = key, more
+        return result
+
+    def with_kin(self, limit: int, choice: Choice, value: Value) -> Choice:
+        """Give up values beside one, too, where that saves work: they then share its sweep."""
+        for operation in self.graph.operations:
+            near = {operation.output, *operation.inputs}
+            if value not in near:
+                continue
+            for other in sorted(near & self.candidates - choice):
+                more = choice | {other}
+                cheaper = self.work(more) < self.work(choice)
+                if cheaper and self.excess(limit, more) <= self.excess(limit, choice):
+                    choice = more
+        return choice
+
+    def work(self, choice: Choice) -> int:
+        return self.sketch(choice).flops
+
+    def live(self, choice: Choice) -> dict[Value, int]:
+        """For each value, the bytes that are in use when it is made."""
+        schedule = self.sketch(choice)
+        most: dict[Value, int] = {}
+        for task, live in zip(schedule.tasks, schedule.live_bytes(), strict=True):
+            most[task.value] = max(most.get(task.value, 0), live)
+        return most
+
+    def excess(self, limit: int, choice: Choice) -> int:
+        """By how much the limit is passed, over all values; the holes of the arena once."""
+        over: Callable[[int], int] = lambda size: max(0, size - limit)  # noqa: E731
+        return over(self.arena(choice)) + sum(map(over, self.live(choice).values()))
+
+    def kept_at_peak(self, limit: int, choice: Choice) -> set[Value]:
+        """The values that are held whole where the limit is passed."""
+        schedule = self.sketch(choice)
+        peaks = [i for i, live in enumerate(schedule.live_bytes()) if live > limit]
+        if not peaks:
+            # It fits but for holes, which anything may fill.
+            return set(self.candidates)
+        return {
+            buffer.name
+            for buffer in schedule.buffers
+            if any(buffer.first <= i <= buffer.last for i in peaks)
+        }

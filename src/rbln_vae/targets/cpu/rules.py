@@ -1,0 +1,186 @@
+"""What the engine's kernels ask of a schedule: tiles, layouts, and what is prepared for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ...errors import RBLNCompileError
+from ...graph.ir import (
+    Activation,
+    Add,
+    Attention,
+    Conv2d,
+    Graph,
+    GroupNorm,
+    Identity,
+    Operation,
+    Pad,
+    Scale,
+    Shape,
+    Upsample,
+)
+from ...schedule.sweep import Sweep
+from .packing import BLOCK, PANEL
+from .tiles import Convolution, Machine, gains_by_winograd
+
+MAX_TAPS = 64
+"""Of a convolution kernel that the engine takes."""
+
+_POINTWISE = (GroupNorm, Activation, Scale, Identity, Upsample, Pad, Add)
+
+
+class CpuRules:
+    """The engine's answers about a graph on one shape of its input.
+
+    Args:
+        graph: Whose weights may be on the meta device.
+        input_shape: `(N, C, H, W)`.
+        machine: What will run it.
+    """
+
+    def __init__(self, graph: Graph, input_shape: Sequence[int], machine: Machine) -> None:
+        self.graph = graph
+        self.machine = machine
+        self.shapes = graph.infer_shapes(tuple(input_shape))
+        self.batch = input_shape[0]
+        self._convolutions: dict[str, Convolution] = {}
+        self._tiles: dict[Convolution, tuple[int, int]] = {}
+        self._splits: dict[tuple[Convolution, tuple[int, int]], int] = {}
+
+    def require(self, operation: Operation) -> None:
+        match operation:
+            case Conv2d():
+                self.convolution(operation)
+            case Attention() if not operation.scale > 0:
+                raise RBLNCompileError(
+                    f"The target 'cpu' needs a scale above zero in attention, "
+                    f"{operation.output!r} has {operation.scale}."
+                )
+            case Attention():
+                pass
+            case _ if not isinstance(operation, _POINTWISE):
+                raise RBLNCompileError(
+                    f"The target 'cpu' has no kernel for {operation.kind} {operation.output!r}."
+                )
+
+    def row_bytes(self, channels: int, width: int) -> int:
+        return _blocks(channels) * width * BLOCK * self.machine.element_bytes
+
+    def prepared(self, operation: Operation) -> Mapping[str, int]:
+        match operation:
+            case Conv2d():
+                conv = self.convolution(operation)
+                if not conv.winograd:
+                    return {}
+                products = conv.panels * PANEL * _blocks(conv.inputs) * BLOCK * conv.products
+                return {"kernels": products * 4}
+            case Attention(heads=heads):
+                _, keys, height, width = self.shapes[operation.key]
+                values = self.shapes[operation.value][1]
+                panel = BLOCK * PANEL * self.machine.element_bytes
+                matrices = self.batch * heads * _blocks(height * width) * panel
+                return {
+                    "keys": matrices * 2 * _blocks(keys // heads),
+                    "values": matrices * -(-(values // heads) // PANEL),
+                }
+        return {}
+
+    def sums_bytes(self, operation: Conv2d) -> int:
+        conv = self.convolution(operation)
+        return self.batch * conv.tiles(self.tile(conv)) * conv.sums_bytes
+
+    def statistics_bytes(self, shape: Shape) -> int:
+        grid, tile = (shape[2], shape[3]), statistics_tile(shape)
+        tiles = -(-grid[0] // tile[0]) * -(-grid[1] // tile[1])
+        return self.batch * tiles * 2 * _blocks(shape[1]) * BLOCK * 4
+
+    def coefficients_bytes(self, channels: int) -> int:
+        return self.batch * 2 * _blocks(channels) * BLOCK * 4
+
+    def rows_at_once(self, operation: Conv2d, *, summed: bool) -> int:
+        conv = self.convolution(operation)
+        if not summed:
+            return conv.rows_at_once
+        # Sums are made by tiles of the whole image.
+        return self.tile(conv)[0] * (2 if operation.upsample else 1)
+
+    def strip_rows(self, sweep: Sweep) -> int:
+        tiles = min(
+            -(-conv.grid[1] // tile[1]) / tile[0]
+            for operation in (*sweep.members, *sweep.targets)
+            if isinstance(operation, Conv2d)
+            for conv in [self.convolution(operation)]
+            for tile in [self.tile(conv)]
+        )
+        return min(
+            max(8, min(32, sweep.height // 16), int(4 * self.machine.threads / tiles)),
+            max(1, sweep.height // 8),
+        )
+
+    def runs_in_place(self, operation: Conv2d) -> bool:
+        conv = self.convolution(operation)
+        return (
+            conv.kernel == (1, 1)
+            and operation.stride == 1
+            and not any(operation.padding)
+            and not operation.upsample
+            and operation.residual is None
+            and _blocks(conv.outputs) <= _blocks(conv.inputs)
+            # Each tile is read once, before it is written.
+            and self.splits(conv, self.tile(conv)) == 1
+        )
+
+    # What lowering asks, too.
+
+    def convolution(self, operation: Conv2d) -> Convolution:
+        """What matters of a convolution for its tiles.
+
+        Raises:
+            RBLNCompileError: The engine has no kernel for it.
+        """
+        if operation.output not in self._convolutions:
+            self._convolutions[operation.output] = self._convolution(operation)
+        return self._convolutions[operation.output]
+
+    def _convolution(self, operation: Conv2d) -> Convolution:
+        outputs, inputs, height, width = operation.kernel(self.graph.weights)
+        if height * width > MAX_TAPS:
+            raise RBLNCompileError(
+                f"The target 'cpu' takes convolution kernels of up to {MAX_TAPS} taps, "
+                f"{operation.output!r} has {height}x{width}."
+            )
+        grid = self.shapes[operation.input if operation.upsample else operation.output][2:]
+        conv = Convolution(
+            inputs=inputs,
+            outputs=outputs,
+            kernel=(height, width),
+            stride=operation.stride,
+            upsample=operation.upsample,
+            grid=(grid[0], grid[1]),
+            normed=operation.norm is not None,
+        )
+        # By the size of the whole image, so that the bits of a result depend on it alone.
+        return dataclasses.replace(conv, winograd=gains_by_winograd(conv, self.machine))
+
+    def tile(self, conv: Convolution) -> tuple[int, int]:
+        """The tiles of a convolution; many strips ask for the same."""
+        if conv not in self._tiles:
+            self._tiles[conv] = conv.tile(self.machine)
+        return self._tiles[conv]
+
+    def splits(self, conv: Convolution, tile: tuple[int, int]) -> int:
+        """Into how many parts its output channels are divided, likewise."""
+        if (conv, tile) not in self._splits:
+            self._splits[conv, tile] = conv.splits(tile, self.batch, self.machine)
+        return self._splits[conv, tile]
+
+
+def statistics_tile(shape: Shape) -> tuple[int, int]:
+    """The tiles in which an image is summed that no convolution has summed."""
+    height, width = shape[2], shape[3]
+    return max(1, min(height, 4096 // width)), min(width, 4096)
+
+
+def _blocks(channels: int) -> int:
+    return -(-channels // BLOCK)
