@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rbln_vae.units import byte_count, format_bytes, optional_byte_count
+from rbln_vae.units import byte_count, format_bytes, format_seconds, optional_byte_count
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,22 @@ from rbln_vae.units import byte_count, format_bytes, optional_byte_count
 )
 def test_a_size_is_written_in_units_of_two_to_the_tenth(size, text):
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0004, "0 ms"),
+        (0.0354, "35 ms"),
+        (1.58, "1.6 s"),
+        (59.4, "59.4 s"),
+        (125, "2 min 5 s"),
+        (3600, "1 h 0 min"),
+        (92000, "25 h 33 min"),
+    ],
+)
+def test_a_time_is_written_in_at_most_two_units(seconds, text):
+    assert format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize("nothing", [None, "", "  "])

@@ -60,3 +60,14 @@ def format_bytes(size: float) -> str:
     if size < 10 * 2**30:
         return f"{size / 2**20:,.1f} MiB"
     return f"{size / 2**30:,.1f} GiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time for people: `35 ms`, `1.6 s`, `2 min 5 s` or `25 h 30 min`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

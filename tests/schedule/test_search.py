@@ -248,8 +248,33 @@ def test_a_description_says_what_less_memory_costs() -> None:
     assert head.startswith("decoder on 2x4x48x40, float32")
     assert "0.0% of it extra" in head
     assert "nothing" in rest
-    assert re.search(r"\d MiB +[1-9]\d*\.\d%  ", rest)
+    assert re.search(r"\d MiB +[1-9]\d*\.\d% +about \d", rest)
+    assert re.search(r"^time +about \d+", head, re.MULTILINE)
     assert "Conv2d decoder.conv_in" in rest
+
+
+def test_where_no_peak_is_known_no_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RBLN_VAE_ISA", "generic")
+    runtime = CpuRuntime(graph_of("narrow", "decoder"), dtype="float32")
+    assert "time        not known" in runtime.describe((1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_sketch_is_estimated_like_all_of_its_strips(part: str, dtype: str) -> None:
+    graph = graph_of("deep", part)
+    runtime = runtime_of("deep", part, dtype)
+    search = runtime.search(tuple(image_of(graph, 88, 72).shape))
+    work = []
+    for sketch in search.tradeoffs():
+        whole = lower(search.recomputing(sketch.recomputed), search.rules(1)).work
+        # Tiles of the last strip are smaller, and cost more for each pixel.
+        assert lower(sketch, search.rules(1)).work == pytest.approx(whole, rel=0.1)
+        work.append(whole)
+    # Twice the pixels are about twice the work; what is computed again comes on top.
+    twice = runtime.search(tuple(image_of(graph, 176, 72).shape))
+    assert 1.9 < lower(twice.keeping_all(1), twice.rules(1)).work / work[0] < 4.1
+    assert work == sorted(work)
 
 
 RESIDENT = """

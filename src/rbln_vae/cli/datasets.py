@@ -23,6 +23,7 @@ from ..datasets import (
 )
 from ..host import usable_processors
 from ..images import Size, parse_size
+from ..units import format_seconds
 from .terminal import err, out, table, working
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -91,7 +92,7 @@ def _show(summary: Summary, directory: Path) -> None:
         result.add_row(f"of size {size}", f"{count:,}")
     result.add_row("rejected", f"{summary.rejected:,}")
     result.add_row("encoded in this run", f"{summary.encoded:,}")
-    result.add_row("time", _time(summary.seconds))
+    result.add_row("time", format_seconds(summary.seconds))
     result.add_row("images per second", f"{summary.rate:.2f}")
     result.add_row("time spent waiting for images", f"{summary.waiting_share:.1%}")
     out().print(result)
@@ -135,7 +136,7 @@ def _estimate(
     result.add_row("to encode an image", f"{found.encode * 1e3:.1f} ms")
     if ray is not None:
         result.add_row("workers", str(encoders))
-    result.add_row("time", "not known" if seconds is None else f"about {_time(seconds)}")
+    result.add_row("time", "not known" if seconds is None else f"about {format_seconds(seconds)}")
     out().print(result)
     for reason, count in found.rejected.items():
         out().print(f"rejected: {reason}" + (f" ({count} times)" if count > 1 else ""))
@@ -184,7 +185,7 @@ def described(progress: Progress) -> str:
     left = seconds_left(progress)
     return (
         f"{progress.done:,}{total}, {progress.rate:.2f} images/s"
-        + ("" if left is None else f", {_time(left)} left")
+        + ("" if left is None else f", {format_seconds(left)} left")
         + f", waiting {progress.waiting_share:.0%}"
     )
 
@@ -195,11 +196,3 @@ def seconds_left(progress: Progress) -> float | None:
     if progress.total is None or not dealt:
         return None
     return max(0, progress.total - progress.done) * progress.seconds / dealt
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -24,7 +24,7 @@ from ...schedule.sweep import top_row
 from .packing import BLOCK, PANEL, bias_name
 from .program import Program, Step
 from .rules import CpuRules, statistics_tile
-from .tiles import attention_blocks
+from .tiles import attention_blocks, convolution_work, kernels_work
 
 Sizes = tuple[int, int, int, int, int, int]
 
@@ -81,6 +81,7 @@ class _Lowering:
         *,
         kind: str | None = None,
         weights: dict[str, str] | None = None,
+        work: float | None = None,
         extra_bytes: int = 0,
     ) -> Step:
         views = (*task.inputs, *([task.output] if task.output is not None else []))
@@ -92,6 +93,7 @@ class _Lowering:
             task.value,
             kind or task.kind.value,
             task.flops,
+            task.flops if work is None else work,
             size,
             {"batch": self.batch, **arguments},
             weights or {},
@@ -134,8 +136,14 @@ class _Lowering:
             "upsample": conv.upsample,
             "kernels": _offset(task.buffers["kernels"]),
         }
-        weights = {"weights": operation.weight}
-        return self.make("winograd_kernels", task, arguments, kind="Winograd", weights=weights)
+        return self.make(
+            "winograd_kernels",
+            task,
+            arguments,
+            kind="Winograd",
+            weights={"weights": operation.weight},
+            work=2 * kernels_work(conv, self.machine),
+        )
 
     def convolution(self, task: Task, operation: Conv2d) -> Step:
         rules, machine = self.rules, self.machine
@@ -161,6 +169,11 @@ class _Lowering:
             elements = math.prod(conv.kernel) * conv.inputs * conv.outputs * phases
             weight_bytes = elements * machine.element_bytes
         source, *residual = task.inputs
+        # In a sketch the first strip stands for all of them.
+        rows = task.rows[1] - task.rows[0]
+        whole_flops = operation.flops(rules.shapes, self.weights)
+        strips = task.flops * rules.shapes[operation.output][2] / (whole_flops * rows)
+        work = 2 * self.batch * convolution_work(conv, tile, machine) * strips
         return self.make(
             "convolution",
             task,
@@ -182,6 +195,7 @@ class _Lowering:
             ),
             kind=operation.kind,
             weights=weights,
+            work=work,
             extra_bytes=weight_bytes,
         )
 

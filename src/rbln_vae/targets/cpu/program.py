@@ -27,6 +27,7 @@ class Step:
         name: The value of the graph that it makes.
         kind: The operation.
         flops: Products and sums that it does; two each.
+        work: Products and sums that take as long, at the machine's peak, as all of it does.
         bytes: What it reads and writes at the least.
         arguments: Of the call: numbers, images and offsets.
         weights: Of the call: names of packed weights.
@@ -37,6 +38,7 @@ class Step:
     name: str
     kind: str
     flops: int
+    work: float
     bytes: int
     arguments: Mapping[str, Any]
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +58,11 @@ class Program:
     schedule: Schedule
     machine: Machine
     steps: tuple[Step, ...]
+
+    @property
+    def work(self) -> float:
+        """Of all steps; a run takes as many seconds as the machine's peak needs for it, about."""
+        return sum(step.work for step in self.steps)
 
     def bind(self, kernels: _engine.Kernels, packed: Mapping[str, Tensor]) -> _engine.Plan:
         """The program as the engine takes it.

@@ -23,7 +23,7 @@ from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
-from ...units import format_bytes
+from ...units import format_bytes, format_seconds
 from ..base import over_memory_limit, sizes
 from ..watch import ShouldStop, Watch
 from .lower import lower
@@ -280,14 +280,16 @@ class CpuRuntime:
             f"work        {parts * schedule.flops / 1e12:.3f} TFLOP, "
             f"{schedule.extra_work:.1%} of it extra"
             + (f", in {parts} parts of the batch" if parts > 1 else ""),
+            f"time        {self._estimate(bound.program, parts)}",
             "",
-            f"{'memory':>14} {'extra work':>11}  computed again, in strips",
+            f"{'memory':>14} {'extra work':>11} {'time':>14}  computed again, in strips",
         ]
         search = self.search(shape)
         for other in search.tradeoffs():
-            memory = format_bytes(self._lowered(other, search).bytes + result)
+            lowered = self._lowered(other, search)
+            memory, taken = format_bytes(lowered.bytes + result), self._estimate(lowered.program)
             again = ", ".join(other.recomputed) or "nothing"
-            lines.append(f"{memory:>14} {other.extra_work:>11.1%}  {again}")
+            lines.append(f"{memory:>14} {other.extra_work:>11.1%} {taken:>14}  {again}")
         return "\n".join([*lines, "", bound.program.describe()] if steps else lines)
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
@@ -432,6 +434,12 @@ class CpuRuntime:
         least = min(found, key=lambda each: each.bytes)
         self._require_room(shape, least.bytes, room)
         return least
+
+    def _estimate(self, program: Program, runs: int = 1) -> str:
+        """About how long runs take, by the peak of this machine, as a text."""
+        kernels = self._kernels
+        peak = measured_limit(kernels.isa, kernels.dtype, self._executor.threads)
+        return f"about {format_seconds(runs * program.work / peak)}" if peak else "not known"
 
     def _require_room(self, shape: Shape, needed: int, room: int) -> None:
         if needed > room:

@@ -275,6 +275,32 @@ class Convolution:
         return max(1, min(16, items // (8 * machine.threads)))
 
 
+def convolution_work(conv: Convolution, tile: tuple[int, int], machine: Machine) -> float:
+    """What a convolution takes, in products that the machine makes as fast as it can.
+
+    Args:
+        conv: The convolution, or some rows of one.
+        tile: Its tiles.
+        machine: What runs it.
+    """
+    if conv.winograd:
+        products = _winograd_transforms(conv) + WINOGRAD_PRODUCT * conv.product_cost(conv.grid)
+        return products / machine.product_time
+    return (conv.product_cost(tile) + conv.load_cost(tile, machine)) * conv.tiles(tile)
+
+
+def kernels_work(conv: Convolution, machine: Machine) -> float:
+    """What transforming the kernels of a convolution takes, likewise."""
+    return WINOGRAD_KERNEL * conv.product_cost((1, 1)) / machine.product_time
+
+
+def _winograd_transforms(conv: Convolution) -> float:
+    """What transforming the images takes, in products of float32."""
+    inputs, outputs = -(-conv.inputs // BLOCK) * BLOCK, conv.panels * PANEL
+    phases = 4 if conv.upsample else 1
+    return math.prod(conv.grid) * (WINOGRAD_INPUT * inputs + WINOGRAD_OUTPUT * outputs * phases)
+
+
 def gains_by_winograd(conv: Convolution, machine: Machine) -> bool:
     """Whether Winograd's algorithm does a convolution of 3x3 faster than the definition.
 
@@ -286,12 +312,10 @@ def gains_by_winograd(conv: Convolution, machine: Machine) -> bool:
         return False
     if not conv.upsample and (conv.kernel, conv.stride) != ((3, 3), 1):
         return False
-    inputs, outputs = -(-conv.inputs // BLOCK) * BLOCK, conv.panels * PANEL
-    padded = dataclasses.replace(conv, outputs=outputs)
+    padded = dataclasses.replace(conv, outputs=conv.panels * PANEL)
     winograd = dataclasses.replace(padded, winograd=True)
-    transforms = WINOGRAD_INPUT * inputs + WINOGRAD_OUTPUT * outputs * (4 if conv.upsample else 1)
     time = (
-        math.prod(conv.grid) * transforms
+        _winograd_transforms(winograd)
         + WINOGRAD_PRODUCT * winograd.product_cost(conv.grid)
         + WINOGRAD_KERNEL * winograd.product_cost((1, 1))
     )
