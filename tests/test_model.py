@@ -747,3 +747,31 @@ print(*{"torch.export._trace"} & set(sys.modules))
     assert run_python(code, compiled, tmp_path).split() == []
     image = torch.load(tmp_path / "image.pt", weights_only=True)
     assert torch.equal(image, pixels(default_compiled(), z))
+
+
+# Other runtimes
+
+
+def test_a_model_gets_other_runtimes_and_stays_what_it_is():
+    vae = default_compiled()
+    latent = noise(1, 4, 6, 5)
+    other = vae.with_runtimes(num_threads=1, memory_limit="1GiB")
+    assert (other.rbln_config.num_threads, other.rbln_config.memory_limit) == (1, 2**30)
+    assert vae.rbln_config.memory_limit is None
+    assert other.rbln_config.compiled_options() == vae.rbln_config.compiled_options()
+    assert other.compiled_models["decoder"] is vae.compiled_models["decoder"]
+    assert torch.equal(other.decode(latent).sample, vae.decode(latent).sample)
+
+
+def test_a_model_that_was_compiled_without_runtimes_gets_them():
+    vae = compile_vae(default_vae(), create_runtimes=False)
+    latent = noise(1, 4, 6, 5)
+    found = vae.with_runtimes().decode(latent).sample
+    assert torch.equal(found, default_compiled().decode(latent).sample)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"num_thread": 1}, {"device": "cuda"}])
+def test_new_runtimes_do_not_change_what_was_compiled(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        default_compiled().with_runtimes(**options)

@@ -73,7 +73,7 @@ class RBLNModel(ModuleMembers):
         if rbln_config.create_runtimes:
             _prepare_forks()
             self._runtimes = {
-                part: self._target.create_runtime(compiled, _runtime_options(rbln_config, part))
+                part: self._target.create_runtime(compiled, self._runtime_options(part))
                 for part, compiled in self.compiled_models.items()
             }
 
@@ -496,10 +496,55 @@ class RBLNModel(ModuleMembers):
         """Where tensors come from and go to: the CPU, whatever the target."""
         return torch.device("cpu")
 
+    @property
+    def usable_memory(self) -> int:
+        """Bytes that runs may take on the device of the model; the least, if it has several."""
+        return min(map(self._target.usable_memory, self._devices()))
+
+    def with_runtimes(self: ModelType, **options: Any) -> ModelType:
+        """The same compiled model, ready to run in another way.
+
+        Args:
+            **options: Options of a run, such as `memory_limit` and `num_threads`.
+
+        Returns:
+            A model that shares its weights with this one.
+
+        Raises:
+            ValueError, TypeError: An option is none of a run, or wrong.
+            RBLNTargetUnavailableError: This machine can't run the target.
+
+        Example:
+            >>> small = vae.with_runtimes(memory_limit="1GiB")  # doctest: +SKIP
+        """
+        reject_unknown(options, RBLNModelConfig.RUNTIME_OPTIONS, "option of a run", ValueError)
+        rbln_config = self.rbln_config.copy(**{"create_runtimes": True, **options})
+        _check_placement(rbln_config, self._target, self._parts(rbln_config))
+        rbln_config.freeze()
+        return type(self)(self.compiled_models, self.config, rbln_config)
+
     def _devices(self) -> list[int | str]:
-        devices = (_runtime_options(self.rbln_config, p).device for p in self.compiled_models)
+        devices = map(self._device_of, self.compiled_models)
         own = self._target.default_device()
         return list(dict.fromkeys(own if device is None else device for device in devices))
+
+    def _device_of(self, part: str) -> int | str | None:
+        return (self.rbln_config.device_map or {}).get(part, self.rbln_config.device)
+
+    def _runtime_options(self, part: str) -> RuntimeOptions:
+        config, device = self.rbln_config, self._device_of(part)
+        limit = config.memory_limit
+        if limit is None:
+            limit = self._target.usable_memory(
+                self._target.default_device() if device is None else device
+            )
+        return RuntimeOptions(
+            device=device,
+            num_threads=config.num_threads,
+            memory_limit=limit,
+            timeout=config.timeout,
+            activate_profiler=config.activate_profiler,
+        )
 
     def register_to_config(self, **options: Any) -> None:
         """Change the configuration, as pipelines do that correct an old `scaling_factor`.
@@ -584,16 +629,6 @@ def _check_placement(
             if value not in (None, 1):
                 raise ValueError(f"{option}={value!r} is for target='rbln', not for {name!r}.")
     reject_unknown(rbln_config.device_map or {}, parts, "compiled part in device_map", ValueError)
-
-
-def _runtime_options(rbln_config: RBLNModelConfig, part: str) -> RuntimeOptions:
-    return RuntimeOptions(
-        device=(rbln_config.device_map or {}).get(part, rbln_config.device),
-        num_threads=rbln_config.num_threads,
-        memory_limit=rbln_config.memory_limit,
-        timeout=rbln_config.timeout,
-        activate_profiler=rbln_config.activate_profiler,
-    )
 
 
 def _weights_hash(model: torch.nn.Module) -> str:

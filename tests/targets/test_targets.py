@@ -11,6 +11,7 @@ from vaes import assert_same_model, default_compiled, default_vae
 
 from rbln_vae import RBLNAutoencoderKL, RBLNModelConfig, RBLNTargetUnavailableError
 from rbln_vae.config import TARGETS
+from rbln_vae.host import usable_memory
 from rbln_vae.targets.base import Target, all_targets, default_target, get_target
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -51,6 +52,40 @@ def test_only_the_npu_holds_to_the_compiled_shape():
 def test_the_processor_is_always_there(name):
     assert get_target(name).unavailable_reason() is None
     get_target(name).require()
+
+
+# Memory
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference", "rbln"])
+def test_a_target_without_memory_of_its_own_has_that_of_the_machine(name):
+    assert get_target(name).usable_memory(get_target(name).default_device()) == usable_memory()
+
+
+def test_a_gpu_has_memory_of_its_own(monkeypatch):
+    sizes = {"cuda": 8 * 2**30, "cuda:1": 24 * 2**30}
+    monkeypatch.setattr(type(get_target("cuda")), "unavailable_reason", lambda self: None)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: types.SimpleNamespace(total_memory=sizes[device]),
+    )
+    for device, size in sizes.items():
+        assert get_target("cuda").usable_memory(device) == size
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_run_has_the_memory_of_its_device_unless_told(name, monkeypatch):
+    vae = place(target=name, dtype="float32")
+    needed = vae.memory_needed("decoder", (1, 4, 4, 4))
+    assert vae.usable_memory == usable_memory()
+    monkeypatch.setattr(type(get_target(name)), "usable_memory", lambda self, device: needed)
+    small = place(target=name, dtype="float32")
+    assert small.usable_memory == needed
+    small.decode(torch.zeros(1, 4, 4, 4))
+    with pytest.raises(MemoryError, match="memory_limit is"):
+        small.decode(torch.zeros(1, 4, 16, 16))
+    place(target=name, dtype="float32", memory_limit="1GiB").decode(torch.zeros(1, 4, 16, 16))
 
 
 # Those that can't run here

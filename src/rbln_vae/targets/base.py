@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
+from ..host import usable_memory
 from ..profiler import RunProfile
 from ..units import format_bytes
 from .watch import ShouldStop
@@ -143,6 +144,17 @@ class Target(ABC):
     @abstractmethod
     def default_device(self) -> int | str:
         """The device on which a model runs if none is named."""
+
+    def usable_memory(self, device: int | str) -> int:
+        """Bytes that runs on a device may take, with all else that is there.
+
+        That is the memory of this machine, or of the control group of the process, unless the
+        target knows of memory that is the device's own.
+
+        Args:
+            device: As `default_device` gives one.
+        """
+        return usable_memory()
 
     @abstractmethod
     def best_dtype(self) -> str:

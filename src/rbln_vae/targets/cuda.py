@@ -30,6 +30,11 @@ class CudaTarget(InterpreterTarget):
     def default_device(self) -> int | str:
         return "cuda"
 
+    def usable_memory(self, device: int | str) -> int:
+        """Bytes of the GPU."""
+        self.require()
+        return int(torch.cuda.get_device_properties(device).total_memory)
+
     def best_dtype(self) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
 
