@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig, demo_model
+from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig, opening
 from ..autoencoder_kl import DECODER, ENCODER
 from ..config import CONFIG_NAME, check_image_size
 from ..errors import RBLNArtifactError
@@ -20,19 +20,9 @@ Option = TypeVar("Option")
 
 
 def open_model(name: str | None, settings: Mapping[str, Any], **loading: Any) -> RBLNAutoencoderKL:
-    """A model that is ready to run; one of diffusers is compiled in memory.
-
-    Args:
-        name: A directory, a hub id or a file, of a VAE or of a pipeline; `None` is the shipped
-            checkpoint.
-        settings: For `rbln_config`.
-        **loading: `subfolder` and `revision`.
-    """
-    where = str(demo_model()) if name is None else name
+    """As `opening.open_model`, and say so meanwhile."""
     with working(f"Loading {name or 'the shipped model'} …"):
-        return RBLNAutoencoderKL.from_pretrained(
-            where, export=None, rbln_config=dict(settings), **find_vae(where, **loading)
-        )
+        return opening.open_model(name, settings, **loading)
 
 
 def open_reference(name: str, **loading: Any) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..artifact import SUFFIX
 from ..autoencoder_kl import ENCODER, RBLNAutoencoderKL
+from ..opening import open_found
 from .options import Options
 from .pictures import Prepared
 from .seeds import seed_of
@@ -175,13 +176,11 @@ def load_model(
     Args:
         model: Or its name.
         settings: For `rbln_config`.
-        loading: What leads to the model, as `hub.find_vae` says.
+        loading: What `hub.find_vae` gave for the name.
     """
     if isinstance(model, RBLNAutoencoderKL):
         return model
-    return RBLNAutoencoderKL.from_pretrained(
-        model, export=None, rbln_config=dict(settings), **loading
-    )
+    return open_found(model, settings, loading)
 
 
 def scaling_of(vae: RBLNAutoencoderKL) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""Opens models by the names that users give: for commands, services and data sets alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .autoencoder_kl import RBLNAutoencoderKL
+from .demo import demo_model
+from .hub import find_vae
+
+
+def open_model(
+    name: str | os.PathLike[str] | None,
+    settings: Mapping[str, Any],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> RBLNAutoencoderKL:
+    """Load a compiled model, or compile one of diffusers in memory.
+
+    Args:
+        name: A directory, a hub id or a `.safetensors` file, of a VAE or of a pipeline with
+            one; `None` is the shipped checkpoint.
+        settings: For `rbln_config`.
+        subfolder: Where in it the VAE is, unless it is a pipeline.
+        revision: Of a model on the hub.
+
+    Returns:
+        A model ready to run, unless `settings` say `create_runtimes=False`.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError, RBLNError: As `RBLNAutoencoderKL.from_pretrained`.
+
+    Example:
+        >>> open_model(None, {"dtype": "float32"}).rbln_config.vae_scale_factor
+        8
+    """
+    where = os.fspath(demo_model() if name is None else name)
+    return open_found(where, settings, find_vae(where, subfolder=subfolder, revision=revision))
+
+
+def open_found(
+    name: str | os.PathLike[str], settings: Mapping[str, Any], found: Mapping[str, Any]
+) -> RBLNAutoencoderKL:
+    """As `open_model`, where it is known already where the VAE is.
+
+    Args:
+        name: As of `open_model`.
+        settings: For `rbln_config`.
+        found: What `hub.find_vae` gave for the name.
+    """
+    return RBLNAutoencoderKL.from_pretrained(name, export=None, rbln_config=dict(settings), **found)
