@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
+import pytest
 from fastapi import FastAPI
 from torch import Tensor
 from vaes import default_compiled
@@ -28,13 +30,24 @@ PATIENCE = 60
 
 
 class GatedModel(ServedModel):
-    """A model whose runs wait until the test opens the gate, and are noted."""
+    """A model whose runs wait until the test opens the gate, and are noted.
+
+    So do its plans, if the test closes their gate.
+    """
 
     def __init__(self, name: str = "gated", vae: RBLNAutoencoderKL | None = None) -> None:
         super().__init__(name, vae or default_compiled())
         self.gate = threading.Event()
+        self.plans = threading.Event()
+        self.plans.set()
+        self.planning = threading.Semaphore(0)
         self.started = threading.Semaphore(0)
         self.shapes: list[tuple[int, ...]] = []
+
+    def memory_needed(self, part: str, shape: tuple[int, ...]) -> int:
+        self.planning.release()
+        assert self.plans.wait(PATIENCE)
+        return super().memory_needed(part, shape)
 
     def run(self, part: str, tensor: Tensor) -> Tensor:
         self.shapes.append(tuple(tensor.shape))
@@ -124,6 +137,19 @@ async def call(
 def ask(app: FastAPI, method: str, path: str, *args: Any, **kwargs: Any) -> Answer:
     """`call` from outside of an event loop."""
     return asyncio.run(call(app, method, path, *args, **kwargs))
+
+
+async def measured(app: FastAPI, metric: str, value: float) -> None:
+    """Return when `/metrics` shows that value."""
+    end = time.monotonic() + PATIENCE
+    found = None
+    while found != pytest.approx(value):
+        assert time.monotonic() < end, f"{metric} is {found}, expected {value}"
+        text = (await call(app, "GET", "/metrics")).body.decode()
+        line = re.search(rf"^{metric} (\S+)", text, re.MULTILINE)
+        assert line
+        found = float(line[1])
+        await asyncio.sleep(0.001)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from services import Answer, GatedModel, ask, call, make_app, query_of, raw
+from services import PATIENCE, Answer, GatedModel, ask, call, make_app, measured, query_of, raw
 from vaes import compile_vae, default_compiled, default_vae, make_vae, noise
 
 from rbln_vae.serving.app import Limits
@@ -66,9 +66,11 @@ def test_requests_that_wait_together_get_the_bits_that_they_get_alone(
 ) -> None:
     async def main() -> list[Answer]:
         app = make_app(model, max_batch=4)
-        calls = [asyncio.ensure_future(decode(app, latent)) for latent in latents]
+        calls = [asyncio.ensure_future(decode(app, latents[0]))]
         await asyncio.to_thread(model.started.acquire)
-        await asyncio.sleep(0.2)
+        calls += [asyncio.ensure_future(decode(app, latent)) for latent in latents[1:]]
+        # Each is of 12x10 pixels, in images of 16x16.
+        await measured(app, "rbln_vae_queue_images", (len(calls) - 1) * 120 / 256)
         model.gate.set()
         return await asyncio.gather(*calls)
 
@@ -115,7 +117,7 @@ def test_beyond_the_queue_the_answer_is_429_and_says_when_to_come_back() -> None
         calls = [asyncio.ensure_future(decode(app, image))]
         await asyncio.to_thread(model.started.acquire)
         calls += [asyncio.ensure_future(decode(app, image)) for _ in range(2)]
-        await asyncio.sleep(0.1)
+        await measured(app, "rbln_vae_queue_images", 2)
         refused = await call(
             app,
             "POST",
@@ -150,7 +152,7 @@ def test_who_leaves_the_queue_is_not_run() -> None:
 
         query = query_of(LATENT)
         leaving = asyncio.ensure_future(call(app, "POST", "/decode", query, receive=receive))
-        await asyncio.sleep(0.1)
+        await measured(app, "rbln_vae_queue_images", 0.25)
         left.set()
         assert (await leaving).status == 499
         model.gate.set()
@@ -200,6 +202,63 @@ def test_a_run_that_fails_is_an_answer_too(error: Exception, status: int, code: 
     answer = asyncio.run(decode(make_app(Failing("failing", default_compiled()))))
     assert (answer.status, answer.code) == (status, code)
     assert b"secret" not in answer.body
+
+
+# Plans
+
+
+def test_the_service_answers_while_a_plan_is_made() -> None:
+    async def main() -> None:
+        model = GatedModel()
+        model.gate.set()
+        model.plans.clear()
+        app = make_app(model)
+        asked = asyncio.ensure_future(decode(app))
+        assert await asyncio.to_thread(model.planning.acquire, timeout=PATIENCE)
+        assert (await call(app, "GET", "/health")).status == 200
+        assert not asked.done()
+        model.plans.set()
+        assert (await asked).status == 200
+
+    asyncio.run(main())
+
+
+def test_the_service_answers_while_a_batch_is_planned() -> None:
+    async def main() -> None:
+        model = GatedModel()
+        app = make_app(model)
+        calls = [asyncio.ensure_future(decode(app))]
+        await asyncio.to_thread(model.started.acquire)
+        calls += [asyncio.ensure_future(decode(app)) for _ in range(2)]
+        await measured(app, "rbln_vae_queue_images", 0.5)
+        model.plans.clear()
+        while model.planning.acquire(blocking=False):
+            pass
+        model.gate.set()
+        assert await asyncio.to_thread(model.planning.acquire, timeout=PATIENCE)
+        assert (await call(app, "GET", "/health")).status == 200
+        model.plans.set()
+        assert [answer.status for answer in await asyncio.gather(*calls)] == [200] * 3
+        assert [shape[0] for shape in model.shapes] == [1, 2]
+
+    asyncio.run(main())
+
+
+def test_many_plans_at_once_are_bounded_by_the_queue() -> None:
+    async def main() -> None:
+        model = GatedModel()
+        model.gate.set()
+        model.plans.clear()
+        app = make_app(model, queue=2)
+        image = noise(1, 4, 8, 8)
+        calls = [asyncio.ensure_future(decode(app, image)) for _ in range(2)]
+        await measured(app, "rbln_vae_queue_images", 2)
+        refused = await decode(app, image)
+        assert (refused.status, refused.code) == (429, "queue_full")
+        model.plans.set()
+        assert [answer.status for answer in await asyncio.gather(*calls)] == [200] * 2
+
+    asyncio.run(main())
 
 
 # Limits
@@ -255,7 +314,7 @@ def test_all_bodies_together_are_bounded() -> None:
             asyncio.ensure_future(call(app, "POST", "/encode", receive=slowly, body=[b""]))
             for _ in range(8)
         ]
-        await asyncio.sleep(0.05)
+        await measured(app, "rbln_vae_body_bytes", 8000)
         answer = await call(app, "POST", "/encode", body=png(4, 4))
         assert (answer.status, answer.code) == (429, "busy")
         assert "retry-after" in answer.headers
@@ -267,9 +326,12 @@ def test_all_bodies_together_are_bounded() -> None:
 
 
 def test_a_slow_body_is_given_up() -> None:
+    chunks = [b"x", b"y"]
+
     async def slowly() -> dict[str, Any]:
-        await asyncio.sleep(0.02)
-        return {"type": "http.request", "body": b"x", "more_body": True}
+        if not chunks:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": chunks.pop(), "more_body": True}
 
     app = make_app(limits=Limits(body_timeout=0.2))
     answer = ask(app, "POST", "/decode", query_of(LATENT), receive=slowly)
@@ -411,6 +473,23 @@ def test_a_model_without_encoder_says_so() -> None:
     app = make_app(ServedModel("b", compile_vae(default_vae(), uses_encoder=False)))
     answer = ask(app, "POST", "/encode", body=png(4, 4))
     assert (answer.status, answer.code) == (422, "no_encoder")
+
+
+# The end
+
+
+def test_a_draining_service_is_not_ready_and_starts_what_waits() -> None:
+    async def main() -> None:
+        app = make_app(max_wait=2 * PATIENCE)
+        calls = [asyncio.ensure_future(decode(app)) for _ in range(2)]
+        await measured(app, "rbln_vae_queue_images", 0.5)
+        assert (await call(app, "GET", "/ready")).status == 200
+        app.state.drain()
+        refused = await call(app, "GET", "/ready")
+        assert (refused.status, refused.code) == (503, "shutting_down")
+        assert [answer.status for answer in await asyncio.gather(*calls)] == [200] * 2
+
+    asyncio.run(main())
 
 
 # What is seen from outside

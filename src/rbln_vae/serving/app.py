@@ -101,14 +101,15 @@ def create_app(backend: Backend, limits: Limits | None = None) -> FastAPI:
         limits: What a client may ask and send.
 
     Returns:
-        The application, which closes the backend when it ends.
+        The application, which closes the backend when it ends. Whoever ends it calls its
+        `state.drain()` first, if requests are still to be answered.
     """
     service = _Service(backend, limits or Limits())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.closing = True
+        service.drain()
         await backend.close()
 
     app = FastAPI(
@@ -120,6 +121,7 @@ def create_app(backend: Backend, limits: Limits | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.state.drain = service.drain
     app.add_middleware(Edge, api_key=service.limits.api_key, answered=service.metrics.answered)
     app.add_exception_handler(RefusedError, _on_refused)
     app.add_exception_handler(RequestValidationError, _on_invalid_query)
@@ -202,10 +204,15 @@ class _Service:
         self.metrics = Metrics(backend.models, backend.load, lambda: self.bodies.held)
         self.closing = False
 
+    def drain(self) -> None:
+        """Say no to those who ask for more, and let nothing that is here wait for it."""
+        self.closing = True
+        self.backend.drain()
+
     async def decode(self, request: Request, query: DecodeQuery) -> Response:
         model = self._model(query.model)
         expected = protocol.decode_input(query, model)
-        self._admit(model, DECODER, expected.model_shape)
+        await self._admit(model, DECODER, expected.model_shape)
         with self._room_for(request, expected) as most:
             body = await read_body(request, most, self.limits.body_timeout)
             # What takes a while is done in threads, so that nobody else waits for it.
@@ -227,7 +234,7 @@ class _Service:
             )
         expected = protocol.encode_input(query, model)
         if expected is not None:
-            self._admit(model, ENCODER, expected.model_shape)
+            await self._admit(model, ENCODER, expected.model_shape)
         with self._room_for(request, expected) as most:
             body = await read_body(request, most, self.limits.body_timeout)
             if expected is not None:
@@ -237,7 +244,7 @@ class _Service:
                 # What it takes in memory is known before it is there.
                 self._require_pixels(size[0] * size[1])
                 fitted = protocol.fitted_size(size, model)
-                self._admit(model, ENCODER, (1, model.in_channels, *fitted))
+                await self._admit(model, ENCODER, (1, model.in_channels, *fitted))
                 image = await asyncio.to_thread(protocol.read_picture, body, model)
             outcome = await self._run(request, model, ENCODER, image)
         return self._respond(request, protocol.encode_reply(outcome.tensor, query), outcome)
@@ -254,11 +261,11 @@ class _Service:
             )
         return models[name]
 
-    def _admit(self, model: ModelInfo, part: str, shape: Shape) -> None:
+    async def _admit(self, model: ModelInfo, part: str, shape: Shape) -> None:
         """Refuse what would be refused later, before more is done for it."""
         self._require_pixels(model.pixels(part, shape))
         try:
-            self.backend.check(model.name, part, shape)
+            await self.backend.check(model.name, part, shape)
         except ValueError as error:
             raise RefusedError(422, "wrong_shape", str(error)) from error
         except Exception as error:

@@ -18,7 +18,7 @@ class Backend(Protocol):
     def models(self) -> Mapping[str, ModelInfo]:
         """The models by name; the first is what a request gets that names none."""
 
-    def check(self, model: str, part: str, shape: Shape) -> None:
+    async def check(self, model: str, part: str, shape: Shape) -> None:
         """Raise what `run` would raise now; called before a body is read."""
 
     async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
@@ -31,6 +31,9 @@ class Backend(Protocol):
 
     def load(self) -> Mapping[str, float]:
         """What to show of the load: `waiting`, `running`, `memory`."""
+
+    def drain(self) -> None:
+        """Start what waits for others to join it; called when the end is near."""
 
     async def close(self) -> None:
         """Take nothing more, and return when all that was admitted is done."""
@@ -47,8 +50,8 @@ class LocalBackend:
     def models(self) -> Mapping[str, ModelInfo]:
         return {name: model.info for name, model in self._models.items()}
 
-    def check(self, model: str, part: str, shape: Shape) -> None:
-        self._batcher.check(self._models[model], part, shape)
+    async def check(self, model: str, part: str, shape: Shape) -> None:
+        await self._batcher.check(self._models[model], part, shape)
 
     async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
         return await self._batcher.submit(self._models[model], part, tensor)
@@ -56,6 +59,9 @@ class LocalBackend:
     def load(self) -> Mapping[str, float]:
         batcher = self._batcher
         return {"waiting": batcher.waiting, "running": batcher.running, "memory": batcher.memory}
+
+    def drain(self) -> None:
+        self._batcher.drain()
 
     async def close(self) -> None:
         await self._batcher.close()

@@ -1,23 +1,26 @@
 """Decides what runs when: tensors wait, and run together as time and memory allow.
 
-It knows nothing of HTTP. All of it but the runs themselves happens in one event loop, so
-there are no locks.
+It knows nothing of HTTP. All of it but plans and runs themselves happens in one event loop,
+so there are no locks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..units import format_bytes
 from .models import Runner, Shape
+from .planner import Planner
 
 _LEAST_WEIGHT = 1 / 8
 """Even the smallest request takes this much of the queue, so that their number is bounded."""
@@ -97,6 +100,7 @@ class _Job:
     part: str
     tensor: Tensor
     weight: float
+    memory: int
     arrived: float
     done: asyncio.Future[Outcome]
 
@@ -112,23 +116,12 @@ class _Job:
 
 @dataclass(eq=False)
 class _Batch:
-    """Jobs of one kind that are admitted together."""
+    """Jobs of one kind that are started together, and the memory that they take."""
 
-    jobs: list[_Job]
-    samples: int = field(init=False)
-    memory: int = field(init=False)
+    jobs: Sequence[_Job]
+    memory: int
 
-    def __post_init__(self) -> None:
-        self.samples = sum(job.shape[0] for job in self.jobs)
-        first = self.jobs[0]
-        self.memory = max(
-            first.runner.memory_needed(
-                first.part, (sum(job.shape[0] for job in run), *first.shape[1:])
-            )
-            for run in self.runs()
-        )
-
-    def runs(self) -> Sequence[list[_Job]]:
+    def runs(self) -> Sequence[Sequence[_Job]]:
         """The jobs that the model gets in one tensor.
 
         Where a batch would change the bits of a result, each job runs by itself.
@@ -147,18 +140,20 @@ class Batcher:
 
     def __init__(self, options: BatcherOptions) -> None:
         self.options = options
+        self._planner = Planner()
+        self._planned: list[float] = []
         self._waiting: list[_Job] = []
         self._running: set[_Batch] = set()
         self._threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="run")
-        self._timer: asyncio.TimerHandle | None = None
-        self._idle: asyncio.Event | None = None
-        self._closed = False
+        self._scheduler: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._draining = self._closed = False
         self._seconds_per_weight = 1.0
 
     @property
     def waiting(self) -> float:
-        """How much waits, in the unit of `BatcherOptions.queue`."""
-        return math.fsum(job.weight for job in self._waiting)
+        """How much waits for a plan or for a run, in the unit of `BatcherOptions.queue`."""
+        return math.fsum([*self._planned, *(job.weight for job in self._waiting)])
 
     @property
     def running(self) -> int:
@@ -170,35 +165,19 @@ class Batcher:
         """Bytes that the runs under way were admitted for."""
         return sum(batch.memory for batch in self._running)
 
-    def check(self, runner: Runner, part: str, shape: Shape) -> float:
-        """Raise if a request of that shape would be refused now; cheap.
+    async def check(self, runner: Runner, part: str, shape: Shape) -> None:
+        """Raise if a request of that shape would be refused now.
 
-        Returns:
-            How much of the queue it takes.
+        It is planned in a thread, and takes room in the queue meanwhile.
 
         Raises:
             TooLargeError: It needs more than `memory_limit`.
             QueueFullError: Too much waits.
             ClosedError: The batcher is closed.
+            ValueError: The model takes no such shape.
         """
-        if self._closed:
-            raise ClosedError
-        limit = self.options.memory_limit
-        try:
-            needed = runner.memory_needed(part, shape)
-        except MemoryError as error:
-            raise TooLargeError(str(error)) from error
-        if limit is not None and needed > limit:
-            raise TooLargeError(
-                f"A run of the {part} on {'x'.join(map(str, shape))} needs {format_bytes(needed)} "
-                f"besides the weights, and this server gives {format_bytes(limit)} to runs."
-            )
-        weight = max(_LEAST_WEIGHT, runner.weight(part, shape))
-        waiting = self.waiting
-        # Alone it may be larger than the queue: nothing that fits in memory is shut out.
-        if waiting and waiting + weight > self.options.queue:
-            raise QueueFullError(max(1, math.ceil(waiting * self._seconds_per_weight)))
-        return weight
+        with self._room_for(runner, part, shape):
+            await self._admitted_memory(runner, part, shape)
 
     async def submit(self, runner: Runner, part: str, tensor: Tensor) -> Outcome:
         """Run a tensor when its turn comes.
@@ -211,87 +190,152 @@ class Batcher:
             tensor: `(N, C, H, W)`; not to be written to any more.
 
         Raises:
-            TooLargeError, QueueFullError, ClosedError: As `check`.
+            TooLargeError, QueueFullError, ClosedError, ValueError: As `check`.
             Exception: What the run raised.
         """
-        weight = self.check(runner, part, tuple(tensor.shape))
+        arrived, shape = time.monotonic(), tuple(tensor.shape)
+        with self._room_for(runner, part, shape) as weight:
+            memory = await self._admitted_memory(runner, part, shape)
+        # Nothing can come between: the room that it had is the room that it takes now.
         done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        job = _Job(runner, part, tensor, weight, time.monotonic(), done)
+        job = _Job(runner, part, tensor, weight, memory, arrived, done)
         self._waiting.append(job)
-        self._start_what_can()
+        self._wake()
         try:
             return await done
         finally:
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._start_what_can()
+                self._wake()
+
+    def drain(self) -> None:
+        """Let no batch wait for others to join it, now and from now on."""
+        self._draining = True
+        self._wake()
 
     async def close(self) -> None:
-        """Take nothing more, and return when all that was admitted is done."""
-        self._closed = True
-        self._idle = asyncio.Event()
-        self._start_what_can()
-        await self._idle.wait()
-        self._threads.shutdown()
+        """Take nothing more, and return when all that was admitted is done.
 
-    def _start_what_can(self) -> None:
-        """Start batches until time, memory or threads say to wait."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._waiting and len(self._running) < self.options.concurrency:
-            batch = self._next_batch()
-            if batch is None:
-                break
-            self._waiting = [job for job in self._waiting if job not in batch.jobs]
-            self._running.add(batch)
-            asyncio.get_running_loop().run_in_executor(self._threads, self._run, batch)
-        if self._idle is not None and not self._waiting and not self._running:
-            self._idle.set()
-
-    def _next_batch(self) -> _Batch | None:
-        """The batch of the oldest job whose kind need not wait for more.
-
-        `None` where that is none yet, or where it must wait for memory.
+        What still waits for its plan is not admitted: it gets a `ClosedError`.
         """
-        now = time.monotonic()
-        earliest = math.inf
-        for oldest in self._first_of_each_kind():
-            batch = self._fill(oldest)
-            if not self._fits(batch):
-                return None
-            ripe = oldest.arrived + self.options.max_wait
-            if now >= ripe or batch.samples >= self.options.max_batch or self._closed:
-                return batch
+        self._closed = True
+        self.drain()
+        if self._scheduler is not None:
+            await asyncio.wait([self._scheduler])
+        self._threads.shutdown()
+        self._planner.close()
+
+    # Admission
+
+    @contextlib.contextmanager
+    def _room_for(self, runner: Runner, part: str, shape: Shape) -> Iterator[float]:
+        """Keep room in the queue for what is being planned, which gives its weight."""
+        if self._closed:
+            raise ClosedError
+        weight = max(_LEAST_WEIGHT, runner.weight(part, shape))
+        waiting = self.waiting
+        # Alone it may be larger than the queue: nothing that fits in memory is shut out.
+        if waiting and waiting + weight > self.options.queue:
+            raise QueueFullError(max(1, math.ceil(waiting * self._seconds_per_weight)))
+        self._planned.append(weight)
+        try:
+            yield weight
+        finally:
+            self._planned.remove(weight)
+
+    async def _admitted_memory(self, runner: Runner, part: str, shape: Shape) -> int:
+        """Bytes that a run of its own takes, if that is no more than the limit."""
+        limit = self.options.memory_limit
+        try:
+            needed = await self._planner.memory_needed(runner, part, shape)
+        except MemoryError as error:
+            raise TooLargeError(str(error)) from error
+        if self._closed:
+            raise ClosedError
+        if limit is not None and needed > limit:
+            raise TooLargeError(
+                f"A run of the {part} on {'x'.join(map(str, shape))} needs {format_bytes(needed)} "
+                f"besides the weights, and this server gives {format_bytes(limit)} to runs."
+            )
+        return needed
+
+    # Scheduling
+
+    def _wake(self) -> None:
+        """Have the scheduler look at what has changed, and start it if there is work again."""
+        if self._scheduler is None or self._scheduler.done():
+            if not self._waiting:
+                return
+            self._changed = asyncio.Event()
+            self._scheduler = asyncio.get_running_loop().create_task(self._schedule())
+        self._changed.set()
+
+    async def _schedule(self) -> None:
+        """Start one batch after the other, as time, memory and threads allow."""
+        while self._waiting or self._running:
+            self._changed.clear()
+            patience = None
+            if len(self._running) < self.options.concurrency:
+                jobs, patience = self._next_jobs()
+                batch = await self._fill(jobs)
+                if batch is not None:
+                    self._start(batch)
+                    continue
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), patience)
+
+    def _next_jobs(self) -> tuple[list[_Job], float | None]:
+        """The oldest jobs of a kind that need not wait for more, as far as a batch may hold them.
+
+        Returns:
+            The jobs, and if there are none, the seconds after which there will be.
+        """
+        now, earliest = time.monotonic(), math.inf
+        kinds: dict[object, list[_Job]] = {}
+        for job in self._waiting:
+            kinds.setdefault(job.kind, []).append(job)
+        for alike in kinds.values():
+            samples = list(itertools.accumulate(job.shape[0] for job in alike))
+            count = max(1, sum(total <= self.options.max_batch for total in samples))
+            ripe = alike[0].arrived + self.options.max_wait
+            full = samples[count - 1] >= self.options.max_batch
+            if full or self._draining or now >= ripe:
+                return alike[:count], None
             earliest = min(earliest, ripe)
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, earliest - now), self._start_what_can)
+        return [], max(0.0, earliest - now) if kinds else None
+
+    async def _fill(self, jobs: list[_Job]) -> _Batch | None:
+        """As many of the jobs as there is memory for; `None` if that is none now.
+
+        The most come first: usually there is memory, and then one plan is made, that of the
+        run itself.
+        """
+        for count in range(len(jobs), 0, -1):
+            some = jobs[:count]
+            needed = await self._memory_of(some)
+            if not all(job in self._waiting for job in some):
+                return None  # somebody has left meanwhile, which has woken the scheduler
+            limit = self.options.memory_limit
+            if needed is not None and (limit is None or self.memory + needed <= limit):
+                return _Batch(some, needed)
         return None
 
-    def _first_of_each_kind(self) -> Iterator[_Job]:
-        seen = set()
-        for job in self._waiting:
-            if job.kind not in seen:
-                seen.add(job.kind)
-                yield job
+    async def _memory_of(self, jobs: Sequence[_Job]) -> int | None:
+        """Bytes that jobs take together; `None` if they can't be run so."""
+        first = jobs[0]
+        if len(jobs) == 1 or not first.runner.exact_batches:
+            return max(job.memory for job in jobs)
+        shape = (sum(job.shape[0] for job in jobs), *first.shape[1:])
+        try:
+            # The thread that will run them has nothing to do yet.
+            return await self._planner.memory_needed(first.runner, first.part, shape, self._threads)
+        except Exception:  # whatever it is, fewer of them may do
+            return None
 
-    def _fill(self, oldest: _Job) -> _Batch:
-        """The job, and as many of its kind as the bounds allow, in the order they came."""
-        batch = _Batch([oldest])
-        for job in self._waiting:
-            if job is oldest or job.kind != oldest.kind:
-                continue
-            if batch.samples + job.shape[0] > self.options.max_batch:
-                break
-            larger = _Batch([*batch.jobs, job])
-            if not self._fits(larger):
-                break
-            batch = larger
-        return batch
-
-    def _fits(self, batch: _Batch) -> bool:
-        limit = self.options.memory_limit
-        return limit is None or self.memory + batch.memory <= limit
+    def _start(self, batch: _Batch) -> None:
+        self._waiting = [job for job in self._waiting if job not in batch.jobs]
+        self._running.add(batch)
+        asyncio.get_running_loop().run_in_executor(self._threads, self._run, batch)
 
     # In a thread of its own
 
@@ -308,7 +352,7 @@ class Batcher:
             seconds = time.monotonic() - started
             loop.call_soon_threadsafe(self._finished, batch, seconds)
 
-    def _run_together(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
+    def _run_together(self, jobs: Sequence[_Job], loop: asyncio.AbstractEventLoop) -> None:
         first = jobs[0]
         sizes = [job.shape[0] for job in jobs]
         started = time.monotonic()
@@ -330,7 +374,7 @@ class Batcher:
         self._running.remove(batch)
         latest = seconds / math.fsum(job.weight for job in batch.jobs)
         self._seconds_per_weight += _NEW_RATE * (latest - self._seconds_per_weight)
-        self._start_what_can()
+        self._wake()
 
 
 def _succeed(job: _Job, outcome: Outcome) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from torch import Tensor
 from ..autoencoder_kl import DECODER, ENCODER, RBLNAutoencoderKL
 
 Shape = tuple[int, ...]
-
-_CACHED_PLANS = 1024
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Runner(Protocol):
         """Whether each sample of a batch gets the same bits as in a run of its own."""
 
     def memory_needed(self, part: str, shape: Shape) -> int:
-        """Bytes that a run takes; called often, so it should be quick."""
+        """Bytes that a run takes; may take seconds, and is called in threads."""
 
     def weight(self, part: str, shape: Shape) -> float:
         """How long a run takes, about, in images of the size that the model is tuned for."""
@@ -107,7 +104,6 @@ class ServedModel:
     def __init__(self, name: str, vae: RBLNAutoencoderKL) -> None:
         self.info = ModelInfo.of(name, vae)
         self._vae = vae
-        self._memory = functools.lru_cache(_CACHED_PLANS)(vae.memory_needed)
 
     @property
     def name(self) -> str:
@@ -118,7 +114,7 @@ class ServedModel:
         return self._vae.exact_batches
 
     def memory_needed(self, part: str, shape: Shape) -> int:
-        return self._memory(part, shape)
+        return self._vae.memory_needed(part, shape)
 
     def weight(self, part: str, shape: Shape) -> float:
         height, width = self.info.sample_size

@@ -175,7 +175,7 @@ class RemoteBackend:
     def models(self) -> Mapping[str, ModelInfo]:
         return self._models
 
-    def check(self, model: str, part: str, shape: Shape) -> None:
+    async def check(self, model: str, part: str, shape: Shape) -> None:
         """Only a worker knows; it answers when it gets the tensor."""
 
     async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
@@ -204,6 +204,9 @@ class RemoteBackend:
 
     def load(self) -> Mapping[str, float]:
         return {}  # workers have it, and Ray's own metrics show it
+
+    def drain(self) -> None:
+        """Nothing to do: the workers go on, and batches wait there."""
 
     async def close(self) -> None:
         """Nothing to do: Ray ends workers by itself, after the front."""

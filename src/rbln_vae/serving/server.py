@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,9 @@ class Address:
 
 
 def make_server(app: FastAPI, address: Address) -> uvicorn.Server:
-    """A server for the application, which `run` starts."""
+    """A server for the application of `create_app`, which `run` starts."""
     logs.configure()
-    return uvicorn.Server(
+    return DrainingServer(
         uvicorn.Config(
             app,
             host=address.host,
@@ -59,6 +60,18 @@ def make_server(app: FastAPI, address: Address) -> uvicorn.Server:
             h11_max_incomplete_event_size=_MOST_HEAD,
         )
     )
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that tells its application when it begins to end.
+
+    uvicorn waits for the answers first and then lets the application end, which so could not
+    know that there is nothing left to wait for.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.drain()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 class GuardedProtocol(H11Protocol):

@@ -1,0 +1,91 @@
+"""Finds out what memory runs take, without keeping the event loop from its work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from .models import Runner, Shape
+
+_MOST_KNOWN = 1024
+
+_Key = tuple[str, str, Shape]
+_Found = int | MemoryError | ValueError
+
+
+@dataclass
+class _Work:
+    """A plan that is being made, and how many wait for it."""
+
+    future: asyncio.Future[_Found]
+    waiters: int = 0
+
+
+class Planner:
+    """Asks models for the memory of a run in a thread, and remembers the answers.
+
+    Its methods are called in one event loop. There is one thread of its own: planning is
+    Python code, so more threads would only take turns, and take them from the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._known: OrderedDict[_Key, _Found] = OrderedDict()
+        self._under_way: dict[_Key, _Work] = {}
+
+    async def memory_needed(
+        self, runner: Runner, part: str, shape: Shape, executor: Executor | None = None
+    ) -> int:
+        """Bytes that a run takes; returns without a pause if they are known.
+
+        A plan that was asked for again meanwhile is made once. One that nobody waits for any
+        more is not begun.
+
+        Args:
+            runner: The model; its name stands for it.
+            part: Which part of it.
+            shape: Of the input.
+            executor: Where to plan; `None` is the planner's own thread, in which plans wait
+                for each other.
+
+        Raises:
+            MemoryError, ValueError: What the model raised; this is remembered, too.
+        """
+        key = (runner.name, part, shape)
+        if key not in self._known:
+            self._known[key] = await self._made(key, runner, executor or self._thread)
+        self._known.move_to_end(key)
+        while len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
+        found = self._known[key]
+        if isinstance(found, Exception):
+            raise found.with_traceback(None)
+        return found
+
+    async def _made(self, key: _Key, runner: Runner, executor: Executor) -> _Found:
+        work = self._under_way.get(key)
+        if work is None:
+            loop = asyncio.get_running_loop()
+            future = loop.run_in_executor(executor, _plan, runner, *key[1:])
+            work = self._under_way[key] = _Work(future)
+        work.waiters += 1
+        try:
+            return await asyncio.shield(work.future)
+        finally:
+            work.waiters -= 1
+            if not work.waiters:
+                del self._under_way[key]
+                work.future.cancel()
+
+    def close(self) -> None:
+        """Let the thread end after the plans that somebody still waits for."""
+        self._thread.shutdown(wait=False)
+
+
+def _plan(runner: Runner, part: str, shape: Shape) -> _Found:
+    try:
+        return runner.memory_needed(part, shape)
+    except (MemoryError, ValueError) as error:
+        return error
