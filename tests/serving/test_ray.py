@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import requests
 import torch
 from diffusers.utils.remote_utils import remote_decode, remote_encode
 from services import PATIENCE, query_of, raw, wait_until
-from vaes import default_compiled, noise
+from vaes import default_compiled, default_vae, noise
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rbln-vae[ray]'")
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'rbln-vae[ray]'")
@@ -49,9 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Iterator[str]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        # As many threads as here, which is what bits depend on.
-        threads = str(torch.get_num_threads())
-        options = {"model": str(directory), "replicas": "2", "queue": "1000", "threads": threads}
+        options = {"model": str(directory), "replicas": "2", "queue": "1000"}
         serve.run(build(options))
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -103,24 +102,34 @@ def test_a_worker_that_is_killed_costs_no_answer(server: str, mark: str) -> None
     wait_until(lambda: len(workers(mark)) == 2)
     latents = [noise(1, 4, 24, 24, seed=seed) for seed in range(8)]
     expected = [raw(default_compiled().decode(latent).sample) for latent in latents]
+    answers: list[list[Any]] = [[] for _ in latents]
     stop = threading.Event()
 
-    def client(number: int) -> list[Any]:
-        answers = []
+    def client(number: int) -> None:
         while not stop.is_set():
-            answers.append(post(server, latents[number]))
-        return answers
+            answers[number].append(post(server, latents[number]))
+
+    def each_is_answered_twice_more() -> None:
+        before = list(map(len, answers))
+        wait_until(
+            lambda: (
+                all(len(a) >= n + 2 for a, n in zip(answers, before, strict=True))
+                or any(each.done() for each in clients)
+            )
+        )
 
     before = workers(mark)
     with ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client, number) for number in range(8)]
-        time.sleep(2)
-        os.kill(before[0], signal.SIGKILL)
-        wait_until(lambda: before[0] not in workers(mark))
-        time.sleep(4)
-        stop.set()
-        answers = [each.result() for each in clients]
-    assert min(map(len, answers)) > 1
+        try:
+            each_is_answered_twice_more()
+            os.kill(before[0], signal.SIGKILL)
+            wait_until(lambda: before[0] not in workers(mark))
+            each_is_answered_twice_more()
+        finally:
+            stop.set()
+        for each in clients:
+            each.result()
     for number, received in enumerate(answers):
         for answer in received:
             assert answer.status_code == 200, answer.text
@@ -137,13 +146,25 @@ def test_options_that_are_wrong_are_named() -> None:
     options = Options.model_validate({"model": "a=x,b=y/z", "replicas": "3"})
     assert options.replicas == 3
     assert options.named_models() == {"a": "x", "b": "y/z"}
-    assert Options(model="dir/tiny/").named_models() == {"tiny": "dir/tiny/"}
+
+
+@pytest.mark.parametrize("model", ["", "=x", "a=", "a=x,,b=y", "a=x,a=y", "x/a,y/a"])
+def test_models_that_lack_a_name_or_share_it_are_refused_before_a_worker_starts(model: str) -> None:
+    from rbln_vae.serving.ray import build
+
+    with pytest.raises(ValueError, match=r"lacks a name|two models are named 'a'"):
+        build({"model": model})
 
 
 @pytest.mark.parametrize("nothing", [None, "", " "])
-def test_no_memory_limit_is_that_of_the_service(nothing) -> None:
-    from rbln_vae.serving.ray import Options
-    from rbln_vae.serving.server import default_memory_limit
+def test_a_worker_opens_what_the_command_opens(tmp_path: Path, nothing: str | None) -> None:
+    from rbln_vae.serving.ray import Options, Worker
 
-    options = Options(model="x", memory_limit=nothing)
-    assert options.batching().memory_limit == default_memory_limit()
+    default_vae().save_pretrained(tmp_path / "vae")
+    index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    options = Options(model=f"sd={tmp_path}", dtype="float32", memory_limit=nothing)
+    worker = Worker(options)
+    latent = noise(1, 4, 6, 5)
+    outcome = asyncio.run(worker.run("sd", "decoder", latent))
+    assert torch.equal(outcome.tensor, default_compiled().decode(latent).sample)

@@ -21,7 +21,6 @@ import torch
 from services import PATIENCE, GatedModel, make_app, query_of, raw, running, wait_until
 from vaes import default_compiled, noise
 
-from rbln_vae.cli.serving import _named
 from rbln_vae.serving import server as server_module
 from rbln_vae.serving.app import Limits
 from rbln_vae.serving.models import ServedModel
@@ -189,7 +188,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def process(compiled: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`rbln-vae serve` in a process of its own, and its address.
 
-    It lets requests wait for others, so that a test can see them wait.
+    It lets requests wait for others longer than any test does, so that they are seen to wait.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -197,7 +196,7 @@ def process(compiled: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     arguments = ["serve", str(compiled), "--model", f"second={compiled}", "--port", str(port)]
     arguments += ["--memory-limit", ""]  # as an empty field of a form gives it: none
     started = subprocess.Popen(
-        [sys.executable, "-m", "rbln_vae", *arguments, "--max-wait-ms", "5000"],
+        [sys.executable, "-m", "rbln_vae", *arguments, "--max-wait-ms", str(2000 * PATIENCE)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "RBLN_VAE_API_KEY": "key"},
@@ -219,7 +218,7 @@ def is_ready(address: str) -> bool:
         return False
 
 
-def test_sigterm_finishes_what_was_admitted(
+def test_sigterm_starts_what_waits_for_others_and_finishes_it(
     process: tuple[subprocess.Popen[str], str],
 ) -> None:
     started, address = process
@@ -255,21 +254,9 @@ def test_the_command_names_what_is_wrong(compiled: Path) -> None:
     result = serve(str(compiled), "--memory-limit", "lots")
     assert result.returncode == 2
     assert result.stderr.startswith("error: --memory-limit lots:")
-
-
-def test_models_have_names() -> None:
-    assert _named(None, []) == {"demo": None}
-    assert _named("a/sdxl", ["flux=b"]) == {"sdxl": "a/sdxl", "flux": "b"}
-    assert _named(None, ["flux=b=c"]) == {"flux": "b=c"}
-    for wrong in (["b"], ["=b"], ["b="]):
-        with pytest.raises(ValueError, match="NAME=MODEL"):
-            _named(None, wrong)
-    with pytest.raises(ValueError, match="two models"):
-        _named("a/flux", ["flux=b"])
-
-
-def test_half_of_the_memory_is_for_runs_unless_told() -> None:
-    assert 2**26 < server_module.default_memory_limit() < 2**50
+    result = serve(str(compiled), "--model", f"{compiled.name}={compiled}")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: two models are named 'tiny'")
 
 
 def test_the_application_closes_its_backend() -> None:

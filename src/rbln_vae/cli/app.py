@@ -473,8 +473,10 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A compiled model, or a diffusers one, which is compiled in memory. By default "
-            "the small one that comes with the package.",
+            metavar="[NAME=]MODEL",
+            help="A compiled model, a diffusers one, which is compiled in memory, or a pipeline "
+            "with either. By default the small one that comes with the package. NAME is what "
+            "requests call it; by default the last part of MODEL.",
             show_default=False,
         ),
     ] = None,
@@ -483,8 +485,8 @@ def serve(
         typer.Option(
             "--model",
             "-m",
-            metavar="NAME=MODEL",
-            help="A further model, which requests name with ?model=NAME. Can be given again.",
+            metavar="[NAME=]MODEL",
+            help="A further model, which requests choose with ?model=NAME. Can be given again.",
             show_default=False,
         ),
     ] = None,
@@ -498,8 +500,8 @@ def serve(
         str | None,
         typer.Option(
             help="The most memory that all runs together may take besides the weights, such as "
-            "2GiB: activations, scratch memory of their threads, and the results. By "
-            "default half of the machine's.",
+            "2GiB: activations, scratch memory of their threads, and the results. By default "
+            "half of the memory of the device.",
             show_default=False,
         ),
     ] = None,

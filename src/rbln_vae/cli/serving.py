@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..units import byte_count, optional_byte_count
-from .models import open_model
-from .terminal import err
+from .terminal import err, working
 
 Number = TypeVar("Number")
 
@@ -32,42 +31,25 @@ def serve(
         from ..serving.app import Limits, create_app
         from ..serving.backend import LocalBackend
         from ..serving.batcher import BatcherOptions
-        from ..serving.models import ServedModel
-        from ..serving.server import Address, default_memory_limit, make_server
+        from ..serving.models import named_models, open_models
+        from ..serving.server import Address, make_server
     except ImportError as error:
         raise OSError(
             f"serve needs {error.name}, which isn't installed: pip install 'rbln-vae[serve]'"
         ) from error
 
-    memory = _bytes("memory-limit", memory_limit, optional_byte_count) or default_memory_limit()
-    options = BatcherOptions(memory_limit=memory, **batching)
+    given_memory = _bytes("memory-limit", memory_limit, optional_byte_count)
+    options = BatcherOptions(**batching)
     allowed = Limits(max_body=_bytes("max-body", max_body, byte_count), **limits)
-    run = {**settings, "memory_limit": memory}
-    served = [
-        ServedModel(name, open_model(where, run, **given))
-        for name, where in _named(model, others).items()
-    ]
+    texts = [*([] if model is None else [model]), *others]
+    named: dict[str, str | None] = {**named_models(texts)} if texts else {"demo": None}
+    with working(f"Loading {', '.join(named)} …"):
+        served, memory = open_models(named, settings, given_memory, **given)
+    options = dataclasses.replace(options, memory_limit=memory)
     app = create_app(LocalBackend(served, options), allowed)
     server = make_server(app, Address(host, port, grace))
     err().print(f"serving {', '.join(each.name for each in served)} on http://{host}:{port}")
     server.run()
-
-
-def _named(model: str | None, others: Sequence[str]) -> dict[str, str | None]:
-    """The models by name, the default first."""
-    named: dict[str, str | None] = {}
-    if model is not None:
-        named[Path(model).name] = model
-    elif not others:
-        named["demo"] = None
-    for each in others:
-        name, equals, where = each.partition("=")
-        if not (name and equals and where):
-            raise ValueError(f"--model {each}: expected NAME=MODEL, such as sdxl=compiled-sdxl")
-        if name in named:
-            raise ValueError(f"two models are named {name}; give each a name of its own")
-        named[name] = where
-    return named
 
 
 def _bytes(option: str, text: str | None, parse: Callable[[object], Number]) -> Number:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..autoencoder_kl import DECODER, ENCODER, RBLNAutoencoderKL
+from ..opening import open_model
+from ..targets.base import get_target
 
 Shape = tuple[int, ...]
+
+LONGEST_NAME = 100
+"""Characters of the name of a model."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,48 @@ def _numbers(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
     return None if values is None else tuple(map(float, values))
 
 
+def named_models(texts: Iterable[str]) -> dict[str, str]:
+    """Read `NAME=MODEL`, or just `MODEL`, which is named by the last part of its path.
+
+    Names have no slashes, so `runs/lr=1/vae` is a model without a name. One in the working
+    directory whose path has an equals sign is written `./lr=1`, or given a name: `vae=lr=1`.
+
+    Args:
+        texts: One or more, the default first.
+
+    Returns:
+        The models by name.
+
+    Raises:
+        ValueError: A name or a model is empty, two have one name, or a name is too long.
+
+    Example:
+        >>> named_models(["models/sdxl", "flux=black-forest-labs/FLUX.1-dev"])
+        {'sdxl': 'models/sdxl', 'flux': 'black-forest-labs/FLUX.1-dev'}
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, model = text.strip().partition("=")
+        if not equals or "/" in name:
+            name, model = Path(text.strip()).name, text.strip()
+        if not name or not model:
+            raise ValueError(
+                f"{text!r} lacks a name or a model: expected NAME=MODEL, such as sdxl=compiled-sdxl"
+            )
+        if len(name) > LONGEST_NAME:
+            raise ValueError(
+                f"the name {name!r} has {len(name)} characters, expected at most {LONGEST_NAME}; "
+                "give a shorter one, as NAME=MODEL"
+            )
+        if name in named:
+            raise ValueError(
+                f"two models are named {name!r}, {named[name]} and {model}; give each a name of "
+                "its own, as NAME=MODEL"
+            )
+        named[name] = model
+    return named
+
+
 class Runner(Protocol):
     """A model as the batcher sees it: tensors in, tensors out, at a price in memory."""
 
@@ -126,3 +174,38 @@ class ServedModel:
             vae.decode(tensor).sample if part == DECODER else vae.encode(tensor).latent_dist.mode()
         )
         return latent_or_image
+
+
+def open_models(
+    named: Mapping[str, str | None],
+    settings: Mapping[str, Any],
+    memory_limit: int | None,
+    **loading: str | None,
+) -> tuple[list[ServedModel], int]:
+    """Open the models of a service, and share the memory of their device among their runs.
+
+    Args:
+        named: The models by name, each as of `open_model`.
+        settings: For `rbln_config`.
+        memory_limit: The most bytes that all runs together may take; `None` is half of the
+            memory of the device on which the models run: the other half is for weights, for
+            what requests and answers hold, and for whoever else is there. Where they run on
+            several, it is the least of these.
+        **loading: `subfolder` and `revision`.
+
+    Returns:
+        The models, and the limit.
+    """
+    if settings.get("target") is not None:
+        get_target(str(settings["target"])).require()  # before the work, not after it
+    # Which target a model is for is known when it is there, and its runtimes need the limit.
+    models = {
+        name: open_model(model, {**settings, "create_runtimes": False}, **loading)
+        for name, model in named.items()
+    }
+    if memory_limit is None:
+        memory_limit = min(vae.usable_memory for vae in models.values()) // 2
+    return [
+        ServedModel(name, vae.with_runtimes(memory_limit=memory_limit))
+        for name, vae in models.items()
+    ], memory_limit

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..config import check_image_size
 from ..images import load_image
 from .errors import RefusedError
-from .models import ModelInfo, Shape
+from .models import LONGEST_NAME, ModelInfo, Shape
 from .png import encode_png
 
 DTYPES = {
@@ -45,8 +45,6 @@ _MOST_AXES = 8
 
 _JPEG_QUALITY = 95
 
-Side = Field(gt=0, le=_LARGEST_SIDE)
-
 
 class Query(BaseModel):
     """What every request may say."""
@@ -54,7 +52,7 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(
-        None, max_length=100, description="Which model; the first by default."
+        None, max_length=LONGEST_NAME, description="Which model; the first by default."
     )
     scaling_factor: float | None = Field(
         None, gt=0, description="What latents were, or are to be, multiplied by."

@@ -14,12 +14,11 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray.serve
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -30,8 +29,7 @@ from . import logs
 from .app import Limits, create_app
 from .backend import LocalBackend
 from .batcher import BatcherOptions, Outcome, QueueFullError
-from .models import ModelInfo, ServedModel, Shape
-from .server import default_memory_limit
+from .models import ModelInfo, Shape, named_models, open_models
 
 _MANY = 10_000
 """Requests at once that Ray lets through: the batcher's queue is the bound."""
@@ -50,7 +48,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="NAME=MODEL, or several with commas; or one without a name.")
+    model: str = Field(description="MODEL or NAME=MODEL, or several with commas.")
     replicas: int = Field(1, gt=0, description="Workers.")
     cpus: float = Field(1, ge=0, description="Processors that Ray keeps for a worker.")
     threads: int | None = Field(None, gt=0, description="By default as many as cpus.")
@@ -66,21 +64,25 @@ class Options(BaseModel):
     body_timeout: float = Field(Limits.body_timeout, gt=0)
     target: str | None = None
     dtype: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, text: str) -> str:
+        named_models(text.split(","))  # here, and not first on a worker
+        return text
 
     def named_models(self) -> dict[str, str]:
         """The models by name, the default first."""
-        named = {}
-        for each in self.model.split(","):
-            name, equals, where = each.partition("=")
-            named[name if equals else Path(name).name] = where or name
-        return named
+        return named_models(self.model.split(","))
 
-    def batching(self) -> BatcherOptions:
-        """The options of a worker's batcher."""
+    def batching(self, memory_limit: int | None) -> BatcherOptions:
+        """The options of a worker's batcher, within a memory limit in bytes."""
         return BatcherOptions(
             max_batch=self.max_batch,
             max_wait=self.max_wait_ms / 1000,
-            memory_limit=optional_byte_count(self.memory_limit) or default_memory_limit(),
+            memory_limit=memory_limit,
             queue=self.queue,
             concurrency=self.concurrency,
         )
@@ -124,24 +126,20 @@ class Worker:
     """Runs models for the front, in a process of its own."""
 
     def __init__(self, options: Options) -> None:
-        from ..autoencoder_kl import RBLNAutoencoderKL
-
-        batching = options.batching()
         run = {
             "target": options.target,
             "dtype": options.dtype,
             "num_threads": options.threads or max(1, math.ceil(options.cpus)),
             "timeout": options.run_timeout,
-            "memory_limit": batching.memory_limit,
         }
-        settings = {name: value for name, value in run.items() if value is not None}
-        models = [
-            ServedModel(
-                name, RBLNAutoencoderKL.from_pretrained(where, export=None, rbln_config=settings)
-            )
-            for name, where in options.named_models().items()
-        ]
-        self._backend = LocalBackend(models, batching)
+        models, memory = open_models(
+            options.named_models(),
+            {name: value for name, value in run.items() if value is not None},
+            optional_byte_count(options.memory_limit),
+            subfolder=options.subfolder,
+            revision=options.revision,
+        )
+        self._backend = LocalBackend(models, options.batching(memory))
 
     async def models(self) -> dict[str, ModelInfo]:
         """The models by name."""

@@ -13,7 +13,6 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..host import usable_memory
 from . import logs
 
 _HEAD_SECONDS = 10.0
@@ -150,8 +149,3 @@ class _Deadline:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def default_memory_limit() -> int:
-    """Half of the memory that this process may use."""
-    return usable_memory() // 2
