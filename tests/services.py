@@ -24,6 +24,7 @@ from rbln_vae.serving.backend import LocalBackend
 from rbln_vae.serving.batcher import BatcherOptions
 from rbln_vae.serving.models import ServedModel
 from rbln_vae.serving.server import Address, make_server
+from rbln_vae.targets.watch import ShouldStop
 
 PATIENCE = 60
 """Seconds after which something that should happen won't."""
@@ -49,11 +50,11 @@ class GatedModel(ServedModel):
         assert self.plans.wait(PATIENCE)
         return super().memory_needed(part, shape)
 
-    def run(self, part: str, tensor: Tensor) -> Tensor:
+    def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
         self.shapes.append(tuple(tensor.shape))
         self.started.release()
         assert self.gate.wait(PATIENCE)
-        return super().run(part, tensor)
+        return super().run(part, tensor, should_stop)
 
 
 def make_app(*models: ServedModel, limits: Limits | None = None, **options: Any) -> FastAPI:

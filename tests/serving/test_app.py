@@ -21,6 +21,7 @@ from vaes import compile_vae, default_compiled, default_vae, make_vae, noise
 from rbln_vae.serving.app import Limits
 from rbln_vae.serving.errors import CODES
 from rbln_vae.serving.models import ServedModel
+from rbln_vae.targets.watch import ShouldStop
 
 LATENT = noise(1, 4, 4, 4)
 BINARY = {"content-type": "tensor/binary"}
@@ -196,7 +197,7 @@ def test_what_needs_more_memory_than_there_is_is_refused_before_its_body_is_read
 )
 def test_a_run_that_fails_is_an_answer_too(error: Exception, status: int, code: str) -> None:
     class Failing(ServedModel):
-        def run(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
             raise error
 
     answer = asyncio.run(decode(make_app(Failing("failing", default_compiled()))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from services import PATIENCE
 
+from rbln_vae.errors import RBLNCancelledError
 from rbln_vae.serving.batcher import (
     Batcher,
     BatcherOptions,
@@ -19,6 +21,7 @@ from rbln_vae.serving.batcher import (
     QueueFullError,
     TooLargeError,
 )
+from rbln_vae.targets.watch import ShouldStop
 
 
 class Doubler:
@@ -47,7 +50,7 @@ class Doubler:
     def weight(self, part: str, shape: tuple[int, ...]) -> float:
         return shape[0]
 
-    def run(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+    def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
         with self.lock:
             self.runs.append(tuple(tensor.shape))
             self.now += 1
@@ -309,8 +312,8 @@ def test_who_gives_up_in_a_batch_that_runs_one_by_one_is_left_out() -> None:
             super().__init__(exact=False)
             self.words = threading.Semaphore(0)
 
-        def run(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
-            result = super().run(part, tensor)
+        def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
+            result = super().run(part, tensor, should_stop)
             assert self.words.acquire(timeout=PATIENCE)
             return result
 
@@ -326,6 +329,38 @@ def test_who_gives_up_in_a_batch_that_runs_one_by_one_is_left_out() -> None:
         model.words.release(2)
         await asyncio.gather(jobs[0], jobs[2])
         assert len(model.runs) == 3
+
+    run(main())
+
+
+def test_a_run_is_stopped_when_the_last_who_waits_for_it_has_gone() -> None:
+    class Stoppable(Doubler):
+        """A model whose runs end when they are stopped, but those of ones."""
+
+        asked = 0
+
+        def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
+            result = super().run(part, tensor, should_stop)
+            while not bool((tensor == 1).any()):
+                if should_stop():
+                    raise RBLNCancelledError("stopped")
+                self.asked += 1
+                time.sleep(0.001)
+            return result
+
+    async def main() -> None:
+        batcher, model = Batcher(BatcherOptions()), Stoppable()
+        # Those that wait for a plan at once run together.
+        jobs = [start(batcher, model, rows(0)) for _ in range(2)]
+        await until(lambda: model.runs == [(2, 4, 1, 1)])
+        jobs[0].cancel()
+        await until(jobs[0].done)
+        asked = model.asked
+        await until(lambda: model.asked > asked + 2)
+        assert batcher.running == 1
+        jobs[1].cancel()
+        await until(lambda: batcher.running == 0)
+        assert torch.equal((await start(batcher, model, rows(1))).tensor, rows(2))
 
     run(main())
 

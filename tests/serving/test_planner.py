@@ -12,6 +12,7 @@ import torch
 from services import PATIENCE
 
 from rbln_vae.serving.planner import Planner
+from rbln_vae.targets.watch import ShouldStop
 
 Shape = tuple[int, ...]
 
@@ -37,7 +38,7 @@ class Slow:
     def weight(self, part: str, shape: Shape) -> float:
         return 1
 
-    def run(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+    def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
         raise AssertionError("nothing is run")
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,11 @@ import torch
 from services import PATIENCE, GatedModel, make_app, query_of, raw, running, wait_until
 from vaes import default_compiled, noise
 
+from rbln_vae.errors import RBLNCancelledError
 from rbln_vae.serving import server as server_module
 from rbln_vae.serving.app import Limits
 from rbln_vae.serving.models import ServedModel
+from rbln_vae.targets.watch import ShouldStop
 
 
 def post(address: str, tensor: torch.Tensor, path: str = "/decode", **query: Any) -> Any:
@@ -82,11 +85,39 @@ def test_a_client_that_hangs_up_leaves_the_queue() -> None:
         assert len(model.shapes) == 1
 
 
-def waiting(address: str) -> float:
+def test_a_run_whose_client_hangs_up_is_stopped() -> None:
+    class Endless(ServedModel):
+        """A model that takes as long as somebody waits, and then begins."""
+
+        def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
+            started.set()
+            wait_until(should_stop)
+            with pytest.raises(RBLNCancelledError) as stopped:
+                super().run(part, tensor, should_stop)
+            errors.append(stopped.value)
+            raise stopped.value
+
+    started, errors = threading.Event(), list[Exception]()
+    with running(make_app(Endless("endless", default_compiled()))) as address:
+        query = "shape=1&shape=4&shape=4&shape=4&dtype=float32"
+        head = f"POST /decode?{query} HTTP/1.1\r\nHost: x\r\nContent-Length: 256\r\n\r\n"
+        with connect(address) as leaving:
+            leaving.sendall(head.encode() + raw(noise(1, 4, 4, 4)))
+            assert started.wait(PATIENCE)
+            assert metric(address, "rbln_vae_runs") == 1
+        wait_until(lambda: metric(address, "rbln_vae_runs") == 0)
+    assert len(errors) == 1
+
+
+def metric(address: str, name: str) -> float:
     text = requests.get(f"{address}/metrics", timeout=PATIENCE).text
-    found = re.search(r"^rbln_vae_queue_images (\S+)", text, re.MULTILINE)
+    found = re.search(rf"^{name} (\S+)", text, re.MULTILINE)
     assert found
     return float(found[1])
+
+
+def waiting(address: str) -> float:
+    return metric(address, "rbln_vae_queue_images")
 
 
 @pytest.mark.parametrize("start", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
@@ -117,7 +148,7 @@ def test_an_answer_that_nobody_reads_ends_the_connection(monkeypatch: pytest.Mon
     monkeypatch.setattr(server_module, "_STALL_SECONDS", 0.3)
 
     class Verbose(ServedModel):
-        def run(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
             return torch.zeros(1, 3, 2048, 2048)  # 48 MB, more than sockets hold
 
     app = make_app(Verbose("verbose", default_compiled()))

@@ -22,7 +22,7 @@ class Backend(Protocol):
         """Raise what `run` would raise now; called before a body is read."""
 
     async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
-        """Run a tensor; if the caller is cancelled, it is not run or its result dropped.
+        """Run a tensor; if the caller is cancelled, it is not run, or stopped if it runs alone.
 
         Raises:
             TooLargeError, QueueFullError, ClosedError: It isn't admitted.

@@ -182,7 +182,8 @@ class Batcher:
     async def submit(self, runner: Runner, part: str, tensor: Tensor) -> Outcome:
         """Run a tensor when its turn comes.
 
-        If the caller is cancelled while the tensor waits, it is not run.
+        If the caller is cancelled while the tensor waits, it is not run. If all callers of a
+        run are cancelled, it is stopped.
 
         Args:
             runner: The model.
@@ -358,7 +359,9 @@ class Batcher:
         started = time.monotonic()
         try:
             tensor = first.tensor if len(jobs) == 1 else torch.cat([job.tensor for job in jobs])
-            result = first.runner.run(first.part, tensor)
+            result = first.runner.run(
+                first.part, tensor, lambda: all(job.done.done() for job in jobs)
+            )
         except Exception as error:
             for job in jobs:
                 loop.call_soon_threadsafe(_fail, job, error)
@@ -372,8 +375,9 @@ class Batcher:
 
     def _finished(self, batch: _Batch, seconds: float) -> None:
         self._running.remove(batch)
-        latest = seconds / math.fsum(job.weight for job in batch.jobs)
-        self._seconds_per_weight += _NEW_RATE * (latest - self._seconds_per_weight)
+        if not all(job.done.cancelled() for job in batch.jobs):  # else it was cut short
+            latest = seconds / math.fsum(job.weight for job in batch.jobs)
+            self._seconds_per_weight += _NEW_RATE * (latest - self._seconds_per_weight)
         self._wake()
 
 

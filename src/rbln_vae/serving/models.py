@@ -13,6 +13,7 @@ from torch import Tensor
 from ..autoencoder_kl import DECODER, ENCODER, RBLNAutoencoderKL
 from ..opening import open_model
 from ..targets.base import get_target
+from ..targets.watch import ShouldStop
 
 Shape = tuple[int, ...]
 
@@ -142,8 +143,17 @@ class Runner(Protocol):
     def weight(self, part: str, shape: Shape) -> float:
         """How long a run takes, about, in images of the size that the model is tuned for."""
 
-    def run(self, part: str, tensor: Tensor) -> Tensor:
-        """Run a part; blocks, and several threads may call it."""
+    def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
+        """Run a part; blocks, and several threads may call it.
+
+        Args:
+            part: Which part.
+            tensor: Its input.
+            should_stop: Whether nobody waits for the result any more; asked now and then.
+
+        Raises:
+            RBLNCancelledError: `should_stop` said so.
+        """
 
 
 class ServedModel:
@@ -168,10 +178,12 @@ class ServedModel:
         height, width = self.info.sample_size
         return self.info.pixels(part, shape) / (height * width)
 
-    def run(self, part: str, tensor: Tensor) -> Tensor:
+    def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
         vae: Any = self._vae
         latent_or_image: Tensor = (
-            vae.decode(tensor).sample if part == DECODER else vae.encode(tensor).latent_dist.mode()
+            vae.decode(tensor, should_stop=should_stop).sample
+            if part == DECODER
+            else vae.encode(tensor, should_stop=should_stop).latent_dist.mode()
         )
         return latent_or_image
 
