@@ -13,6 +13,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -32,6 +33,11 @@ from .report import write
 CLIENTS = 8
 QUEUE = 16
 PATIENCE = 600.0
+LARGE = 4096
+"""Pixels a side of the images that are only planned."""
+TIGHT = "3GiB"
+"""A memory limit in which these need a plan that takes a second or more."""
+PLANS = 10
 
 
 @dataclass
@@ -51,13 +57,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(model: Path, log: Path) -> Iterator[Server]:
+def server(model: Path, log: Path, *options: str) -> Iterator[Server]:
     """`rbln-vae serve` on a free port, ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "rbln_vae", "serve", str(model), "--port", str(port)]
     command += ["--queue", str(QUEUE), "--threads", str(threads()), "--run-timeout", "600"]
+    command += options
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file)
     running = Server(f"http://127.0.0.1:{port}", process)
@@ -219,12 +226,11 @@ def overload(running: Server, latent: torch.Tensor, capacity: float, seconds: fl
                 sampled = now
             pool.submit(one, kinds[number % len(kinds)])
     memory.append(running.memory)
-    admitted.sort()
     return Overload(
         rate,
         dict(statuses),
         statistics.median(admitted),
-        admitted[min(len(admitted) - 1, math.floor(0.99 * len(admitted)))],
+        percentile(admitted, 0.99),
         (QUEUE + 8 + 1) / capacity,
         memory,
     )
@@ -274,11 +280,69 @@ def measure(model: Path | None, size: int, rounds: int, minutes: float) -> str:
                 for kind in KINDS
             }
             load = overload(running, latent, rates["raw tensor"], 60 * minutes)
-    return _save(size, minutes, one, loop, rates, load)
+        with server(compiled, directory / "log", "--memory-limit", TIGHT) as running:
+            watch = watched(running.address, channels, factor, PLANS)
+    return _save(size, minutes, one, loop, rates, load, watch)
+
+
+@dataclass
+class Watched:
+    """How a server answers those who watch it while it plans.
+
+    Attributes:
+        plans: Seconds from a request of a new size to its admission.
+        health: Seconds of each `GET /health` meanwhile.
+    """
+
+    plans: list[float] = field(default_factory=list)
+    health: list[float] = field(default_factory=list)
+
+
+def watched(address: str, channels: int, factor: int, count: int) -> Watched:
+    """Ask for large images, each of a size that is planned for the first time.
+
+    No body is sent: a request is planned by its query, and then the client hangs up.
+    """
+    result, done = Watched(), threading.Event()
+    host, port = address.removeprefix("http://").split(":")
+    cells = LARGE // factor
+
+    def plan() -> None:
+        for number in range(count):
+            shape = (1, channels, cells - number, cells)
+            query = "&".join([*(f"shape={n}" for n in shape), "dtype=float32"])
+            head = f"POST /decode?{query} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+            with socket.create_connection((host, int(port)), PATIENCE) as connection:
+                start = time.perf_counter()
+                connection.sendall(f"{head}Content-Length: {4 * math.prod(shape)}\r\n\r\n".encode())
+                # The body is asked for when the request is admitted; else it is refused.
+                connection.recv(1)
+                result.plans.append(time.perf_counter() - start)
+        done.set()
+
+    with ThreadPoolExecutor(1) as pool, requests.Session() as session:
+        planning = pool.submit(plan)
+        while not done.is_set() and not planning.done():
+            start = time.perf_counter()
+            assert session.get(f"{address}/health", timeout=PATIENCE).ok
+            result.health.append(time.perf_counter() - start)
+        planning.result()
+    return result
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that so large a share of all doesn't exceed."""
+    return sorted(values)[min(len(values) - 1, math.floor(share * len(values)))]
 
 
 def _save(
-    size: int, minutes: float, one: Added, loop: float, rates: dict[str, float], load: Overload
+    size: int,
+    minutes: float,
+    one: Added,
+    loop: float,
+    rates: dict[str, float],
+    load: Overload,
+    watch: Watched,
 ) -> str:
     bare = statistics.median(one.bare)
     rows = [f"| a decode of {size}² alone | {bare * 1e3:.0f} ms |"]
@@ -302,8 +366,13 @@ def _save(
         f"a full queue is {load.bound:.2f} s |",
         f"| memory of the server, after a tenth of the time and at the end | "
         f"{load.memory[len(load.memory) // 10] / 1e6:.0f} MB, {load.memory[-1] / 1e6:.0f} MB |",
+        f"| `GET /health` while {len(watch.plans)} sizes are planned, each in "
+        f"{statistics.median(watch.plans):.2f} s | "
+        f"median {statistics.median(watch.health) * 1e3:.1f} ms, "
+        f"p99 {percentile(watch.health, 0.99) * 1e3:.1f} ms |",
     ]
     table = "\n".join(["| | |", "| --- | --- |", *rows])
     data = {"one client": asdict(one), "loop": loop, "rates": rates, "overload": asdict(load)}
+    data["planning"] = asdict(watch)
     write("serving", table, data)
     return table
