@@ -22,9 +22,13 @@ OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.2
 OPTIMUM_RBLN := optimum-rbln==0.12.0
 TEST_ENGINE := PYTHON=$(RUN)/python tools/test_engine/run.sh
 ENGINE := $(shell find engine -type f)
+STUB := src/rbln_vae/_engine.pyi
+# What Python sees of the engine, as the built module says it.
+WRITE_STUB = $(RUN)/python -m nanobind.stubgen --quiet --module rbln_vae._engine --output-file
+TIDY_STUB = $(RUN)/ruff format --quiet
 
 .PHONY: help install demo test test-all test-engine test-engine-all test-ray test-optimum-rbln bench \
-  bench-memory check format clean distclean
+  bench-memory check format stub clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
@@ -36,8 +40,9 @@ help:
 	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
 	@echo "make bench      measure speed and memory against OpenVINO, diffusers and torch.compile"
 	@echo "make bench-memory  measure memory and time against the size of the image"
-	@echo "make check      lint, formatting, types, and symbols of the kernels"
+	@echo "make check      lint, formatting, types, symbols of the kernels, and the engine's stub"
 	@echo "make format     format the Python sources"
+	@echo "make stub       write the types of the engine's module to $(STUB)"
 	@echo "make clean      remove what was built; distclean removes $(VENV) too"
 
 install: $(INSTALLED)
@@ -87,10 +92,18 @@ check: $(INSTALLED)
 	$(RUN)/ruff format --check
 	$(RUN)/mypy
 	$(RUN)/python tools/check_symbols.py build/*/compile_commands.json
+	@$(WRITE_STUB) build/_engine.pyi
+	@$(TIDY_STUB) build/_engine.pyi
+	diff --unified $(STUB) build/_engine.pyi || { \
+	  echo "$(STUB) is not what the engine offers; run \`make stub\`" >&2; exit 1; }
 
 format: $(INSTALLED)
 	$(RUN)/ruff check --fix
 	$(RUN)/ruff format
+
+stub: $(INSTALLED)
+	$(WRITE_STUB) $(STUB)
+	$(TIDY_STUB) $(STUB)
 
 # Editable: a change of a Python source needs no new install.
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(ENGINE) | $(RUN)/pip

@@ -25,8 +25,8 @@ using namespace nb::literals;
 namespace rbln_vae {
 namespace {
 
-using Weights = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-using AnyTensor = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
+using Weights = nb::ndarray<nb::pytorch, nb::ro, nb::c_contig, nb::device::cpu>;
+using AnyTensor = nb::ndarray<nb::pytorch, nb::ndim<4>, nb::device::cpu>;
 using Shape = std::array<Index, 4>;
 using Sizes = std::array<Index, 6>;  // those of an Image, in their order
 
@@ -129,20 +129,49 @@ void bind_engine(nb::module_& m) {
   nb::exception<TimedOut>(m, "TimedOutError", PyExc_TimeoutError);
   nb::exception<ThreadsUnavailable>(m, "ThreadsUnavailableError", PyExc_RuntimeError);
 
+  nb::class_<Costs>(m, "Costs",
+                    "What parts of a convolution cost, in products that take as long.")
+      .def_ro("product", &Costs::product, "A product, in those of float32.")
+      .def_ro("norm", &Costs::norm, "Norm and activation of an element.")
+      .def_ro("copy", &Costs::copy, "Copying an element.")
+      .def_ro("weights", &Costs::weights, "Fetching a weight that isn't in the L2 cache.");
+
+  nb::class_<WinogradCosts>(m, "WinogradCosts",
+                            "What parts of Winograd's algorithm cost, in products of float32.")
+      .def_ro("input", &WinogradCosts::input, "Transforming an input value.")
+      .def_ro("output", &WinogradCosts::output, "Transforming an output value.")
+      .def_ro("product", &WinogradCosts::product, "A product of transformed values.")
+      .def_ro("kernel", &WinogradCosts::kernel, "A value of a transformed kernel.")
+      .def_ro("others", &WinogradCosts::others, "All else, in products of float32.");
+
   nb::class_<Kernels>(m, "Kernels", "The kernels of one instruction set for one element type.")
       .def_prop_ro("isa", [](const Kernels& k) { return std::string(name(k.isa)); })
       .def_prop_ro("dtype",
                    [](const Kernels& k) {
                      return k.dtype == DType::kFloat32 ? "float32" : "bfloat16";
                    })
-      .def_ro("rows", &Kernels::rows)
-      .def_ro("pixels", &Kernels::pixels)
-      .def_ro("panels", &Kernels::panels)
-      .def_prop_ro("winograd", [](const Kernels& k) { return k.winograd_kernels != nullptr; })
+      .def_prop_ro(
+          "multiplies_bfloat16", [](const Kernels& k) { return k.products == DType::kBFloat16; },
+          "Whether products take bfloat16; elsewhere they are made in float32.")
+      .def_ro("rows", &Kernels::rows, "Rows of output pixels that one product makes.")
+      .def_ro("pixels", &Kernels::pixels, "Pixels of each of these rows.")
+      .def_ro("panels", &Kernels::panels, "Panels of 16 output channels that one product makes.")
+      .def_ro("overlaps", &Kernels::overlaps,
+              "Whether a tile is loaded during the products of another.")
+      .def_ro("tile_bytes", &Kernels::tile_bytes, "The most bytes for the input of a tile.")
+      .def_ro("most_queries", &Kernels::most_queries, "The most queries of an attention item.")
+      .def_ro("costs", &Kernels::costs)
+      .def_prop_ro(
+          "winograd",
+          [](const Kernels& k) {
+            return k.winograd_kernels == nullptr ? nullptr : &kWinogradCosts;
+          },
+          nb::rv_policy::reference, nb::sig("def winograd(self) -> WinogradCosts | None"),
+          "What Winograd's algorithm costs, or None if these kernels don't have it.")
       .def(
           "prepare", [](const Kernels& k) { return prepare(k.isa); },
           "Asks the operating system for what these kernels need before their first run; False\n"
-          "if it refuses.")
+          "if it refuses, or this machine can't run them.")
       .def(
           "measure_limit",
           [](const Kernels& k, int threads, double seconds) {
@@ -163,6 +192,25 @@ void bind_engine(nb::module_& m) {
           "threads"_a, "seconds"_a,
           "Floating-point operations per second that so many threads can do together,\n"
           "measured for so many seconds; 0 where no limit is known.");
+
+  m.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa isa : isas()) names.push_back(name(isa));
+        return names;
+      },
+      "The names of all instruction sets that the engine knows, the best last.");
+
+  m.def(
+      "built_kernels",
+      [] {
+        std::vector<const Kernels*> result;
+        for (const Kernels& each : built_kernels()) result.push_back(&each);
+        return result;
+      },
+      nb::rv_policy::reference,
+      "All kernels in this build, the best last, those that this machine can't run too.");
 
   m.def(
       "all_kernels",
@@ -327,7 +375,7 @@ void bind_engine(nb::module_& m) {
       .def(
           "run",
           [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
-             double timeout, const std::optional<nb::callable>& ask, bool profile) {
+             double timeout, const std::optional<nb::typed<nb::callable, void()>>& ask, bool profile) {
             const Tensor from = tensor(input, p.input_shape, "the input");
             const Tensor to = tensor(output, p.output_shape, "the output");
             std::vector<StepTime> times;

@@ -1,4 +1,4 @@
-// The Python module `rbln_vae._engine`. Its types are in src/rbln_vae/_engine.pyi.
+// The Python module `rbln_vae._engine`. `make stub` writes its types to src/rbln_vae/_engine.pyi.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

@@ -8,49 +8,31 @@
 namespace rbln_vae {
 namespace {
 
-constexpr Kernels join(Isa isa, DType dtype, const Conv2dKernels& conv2d,
-                       const AttentionKernels& attention,
-                       double (*limit)(double) = nullptr) {
-  return {isa,
-          dtype,
-          conv2d.pixels,
-          conv2d.rows,
-          conv2d.panels,
-          conv2d.scratch,
-          conv2d.run,
-          conv2d.winograd_kernels,
-          attention.pack,
-          attention.scratch,
-          attention.run,
-          limit};
-}
-
-// Every set of kernels in this build, the best last. Where both element types are multiplied
-// in float32, that is float32: bfloat16 saves memory there, and rounds for it.
-const std::vector<Kernels>& built() {
+// Where both element types are multiplied in float32, that is float32: bfloat16 saves memory
+// there, and rounds for it.
+const std::vector<Kernels>& table() {
   static const std::vector<Kernels> list = {
-      join(Isa::kGeneric, DType::kBFloat16, generic::conv2d_bfloat16, generic::attention_bfloat16),
-      join(Isa::kGeneric, DType::kFloat32, generic::conv2d_float32, generic::attention_float32),
+      generic::bfloat16,     generic::float32,
 #if defined(RBLN_VAE_X86_KERNELS)
-      join(Isa::kAvx2, DType::kBFloat16, avx2::conv2d_bfloat16, avx2::attention_bfloat16,
-           avx2::limit),
-      join(Isa::kAvx2, DType::kFloat32, avx2::conv2d_float32, avx2::attention_float32,
-           avx2::limit),
-      join(Isa::kAvx512, DType::kBFloat16, avx512::conv2d_bfloat16, avx512::attention_bfloat16,
-           avx512::limit),
-      join(Isa::kAvx512, DType::kFloat32, avx512::conv2d_float32, avx512::attention_float32,
-           avx512::limit),
-      join(Isa::kAvx512Bf16, DType::kBFloat16, avx512_bf16::conv2d, avx512_bf16::attention,
-           avx512_bf16::limit),
+      avx2::bfloat16,        avx2::float32,    avx512::bfloat16, avx512::float32,
+      avx512_bf16::bfloat16,
 #endif
 #if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
-      join(Isa::kAmxBf16, DType::kBFloat16, amx_bf16::conv2d, amx_bf16::attention, amx_bf16::limit),
+      amx_bf16::bfloat16,
 #endif
   };
   return list;
 }
 
 }  // namespace
+
+std::span<const Kernels> built_kernels() { return table(); }
+
+std::span<const Isa> isas() {
+  static constexpr Isa all[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16,
+                                Isa::kAmxBf16};
+  return all;
+}
 
 const char* name(Isa isa) {
   switch (isa) {
@@ -84,17 +66,16 @@ bool available(Isa isa) {
 
 bool prepare(Isa isa) {
 #if defined(RBLN_VAE_EMULATE_TILES)
-  (void)isa;
-  return true;
+  return available(isa);
 #else
-  return isa != Isa::kAmxBf16 || request_tiles();
+  return available(isa) && (isa != Isa::kAmxBf16 || request_tiles());
 #endif
 }
 
 std::span<const Kernels* const> all_kernels() {
   static const std::vector<const Kernels*> list = [] {
     std::vector<const Kernels*> result;
-    for (const Kernels& each : built()) {
+    for (const Kernels& each : built_kernels()) {
       if (available(each.isa)) result.push_back(&each);
     }
     return result;

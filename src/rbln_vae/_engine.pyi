@@ -1,54 +1,159 @@
-from collections.abc import Callable
+"""The CPU engine."""
 
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import Annotated
 
-_Sizes = tuple[int, int, int, int, int, int]
-"""Offset in the arena, channels, height, width, pixels of a plane, pixels of a sample."""
+import torch
 
-def cpu_features() -> list[str]: ...
-def all_kernels() -> list[Kernels]: ...
+def cpu_features() -> list[str]:
+    """
+    The instruction sets that this processor and operating system support, by the
+    names of Linux's /proc/cpuinfo; empty where the processor isn't x86.
+    """
 
-class OutOfMemoryError(MemoryError): ...
-class TimedOutError(TimeoutError): ...
-class ThreadsUnavailableError(RuntimeError): ...
+class OutOfMemoryError(MemoryError):
+    pass
+
+class TimedOutError(TimeoutError):
+    pass
+
+class ThreadsUnavailableError(RuntimeError):
+    pass
+
+class Costs:
+    """What parts of a convolution cost, in products that take as long."""
+
+    @property
+    def product(self) -> float:
+        """A product, in those of float32."""
+
+    @property
+    def norm(self) -> float:
+        """Norm and activation of an element."""
+
+    @property
+    def copy(self) -> float:
+        """Copying an element."""
+
+    @property
+    def weights(self) -> float:
+        """Fetching a weight that isn't in the L2 cache."""
+
+class WinogradCosts:
+    """What parts of Winograd's algorithm cost, in products of float32."""
+
+    @property
+    def input(self) -> float:
+        """Transforming an input value."""
+
+    @property
+    def output(self) -> float:
+        """Transforming an output value."""
+
+    @property
+    def product(self) -> float:
+        """A product of transformed values."""
+
+    @property
+    def kernel(self) -> float:
+        """A value of a transformed kernel."""
+
+    @property
+    def others(self) -> Costs:
+        """All else, in products of float32."""
 
 class Kernels:
+    """The kernels of one instruction set for one element type."""
+
     @property
     def isa(self) -> str: ...
     @property
     def dtype(self) -> str: ...
     @property
-    def rows(self) -> int: ...
+    def multiplies_bfloat16(self) -> bool:
+        """Whether products take bfloat16; elsewhere they are made in float32."""
+
     @property
-    def pixels(self) -> int: ...
+    def rows(self) -> int:
+        """Rows of output pixels that one product makes."""
+
     @property
-    def panels(self) -> int: ...
+    def pixels(self) -> int:
+        """Pixels of each of these rows."""
+
     @property
-    def winograd(self) -> bool: ...
-    def prepare(self) -> bool: ...
-    def measure_limit(self, threads: int, seconds: float) -> float: ...
+    def panels(self) -> int:
+        """Panels of 16 output channels that one product makes."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a tile is loaded during the products of another."""
+
+    @property
+    def tile_bytes(self) -> int:
+        """The most bytes for the input of a tile."""
+
+    @property
+    def most_queries(self) -> int:
+        """The most queries of an attention item."""
+
+    @property
+    def costs(self) -> Costs: ...
+    @property
+    def winograd(self) -> WinogradCosts | None:
+        """
+        What Winograd's algorithm costs, or None if these kernels don't have it.
+        """
+
+    def prepare(self) -> bool:
+        """
+        Asks the operating system for what these kernels need before their first run; False
+        if it refuses, or this machine can't run them.
+        """
+
+    def measure_limit(self, threads: int, seconds: float) -> float:
+        """
+        Floating-point operations per second that so many threads can do together,
+        measured for so many seconds; 0 where no limit is known.
+        """
+
+def instruction_sets() -> list[str]:
+    """
+    The names of all instruction sets that the engine knows, the best last.
+    """
+
+def built_kernels() -> list[Kernels]:
+    """
+    All kernels in this build, the best last, those that this machine can't run too.
+    """
+
+def all_kernels() -> list[Kernels]:
+    """All kernels that this machine can run, the best last."""
 
 class Plan:
+    """The steps of a run for one input shape."""
+
     def __init__(
         self,
         kernels: Kernels,
         arena_bytes: int,
-        input_shape: tuple[int, ...],
-        output_shape: tuple[int, ...],
+        input_shape: Sequence[int],
+        output_shape: Sequence[int],
     ) -> None: ...
     @property
     def scratch_bytes(self) -> int: ...
-    def import_image(self, *, batch: int, image: _Sizes, first_row: int) -> None: ...
-    def export_image(self, *, batch: int, image: _Sizes, first_row: int) -> None: ...
-    def move_rows(self, *, batch: int, image: _Sizes, from_row: int, rows: int) -> None: ...
+    def import_image(self, *, batch: int, image: Sequence[int], first_row: int) -> None: ...
+    def export_image(self, *, batch: int, image: Sequence[int], first_row: int) -> None: ...
+    def move_rows(self, *, batch: int, image: Sequence[int], from_row: int, rows: int) -> None: ...
     def convolution(
         self,
         *,
         batch: int,
-        input: _Sizes,
-        output: _Sizes,
-        bias: Tensor,
-        weights: Tensor | None = None,
+        input: Sequence[int],
+        output: Sequence[int],
+        bias: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
+        weights: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)]
+        | None = None,
         kernels: int | None = None,
         kernel: tuple[int, int],
         stride: int,
@@ -57,7 +162,7 @@ class Plan:
         upsample: bool,
         coefficients: int | None,
         activation: str | None,
-        residual: _Sizes | None,
+        residual: Sequence[int] | None,
         partials: int | None,
         tile: tuple[int, int],
         splits: int,
@@ -67,14 +172,14 @@ class Plan:
         self,
         *,
         batch: int,
-        weights: Tensor,
+        weights: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
         panels: int,
         blocks: int,
         upsample: bool,
         kernels: int,
     ) -> None: ...
     def statistics(
-        self, *, batch: int, input: _Sizes, tile: tuple[int, int], partials: int
+        self, *, batch: int, input: Sequence[int], tile: tuple[int, int], partials: int
     ) -> None: ...
     def norm(
         self,
@@ -83,8 +188,8 @@ class Plan:
         channels: int,
         groups: int,
         eps: float,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
+        bias: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
         partials: int,
         partial_channels: int,
         grid: tuple[int, int],
@@ -96,8 +201,8 @@ class Plan:
         self,
         *,
         batch: int,
-        key: _Sizes,
-        value: _Sizes,
+        key: Sequence[int],
+        value: Sequence[int],
         heads: int,
         packed_keys: int,
         packed_values: int,
@@ -106,13 +211,13 @@ class Plan:
         self,
         *,
         batch: int,
-        query: _Sizes,
-        output: _Sizes,
+        query: Sequence[int],
+        output: Sequence[int],
         heads: int,
         scale: float,
         packed_keys: int,
         packed_values: int,
-        residual: _Sizes | None,
+        residual: Sequence[int] | None,
         queries: int,
         keys: int,
     ) -> None: ...
@@ -120,31 +225,42 @@ class Plan:
         self,
         *,
         batch: int,
-        input: _Sizes,
-        output: _Sizes,
+        input: Sequence[int],
+        output: Sequence[int],
         coefficients: int | None,
         activation: str | None,
         factor: float,
         upsample: bool,
         above: int,
         left: int,
-        residual: _Sizes | None,
+        residual: Sequence[int] | None,
     ) -> None: ...
 
 class Executor:
+    """Threads and memory that the runs of a model share."""
+
     def __init__(self, threads: int) -> None: ...
     @property
     def threads(self) -> int: ...
     @property
     def idle_bytes(self) -> int: ...
-    def release(self) -> None: ...
-    def bytes(self, plan: Plan) -> int: ...
+    def release(self) -> None:
+        """Gives memory that no run uses back to the system."""
+
+    def bytes(self, plan: Plan) -> int:
+        """Bytes of activations and scratch that a run of the plan takes."""
+
     def run(
         self,
         plan: Plan,
-        input: Tensor,
-        output: Tensor,
+        input: Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")],
+        output: Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")],
         timeout: float,
         ask: Callable[[], None] | None,
         profile: bool,
-    ) -> list[tuple[float, float]]: ...
+    ) -> list[tuple[float, float]]:
+        """
+        Runs a plan; gives the begin and end of each step where they are asked for.
+        `ask` is called now and then, on the calling thread, where signals are looked for
+        too; what it raises ends the run.
+        """

@@ -8,8 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "engine/kernels/sets.h"
-#include "engine/kernels/simd/gemm.h"
+#include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
@@ -19,7 +18,7 @@ static inline Index element_at(const Image& image, Index n, Index channel, Index
   return image.at(n, channel / kBlock, 0) + pixel * kBlock + channel % kBlock;
 }
 
-template <class Simd>
+template <InstructionSet Simd>
 class AttentionPack {
   using T = typename Simd::T;
 
@@ -85,7 +84,7 @@ class AttentionPack {
   }
 };
 
-template <class Simd>
+template <InstructionSet Simd>
 class Attention {
   using T = typename Simd::T;
   using Scratch = typename Simd::Scratch;
@@ -362,10 +361,5 @@ class Attention {
   float factor_;
   alignas(64) float sums_[Simd::kMaxPanels * kTogether * kPanel];
 };
-
-template <class Simd>
-constexpr AttentionKernels attention_kernels() {
-  return {AttentionPack<Simd>::run, Attention<Simd>::scratch_bytes, Attention<Simd>::run};
-}
 
 }  // namespace rbln_vae

@@ -12,13 +12,12 @@
 #include "engine/kernels/conv2d/epilogue.h"
 #include "engine/kernels/conv2d/loader.h"
 #include "engine/kernels/conv2d/winograd.h"
-#include "engine/kernels/sets.h"
-#include "engine/kernels/simd/gemm.h"
+#include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
 
-template <class Simd>
+template <InstructionSet Simd>
 class Conv2d {
   using T = typename Simd::T;
   using Scratch = typename Simd::Scratch;
@@ -195,26 +194,5 @@ class Conv2d {
   alignas(64) float sums_[Simd::kOverlaps ? 2 : 1]
                          [Simd::kMaxPanels * Simd::kMaxRows * Simd::kMaxPixels * kPanel];
 };
-
-template <class Simd>
-constexpr Conv2dKernels conv2d_kernels() {
-  return {Simd::kMaxRows,     Simd::kMaxPixels, Simd::kMaxPanels, Conv2d<Simd>::scratch_bytes,
-          Conv2d<Simd>::run, nullptr};
-}
-
-// By Winograd's algorithm where the step says so, with the products of `Float32`.
-template <class Simd, class Float32 = Simd>
-constexpr Conv2dKernels conv2d_or_winograd_kernels() {
-  using Other = Winograd<Simd, Float32>;
-  Conv2dKernels kernels = conv2d_kernels<Simd>();
-  kernels.scratch = [](const ConvStep& s) {
-    return s.winograd() ? Other::scratch_bytes(s) : Conv2d<Simd>::scratch_bytes(s);
-  };
-  kernels.run = [](const ConvStep& s, const Context& context, Index item) {
-    s.winograd() ? Other::run(s, context, item) : Conv2d<Simd>::run(s, context, item);
-  };
-  kernels.winograd_kernels = Other::transform;
-  return kernels;
-}
 
 }  // namespace rbln_vae

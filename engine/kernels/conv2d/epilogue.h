@@ -3,12 +3,12 @@
 // time, so that an instruction set whose products run beside its vectors overlaps them.
 #pragma once
 
-#include "engine/kernels/element.h"
+#include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
 
-template <class Simd>
+template <StoresImages Simd>
 class Epilogue {
   using T = typename Simd::T;
   using Vector = typename Simd::Vector;

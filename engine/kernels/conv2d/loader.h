@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "engine/kernels/activation.h"
-#include "engine/kernels/simd/gemm.h"
+#include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
@@ -31,7 +31,7 @@ struct ConvTile {
   }
 };
 
-template <class Simd, class Scratch = typename Simd::Scratch>
+template <InstructionSet Simd, class Scratch = typename Simd::Scratch>
 class Loader {
   using T = typename Simd::T;
   static constexpr bool kConverts = !std::is_same_v<T, Scratch>;

@@ -21,17 +21,19 @@
 // Convolution for Deep Neural Networks", arXiv 1803.10986.
 #pragma once
 
+#include <concepts>
 #include <type_traits>
 
 #include "engine/kernels/conv2d/epilogue.h"
 #include "engine/kernels/conv2d/loader.h"
-#include "engine/kernels/simd/gemm.h"
+#include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
 
 // `Images` reads and stores images, `Simd` multiplies in float32.
-template <class Images, class Simd = Images>
+template <InstructionSet Images, InstructionSet Simd = Images>
+  requires std::same_as<typename Simd::T, float>
 class Winograd {
   using T = typename Images::T;
   using Vector = typename Simd::Vector;

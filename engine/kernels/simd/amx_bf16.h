@@ -9,21 +9,9 @@
 #include "engine/kernels/simd/gemm.h"
 #include "engine/kernels/simd/tiles.h"
 
-#if defined(RBLN_VAE_EMULATE_TILES)
-#include "engine/kernels/simd/generic.h"
-#else
-#include "engine/kernels/simd/avx512_bf16.h"
-#endif
-
 namespace rbln_vae::amx_bf16 {
 
-#if defined(RBLN_VAE_EMULATE_TILES)
-using Vectors = GenericSimd<BFloat16>;
-#else
-using Vectors = avx512_bf16::Vectors;
-#endif
-
-struct Tiles : Vectors {
+struct Products {
   using T = BFloat16;
   using Scratch = T;
 

@@ -8,12 +8,11 @@
 
 namespace rbln_vae::avx2 {
 
-struct Vectors : RowProducts<6, 1> {
-  using Scratch = float;
-
+struct Vectors {
   struct Pair {
     __m256 low, high;
   };
+  using Vector = Pair;
 
   static __m256 exp2(__m256 x) {
     // The bound comes first: where an operand is a NaN the instruction gives the second.
@@ -74,39 +73,17 @@ struct Vectors : RowProducts<6, 1> {
     return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
   }
   static Pair silu(const Pair& v) { return {silu(v.low), silu(v.high)}; }
-
-  // What the drivers call a vector is a pair; for Broadcast it is one register.
-  using Vector = Pair;
-  struct Registers {
-    using Scratch = Vectors::Scratch;
-    using Vector = __m256;
-    using Weights = __m256;
-    static constexpr int kPerPanel = 2;
-    static constexpr int kChannels = 1;
-    static constexpr Index kMaxPixels = Vectors::kMaxPixels;
-    static constexpr Index kMaxPanels = Vectors::kMaxPanels;
-    static Vector zero() { return _mm256_setzero_ps(); }
-    static Vector spread(const float* p) { return _mm256_broadcast_ss(p); }
-    static Vector dot(Vector x, Weights w, Vector sum) { return _mm256_fmadd_ps(x, w, sum); }
-    static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
-  };
 };
 
-struct Float32 : Vectors {
+struct Float32Images : Vectors {
   using T = float;
 
   static Pair load_elements(const T* p) { return load(p); }
   static void store_elements(T* p, const Pair& v) { store(p, v); }
-
-  struct Products : Registers {
-    using T = float;
-    static Weights weights(const T* p, int) { return _mm256_loadu_ps(p); }
-  };
-  static void gemm(const Gemm<T>& g) { Broadcast<Products>::gemm(g); }
 };
 
-// Images and weights stored in bfloat16, which are the upper halves of floats.
-struct WidenedBFloat16 : Vectors {
+// Images in bfloat16, which are the upper halves of floats.
+struct BFloat16Images : Vectors {
   using T = BFloat16;
 
   static Pair load_elements(const T* p) { return {widened(p), widened(p + 8)}; }
@@ -115,18 +92,6 @@ struct WidenedBFloat16 : Vectors {
     const __m256i packed = _mm256_packus_epi32(rounded(v.low), rounded(v.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
   }
-
-  struct Products : Registers {
-    using T = BFloat16;
-    // Pairs of input channels, the first of them below.
-    static Weights weights(const T* p, int channel) {
-      const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      return _mm256_castsi256_ps(channel == 0
-                                     ? _mm256_slli_epi32(pairs, 16)
-                                     : _mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
-    }
-  };
-  static void gemm(const Gemm<T, Scratch>& g) { Broadcast<Products>::gemm(g); }
 
  private:
   static __m256 widened(const T* p) {
@@ -143,6 +108,37 @@ struct WidenedBFloat16 : Vectors {
     const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(nearest, quiet, is_nan);
+  }
+};
+
+// For Broadcast, of weights in either type.
+struct Registers {
+  using Scratch = float;
+  using Vector = __m256;
+  using Weights = __m256;
+  static constexpr int kPerPanel = 2;
+  static constexpr int kChannels = 1;
+  static constexpr Index kMaxPixels = 6;
+  static constexpr Index kMaxPanels = 1;
+  static Vector zero() { return _mm256_setzero_ps(); }
+  static Vector spread(const float* p) { return _mm256_broadcast_ss(p); }
+  static Vector dot(Vector x, Weights w, Vector sum) { return _mm256_fmadd_ps(x, w, sum); }
+  static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+};
+
+struct Float32Weights : Registers {
+  using T = float;
+  static Weights weights(const T* p, int) { return _mm256_loadu_ps(p); }
+};
+
+struct BFloat16Weights : Registers {
+  using T = BFloat16;
+  // Pairs of input channels, the first of them below.
+  static Weights weights(const T* p, int channel) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(channel == 0
+                                   ? _mm256_slli_epi32(pairs, 16)
+                                   : _mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
   }
 };
 

@@ -8,7 +8,7 @@
 
 namespace rbln_vae::avx512 {
 
-struct Vectors : RowProducts<14, 2> {
+struct Vectors {
   using Vector = __m512;
 
   static Vector set(float x) { return _mm512_set1_ps(x); }
@@ -46,24 +46,8 @@ struct Vectors : RowProducts<14, 2> {
   }
 };
 
-// For Broadcast, of weights in either type.
-struct Registers {
-  using Scratch = float;
-  using Vector = __m512;
-  using Weights = __m512;
-  static constexpr int kPerPanel = 1;
-  static constexpr int kChannels = 1;
-  static constexpr Index kMaxPixels = Vectors::kMaxPixels;
-  static constexpr Index kMaxPanels = Vectors::kMaxPanels;
-  static Vector zero() { return _mm512_setzero_ps(); }
-  static Vector spread(const float* p) { return _mm512_set1_ps(*p); }
-  static Vector dot(Vector x, Weights w, Vector sum) { return _mm512_fmadd_ps(x, w, sum); }
-  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-};
-
-struct Float32 : Vectors {
+struct Float32Images : Vectors {
   using T = float;
-  using Scratch = float;
 
   static Vector load_elements(const T* p) { return load(p); }
   static void store_elements(T* p, Vector v) { store(p, v); }
@@ -72,12 +56,6 @@ struct Float32 : Vectors {
     const Vector e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
   }
-
-  struct Products : Registers {
-    using T = float;
-    static Weights weights(const T* p, int) { return _mm512_loadu_ps(p); }
-  };
-  static void gemm(const Gemm<T>& g) { Broadcast<Products>::gemm(g); }
 };
 
 // Images stored in bfloat16, which are the upper halves of floats; worked on in float32.
@@ -118,21 +96,35 @@ struct BFloat16Images : Vectors {
   }
 };
 
-// Weights in bfloat16, too, and products in float32.
-struct WidenedBFloat16 : BFloat16Images {
+// For Broadcast, of weights in either type.
+struct Registers {
   using Scratch = float;
+  using Vector = __m512;
+  using Weights = __m512;
+  static constexpr int kPerPanel = 1;
+  static constexpr int kChannels = 1;
+  static constexpr Index kMaxPixels = 14;
+  static constexpr Index kMaxPanels = 2;
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector spread(const float* p) { return _mm512_set1_ps(*p); }
+  static Vector dot(Vector x, Weights w, Vector sum) { return _mm512_fmadd_ps(x, w, sum); }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+};
 
-  struct Products : Registers {
-    using T = BFloat16;
-    // Pairs of input channels, the first of them below.
-    static Weights weights(const T* p, int channel) {
-      const __m512i pairs = _mm512_loadu_si512(p);
-      return _mm512_castsi512_ps(channel == 0
-                                     ? _mm512_slli_epi32(pairs, 16)
-                                     : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
-    }
-  };
-  static void gemm(const Gemm<T, Scratch>& g) { Broadcast<Products>::gemm(g); }
+struct Float32Weights : Registers {
+  using T = float;
+  static Weights weights(const T* p, int) { return _mm512_loadu_ps(p); }
+};
+
+struct BFloat16Weights : Registers {
+  using T = BFloat16;
+  // Pairs of input channels, the first of them below.
+  static Weights weights(const T* p, int channel) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    return _mm512_castsi512_ps(channel == 0
+                                   ? _mm512_slli_epi32(pairs, 16)
+                                   : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+  }
 };
 
 }  // namespace rbln_vae::avx512

@@ -17,9 +17,13 @@ namespace rbln_vae {
 //   dot(x, w, sum)           the product, added to a sum
 //   zero(), store(p, v)
 template <class Set>
-class Broadcast {
+class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
+ public:
   using T = typename Set::T;
-  using Operands = Gemm<T, typename Set::Scratch>;
+  using Scratch = typename Set::Scratch;
+
+ private:
+  using Operands = Gemm<T, Scratch>;
   // Input channels whose weights lie side by side.
   static constexpr int kSideBySide = panel_index(static_cast<const T*>(nullptr), 0, 1);
   static constexpr int kLanes = kPanel / Set::kPerPanel;
@@ -44,7 +48,7 @@ class Broadcast {
     for (Index block = 0; block < g.blocks; ++block) {
       const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
       for (Index tap = 0; tap < g.tap_count; ++tap) {
-        const typename Set::Scratch* a = g.a + block * g.plane + g.taps[tap];
+        const Scratch* a = g.a + block * g.plane + g.taps[tap];
         const T* w = b;
         for (Index k = 0; k < channels; k += kSideBySide) {
           if (ahead != nullptr) {

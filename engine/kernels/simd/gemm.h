@@ -1,8 +1,6 @@
 // The one product that every kernel is made of, and how its operands lie in memory.
 #pragma once
 
-#include <type_traits>
-
 #include "engine/kernels/element.h"
 
 namespace rbln_vae {
@@ -19,34 +17,18 @@ constexpr Index kPanelBlock = kBlock * kPanel;
   return (k / 2) * 2 * kPanel + n * 2 + k % 2;
 }
 
-// Writes 16 channels into the thread's scratch: as they are where products take float32,
-// else in the type of stored images.
-template <class Simd, class Scratch>
-static inline void put(Scratch* to, const typename Simd::Vector& v) {
-  if constexpr (std::is_same_v<Scratch, float>) {
-    Simd::store(to, v);
-  } else {
-    Simd::store_elements(to, v);
-  }
-}
-
-// What drivers ask of an instruction set, where one product makes a row of up to `kPixels`
-// pixels, for up to `kPanels` panels, in the registers of vectors.
+// The shape of products that make a row of up to `kPixels` pixels, for up to `kPanels` panels,
+// in the registers of vectors.
 template <Index kPixels, Index kPanels>
 struct RowProducts {
   static constexpr Index kMaxRows = 1;
   static constexpr Index kMaxPixels = kPixels;
   static constexpr Index kMaxPanels = kPanels;
-  // Whether the next tile is loaded, and the sums before stored, during a product; and whether
-  // products come in whole tiles of registers.
   static constexpr bool kOverlaps = false;
   static constexpr bool kWholeTiles = false;
 
-  // Sums of a row of pixels lie this far apart.
   static constexpr Index sums_pitch(Index) { return kPixels; }
-  // Rows of a product on rows of so many pixels.
   static constexpr Index rows_at_once(Index) { return kMaxRows; }
-  // What a thread does before and after a step.
   static void enter() {}
   static void leave() {}
 };

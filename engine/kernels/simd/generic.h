@@ -5,13 +5,9 @@
 
 #include "engine/kernels/simd/gemm.h"
 
-namespace rbln_vae {
+namespace rbln_vae::generic {
 
-template <class Element>
-struct GenericSimd : RowProducts<4, 1> {
-  using T = Element;
-  using Scratch = float;  // in which products are made
-
+struct Vectors {
   struct Vector {
     float lane[kPanel];
   };
@@ -31,12 +27,6 @@ struct GenericSimd : RowProducts<4, 1> {
   }
   static void store(float* p, const Vector& v) {
     for (Index i = 0; i < kPanel; ++i) p[i] = v.lane[i];
-  }
-  static Vector load_elements(const T* p) {
-    return each([&](Index i) { return to_float(p[i]); });
-  }
-  static void store_elements(T* p, const Vector& v) {
-    for (Index i = 0; i < kPanel; ++i) from_float(v.lane[i], p[i]);
   }
   static Vector add(const Vector& a, const Vector& b) {
     return each([&](Index i) { return a.lane[i] + b.lane[i]; });
@@ -70,6 +60,25 @@ struct GenericSimd : RowProducts<4, 1> {
   static Vector silu(const Vector& v) {
     return each([&](Index i) { return v.lane[i] / (1.0f + std::exp(-v.lane[i])); });
   }
+};
+
+template <class Element>
+struct Images : Vectors {
+  using T = Element;
+
+  static Vector load_elements(const T* p) {
+    return each([&](Index i) { return to_float(p[i]); });
+  }
+  static void store_elements(T* p, const Vector& v) {
+    for (Index i = 0; i < kPanel; ++i) from_float(v.lane[i], p[i]);
+  }
+};
+
+// Made in float32, whatever the type of the weights.
+template <class Element>
+struct Products : RowProducts<4, 1> {
+  using T = Element;
+  using Scratch = float;
 
   static void gemm(const Gemm<T, Scratch>& g) {
     for (Index pixel = 0; pixel < g.pixels; ++pixel) {
@@ -91,4 +100,4 @@ struct GenericSimd : RowProducts<4, 1> {
   }
 };
 
-}  // namespace rbln_vae
+}  // namespace rbln_vae::generic

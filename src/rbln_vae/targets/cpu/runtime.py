@@ -32,9 +32,6 @@ from .program import ADDRESSABLE, Program
 from .rules import CpuRules
 from .tiles import Machine
 
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-"""The instruction sets of the engine, the best last."""
-
 EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
 """What the engine reads and writes outside its arena."""
 
@@ -56,16 +53,17 @@ def usable_kernels() -> list[_engine.Kernels]:
     forced = os.environ.get("RBLN_VAE_ISA")
     if not forced:
         return kernels
-    if forced not in ISAS:
-        raise ValueError(f"RBLN_VAE_ISA is {forced!r}, expected one of {', '.join(ISAS)}.")
+    known = _engine.instruction_sets()
+    if forced not in known:
+        raise ValueError(f"RBLN_VAE_ISA is {forced!r}, expected one of {', '.join(known)}.")
     present = {each.isa for each in kernels}
     if forced not in present:
         raise RBLNTargetUnavailableError(
             f"RBLN_VAE_ISA is {forced!r}, but this machine only has "
-            f"{', '.join(isa for isa in ISAS if isa in present)}."
+            f"{', '.join(isa for isa in known if isa in present)}."
         )
-    most = ISAS.index(forced)
-    return [each for each in kernels if ISAS.index(each.isa) <= most]
+    allowed = known[: known.index(forced) + 1]
+    return [each for each in kernels if each.isa in allowed]
 
 
 @functools.cache
@@ -206,15 +204,7 @@ class CpuRuntime:
         self._kernels = _chosen_kernels(dtype)
         with _threads_start():
             self._executor = _engine.Executor(num_threads or usable_processors())
-        self.machine = Machine(
-            isa=self._kernels.isa,
-            dtype=dtype,
-            rows=self._kernels.rows,
-            pixels=self._kernels.pixels,
-            panels=self._kernels.panels,
-            winograd=self._kernels.winograd,
-            threads=self._executor.threads,
-        )
+        self.machine = Machine(self._kernels, self._executor.threads)
         self._slicing = self._tiling = False
         self._bound: dict[tuple[Shape, int, bool, bool], _Bound] = {}
         self._profiles: deque[RunProfile] | None = None

@@ -1,6 +1,6 @@
 """The tiles that convolutions and attention work on, and by which algorithm.
 
-They follow from sizes and from what the kernels cost, by instruction set; neither from the
+They follow from sizes and from what the engine's table says of the kernels; neither from the
 number of threads nor from the memory that there is.
 """
 
@@ -8,22 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ... import _engine
 from .packing import BLOCK, PANEL
-
-WINOGRAD_INPUT = 16
-"""What transforming an input value costs, in products of float32 that take as long."""
-
-WINOGRAD_OUTPUT = 14
-"""Likewise an output value."""
-
-WINOGRAD_PRODUCT = 1.2
-"""Likewise a product: rows of pixels are short, and kernels larger than the cache."""
-
-WINOGRAD_KERNEL = 48
-"""Likewise a value of a transformed kernel."""
 
 WINOGRAD_GAIN = 0.9
 """The most time that it may take of what the definition takes: it needs more memory."""
@@ -41,83 +29,32 @@ WINOGRAD_TILE = 4
 
 @dataclass(frozen=True)
 class Machine:
-    """What is known of the kernels that will run.
+    """What runs a program.
 
     Attributes:
-        isa: Their instruction set.
-        dtype: In what images are stored.
-        rows: Rows of output pixels that one product makes.
-        pixels: Pixels of a row that it makes.
-        panels: Panels of 16 output channels that it makes.
-        winograd: Whether there is Winograd's algorithm, which multiplies in float32.
+        kernels: What its instruction set can do and costs, for one dtype.
         threads: How many work on a run.
     """
 
-    isa: str
-    dtype: str
-    rows: int
-    pixels: int
-    panels: int
-    winograd: bool
+    kernels: _engine.Kernels
     threads: int
+
+    @property
+    def isa(self) -> str:
+        return self.kernels.isa
+
+    @property
+    def dtype(self) -> str:
+        return self.kernels.dtype
 
     @property
     def element_bytes(self) -> int:
         return 4 if self.dtype == "float32" else 2
 
     @property
-    def multiplies_bfloat16(self) -> bool:
-        """Whether products take bfloat16; elsewhere all are made in float32."""
-        return self.dtype == "bfloat16" and self.isa in COSTS
-
-    @property
     def scratch_element_bytes(self) -> int:
         """Of a tile's input, which is held as products take it."""
-        return 2 if self.multiplies_bfloat16 else 4
-
-    @property
-    def product_time(self) -> float:
-        """Of a product, in those of float32. Widening bfloat16 weights costs next to nothing."""
-        return 0.5 if self.multiplies_bfloat16 else 1.0
-
-    @property
-    def scratch_bytes(self) -> int:
-        """How large a tile's input may be: a good part of the L2 cache.
-
-        A constant of the instruction set, so that results are the same on all machines
-        that have it.
-        """
-        # With AMX two tiles are held, in a cache of 2 MiB.
-        return 700_000 if self.isa == "amx_bf16" else 560_000
-
-    @property
-    def costs(self) -> Costs:
-        return COSTS[self.isa] if self.multiplies_bfloat16 else FLOAT32_COSTS
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What else a convolution does, in products of two numbers that take as long.
-
-    Attributes:
-        norm: Norm and activation of an element.
-        copy: Copying one.
-        weights: Fetching a weight that isn't in the L2 cache.
-    """
-
-    norm: float
-    copy: float
-    weights: float
-
-
-FLOAT32_COSTS = Costs(24, 6, 8)
-
-COSTS: Mapping[str, Costs] = {
-    "avx512_bf16": Costs(48, 12, 16),
-    "amx_bf16": Costs(256, 64, 100),
-}
-"""By instruction set, of those that multiply bfloat16: the faster its products are, the more
-everything else costs."""
+        return 2 if self.kernels.multiplies_bfloat16 else 4
 
 
 @dataclass(frozen=True)
@@ -181,9 +118,9 @@ class Convolution:
     def tiles(self, tile: tuple[int, int]) -> int:
         return math.prod(-(-size // part) for size, part in zip(self.grid, tile, strict=True))
 
-    def costs(self, machine: Machine) -> Costs:
-        """What else it does; Winograd's algorithm multiplies in float32."""
-        return FLOAT32_COSTS if self.winograd else machine.costs
+    def costs(self, machine: Machine) -> _engine.Costs:
+        """What its parts cost; Winograd's algorithm multiplies in float32."""
+        return _winograd_costs(machine).others if self.winograd else machine.kernels.costs
 
     def load_cost(self, tile: tuple[int, int], machine: Machine) -> float:
         """Loading a tile's input, in the units of `product_cost`."""
@@ -211,27 +148,27 @@ class Convolution:
             columns = -(-width // -(-width // wanted))
             columns = min(width, -(-columns // 16) * 16)
             across = self.read((1, columns))[1] * pixel
-            rows = machine.scratch_bytes // across
+            rows = machine.kernels.tile_bytes // across
             taken = self.read((1, 1))[0] if not self.upsample else 3
             rows = (rows - taken) // self.stride + 1
             rows = max(1, min(height, rows, 32, max(1, enough // columns)))
-            if rows > machine.rows:
-                rows -= rows % machine.rows
+            if rows > machine.kernels.rows:
+                rows -= rows % machine.kernels.rows
             # As many tiles as that makes, but of even height.
             down = -(-height // rows)
             even = -(-height // down)
-            even = min(rows, -(-even // machine.rows) * machine.rows)
+            even = min(rows, -(-even // machine.kernels.rows) * machine.kernels.rows)
             tile = (even, columns)
             # Products come in fixed shapes: what sticks out is computed for nothing.
             padded = (
-                -(-even // machine.rows) * machine.rows * -(-columns // 16) * 16
-                if machine.rows > 1
+                -(-even // machine.kernels.rows) * machine.kernels.rows * -(-columns // 16) * 16
+                if machine.kernels.rows > 1
                 else even * columns
             )
             filled = self.product_cost(tile) * padded / (even * columns)
             weights = self.product_cost((1, 1)) * self.costs(machine).weights
             cost = (filled + self.load_cost(tile, machine) + weights) * self.tiles(tile)
-            if self.read(tile)[0] * across > machine.scratch_bytes:
+            if self.read(tile)[0] * across > machine.kernels.tile_bytes:
                 cost *= 1.5
             if cost < best_cost:
                 best, best_cost = tile, cost
@@ -252,7 +189,7 @@ class Convolution:
 
     def splits(self, tile: tuple[int, int], batch: int, machine: Machine) -> int:
         """Into how many parts to divide the output channels, so that all threads work."""
-        groups = -(-self.outputs // (PANEL * machine.panels))
+        groups = -(-self.outputs // (PANEL * machine.kernels.panels))
         tiles = batch * self.tiles(tile)
         best, best_cost = 1, math.inf
         for splits in range(1, min(groups, 4 * machine.threads) + 1):
@@ -266,10 +203,9 @@ class Convolution:
     def together(self, tile: tuple[int, int], batch: int, splits: int, machine: Machine) -> int:
         """Tiles that one item does in turn, loading the next during one.
 
-        Only tile registers leave the vector units time for that; and there must be items
-        enough for all threads to finish together.
+        There must be items enough for all threads to finish together.
         """
-        if machine.isa != "amx_bf16":
+        if not machine.kernels.overlaps:
             return 1
         items = batch * self.tiles(tile) * splits
         return max(1, min(16, items // (8 * machine.threads)))
@@ -284,21 +220,29 @@ def convolution_work(conv: Convolution, tile: tuple[int, int], machine: Machine)
         machine: What runs it.
     """
     if conv.winograd:
-        products = _winograd_transforms(conv) + WINOGRAD_PRODUCT * conv.product_cost(conv.grid)
-        return products / machine.product_time
+        costs = _winograd_costs(machine)
+        products = _winograd_transforms(conv, costs) + costs.product * conv.product_cost(conv.grid)
+        return products / machine.kernels.costs.product
     return (conv.product_cost(tile) + conv.load_cost(tile, machine)) * conv.tiles(tile)
 
 
 def kernels_work(conv: Convolution, machine: Machine) -> float:
     """What transforming the kernels of a convolution takes, likewise."""
-    return WINOGRAD_KERNEL * conv.product_cost((1, 1)) / machine.product_time
+    costs = _winograd_costs(machine)
+    return costs.kernel * conv.product_cost((1, 1)) / machine.kernels.costs.product
 
 
-def _winograd_transforms(conv: Convolution) -> float:
+def _winograd_costs(machine: Machine) -> _engine.WinogradCosts:
+    costs = machine.kernels.winograd
+    assert costs is not None
+    return costs
+
+
+def _winograd_transforms(conv: Convolution, costs: _engine.WinogradCosts) -> float:
     """What transforming the images takes, in products of float32."""
     inputs, outputs = -(-conv.inputs // BLOCK) * BLOCK, conv.panels * PANEL
     phases = 4 if conv.upsample else 1
-    return math.prod(conv.grid) * (WINOGRAD_INPUT * inputs + WINOGRAD_OUTPUT * outputs * phases)
+    return math.prod(conv.grid) * (costs.input * inputs + costs.output * outputs * phases)
 
 
 def gains_by_winograd(conv: Convolution, machine: Machine) -> bool:
@@ -308,18 +252,19 @@ def gains_by_winograd(conv: Convolution, machine: Machine) -> bool:
     to pay for that of its kernels, which is done in each run: stored, they would take
     four times the space.
     """
-    if not machine.winograd:
+    costs = machine.kernels.winograd
+    if costs is None:
         return False
     if not conv.upsample and (conv.kernel, conv.stride) != ((3, 3), 1):
         return False
     padded = dataclasses.replace(conv, outputs=conv.panels * PANEL)
     winograd = dataclasses.replace(padded, winograd=True)
     time = (
-        _winograd_transforms(winograd)
-        + WINOGRAD_PRODUCT * winograd.product_cost(conv.grid)
-        + WINOGRAD_KERNEL * winograd.product_cost((1, 1))
+        _winograd_transforms(winograd, costs)
+        + costs.product * winograd.product_cost(conv.grid)
+        + costs.kernel * winograd.product_cost((1, 1))
     )
-    return time <= WINOGRAD_GAIN * machine.product_time * padded.product_cost(conv.grid)
+    return time <= WINOGRAD_GAIN * machine.kernels.costs.product * padded.product_cost(conv.grid)
 
 
 def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
@@ -327,9 +272,8 @@ def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int,
 
     The keys decide in what order sums are made, and so don't depend on the threads.
     """
-    together = machine.rows * machine.pixels
-    most = 192 if machine.isa == "amx_bf16" else 112
-    queries = max(together, most // together * together)
+    together = machine.kernels.rows * machine.kernels.pixels
+    queries = max(together, machine.kernels.most_queries // together * together)
     # Smaller items where there would be too few of them.
     while queries > together and matrices * -(-pixels // queries) < 3 * machine.threads:
         queries -= together

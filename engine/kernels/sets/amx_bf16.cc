@@ -1,10 +1,24 @@
-#include "engine/kernels/limit/limit.h"
-#include "engine/kernels/simd/tiles.h"
+#include "engine/kernels/simd/amx_bf16.h"
+
+#include "engine/kernels/limit.h"
+#include "engine/kernels/sets/make_kernels.h"
+#if defined(RBLN_VAE_EMULATE_TILES)
+#include "engine/kernels/simd/generic.h"
+#else
+#include "engine/kernels/simd/avx512_bf16.h"
+#endif
 
 namespace rbln_vae::amx_bf16 {
 
+#if defined(RBLN_VAE_EMULATE_TILES)
+using Tiles = Joined<generic::Images<BFloat16>, Products>;
+#else
+using Tiles = Joined<avx512_bf16::BFloat16Images, Products>;
+#endif
+static_assert(InstructionSet<Tiles>);
+
 // Six sums, each product with a tile of the image from the L1 cache, as in convolutions.
-double limit(double seconds) {
+static double limit(double seconds) {
   constexpr Index kElements = kTileRows * kTileBytes / 2;
   constexpr int kTurns = 8;
   const RandomElements<BFloat16, (kTurns + 1) * kElements> data;
@@ -35,5 +49,10 @@ double limit(double seconds) {
   end_tiles();
   return result;
 }
+
+// Two tiles of the plan are held, in a cache of 2 MiB. Products are so fast that everything
+// else is dear, and Winograd's algorithm no gain.
+constexpr Kernels bfloat16 = make_kernels<Tiles>(
+    {Isa::kAmxBf16, 700'000, 192, {.product = 0.5, .norm = 256, .copy = 64, .weights = 100}, limit});
 
 }  // namespace rbln_vae::amx_bf16

@@ -6,7 +6,6 @@
 #include <random>
 
 #include "engine/kernels/element.h"
-#include "engine/kernels/sets.h"
 
 namespace rbln_vae {
 
@@ -38,12 +37,12 @@ struct RandomElements {
 };
 
 // Of products that sum in registers: as many independent sums as hide their latency.
-template <class Products, int kSums>
+template <class Weights, int kSums>
 double limit_of_products(double seconds) {
-  using T = typename Products::T;
-  using Vector = typename Products::Vector;
+  using T = typename Weights::T;
+  using Vector = typename Weights::Vector;
   constexpr Index kLanes = sizeof(Vector) / sizeof(float);
-  constexpr Index kStep = kLanes * Products::kChannels;
+  constexpr Index kStep = kLanes * Weights::kChannels;
   constexpr Index kTurns = 32;
   static_assert(kSums <= 24);  // as the loops below are unrolled
   const RandomElements<T, 2 * kTurns * kStep> data;
@@ -54,19 +53,19 @@ double limit_of_products(double seconds) {
     Vector sums[kSums];
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) {  // all different, or the compiler makes one of them
-      sums[i] = Products::dot(Products::spread(data.values + i * Products::kChannels),
-                              Products::weights(data.values + i * kStep, 0), Products::zero());
+      sums[i] = Weights::dot(Weights::spread(data.values + i * Weights::kChannels),
+                              Weights::weights(data.values + i * kStep, 0), Weights::zero());
     }
     for (int repeat = 0; repeat < kRepeats; ++repeat) {
       for (Index turn = 0; turn < kTurns; ++turn) {
-        const auto w = Products::weights(data.values + turn * kStep, 0);
-        const auto x = Products::spread(data.values + (kTurns + turn) * kStep);
+        const auto w = Weights::weights(data.values + turn * kStep, 0);
+        const auto x = Weights::spread(data.values + (kTurns + turn) * kStep);
 #pragma GCC unroll 24
-        for (int i = 0; i < kSums; ++i) sums[i] = Products::dot(x, w, sums[i]);
+        for (int i = 0; i < kSums; ++i) sums[i] = Weights::dot(x, w, sums[i]);
       }
     }
 #pragma GCC unroll 24
-    for (int i = 0; i < kSums; ++i) Products::store(kept + i * kLanes, sums[i]);
+    for (int i = 0; i < kSums; ++i) Weights::store(kept + i * kLanes, sums[i]);
     __asm__ volatile("" : : "r"(kept) : "memory");  // somebody may read them all
     return 2.0 * kRepeats * kTurns * kSums * kStep;
   });

@@ -1,0 +1,60 @@
+// From an instruction set to its row of the table of kernels.
+#pragma once
+
+#include "engine/kernels/attention/attention.h"
+#include "engine/kernels/conv2d/conv2d.h"
+#include "engine/kernels/sets.h"
+#include "engine/kernels/simd/instruction_set.h"
+
+namespace rbln_vae {
+
+// What else stands in the row.
+struct Facts {
+  Isa isa;
+  Index tile_bytes;
+  Index most_queries;
+  Costs costs;
+  double (*limit)(double seconds);
+};
+
+template <class T>
+constexpr DType kDType = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
+
+// Convolutions by their definition alone.
+template <InstructionSet Simd>
+constexpr Kernels make_kernels(const Facts& facts) {
+  return {facts.isa,
+          kDType<typename Simd::T>,
+          kDType<typename Simd::Scratch>,
+          Simd::kMaxRows,
+          Simd::kMaxPixels,
+          Simd::kMaxPanels,
+          Simd::kOverlaps,
+          facts.tile_bytes,
+          facts.most_queries,
+          facts.costs,
+          Conv2d<Simd>::scratch_bytes,
+          Conv2d<Simd>::run,
+          nullptr,
+          AttentionPack<Simd>::run,
+          Attention<Simd>::scratch_bytes,
+          Attention<Simd>::run,
+          facts.limit};
+}
+
+// By Winograd's algorithm where the step says so, with the products of `Float32`.
+template <InstructionSet Simd, InstructionSet Float32 = Simd>
+constexpr Kernels make_winograd_kernels(const Facts& facts) {
+  using Other = Winograd<Simd, Float32>;
+  Kernels kernels = make_kernels<Simd>(facts);
+  kernels.conv2d_scratch = [](const ConvStep& s) {
+    return s.winograd() ? Other::scratch_bytes(s) : Conv2d<Simd>::scratch_bytes(s);
+  };
+  kernels.conv2d = [](const ConvStep& s, const Context& context, Index item) {
+    s.winograd() ? Other::run(s, context, item) : Conv2d<Simd>::run(s, context, item);
+  };
+  kernels.winograd_kernels = Other::transform;
+  return kernels;
+}
+
+}  // namespace rbln_vae
