@@ -91,6 +91,23 @@ def ablation(
 
 
 @app.command()
+def kernels(
+    isas: Annotated[
+        str,
+        typer.Option(help="instruction sets, with commas; all that are here by default"),
+    ] = "",
+    table: Annotated[
+        str, typer.Option(help="cases that the tests are about, layers of a VAE, or both")
+    ] = "cases,layers",
+    rounds: Annotated[int, typer.Option(help="runs of each, of which the fastest counts")] = 5,
+) -> None:
+    """Every kernel on one thread, and the cost constants that would fit what it takes."""
+    from .kernels import measure
+
+    print(measure(isas.split(",") if isas else None, table.split(","), rounds))
+
+
+@app.command()
 def overhead(
     parts: Annotated[str, typer.Option(help="decode, encode or both, with commas")] = (
         "decode,encode"

@@ -1,10 +1,14 @@
-"""The benchmarks import each other in one direction."""
+"""The benchmarks import each other in one direction, and fit what they say that they fit."""
 
 from __future__ import annotations
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
+from benchmarks.kernels import Timing, fit, measure
+from benchmarks.shapes import CONVOLUTIONS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -25,3 +29,34 @@ def test_no_module_imports_itself_by_way_of_others():
     modules = {file.stem: imports(file) for file in BENCHMARKS.glob("*.py")}
     assert modules["speed"] >= {"report", "worker"}
     TopologicalSorter(modules).prepare()  # raises CycleError
+
+
+def timing(counts: tuple[float, ...], costs: tuple[float, ...]) -> Timing:
+    seconds = sum(count * cost for count, cost in zip(counts, costs, strict=True))
+    return Timing(CONVOLUTIONS[0], "definition", seconds, 0, counts)
+
+
+def test_constants_that_explain_all_times_are_found():
+    costs = (1e-9, 24e-9, 6e-9)
+    counts = [(1e6, 100.0, 0.0), (1e6, 5000.0, 70.0), (3e3, 20.0, 900.0), (8e9, 1e4, 3e6)]
+    assert fit([timing(each, costs) for each in counts]) == pytest.approx(costs)
+
+
+def test_a_constant_that_no_shape_tells_is_left_out():
+    counts = [(1e6, 0.0, 10.0), (1e3, 0.0, 900.0)]
+    found = fit([timing(each, (2e-9, 1.0, 8e-9)) for each in counts])
+    assert found == [pytest.approx(2e-9), None, pytest.approx(8e-9)]
+
+
+def test_kernels_are_not_timed_on_instruction_sets_that_are_not_there():
+    with pytest.raises(ValueError, match="abacus"):
+        measure(["abacus"], ["cases"], 1)
+
+
+def test_noise_takes_no_constant_below_zero_nor_leaves_out_the_others():
+    counts = [(1e9, 10.0), (2e9, 1000.0), (4e9, 50.0)]
+    timings = [timing(each, (1e-9, 0.0)) for each in counts]
+    timings[1] = Timing(CONVOLUTIONS[0], "definition", 1.9, 0, counts[1])
+    product, other = fit(timings)
+    assert product == pytest.approx(1e-9, rel=0.05)
+    assert other is None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import ATTENTIONS, CONVOLUTIONS, AttentionCase, ConvCase
+from benchmarks.shapes import ATTENTIONS, CONVOLUTIONS, LAYERS, AttentionCase, ConvCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +79,17 @@ def test_bfloat16_kernels_agree(case: Case, isa: str, monkeypatch: pytest.Monkey
     assert difference(run(case, isa, "bfloat16", monkeypatch), expected) < limit
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize(("dtype", "isa"), BEST.items())
+def test_layers_of_stable_diffusion_are_what_torch_computes(
+    case: Case, isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Interpreter(case.graph()).run(image(case))
+    limit = {"float32": 3e-6, "bfloat16": 0.015}[dtype]
+    assert difference(run(case, isa, dtype, monkeypatch), expected) < limit
+
+
 @pytest.mark.parametrize("isa", ["generic", *BFLOAT16])
 def test_bfloat16_is_the_nearest_with_ties_to_even(
     isa: str, monkeypatch: pytest.MonkeyPatch
@@ -132,7 +143,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
             "gains_by_winograd",
             lambda conv, machine: (
                 winograd
-                and machine.winograd
+                and machine.kernels.winograd is not None
                 and (conv.upsample or (conv.kernel, conv.stride) == ((3, 3), 1))
             ),
         )

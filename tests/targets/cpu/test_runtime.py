@@ -266,7 +266,7 @@ def test_instruction_sets_of_float32_take_both_dtypes(
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     machine = CpuRuntime(decoder, dtype=dtype).machine
     assert (machine.isa, machine.dtype) == (isa, dtype)
-    assert machine.winograd
+    assert machine.kernels.winograd is not None
 
 
 def test_what_it_can_not_run_is_named() -> None:

@@ -1,4 +1,4 @@
-"""The one table of shapes over which every kernel is tested."""
+"""The one table of shapes over which every kernel is tested and timed."""
 
 from __future__ import annotations
 
@@ -162,4 +162,19 @@ ATTENTIONS = (
     AttentionCase(96, 19, 17, heads=1, sharp=6.0),
     AttentionCase(64, 17, 31, value_channels=24),
     AttentionCase(128, 12, 13, residual=False),
+)
+
+LAYERS = (
+    # What Stable Diffusion's VAE is made of, on small images.
+    ConvCase(4, 512, 32, 32, normed_after=32),
+    ConvCase(512, 512, 32, 32, groups=32, residual=True),
+    ConvCase(512, 512, 32, 32, kernel=(2, 2), upsample=True),
+    ConvCase(512, 256, 64, 64, groups=32, normed_after=32),
+    ConvCase(512, 256, 64, 64, kernel=(1, 1), padding=_NONE),
+    ConvCase(256, 256, 64, 64, kernel=(2, 2), upsample=True),
+    ConvCase(256, 128, 96, 96, groups=32),
+    ConvCase(128, 128, 128, 128, groups=32, residual=True),
+    ConvCase(128, 128, 128, 128, stride=2, padding=(0, 1, 0, 1)),
+    ConvCase(128, 3, 128, 128, groups=32),
+    AttentionCase(512, 32, 32),
 )
