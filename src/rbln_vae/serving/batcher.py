@@ -56,7 +56,7 @@ class BatcherOptions:
     Attributes:
         max_batch: The most samples that run together.
         max_wait: Seconds that a request may wait for others to fill its batch.
-        memory_limit: The most bytes that the activations of all runs may take at once.
+        memory_limit: The most bytes that all runs together may take besides the weights.
         queue: How much may wait, in images of the size that the model was compiled for; a
             larger image counts as many times as it is larger, so that the bound is one of
             time.
