@@ -660,6 +660,8 @@ def test_ctrl_c_ends_a_real_command(compiled, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        # Whoever runs the tests in the background may have had Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Attention over a million pixels takes many minutes; so much time shows that it has begun.
     while process.poll() is None and _seconds_of_processor(process.pid) < 15:

@@ -112,6 +112,8 @@ from long_runs import attention_graph, endless_run
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 import torch
 
+# Whoever runs the tests in the background may have had Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 runtime, image = endless_run()
 asked = 0
 
@@ -140,6 +142,7 @@ LATE_SIGNAL = """
 import json, signal, threading, time
 from long_runs import endless_run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 runtime, image = endless_run()
 sent = []
 
