@@ -13,8 +13,9 @@ from rbln_vae.graph.ir import Attention, Conv2d, Graph, Norm, Operation, Value
 class ConvCase:
     """A convolution, with what is fused into it.
 
-    `groups` norms the input first, `residual` adds a second convolution of the input, and
-    `normed_after` norms the output, from the statistics that were summed while writing.
+    `groups` norms the input first, `activation` is then applied to it, `residual` adds a second
+    convolution of the input, and `normed_after` norms the output, from the statistics that were
+    summed while writing.
     """
 
     inputs: int
@@ -27,7 +28,7 @@ class ConvCase:
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)
     upsample: bool = False
     groups: int = 0
-    activation: str | None = "silu"
+    activation: str | None = None
     residual: bool = False
     normed_after: int = 0
 
@@ -37,7 +38,9 @@ class ConvCase:
         weights: dict[str, torch.Tensor] = {}
         operations: list[Operation] = []
 
-        def conv(output: Value, norm: Norm | None, residual: Value | None) -> None:
+        def conv(
+            output: Value, norm: Norm | None, activation: str | None, residual: Value | None
+        ) -> None:
             shape: tuple[int, ...] = (self.outputs, self.inputs, rows, columns)
             if self.upsample:
                 shape = (2, 2, self.outputs, self.inputs, 2, 2)
@@ -54,23 +57,24 @@ class ConvCase:
                     self.padding,
                     self.upsample,
                     norm,
+                    activation,
                     residual,
                 )
             )
 
-        def norm(name: str, groups: int, channels: int, activation: str | None) -> Norm:
+        def norm(name: str, groups: int, channels: int) -> Norm:
             weights[f"{name}.weight"] = 1 + 0.2 * torch.randn(channels)
             weights[f"{name}.bias"] = 0.2 * torch.randn(channels)
-            return Norm(groups, 1e-6, f"{name}.weight", f"{name}.bias", activation)
+            return Norm(groups, 1e-6, f"{name}.weight", f"{name}.bias")
 
         before = None
         if self.groups:
-            before = norm("norm", self.groups, self.inputs, self.activation)
+            before = norm("norm", self.groups, self.inputs)
         if self.residual:
-            conv("r", None, None)
-        conv("y", before, "r" if self.residual else None)
+            conv("r", None, None, None)
+        conv("y", before, self.activation, "r" if self.residual else None)
         if self.normed_after:
-            after = norm("after", self.normed_after, self.outputs, None)
+            after = norm("after", self.normed_after, self.outputs)
             weights["z.weight"] = torch.randn(5, self.outputs, 1, 1) * self.outputs**-0.5
             operations.append(Conv2d("z", "y", "z.weight", None, norm=after))
         output = operations[-1].output
@@ -126,15 +130,23 @@ CONVOLUTIONS = (
     ConvCase(3, 16, 17, 19),
     ConvCase(4, 24, 1, 1),
     ConvCase(16, 3, 5, 33),
-    ConvCase(24, 40, 9, 14, groups=8),
-    ConvCase(40, 96, 7, 15, groups=8, residual=True),
-    ConvCase(96, 24, 6, 31, groups=32, residual=True, normed_after=8),
+    ConvCase(24, 40, 9, 14, groups=8, activation="silu"),
+    ConvCase(40, 96, 7, 15, groups=8, activation="silu", residual=True),
+    ConvCase(96, 24, 6, 31, groups=32, activation="silu", residual=True, normed_after=8),
     ConvCase(48, 48, 3, 3, groups=16, activation="gelu", normed_after=3),
     ConvCase(32, 64, 8, 47, groups=4, activation="mish", batch=2, normed_after=32),
     ConvCase(64, 32, 13, 64, groups=32, activation="relu", batch=3),
-    ConvCase(64, 64, 2, 100, groups=1, activation=None, normed_after=1),
+    ConvCase(64, 64, 2, 100, groups=1, normed_after=1),
+    # Activations without a norm.
+    ConvCase(24, 40, 9, 14, activation="silu"),
+    ConvCase(33, 16, 13, 21, activation="relu", residual=True, normed_after=4),
+    ConvCase(8, 40, 6, 7, kernel=(1, 1), padding=_NONE, activation="gelu", batch=2),
+    ConvCase(24, 40, 8, 9, stride=2, padding=(0, 1, 0, 1), activation="mish"),
+    ConvCase(64, 64, 17, 22, kernel=(2, 2), upsample=True, activation="silu"),
     # Other kernels, and one-sided padding.
-    ConvCase(40, 33, 11, 13, kernel=(1, 1), padding=_NONE, groups=5, residual=True),
+    ConvCase(
+        40, 33, 11, 13, kernel=(1, 1), padding=_NONE, groups=5, activation="silu", residual=True
+    ),
     ConvCase(128, 128, 1, 1, kernel=(1, 1), padding=_NONE, normed_after=32),
     ConvCase(8, 8, 12, 10, kernel=(5, 5), padding=(2, 2, 2, 2)),
     ConvCase(8, 72, 12, 10, kernel=(3, 1), padding=(1, 1, 0, 0)),
@@ -146,11 +158,11 @@ CONVOLUTIONS = (
     ConvCase(64, 64, 1, 1, kernel=(2, 2), upsample=True),
     ConvCase(32, 96, 9, 40, kernel=(2, 2), upsample=True, batch=2, normed_after=32),
     # Padding that is none, and more than a kernel reaches.
-    ConvCase(72, 40, 21, 45, padding=_NONE, groups=8),
+    ConvCase(72, 40, 21, 45, padding=_NONE, groups=8, activation="silu"),
     ConvCase(33, 65, 18, 7, padding=(2, 3, 0, 1), normed_after=5),
     # Several tiles each way.
-    ConvCase(64, 64, 130, 70, groups=32, residual=True, normed_after=32),
-    ConvCase(256, 64, 40, 60, groups=32, normed_after=32),
+    ConvCase(64, 64, 130, 70, groups=32, activation="silu", residual=True, normed_after=32),
+    ConvCase(256, 64, 40, 60, groups=32, activation="silu", normed_after=32),
 )
 
 ATTENTIONS = (

@@ -63,14 +63,21 @@ def small_graph(
 
 def graph_of_every_kind() -> Graph:
     """A graph that holds every operation, and every attribute at a value not its default."""
-    norm = Norm(2, 1e-6, "scale", "shift", "gelu")
+    norm = Norm(2, 1e-6, "scale", "shift")
     return small_graph(
         Pad("pad", "x", (1, 0, 2, 0)),
         Conv2d("conv", "pad", "first", "shift", padding=(0, 1, 0, 0)),
         GroupNorm("norm", "conv", Norm(4, 1e-5, "scale", "shift")),
         Activation("mish", "norm", "mish"),
         Conv2d(
-            "residual", "mish", "second", None, padding=(1, 1, 1, 1), norm=norm, residual="conv"
+            "residual",
+            "mish",
+            "second",
+            None,
+            padding=(1, 1, 1, 1),
+            norm=norm,
+            activation="gelu",
+            residual="conv",
         ),
         View("rows", "residual", ("n", 8, "hw"), "residual"),
         Transpose("columns", "rows", 1, 2),

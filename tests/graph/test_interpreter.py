@@ -40,7 +40,6 @@ from rbln_vae.metrics import relative_l2
 
 Weights = dict[str, Tensor]
 NORM = Norm(2, 1e-3, "scale", "shift")
-SILU = Norm(2, 1e-3, "scale", "shift", "silu")
 CONV = {"w": (6, 4, 3, 2), "b": (6,)}
 SQUARE = {"w": (4, 4, 3, 3)}
 NORMED = {"scale": (4,), "shift": (4,)}
@@ -82,9 +81,19 @@ TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weigh
         lambda x, w: F.conv2d(F.pad(x, (2, 3, 0, 1)), w["w"], w["b"], 2),
     ),
     (
-        Conv2d("y", "x", "w", None, padding=ONES, norm=SILU, residual="x"),
+        Conv2d("y", "x", "w", None, padding=ONES, norm=NORM, residual="x"),
         SQUARE | NORMED,
-        lambda x, w: x + F.conv2d(F.silu(normal(x, w)), w["w"], padding=1),
+        lambda x, w: x + F.conv2d(normal(x, w), w["w"], padding=1),
+    ),
+    (
+        Conv2d("y", "x", "w", None, padding=ONES, norm=NORM, activation="silu"),
+        SQUARE | NORMED,
+        lambda x, w: F.conv2d(F.silu(normal(x, w)), w["w"], padding=1),
+    ),
+    (
+        Conv2d("y", "x", "w", None, padding=ONES, activation="gelu"),
+        SQUARE,
+        lambda x, w: F.conv2d(F.gelu(x), w["w"], padding=1),
     ),
     (
         Conv2d("y", "x", "p", None, padding=ONES, upsample=True),
@@ -92,7 +101,6 @@ TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weigh
         phases_of_one_kernel,
     ),
     (GroupNorm("y", "x", NORM), NORMED, normal),
-    (GroupNorm("y", "x", SILU), NORMED, lambda x, w: F.silu(normal(x, w))),
     *(
         (Activation("y", "x", name), {}, lambda x, w, name=name: getattr(F, name)(x))
         for name in ACTIVATIONS

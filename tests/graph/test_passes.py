@@ -68,8 +68,8 @@ def conv(output: str, reads: str, weight: str = "w3", **changes: Any) -> Conv2d:
     return dataclasses.replace(Conv2d(output, reads, weight, None, padding=padding), **changes)
 
 
-def norm(activation: str | None = None) -> Norm:
-    return Norm(2, 1e-6, "scale", "shift", activation)
+def norm() -> Norm:
+    return Norm(2, 1e-6, "scale", "shift")
 
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -350,7 +350,7 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
     "the value projection without biases": (
         fold_value_projection,
         graph(
-            conv("v", "x", "w1", norm=norm("silu")),
+            conv("v", "x", "w1", norm=norm(), activation="silu"),
             Attention("a", "x", "x", "v", 1, 0.5),
             conv("y", "a", "w1_other"),
         ),
@@ -425,6 +425,15 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
         ),
         None,
     ),
+    "a projection of an activation": (
+        fold_value_projection,
+        graph(
+            conv("v", "x", "w1"),
+            Attention("a", "x", "x", "v", 1, 0.5),
+            conv("y", "a", "w1_other", activation="silu"),
+        ),
+        None,
+    ),
     "one value weight with two projections": (
         fold_value_projection,
         graph(
@@ -477,7 +486,12 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
     ),
     "enlarging before a norm": (
         fold_upsample,
-        graph(Upsample("u", "x"), conv("y", "u", norm=norm("silu"))),
+        graph(Upsample("u", "x"), conv("y", "u", norm=norm())),
+        None,
+    ),
+    "enlarging before an activation": (
+        fold_upsample,
+        graph(Upsample("u", "x"), conv("y", "u", activation="silu")),
         None,
     ),
     "a border": (
@@ -503,6 +517,11 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
     "a border before a norm": (
         fold_pad,
         graph(Pad("p", "x", ONES), conv("y", "p", norm=norm())),
+        None,
+    ),
+    "a border before an activation": (
+        fold_pad,
+        graph(Pad("p", "x", ONES), conv("y", "p", activation="silu")),
         None,
     ),
     "a border before enlarging": (
@@ -541,14 +560,79 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
     "norm and activation that is the output": (
         fuse_norm,
         graph(GroupNorm("n", "x", norm()), Activation("a", "n", "relu")),
-        ["GroupNorm"],
+        None,
+    ),
+    "activation without a norm": (
+        fuse_norm,
+        graph(Activation("a", "x", "silu"), conv("y", "a")),
+        ["Conv2d"],
+    ),
+    "activation of an enlarging convolution": (
+        fuse_norm,
+        graph(
+            Activation("a", "x", "gelu"),
+            conv("y", "a", "phases", upsample=True),
+            phases=(2, 2, 4, 4, 2, 2),
+        ),
+        ["Conv2d"],
+    ),
+    "activation of two convolutions": (
+        fuse_norm,
+        graph(
+            Activation("a", "x", "relu"), conv("b", "a", "w1"), conv("c", "a"), Add("y", "b", "c")
+        ),
+        ["Conv2d", "Conv2d", "Add"],
+    ),
+    "norm before a convolution with an activation": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), conv("y", "n", activation="mish")),
+        ["Conv2d"],
+    ),
+    "norm that a convolution and an activation of others read": (
+        fuse_norm,
+        graph(
+            GroupNorm("n", "x", norm()),
+            Activation("a", "n", "silu"),
+            conv("b", "a"),
+            conv("c", "n"),
+            Add("y", "b", "c"),
+        ),
+        ["Conv2d", "Conv2d", "Add"],
     ),
     "two activations": (
         fuse_norm,
-        graph(
-            GroupNorm("n", "x", norm()), Activation("a", "n", "mish"), Activation("y", "a", "silu")
-        ),
-        ["GroupNorm", "Activation"],
+        graph(Activation("a", "x", "mish"), Activation("b", "a", "silu"), conv("y", "b")),
+        ["Activation", "Conv2d"],
+    ),
+    "activation and then a norm": (
+        fuse_norm,
+        graph(Activation("a", "x", "mish"), GroupNorm("n", "a", norm()), conv("y", "n")),
+        ["Activation", "Conv2d"],
+    ),
+    "activation that others read": (
+        fuse_norm,
+        graph(Activation("a", "x", "relu"), conv("c", "a"), Add("y", "a", "c")),
+        None,
+    ),
+    "activation that is the convolution's residual": (
+        fuse_norm,
+        graph(Activation("a", "x", "relu"), conv("y", "a", residual="a")),
+        None,
+    ),
+    "activation of another convolution's residual": (
+        fuse_norm,
+        graph(Activation("a", "x", "relu"), conv("b", "x"), conv("y", "b", residual="a")),
+        None,
+    ),
+    "activation before a convolution with its own": (
+        fuse_norm,
+        graph(Activation("a", "x", "relu"), conv("y", "a", activation="silu")),
+        None,
+    ),
+    "activation before a convolution with a norm": (
+        fuse_norm,
+        graph(Activation("a", "x", "relu"), conv("y", "a", norm=norm())),
+        None,
     ),
     "norm that others read": (
         fuse_norm,
@@ -560,7 +644,7 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
         graph(
             GroupNorm("n", "x", norm()), Activation("a", "n", "silu"), conv("y", "a", residual="n")
         ),
-        None,
+        ["GroupNorm", "Conv2d"],
     ),
     "norm that is the convolution's residual": (
         fuse_norm,
@@ -569,12 +653,7 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
     ),
     "norm before a convolution with its own": (
         fuse_norm,
-        graph(GroupNorm("n", "x", norm()), conv("y", "n", norm=norm("relu"))),
-        None,
-    ),
-    "activation without a norm": (
-        fuse_norm,
-        graph(Activation("a", "x", "silu"), conv("y", "a")),
+        graph(GroupNorm("n", "x", norm()), conv("y", "n", norm=norm(), activation="relu")),
         None,
     ),
     "a sum with a convolution": (
@@ -688,6 +767,12 @@ def graphs(draw: st.DrawFn) -> Graph:
     """Images of four channels made from earlier ones, of one or of twice the size."""
     operations: list[Operation] = []
     sizes = {"x": 0}
+    fused = st.fixed_dictionaries(
+        {
+            "norm": st.sampled_from([None, None, norm()]),
+            "activation": st.sampled_from([None, None, "silu"]),
+        }
+    )
 
     def source(size: int | None = None) -> str:
         return draw(st.sampled_from([v for v, s in sizes.items() if size in (None, s)]))
@@ -718,12 +803,10 @@ def graphs(draw: st.DrawFn) -> Graph:
             heads = draw(st.sampled_from([1, 2]))
             operation = Attention(output, source(size), reads, value, heads, 0.5, residual(size))
         elif kind == 7:
-            fused = draw(st.sampled_from([None, norm("silu")]))
             weight = draw(st.sampled_from(["w1", "w1_other"]))
-            operation = conv(output, reads, weight, norm=fused, residual=residual(size))
+            operation = conv(output, reads, weight, residual=residual(size), **draw(fused))
         else:
-            fused = draw(st.sampled_from([None, None, norm()]))
-            operation = conv(output, reads, norm=fused, residual=residual(size))
+            operation = conv(output, reads, residual=residual(size), **draw(fused))
         operations.append(operation)
         sizes[output] = size
     needed = {operations[-1].output}

@@ -103,6 +103,9 @@ class Interpreter:
         image = values[operation.input]
         if operation.norm is not None:
             image = self._normalise(image, operation.norm)
+        if operation.activation is not None:
+            image = _ACTIVATIONS[operation.activation](image)
+        image = image.to(self.dtype)  # rounded once, not after each of the two
         weight = self._weights[operation.weight]
         bias = None if operation.bias is None else self._weights[operation.bias]
         if operation.upsample:
@@ -118,7 +121,7 @@ class Interpreter:
 
     @_evaluate.register
     def _(self, operation: GroupNorm, values: Mapping[Value, Tensor]) -> Tensor:
-        return self._normalise(values[operation.input], operation.norm)
+        return self._normalise(values[operation.input], operation.norm).to(self.dtype)
 
     @_evaluate.register
     def _(self, operation: Activation, values: Mapping[Value, Tensor]) -> Tensor:
@@ -175,11 +178,9 @@ class Interpreter:
         return image if operation.residual is None else image + values[operation.residual]
 
     def _normalise(self, image: Tensor, norm: Norm) -> Tensor:
+        """A norm of an image, in float32."""
         weight, bias = self._weights[norm.weight].float(), self._weights[norm.bias].float()
-        result = F.group_norm(image.float(), norm.groups, weight, bias, norm.eps)
-        if norm.activation is not None:
-            result = _ACTIVATIONS[norm.activation](result)
-        return result.to(self.dtype)  # rounded once, not after each of the two
+        return F.group_norm(image.float(), norm.groups, weight, bias, norm.eps)
 
 
 def _fast_layout(tensor: Tensor) -> Tensor:

@@ -54,6 +54,10 @@ def _require_weight(weights: Weights, name: str, shape: Shape) -> None:
     _require(found == shape, f"weight {name!r} has shape {found}, its operation needs {shape}")
 
 
+def _require_activation(function: str) -> None:
+    _require(function in ACTIVATIONS, f"unknown activation {function!r}")
+
+
 def _rank(shapes: Shapes, value: Value, rank: int) -> Shape:
     shape = shapes[value]
     _require(len(shape) == rank, f"{value!r} has shape {shape}, expected {rank} axes")
@@ -62,7 +66,7 @@ def _rank(shapes: Shapes, value: Value, rank: int) -> Shape:
 
 @dataclass(frozen=True)
 class Norm:
-    """Group normalisation with its affine weights, then an activation or none.
+    """Group normalisation with its affine weights.
 
     Mean and variance are those of a whole image's group of channels.
     """
@@ -71,7 +75,6 @@ class Norm:
     eps: float
     weight: str = field(metadata=_WEIGHT)
     bias: str = field(metadata=_WEIGHT)
-    activation: str | None = None
 
     def check(self, channels: int, weights: Weights) -> None:
         _require(
@@ -81,11 +84,9 @@ class Norm:
         _require(0 <= self.eps < math.inf, f"a norm with eps {self.eps}")
         _require_weight(weights, self.weight, (channels,))
         _require_weight(weights, self.bias, (channels,))
-        if self.activation is not None:
-            _require(self.activation in ACTIVATIONS, f"unknown activation {self.activation!r}")
 
     def __str__(self) -> str:
-        return f"{self.groups} groups" + (f" then {self.activation}" if self.activation else "")
+        return f"{self.groups} groups"
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def _names(node: Any, role: str) -> Iterator[str]:
 class Conv2d(Operation):
     """A convolution with zero padding, and what passes fuse into it.
 
-    In order: `norm` is applied to the input, the result is padded (with zeros, after
-    the norm) and convolved, `residual` is added. With `upsample` the input is first
+    In order: `norm` and then `activation` are applied to the input, the result is padded
+    (with zeros) and convolved, `residual` is added. With `upsample` the input is first
     doubled in each direction by nearest neighbour; `weight` then holds four 2x2 kernels
     `(row phase, column phase, out, in, 2, 2)` instead of one `(out, in, height, width)`.
     """
@@ -160,6 +161,8 @@ class Conv2d(Operation):
     """Zeros above, below, left and right."""
     upsample: bool = False
     norm: Norm | None = None
+    activation: str | None = None
+    """One of `ACTIVATIONS`."""
     residual: Value | None = field(default=None, metadata=_VALUE)
 
     def kernel(self, weights: Weights) -> Shape:
@@ -184,6 +187,8 @@ class Conv2d(Operation):
             _require_weight(weights, self.bias, (out,))
         if self.norm is not None:
             self.norm.check(channels, weights)
+        if self.activation is not None:
+            _require_activation(self.activation)
         _require(self.stride >= 1, f"stride {self.stride}")
         _require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
         result: Shape
@@ -219,7 +224,9 @@ class Conv2d(Operation):
             text += f", padding {self.padding}"
         if self.upsample:
             text += ", upsample"
-        return text + (f", norm {self.norm}" if self.norm else "")
+        if self.norm is not None:
+            text += f", norm {self.norm}"
+        return text + (f", {self.activation}" if self.activation else "")
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,7 @@ class Activation(Operation):
     function: str
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        _require(self.function in ACTIVATIONS, f"unknown activation {self.function!r}")
+        _require_activation(self.function)
         return shapes[self.input]
 
     def __str__(self) -> str:

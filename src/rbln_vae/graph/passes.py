@@ -226,7 +226,7 @@ def fold_value_projection(graph: Graph) -> Graph:
             continue
         assert isinstance(value, Conv2d) and isinstance(readers[0], Conv2d)
         out = readers[0]
-        if value.residual is not None or out.norm is not None:
+        if value.residual is not None or not _reads_as_it_is(out):
             continue
         if attention.value in (attention.query, attention.key) or out.residual == out.input:
             continue
@@ -250,6 +250,11 @@ def _is_pointwise(operation: Operation | None, graph: Graph) -> bool:
         and not any(operation.padding)
         and operation.kernel(graph.weights)[2:] == (1, 1)
     )
+
+
+def _reads_as_it_is(operation: Conv2d) -> bool:
+    """Whether a convolution applies neither norm nor activation to its input."""
+    return operation.norm is None and operation.activation is None
 
 
 def _product(
@@ -285,7 +290,7 @@ def fold_upsample(graph: Graph) -> Graph:
             and operation.kernel(weights)[2:] == (3, 3)
             and operation.stride == 1
             and operation.padding == (1, 1, 1, 1)
-            and operation.norm is None
+            and _reads_as_it_is(operation)
         ):
             folded = f"{operation.weight}.phases"
             weights[folded] = _phases(weights[operation.weight])
@@ -318,7 +323,7 @@ def fold_pad(graph: Graph) -> Graph:
         while (
             isinstance(operation, Conv2d)
             and isinstance(source, Pad)
-            and operation.norm is None
+            and _reads_as_it_is(operation)
             and not operation.upsample
         ):
             above, below, left, right = (
@@ -333,27 +338,37 @@ def fold_pad(graph: Graph) -> Graph:
 
 
 def fuse_norm(graph: Graph) -> Graph:
-    """Fuse group norm and the activation after it into the convolutions that read them."""
-    consumers = graph.consumers()
-    norms: dict[Value, GroupNorm] = {}
-    operations: list[Operation] = []
-    for operation in graph.operations:
-        match operation:
-            case GroupNorm():
-                norms[operation.output] = operation
-            case Activation() if (source := norms.get(operation.input)) is not None:
-                if source.norm.activation is None and consumers[source.output] == [operation]:
-                    norm = dataclasses.replace(source.norm, activation=operation.function)
-                    operation = GroupNorm(operation.output, source.input, norm)
-                    norms[operation.output] = operation
-            case Conv2d(norm=None) if (source := norms.get(operation.input)) is not None:
-                if operation.residual != operation.input and all(
-                    isinstance(reader, Conv2d) and reader.norm is None
-                    for reader in consumers[source.output]
-                ):
-                    operation = dataclasses.replace(operation, input=source.input, norm=source.norm)
-        operations.append(operation)
-    return _rebuild(graph, operations)
+    """Fuse group norms and activations into the convolutions that read them.
+
+    A convolution takes a norm, an activation, or the two in this order. What another
+    operation reads too is left, since it must be computed anyway.
+    """
+    operations = {operation.output: operation for operation in graph.operations}
+    # From the last to the first, so that a convolution takes the activation before the norm.
+    for source in reversed(graph.operations):
+        if not isinstance(source, (GroupNorm, Activation)) or source.output == graph.output:
+            continue
+        readers = [o for o in operations.values() if source.output in o.inputs]
+        fused = [conv for reader in readers if (conv := _applying(source, reader)) is not None]
+        if len(fused) == len(readers):
+            del operations[source.output]
+            operations.update((conv.output, conv) for conv in fused)
+    return _rebuild(graph, operations.values())
+
+
+def _applying(source: GroupNorm | Activation, reader: Operation) -> Conv2d | None:
+    """The convolution that applies a norm or an activation itself, if the reader can be that."""
+    if (
+        not isinstance(reader, Conv2d)
+        or reader.norm is not None
+        or reader.residual == source.output
+    ):
+        return None
+    if isinstance(source, GroupNorm):
+        return dataclasses.replace(reader, input=source.input, norm=source.norm)
+    if reader.activation is not None:
+        return None
+    return dataclasses.replace(reader, input=source.input, activation=source.function)
 
 
 def fuse_residual(graph: Graph) -> Graph:

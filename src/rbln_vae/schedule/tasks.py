@@ -45,8 +45,8 @@ class TaskList:
             norm = getattr(operation, "norm", None)
             if norm is not None:
                 norms = self.norms.setdefault(operation.inputs[0], [])
-                if _bare(norm) not in norms:
-                    norms.append(_bare(norm))
+                if norm not in norms:
+                    norms.append(norm)
 
     def times(self) -> list[int]:
         """When each task happens, and what follows the last; a sweep is one moment.
@@ -162,7 +162,7 @@ class TaskList:
             buffers["sums"] = sums
         norm = getattr(operation, "norm", None)
         if norm is not None:
-            buffers["coefficients"] = self._coefficients[operation.inputs[0], _bare(norm)]
+            buffers["coefficients"] = self._coefficients[operation.inputs[0], norm]
         self.add(
             Kind.COMPUTE,
             operation,
@@ -216,8 +216,3 @@ class TaskList:
             return
         kept = (after[0] - before[0], before[1] - before[0])
         self.add(Kind.MOVE, operation, rows=kept, output=window)
-
-
-def _bare(norm: Norm) -> Norm:
-    """The norm alone: what follows it doesn't change its coefficients."""
-    return dataclasses.replace(norm, activation=None)

@@ -10,8 +10,6 @@ from ...graph.ir import (
     Activation,
     Attention,
     Conv2d,
-    GroupNorm,
-    Norm,
     Operation,
     Pad,
     Scale,
@@ -118,13 +116,10 @@ class _Lowering:
         arguments = {"image": self.image(task.output), "from_row": first, "rows": last - first}
         return self.make("move_rows", task, arguments)
 
-    def reading(self, task: Task, norm: Norm | None) -> dict[str, Any]:
+    def reading(self, task: Task, activation: str | None) -> dict[str, Any]:
         """What is done with the input while it is read."""
         coefficients = task.buffers.get("coefficients")
-        return {
-            "coefficients": _offset(coefficients),
-            "activation": None if norm is None else norm.activation,
-        }
+        return {"coefficients": _offset(coefficients), "activation": activation}
 
     # Convolutions.
 
@@ -191,7 +186,7 @@ class _Lowering:
                 tile=tile,
                 splits=splits,
                 together=conv.together(tile, self.batch, splits, machine),
-                **self.reading(task, operation.norm),
+                **self.reading(task, operation.activation),
             ),
             kind=operation.kind,
             weights=weights,
@@ -271,12 +266,11 @@ class _Lowering:
 
     def pointwise(self, task: Task) -> Step:
         operation: Operation = task.operation
-        norm = operation.norm if isinstance(operation, GroupNorm) else None
-        reading = self.reading(task, norm)
+        activation: str | None = None
         factor, above, left = 1.0, 0, 0
         match operation:
-            case Activation(function=function):
-                reading["activation"] = function
+            case Activation(function=activation):
+                pass
             case Scale():
                 factor = operation.factor
             case Pad(padding=(above, _, left, _)):
@@ -290,7 +284,7 @@ class _Lowering:
             above=above,
             left=left,
             residual=self.image(residual[0]) if residual else None,
-            **reading,
+            **self.reading(task, activation),
         )
         return self.make("pointwise", task, arguments, kind=operation.kind)
 

@@ -158,7 +158,7 @@ class CpuRules:
             stride=operation.stride,
             upsample=operation.upsample,
             grid=(grid[0], grid[1]),
-            normed=operation.norm is not None,
+            normed=operation.norm is not None or operation.activation is not None,
         )
         # By the size of the whole image, so that the bits of a result depend on it alone.
         return dataclasses.replace(conv, winograd=gains_by_winograd(conv, self.machine))
