@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import random
 import re
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from graphs import captured, evaluate, graph_of_every_kind, paths, small_graph
 from safetensors.torch import save_file
 from vaes import noise
@@ -40,7 +40,7 @@ def written(path: Path, made: Artifact | None = None) -> bytes:
 
 
 def assert_equal(one: Artifact, other: Artifact) -> None:
-    assert one.graph.to_json() == other.graph.to_json()
+    assert one.graph.to_dict() == other.graph.to_dict()
     assert one.graph.weights.keys() == other.graph.weights.keys()
     for name, weight in one.graph.weights.items():
         assert weight.shape == other.graph.weights[name].shape
@@ -72,7 +72,7 @@ def sealed(
     Its tensors begin `shift` bytes after a multiple of `line`.
     """
     if isinstance(description, dict) and "checksum" in description:
-        description["checksum"] = "0" * 64
+        description["checksum"] = "0" * 32
     text = (
         description
         if isinstance(description, str)
@@ -82,8 +82,8 @@ def sealed(
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * ((shift - 8 - len(head)) % line)
     data = struct.pack("<Q", len(head)) + head + tensors
-    digest = hashlib.sha256(data).hexdigest().encode()
-    return data.replace(b'\\"checksum\\":\\"' + b"0" * 64, b'\\"checksum\\":\\"' + digest, 1)
+    digest = xxhash.xxh3_128_hexdigest(data).encode()
+    return data.replace(b'\\"checksum\\":\\"' + b"0" * 32, b'\\"checksum\\":\\"' + digest, 1)
 
 
 # Round trip
@@ -149,10 +149,10 @@ def test_it_is_a_safetensors_file_with_one_key(tmp_path: Path) -> None:
     header, description, _ = parts(written(tmp_path / "part"))
     assert list(header["__metadata__"]) == ["rbln_vae"]
     assert list(description) == [
-        "format_version", "checksum", "library_version", "target", "dtype", "source", "graph",
+        "format_version", "checksum", "library_version", "target", "dtype", "source", "graphs",
         "shapes",
     ]  # fmt: skip
-    assert description["format_version"] == 1 and description["source"] == SOURCE
+    assert description["format_version"] == 2 and description["source"] == SOURCE
 
 
 def test_weights_are_views_of_the_file(tmp_path: Path) -> None:
@@ -281,13 +281,36 @@ def at(item: Any, path: tuple[Any, ...]) -> Any:
     return item
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, True, 1.0, [1]])
+@pytest.mark.parametrize("version", [3, 0, "2", None, True, 2.0, [2]])
 def test_another_format_version_is_refused_by_its_number(tmp_path: Path, version: Any) -> None:
     header, description, tensors = parts(written(tmp_path / "part"))
     description["format_version"] = version
     (tmp_path / "part").write_bytes(sealed(header, description, tensors))
     message = re.escape(f"format version {version!r}")
     with pytest.raises(RBLNArtifactError, match=f"{message}.*[Uu]pgrade"):
+        read_artifact(tmp_path / "part")
+
+
+def test_format_version_1_is_to_be_compiled_again(tmp_path: Path) -> None:
+    header, description, tensors = parts(written(tmp_path / "part"))
+    description["format_version"] = 1
+    (tmp_path / "part").write_bytes(sealed(header, description, tensors))
+    with pytest.raises(RBLNArtifactError, match=r"reads version 2\. Compile the model again\.$"):
+        read_artifact(tmp_path / "part")
+
+
+@pytest.mark.parametrize("depth", [100, 900, 990, 2_000, 20_000, 200_000])
+@pytest.mark.parametrize("brackets", ["[]", '{"a":}'])
+@pytest.mark.parametrize("field", ["graphs", "source", "shapes", "format_version"])
+def test_nesting_of_any_depth_is_refused(
+    tmp_path: Path, depth: int, brackets: str, field: str
+) -> None:
+    header, description, tensors = parts(written(tmp_path / "part"))
+    description[field], description["checksum"] = "@", "0" * 32
+    text = json.dumps(description, separators=(",", ":"))
+    bomb = brackets[:-1] * depth + "0" + brackets[-1] * depth
+    (tmp_path / "part").write_bytes(sealed(header, text.replace('"@"', bomb), tensors))
+    with pytest.raises(RBLNArtifactError):
         read_artifact(tmp_path / "part")
 
 
@@ -319,8 +342,12 @@ DESCRIBED: dict[str, tuple[str, Any]] = {
     "a version that is a list": ("library_version", []),
     "a source that is a text": ("source", "here"),
     "a source with a list": ("source", {"sha256": []}),
-    "a graph that is a text": ("graph", "{}"),
-    "no graph": ("graph", None),
+    "graphs that are a text": ("graphs", "{}"),
+    "graphs that are an object": ("graphs", {}),
+    "no graph": ("graphs", []),
+    "a graph that is a text": ("graphs", ["{}"]),
+    "a graph that is null": ("graphs", [None]),
+    "two graphs": ("graphs", [artifact().graph.to_dict()] * 2),
     "shapes that are a list": ("shapes", []),
     "a shape that is a number": ("shapes", {"w": 2, "b": [1]}),
     "a negative shape": ("shapes", {"w": [1, 2, 1, 1], "b": [-1]}),
@@ -353,7 +380,7 @@ def mutation(data: bytes, generator: random.Random) -> bytes:
     """The file with something else somewhere, and with a right checksum most of the time."""
     header, description, tensors = parts(data)
     for _ in range(generator.choice([1, 1, 1, 2, 4])):
-        document = generator.choice([header, description, description["graph"]])
+        document = generator.choice([header, description, description["graphs"]])
         if not isinstance(document, (dict, list)):
             continue
         path = generator.choice([p for p in paths(document) if p] or [()])
@@ -367,7 +394,7 @@ def mutation(data: bytes, generator: random.Random) -> bytes:
             holder[generator.choice(["w", "kind", "", "zz"])] = holder[key]
         else:
             holder[key] = generator.choice(VALUES)
-        if not isinstance(description.get("graph"), (dict, list)):
+        if not isinstance(description.get("graphs"), (dict, list)):
             break
     header = {k: v for k, v in header.items() if k != "__metadata__"}
     if generator.random() < 0.2:

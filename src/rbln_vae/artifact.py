@@ -1,12 +1,11 @@
 """The `.rbln` file: a graph and its weights in a safetensors file (see docs/artifact.md).
 
-It holds data alone, no code, and says what it is: a format version, the target, and a
-checksum over every byte, checked before anything else is believed.
+It holds only data, no code. A checksum covers every byte and is checked before anything
+else in the file is used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
@@ -26,10 +26,10 @@ from .graph.ir import Graph, GraphError
 from .version import __version__
 
 FORMAT = "rbln_vae"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUFFIX = ".rbln"
 
-_NO_CHECKSUM = "0" * 64
+_NO_CHECKSUM = "0" * 32
 _LARGEST_HEADER = 100_000_000  # the limit that safetensors itself sets
 _LINE = 64  # bytes of a line of the cache, at which tensors begin
 
@@ -81,7 +81,7 @@ class Artifact:
             "target": self.target,
             "dtype": self.dtype,
             "source": dict(self.source),
-            "graph": json.loads(self.graph.to_json()),
+            "graphs": [self.graph.to_dict()],
             "shapes": self._shapes_of_packed_weights(),
         }
         weights = _in_order(self.graph.weights if self.packed is None else self.packed)
@@ -135,7 +135,7 @@ def _header_of(description: Mapping[str, Any], weights: Mapping[str, torch.Tenso
 
 def _write(path: Path, header: bytes, weights: Iterable[torch.Tensor]) -> None:
     """Write a file whose checksum is zeros, then put in the right one."""
-    digest = hashlib.sha256(header)
+    digest = xxhash.xxh3_128(header)
     with path.open("wb") as file:
         file.write(header)
         for weight in weights:
@@ -171,7 +171,7 @@ def read_artifact(path: Path) -> Artifact:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         shapes = description["shapes"]
         weights = tensors if shapes is None else _of_shapes(shapes)
-        graph = Graph.from_json(json.dumps(description["graph"]), weights)
+        graph = Graph.from_dict(_the_graph(description["graphs"]), weights)
         texts = {name: description[name] for name in ("target", "dtype", "library_version")}
         source = description["source"]
         if not all(isinstance(text, str) for text in texts.values()):
@@ -197,6 +197,12 @@ def read_artifact(path: Path) -> Artifact:
         path,
         None if shapes is None else tensors,
     )
+
+
+def _the_graph(graphs: Any) -> Any:
+    if not isinstance(graphs, list) or len(graphs) != 1:
+        raise GraphError("this version runs parts of one graph")
+    return graphs[0]
 
 
 def _of_shapes(shapes: Any) -> dict[str, torch.Tensor]:
@@ -247,9 +253,11 @@ def _description(header: bytes, path: Path) -> dict[str, Any]:
             "model. Compile the model again; a diffusers model is compiled with export=True."
         ) from None
     if type(version) is not int or version != FORMAT_VERSION:
+        older = type(version) is int and 0 < version < FORMAT_VERSION
         raise RBLNArtifactError(
-            f"{path} has format version {version!r}, and this version of rbln-vae ({__version__}) "
-            f"reads version {FORMAT_VERSION}. Upgrade rbln-vae, or compile the model again."
+            f"{path} has format version {version!r}, but rbln-vae {__version__} reads version "
+            f"{FORMAT_VERSION}. {'' if older else 'Upgrade rbln-vae, or '}"
+            f"{'C' if older else 'c'}ompile the model again."
         )
     return dict(description)
 
@@ -272,9 +280,9 @@ def _place_of_digits(header: bytes, checksum: str) -> int:
 
 
 def _digest(data: mmap.mmap, start: int) -> str:
-    """SHA-256 of the file, with zeros where the digits of the checksum stand."""
+    """XXH3-128 of the file, with zeros where the digits of the checksum stand."""
     with memoryview(data) as view:
-        digest = hashlib.sha256(view[:start])
+        digest = xxhash.xxh3_128(view[:start])
         digest.update(_NO_CHECKSUM.encode())
         digest.update(view[start + len(_NO_CHECKSUM) :])
     return digest.hexdigest()

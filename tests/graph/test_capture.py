@@ -119,7 +119,7 @@ def test_how_the_model_was_to_run_makes_no_difference(name: str) -> None:
     PROCESSORS[name](vae)
     graph = capture_part(vae, "decoder")
     # But for copies: torch.export notes those of memory that isn't contiguous.
-    assert drop_no_ops(graph).to_json() == drop_no_ops(captured("decoder")).to_json()
+    assert drop_no_ops(graph).to_dict() == drop_no_ops(captured("decoder")).to_dict()
     for weight, expected in zip(
         graph.weights.values(), captured("decoder").weights.values(), strict=True
     ):

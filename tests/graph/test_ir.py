@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -341,6 +340,26 @@ def test_consumers_are_each_operation_that_reads_a_value_once() -> None:
     assert small_graph(square, both).consumers() == {"x": [square, both], "s": [both], "y": []}
 
 
+def test_each_operation_is_the_producer_of_its_output() -> None:
+    square, both = Add("s", "x", "x"), Add("y", "x", "s")
+    assert small_graph(square, both).producers() == {"s": square, "y": both}
+
+
+def test_a_pruned_graph_has_what_its_output_needs_and_no_more() -> None:
+    graph = small_graph(
+        conv("a", "x"),
+        conv("lost", "a", weight="other"),
+        Add("lost too", "lost", "a"),
+        Activation("y", "a", "silu"),
+        weight=(4, 4, 1, 1),
+        other=(4, 4, 1, 1),
+    )
+    pruned = graph.pruned().verify()
+    assert [operation.output for operation in pruned.operations] == ["a", "y"]
+    assert list(pruned.weights) == ["weight"]
+    assert pruned.pruned() == pruned
+
+
 def test_the_last_use_of_the_output_is_after_the_run() -> None:
     graph = small_graph(Add("s", "x", "x"), Add("y", "x", "s"))
     assert graph.last_uses() == {"x": 1, "s": 1, "y": 2}
@@ -363,15 +382,15 @@ def test_a_graph_is_the_same_whatever_size_it_was_exported_at(
     monkeypatch.setattr(capture_module, "EXAMPLE_WIDTH", 64 * 41)
     again = capture_part(make_vae(), part)
     # Diffusers makes large images contiguous, and the pass drops that.
-    assert drop_no_ops(again).to_json() == drop_no_ops(captured(part)).to_json()
+    assert drop_no_ops(again).to_dict() == drop_no_ops(captured(part)).to_dict()
     assert again.weights.keys() == captured(part).weights.keys()
 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("optimised", [False, True])
-def test_json_holds_no_spatial_size(part: str, optimised: bool) -> None:
+def test_what_is_stored_holds_no_spatial_size(part: str, optimised: bool) -> None:
     graph = optimise(captured(part)) if optimised else captured(part)
-    stored = json.loads(graph.to_json())
+    stored = graph.to_dict()
     numbers = {
         item
         for path in paths(stored)
@@ -386,7 +405,7 @@ def test_one_graph_serves_every_size(batch: int, height: int, width: int) -> Non
     assert shapes[captured("decoder").output] == (batch, 3, 2 * height, 2 * width)
 
 
-# JSON
+# Storing
 
 
 def at(item: Any, path: tuple[Any, ...]) -> Any:
@@ -403,25 +422,26 @@ GRAPHS = {
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_json_gives_an_equal_graph(name: str) -> None:
+def test_what_is_stored_gives_an_equal_graph(name: str) -> None:
     graph = GRAPHS[name]()
-    again = Graph.from_json(graph.to_json(), graph.weights)
+    stored = graph.to_dict()
+    assert json.loads(json.dumps(stored)) == stored
+    again = Graph.from_dict(stored, graph.weights)
     assert again == graph
-    assert again.to_json() == graph.to_json()
+    assert stored == graph.to_dict() == again.to_dict()
     assert all(type(a) is type(b) for a, b in zip(again.operations, graph.operations, strict=True))
 
 
-def test_json_holds_no_weights() -> None:
-    assert len(small_graph(conv(), weight=(4, 4, 64, 64)).to_json()) < 500
+def test_no_weights_are_stored_with_a_graph() -> None:
+    assert len(json.dumps(small_graph(conv(), weight=(4, 4, 64, 64)).to_dict())) < 500
 
 
 def stored_graph() -> Any:
-    return json.loads(graph_of_every_kind().to_json())
+    return graph_of_every_kind().to_dict()
 
 
 def loaded(stored: Any) -> Graph:
-    text = stored if isinstance(stored, str) else json.dumps(stored)
-    return Graph.from_json(text, graph_of_every_kind().weights)
+    return Graph.from_dict(stored, graph_of_every_kind().weights)
 
 
 def replaced(path: tuple[Any, ...], value: Any) -> Any:
@@ -436,27 +456,36 @@ def without(*path: Any) -> Any:
     return stored
 
 
-DEEP = 50_000
+def nested(depth: int, key: str | None = None) -> Any:
+    """A list in a list in a list, or with a key an object in an object."""
+    item: Any = 0
+    for _ in range(depth):
+        item = [item] if key is None else {key: item}
+    return item
+
+
+ONE_OF_EACH = "this version runs graphs of one input, one output and no state"
 MALFORMED: dict[str, tuple[Any, str]] = {
-    "nothing": ("", "isn't JSON"),
-    "half of it": (graph_of_every_kind().to_json()[:99], "isn't JSON"),
-    "a list": ([], "isn't a JSON object"),
-    "null": (None, "isn't a JSON object"),
-    "a number with too many digits": ("9" * 10_000, "isn't JSON"),
-    "no version": (without("version"), "version None"),
-    "a newer version": (replaced(("version",), 2), "version 2"),
-    "a version that is a boolean": (replaced(("version",), True), "version True"),
-    "a version that is a float": (replaced(("version",), 1.0), "version 1.0"),
-    "no operations": (without("operations"), "no list of operations"),
-    "operations that are an object": (replaced(("operations",), {}), "no list of operations"),
+    "a text": ("{}", "expected an object"),
+    "a list": ([], "expected an object"),
+    "null": (None, "expected an object"),
+    "no operations": (without("operations"), "found"),
+    "operations that are an object": (replaced(("operations",), {}), "expected tuple"),
     "an operation that is a text": (replaced(("operations", 0), "Conv2d"), "isn't an object"),
     "no name": (without("name"), "found"),
     "a further field": (replaced(("colour",), "red"), "found"),
-    "weights in the text": (replaced(("weights",), {}), "weights"),
+    "weights in it": (replaced(("weights",), {}), "found"),
+    "no input": (replaced(("inputs",), []), ONE_OF_EACH),
+    "two inputs": (replaced(("inputs",), [{"name": "x", "channels": 4}] * 2), ONE_OF_EACH),
+    "two outputs": (replaced(("outputs",), ["result", "down"]), ONE_OF_EACH),
+    "state": (replaced(("state",), [{"name": "history"}]), ONE_OF_EACH),
+    "an input that is a text": (replaced(("inputs", 0), "x"), "expected an object"),
+    "an output that is an object": (replaced(("outputs", 0), {"name": "result"}), "expected str"),
+    "state that is null": (replaced(("state",), None), "expected tuple"),
     "a name that is a number": (replaced(("name",), 7), "expected str"),
-    "channels that are a text": (replaced(("input_channels",), "4"), "expected int"),
-    "channels that are a float": (replaced(("input_channels",), 4.0), "expected int"),
-    "channels that are a boolean": (replaced(("input_channels",), True), "expected int"),
+    "channels that are a text": (replaced(("inputs", 0, "channels"), "4"), "expected int"),
+    "channels that are a float": (replaced(("inputs", 0, "channels"), 4.0), "expected int"),
+    "channels that are a boolean": (replaced(("inputs", 0, "channels"), True), "expected int"),
     "an unknown kind": (replaced(("operations", 0, "kind"), "Eval"), "unknown operation 'Eval'"),
     "the kind that all kinds are": (
         replaced(("operations", 0, "kind"), "Operation"),
@@ -501,16 +530,13 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         "expected",
     ),
     "an axis that is a list": (replaced(("operations", 5, "axes"), ["n", [8], "hw"]), "expected"),
-    "brackets in brackets": ("[" * DEEP + "]" * DEEP, "isn't JSON"),
-    "brackets for operations": (
-        json.dumps(replaced(("operations",), "@")).replace('"@"', "[" * 900 + "]" * 900),
-        "isn't an object",
-    ),
+    "brackets in brackets": (nested(50_000), "nested too deeply"),
+    "brackets for operations": (replaced(("operations",), nested(500)), "isn't an object"),
 }
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_from_json_refuses(name: str) -> None:
+def test_from_dict_refuses(name: str) -> None:
     stored, message = MALFORMED[name]
     with pytest.raises(GraphError, match=re.escape(message)):
         loaded(stored)
@@ -518,14 +544,14 @@ def test_from_json_refuses(name: str) -> None:
 
 @pytest.mark.parametrize("depth", [10, 100, 900, 990, 2_000, 20_000, 200_000])
 @pytest.mark.parametrize(
-    "path", [("version",), ("name",), ("operations", 0), ("operations", 0, "padding")], ids=str
+    "path", [("state",), ("name",), ("operations", 0), ("operations", 0, "padding")], ids=str
 )
-@pytest.mark.parametrize("brackets", ["[]", '{"a":}'])
-def test_nesting_of_any_depth_is_refused(depth: int, path: tuple[Any, ...], brackets: str) -> None:
-    bomb = brackets[:-1] * depth + "0" + brackets[-1] * depth
-    text = json.dumps(replaced(path, "@")).replace('"@"', bomb)
+@pytest.mark.parametrize("key", [None, "a"])
+def test_nesting_of_any_depth_is_refused(
+    depth: int, path: tuple[Any, ...], key: str | None
+) -> None:
     with pytest.raises(GraphError):
-        loaded(text)
+        loaded(replaced(path, nested(depth, key)))
 
 
 ANYTHING = st.recursive(
@@ -554,19 +580,11 @@ def test_a_graph_with_anything_anywhere_is_valid_or_refused(
         graph = loaded(stored)
     except GraphError:
         return
-    assert graph.verify() == Graph.from_json(graph.to_json(), graph.weights)
-
-
-@settings(max_examples=300)
-@given(start=st.integers(0, 3000), length=st.integers(0, 20), text=st.text(max_size=6))
-def test_text_with_a_piece_replaced_is_valid_or_refused(start: int, length: int, text: str) -> None:
-    whole = graph_of_every_kind().to_json()
-    with contextlib.suppress(GraphError):
-        loaded(whole[:start] + text + whole[start + length :])
+    assert graph.verify() == Graph.from_dict(graph.to_dict(), graph.weights)
 
 
 @pytest.mark.parametrize("name", sorted(graph_of_every_kind().weights))
-def test_from_json_refuses_weights_that_do_not_fit(name: str) -> None:
+def test_from_dict_refuses_weights_that_do_not_fit(name: str) -> None:
     graph = graph_of_every_kind()
     for other in (
         {k: v for k, v in graph.weights.items() if k != name},
@@ -575,7 +593,7 @@ def test_from_json_refuses_weights_that_do_not_fit(name: str) -> None:
         {**graph.weights, name + "2": graph.weights[name]},
     ):
         with pytest.raises(GraphError):
-            Graph.from_json(graph.to_json(), other)
+            Graph.from_dict(graph.to_dict(), other)
 
 
 # Printing

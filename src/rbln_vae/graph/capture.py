@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,13 +152,10 @@ class _Capture:
                 self._call(node)
             else:
                 raise self._unsupported(node, f"{node.op} {node.target}")
-        operations = tuple(_reaching(self.operations, output))
-        used = {name for operation in operations for name in operation.weights}
-        weights = {name: weight for name, weight in self.weights.items() if name in used}
+        operations = tuple(self.operations)
+        graph = Graph(self.name, input_value, self.input_channels, output, operations, self.weights)
         try:
-            return Graph(
-                self.name, input_value, self.input_channels, output, operations, weights
-            ).verify()
+            return graph.pruned().verify()
         except GraphError as error:
             raise RBLNCompileError(f"The {self.name} gives no valid graph: {error}") from error
 
@@ -253,17 +250,6 @@ class _Capture:
             f"Can't compile operation {what!r} in {place!r} of the {self.name}. Supported are: "
             f"{', '.join(sorted(_TRANSLATIONS))}."
         )
-
-
-def _reaching(operations: list[Operation], output: Value) -> Iterator[Operation]:
-    """The operations on which the output depends, in their order."""
-    needed = {output}
-    kept = []
-    for operation in reversed(operations):
-        if operation.output in needed:
-            needed.update(operation.inputs)
-            kept.append(operation)
-    return reversed(kept)
 
 
 def _name_of(node: torch.fx.Node) -> str:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -483,8 +482,6 @@ class Graph:
     operations: tuple[Operation, ...]
     weights: Mapping[str, torch.Tensor]
 
-    FORMAT_VERSION: ClassVar[int] = 1
-
     def infer_shapes(self, input_shape: Iterable[int]) -> dict[Value, Shape]:
         """The shape of every value for one input.
 
@@ -523,6 +520,10 @@ class Graph:
         """Channels of the result."""
         return self.probe_shapes()[self.output][1]
 
+    def producers(self) -> dict[Value, Operation]:
+        """The operation that makes each value; the input has none."""
+        return {operation.output: operation for operation in self.operations}
+
     def consumers(self) -> dict[Value, list[Operation]]:
         """The operations that read each value, in order."""
         readers: dict[Value, list[Operation]] = {self.input: []}
@@ -537,6 +538,21 @@ class Graph:
         last = {value: i for i, o in enumerate(self.operations) for value in o.inputs}
         last[self.output] = len(self.operations)
         return last
+
+    def pruned(self) -> Graph:
+        """The graph without the operations and weights that its output doesn't need."""
+        needed = {self.output}
+        kept: list[Operation] = []
+        for operation in reversed(self.operations):
+            if operation.output in needed:
+                needed.update(operation.inputs)
+                kept.append(operation)
+        used = {name for operation in kept for name in operation.weights}
+        return dataclasses.replace(
+            self,
+            operations=tuple(reversed(kept)),
+            weights={name: weight for name, weight in self.weights.items() if name in used},
+        )
 
     def verify(self) -> Graph:
         """Check every rule of the representation.
@@ -566,66 +582,71 @@ class Graph:
         _rank(shapes, self.output, 4)
         return self
 
-    def to_json(self) -> str:
-        """The graph without its weights, as JSON (the format is in docs/artifact.md)."""
-        return json.dumps(
-            {
-                "version": self.FORMAT_VERSION,
-                "name": self.name,
-                "input": self.input,
-                "input_channels": self.input_channels,
-                "output": self.output,
-                "operations": [
-                    {"kind": operation.kind, **dataclasses.asdict(operation)}
-                    for operation in self.operations
-                ],
-            },
-            separators=(",", ":"),
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """The graph without its weights, ready for JSON (the format is in docs/artifact.md)."""
+        return {
+            "name": self.name,
+            "inputs": [{"name": self.input, "channels": self.input_channels}],
+            "outputs": [self.output],
+            "state": [],
+            "operations": [
+                {"kind": operation.kind, **dataclasses.asdict(operation, dict_factory=_json_object)}
+                for operation in self.operations
+            ],
+        }
 
     @classmethod
-    def from_json(cls, text: str, weights: Mapping[str, torch.Tensor]) -> Graph:
+    def from_dict(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
         """Rebuild and verify a graph.
 
         Args:
-            text: What `to_json` gave.
+            stored: What `to_dict` gave, or anything else that JSON can hold.
             weights: The tensors that it names.
 
         Raises:
-            GraphError: The text isn't a graph of this version, or doesn't fit the weights.
+            GraphError: It is no graph, doesn't fit the weights, or has other than one input
+                and one output.
         """
         try:
-            return cls._from_stored(json.loads(text), weights)
-        except GraphError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise GraphError(f"the graph isn't JSON: {error}") from None
-
-    @classmethod
-    def _from_stored(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
-        _require(isinstance(stored, dict), "the graph isn't a JSON object")
-        version = stored.pop("version", None)
-        _require(
-            type(version) is int and version == cls.FORMAT_VERSION,
-            f"graph version {version!r}, not {cls.FORMAT_VERSION}",
-        )
-        _require("weights" not in stored, "weights stand beside the graph, not in it")
-        operations = stored.pop("operations", None)
-        _require(isinstance(operations, list), "the graph has no list of operations")
-        graph = _build(
-            cls,
-            {
-                **stored,
-                "operations": tuple(_operation(item) for item in operations),
-                "weights": weights,
-            },
-        )
-        return typing.cast(Graph, graph).verify()
+            graph: _StoredGraph = _build(_StoredGraph, stored)
+            _require(
+                len(graph.inputs) == len(graph.outputs) == 1 and not graph.state,
+                f"{len(graph.inputs)} inputs, {len(graph.outputs)} outputs and {len(graph.state)} "
+                "values of state, where this version runs graphs of one input, one output and no "
+                "state",
+            )
+            operations = tuple(_operation(item) for item in graph.operations)
+        except RecursionError:  # where a message would show what is nested
+            raise GraphError("brackets are nested too deeply") from None
+        (source,), (output,) = graph.inputs, graph.outputs
+        return cls(graph.name, source.name, source.channels, output, operations, weights).verify()
 
     def __str__(self) -> str:
         lines = [f"graph {self.name}(%{self.input}: {self.input_channels} channels)"]
         lines += [f"  {operation}" for operation in self.operations]
         return "\n".join([*lines, f"  return %{self.output}"])
+
+
+@dataclass(frozen=True)
+class _StoredInput:
+    name: Value
+    channels: int
+
+
+@dataclass(frozen=True)
+class _StoredGraph:
+    """The fields of a graph in a file."""
+
+    name: str
+    inputs: tuple[_StoredInput, ...]
+    outputs: tuple[Value, ...]
+    state: tuple[Any, ...]
+    operations: tuple[Any, ...]
+
+
+def _json_object(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a dataclass with lists for tuples, as JSON has them."""
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in fields}
 
 
 def _operation(stored: Any) -> Operation:
@@ -639,8 +660,9 @@ def _operation(stored: Any) -> Operation:
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _build(cls: type[Any], stored: Mapping[str, Any]) -> Any:
+def _build(cls: type[Any], stored: Any) -> Any:
     """An instance of a dataclass from JSON, each field checked against its type."""
+    _require(isinstance(stored, dict), f"{stored!r} for a {cls.__name__}, expected an object")
     hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable
     names = {f.name for f in dataclasses.fields(cls)}
     _require(
@@ -659,9 +681,11 @@ def _decode(hint: Any, item: Any, name: str) -> Any:
             if type(item) is choice:
                 return item
         return _decode(choices[-1], item, name)
-    if hint is Norm:
+    if hint is Any:
+        return item
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         _require(isinstance(item, dict), f"{name} is {item!r}, expected an object")
-        return _build(Norm, item)
+        return _build(hint, item)
     if typing.get_origin(hint) is tuple and isinstance(item, list):
         element = typing.get_args(hint)[0]
         return tuple(_decode(element, each, name) for each in item)

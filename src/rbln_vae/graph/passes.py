@@ -207,7 +207,7 @@ def fold_value_projection(graph: Graph) -> Graph:
 
     Rows of a softmax sum to one, so `(P (x Vᵀ + v)) Oᵀ + o = P (x (O V)ᵀ + O v + o)`.
     """
-    made = {operation.output: operation for operation in graph.operations}
+    made = graph.producers()
     consumers = graph.consumers()
     weights = dict(graph.weights)
     replaced: dict[Value, Operation | None] = {}
@@ -277,7 +277,7 @@ def fold_upsample(graph: Graph) -> Graph:
     Each output pixel then sees 2x2 pixels of the small image, under one of four kernels
     with summed taps: 4/9 of the multiplications.
     """
-    made = {operation.output: operation for operation in graph.operations}
+    made = graph.producers()
     consumers = graph.consumers()
     weights = dict(graph.weights)
     operations: list[Operation] = []
@@ -316,7 +316,7 @@ def _phases(weight: torch.Tensor) -> torch.Tensor:
 
 def fold_pad(graph: Graph) -> Graph:
     """Make zeros around an image a part of the convolution that reads them."""
-    made = {operation.output: operation for operation in graph.operations}
+    made = graph.producers()
     operations: list[Operation] = []
     for operation in graph.operations:
         source = made.get(operation.inputs[0])
@@ -343,7 +343,7 @@ def fuse_norm(graph: Graph) -> Graph:
     A convolution takes a norm, an activation, or the two in this order. What another
     operation reads too is left, since it must be computed anyway.
     """
-    operations = {operation.output: operation for operation in graph.operations}
+    operations = graph.producers()
     # From the last to the first, so that a convolution takes the activation before the norm.
     for source in reversed(graph.operations):
         if not isinstance(source, (GroupNorm, Activation)) or source.output == graph.output:
@@ -373,7 +373,7 @@ def _applying(source: GroupNorm | Activation, reader: Operation) -> Conv2d | Non
 
 def fuse_residual(graph: Graph) -> Graph:
     """Fuse an addition into the convolution or attention that makes one of its operands."""
-    made = {operation.output: operation for operation in graph.operations}
+    made = graph.producers()
     consumers = graph.consumers()
     operations = list(graph.operations)
     for add in graph.operations:
@@ -413,23 +413,17 @@ def _rebuild(
     output: Value | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Graph:
-    """The graph with other operations, less those and the weights that nothing needs now."""
-    result = graph.output if output is None else output
-    needed = {result}
-    kept: list[Operation] = []
-    for operation in reversed(list(operations)):
-        if operation.output in needed:
-            needed.update(operation.inputs)
-            kept.append(operation)
-    kept.reverse()
-    used = {name for operation in kept for name in operation.weights}
-    available = graph.weights if weights is None else weights
-    return dataclasses.replace(
-        graph,
-        output=result,
-        operations=tuple(kept),
-        weights={name: weight for name, weight in available.items() if name in used},
-    ).verify()
+    """The graph with other operations, without those and the weights that nothing needs now."""
+    return (
+        dataclasses.replace(
+            graph,
+            output=graph.output if output is None else output,
+            operations=tuple(operations),
+            weights=graph.weights if weights is None else weights,
+        )
+        .pruned()
+        .verify()
+    )
 
 
 PASSES: tuple[Pass, ...] = (

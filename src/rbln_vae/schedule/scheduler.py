@@ -59,10 +59,8 @@ def make_schedule(
 
 def droppable(graph: Graph) -> frozenset[Value]:
     """The values that can be computed in strips wherever they are needed."""
-    readers: dict[Value, list[Operation]] = {graph.output: [Export("", graph.output)]}
-    for operation in graph.operations:
-        for value in operation.inputs:
-            readers.setdefault(value, []).append(operation)
+    readers = graph.consumers()
+    readers[graph.output].append(Export("", graph.output))
     makers: list[Operation] = [Import(graph.input), *graph.operations]
     return frozenset(
         maker.output
