@@ -221,6 +221,7 @@ def _short(case: Case) -> str:
         *(["doubling"] if case.upsample else ()),
         *([f"stride {case.stride}"] if case.stride > 1 else ()),
         *(["norm"] if case.groups else ()),
+        *([case.activation] if case.activation else ()),
         *(["residual"] if case.residual else ()),
     ]
     return f"{case.inputs} to {case.outputs} {size}, {', '.join(options)}"
