@@ -278,5 +278,5 @@ def _save(directory: Path, parts: Iterable[str], dtype: str) -> None:
     channels = {"encode": model.config.in_channels, "decode": model.config.latent_channels}
     for part in parts:
         name = f"{part}r"
-        graph = capture(RBLNAutoencoderKL._module(model, name), name, channels[part])
+        graph = capture(RBLNAutoencoderKL.family.module(model, name), name, channels[part])
         Artifact(graph, "cpu", dtype).save(directory / f"{part}.rbln")

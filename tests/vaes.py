@@ -91,7 +91,7 @@ def compile_vae(vae: AutoencoderKL, **options: Any) -> RBLNAutoencoderKL:
 def capture_part(vae: AutoencoderKL, part: str) -> Graph:
     """The graph of one part, before any pass."""
     channels = vae.config.in_channels if part == "encoder" else vae.config.latent_channels
-    return capture(RBLNAutoencoderKL._module(vae, part), part, channels)
+    return capture(RBLNAutoencoderKL.family.module(vae, part), part, channels)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,8 +20,8 @@ from .registration import register
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .autoencoder_kl import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
-    from .model import RBLNModel
+    from .models.autoencoder_kl import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
+    from .models.base import RBLNModel
 
 __all__ = [
     "RBLNArtifactError",
@@ -46,7 +46,7 @@ register()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        ".autoencoder_kl": ("RBLNAutoencoderKL", "RBLNAutoencoderKLConfig"),
-        ".model": ("RBLNModel",),
+        ".models.autoencoder_kl": ("RBLNAutoencoderKL", "RBLNAutoencoderKLConfig"),
+        ".models.base": ("RBLNModel",),
     },
 )

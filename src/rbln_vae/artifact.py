@@ -65,6 +65,16 @@ class Artifact:
     path: Path | None = None
     packed: Mapping[str, torch.Tensor] | None = None
 
+    @property
+    def part(self) -> str:
+        """The name of the part of the model."""
+        return self.graph.name
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return self.graph.input_channels
+
     def save(self, path: Path) -> None:
         """Write the file, atomically: a crash leaves the old one or none.
 

@@ -12,6 +12,7 @@ from PIL import Image
 from services import raw
 from vaes import noise
 
+from rbln_vae.models.latents import LatentScaling
 from rbln_vae.serving import protocol
 from rbln_vae.serving.errors import CODES, RefusedError
 from rbln_vae.serving.models import ModelInfo
@@ -26,10 +27,7 @@ def model(**changes: Any) -> ModelInfo:
         "latent_channels": 4,
         "vae_scale_factor": 8,
         "sample_size": (64, 64),
-        "scaling_factor": 0.5,
-        "shift_factor": 0.25,
-        "latents_mean": None,
-        "latents_std": None,
+        "scaling": LatentScaling(0.5, 0.25),
         "dtype": "float32",
         "target": "cpu",
     }
@@ -79,7 +77,7 @@ def test_scaling_is_that_of_pipelines() -> None:
 
 def test_scaling_by_the_model_uses_its_statistics_if_it_has_any() -> None:
     mean, std = (0.1, -0.2, 0.3, 0.0), (1.5, 2.0, 0.5, 1.0)
-    info = model(latents_mean=mean, latents_std=std, shift_factor=None)
+    info = model(scaling=LatentScaling(0.5, latents_mean=mean, latents_std=std))
     latent = noise(1, 4, 2, 2)
     by_channel = [torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std)]
     expected = latent * by_channel[1] / 0.5 + by_channel[0]

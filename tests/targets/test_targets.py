@@ -12,6 +12,7 @@ from vaes import assert_same_model, default_compiled, default_vae
 from rbln_vae import RBLNAutoencoderKL, RBLNModelConfig, RBLNTargetUnavailableError
 from rbln_vae.config import TARGETS
 from rbln_vae.host import usable_memory
+from rbln_vae.models.autoencoder_kl import AutoencoderKLFamily
 from rbln_vae.targets.base import Target, all_targets, default_target, get_target
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -127,7 +128,7 @@ def test_it_is_said_before_the_work_not_after_it(monkeypatch):
     def never(*_: object) -> None:
         raise AssertionError("nothing is captured for a target that can't run")
 
-    monkeypatch.setattr(RBLNAutoencoderKL, "_module", never)
+    monkeypatch.setattr(AutoencoderKLFamily, "module", never)
     with pytest.raises(RBLNTargetUnavailableError):
         place(target="rbln")
 
@@ -229,7 +230,7 @@ def test_the_processor_is_a_device_too(options):
     ids=str,
 )
 def test_a_device_of_another_target_is_an_error_before_the_work(monkeypatch, options):
-    monkeypatch.setattr(RBLNAutoencoderKL, "_module", None)
+    monkeypatch.setattr(AutoencoderKLFamily, "module", None)
     with pytest.raises(ValueError, match=r"is none of the target '(cpu|reference)'.*on 'cpu'"):
         place(**options)
 

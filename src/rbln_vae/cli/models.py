@@ -8,12 +8,13 @@ from typing import Any, TypeVar, cast
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig, opening
-from ..autoencoder_kl import DECODER, ENCODER
+from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
 from ..config import CONFIG_NAME, check_image_size
 from ..errors import RBLNArtifactError
 from ..hub import find_vae
 from ..images import parse_size
+from ..models import opening
+from ..models.family import DECODER, ENCODER
 from .terminal import working
 
 Option = TypeVar("Option")
@@ -33,7 +34,7 @@ def open_reference(name: str, **loading: Any) -> torch.nn.Module:
         **loading: `subfolder` and `revision`.
     """
     with working(f"Loading {name} in diffusers …"):
-        model = RBLNAutoencoderKL._load_original(name, **find_vae(name, **loading))
+        model = RBLNAutoencoderKL.family.load_original(name, **find_vae(name, **loading))
     return cast(torch.nn.Module, model).float().eval()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import RBLNAutoencoderKL
-from ..autoencoder_kl import DECODER, ENCODER
+from ..models.family import DECODER, ENCODER
 from ..profiler import Profile
 from .models import input_shapes
 from .terminal import out, working

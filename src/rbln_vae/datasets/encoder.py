@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..artifact import SUFFIX
-from ..autoencoder_kl import ENCODER, RBLNAutoencoderKL
-from ..opening import open_found
+from ..models.autoencoder_kl import RBLNAutoencoderKL
+from ..models.family import ENCODER
+from ..models.latents import LatentScaling
+from ..models.opening import open_found
 from .options import Options
 from .pictures import Prepared
 from .seeds import seed_of
@@ -67,7 +69,7 @@ class LatentEncoder:
     """
 
     def __init__(self, vae: RBLNAutoencoderKL, options: Options) -> None:
-        config = vae.rbln_config
+        config = vae.resolved_config
         if not config.uses_encoder:
             raise ValueError(
                 "the model has a decoder only; compile it again with its encoder "
@@ -75,7 +77,7 @@ class LatentEncoder:
             )
         if config.in_channels != 3:
             raise ValueError(f"images have 3 channels, and the model takes {config.in_channels}")
-        sizes = options.sizing(int(config.vae_scale_factor or 1)).sizes
+        sizes = options.sizing(config.vae_scale_factor).sizes
         self._vae, self._options = vae, options
         self._padded = vae.static_shapes
         self.batch_size = options.batch_size or config.batch_size
@@ -86,6 +88,7 @@ class LatentEncoder:
                 f"the target {config.target!r} takes the shape that the model was compiled for "
                 f"alone: size {config.sample_size}, batch {config.batch_size}"
             )
+        self._scaling = LatentScaling.of(vae.config)
         self._dtype: torch.dtype = getattr(torch, options.latent_dtype)
 
     def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
@@ -130,26 +133,14 @@ class LatentEncoder:
             else:
                 tensors = {"mean": mean, "logvar": logvar}
             if self._options.scale:
-                shift, factor = self._scaling
-                for name, tensor in tensors.items():
-                    # The variance of a multiple is that of the whole times its square.
-                    tensors[name] = (
-                        tensor + 2 * factor.log() if name == "logvar" else (tensor - shift) * factor
-                    )
+                tensors = {
+                    name: self._scaling.scale_log_variance(tensor)
+                    if name == "logvar"
+                    else self._scaling.scale(tensor)
+                    for name, tensor in tensors.items()
+                }
             result.append({name + suffix: t.to(self._dtype) for name, t in tensors.items()})
         return result
-
-    @functools.cached_property
-    def _scaling(self) -> tuple[Tensor, Tensor]:
-        """What is subtracted and then multiplied, `(C, 1, 1)` or a number."""
-        stored = scaling_of(self._vae)
-        shift = torch.tensor(stored["shift_factor"] or 0.0)
-        factor = torch.tensor(stored["scaling_factor"] or 1.0)
-        if stored["latents_mean"] is not None:
-            shift = shift + torch.tensor(stored["latents_mean"]).view(-1, 1, 1)
-        if stored["latents_std"] is not None:
-            factor = factor / torch.tensor(stored["latents_std"]).view(-1, 1, 1)
-        return shift, factor
 
     def _record(self, image: Prepared) -> dict[str, Any]:
         place = image.placement
@@ -183,12 +174,6 @@ def load_model(
     return open_found(model, settings, loading)
 
 
-def scaling_of(vae: RBLNAutoencoderKL) -> dict[str, Any]:
-    """The constants that diffusion models apply to the latents of a model."""
-    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    return {name: vae.config.get(name) for name in names}
-
-
 def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any]:
     """What tells a compiled model from others, as the record of a job holds it.
 
@@ -197,9 +182,9 @@ def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any
         directory: Where it was loaded from, for targets whose compiled models don't say what
             they were made of.
     """
-    config = vae.rbln_config
-    compiled: Any = vae.compiled_models.get(ENCODER)
-    digest = getattr(compiled, "source", {}).get("sha256")
+    config = vae.resolved_config
+    encoder = vae.compiled_models.get(ENCODER)
+    digest = None if encoder is None else encoder.source.get("sha256")
     file = directory and directory / f"{ENCODER}{SUFFIX}"
     if digest is None and file and file.exists():
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -209,5 +194,5 @@ def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any
         "dtype": config.dtype,
         "vae_scale_factor": config.vae_scale_factor,
         "latent_channels": config.latent_channels,
-        **scaling_of(vae),
+        **{f.name: vae.config.get(f.name) for f in dataclasses.fields(LatentScaling)},
     }

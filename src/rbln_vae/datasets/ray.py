@@ -53,7 +53,7 @@ class Worker:
         made = Options.from_dict(options)
         vae = load_model(model, settings, loading)
         self._encoder = LatentEncoder(vae, made)
-        self._sizing = made.sizing(int(vae.rbln_config.vae_scale_factor or 1))
+        self._sizing = made.sizing(vae.resolved_config.vae_scale_factor)
         self._job = Job(Path(directory), made)
         self._decoders = decoders
 

@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from ..autoencoder_kl import DECODER, ENCODER
+from ..models.family import DECODER, ENCODER
 from ..version import __version__
 from . import protocol
 from .backend import Backend
@@ -160,7 +160,10 @@ def create_app(backend: Backend, limits: Limits | None = None) -> FastAPI:
     @app.get("/models", responses=problems)
     async def models() -> ModelList:
         """The models, the default first."""
-        entries = [dataclasses.asdict(model) for model in backend.models.values()]
+        entries = [
+            {**dataclasses.asdict(model), **dataclasses.asdict(model.scaling)}
+            for model in backend.models.values()
+        ]
         return ModelList(models=[ModelEntry.model_validate(entry) for entry in entries])
 
     @app.get("/health", responses=problems)

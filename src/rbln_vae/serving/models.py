@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..autoencoder_kl import DECODER, ENCODER, RBLNAutoencoderKL
-from ..opening import open_model
+from ..models.autoencoder_kl import RBLNAutoencoderKL
+from ..models.family import DECODER, ENCODER
+from ..models.latents import LatentScaling
+from ..models.opening import open_model
 from ..targets.base import get_target
 from ..targets.watch import ShouldStop
 
@@ -32,10 +34,7 @@ class ModelInfo:
         latent_channels: Channels of a latent.
         vae_scale_factor: Pixels per latent cell in a direction.
         sample_size: `(height, width)` that it was compiled for.
-        scaling_factor: What pipelines multiply latents by after encoding.
-        shift_factor: What they subtract before that.
-        latents_mean: One number a channel that some models have instead.
-        latents_std: The same, of the spread.
+        scaling: What pipelines do to its latents.
         dtype: In what it computes.
         target: On what it runs.
     """
@@ -46,42 +45,30 @@ class ModelInfo:
     latent_channels: int
     vae_scale_factor: int
     sample_size: tuple[int, int]
-    scaling_factor: float | None
-    shift_factor: float | None
-    latents_mean: tuple[float, ...] | None
-    latents_std: tuple[float, ...] | None
+    scaling: LatentScaling
     dtype: str
     target: str
 
     @classmethod
     def of(cls, name: str, vae: RBLNAutoencoderKL) -> ModelInfo:
         """What there is to know of a compiled model."""
-        compiled, config = vae.rbln_config, vae.config
-        assert compiled.sample_size and compiled.in_channels and compiled.latent_channels
+        resolved = vae.resolved_config
         return cls(
             name=name,
-            parts=tuple(vae.compiled_models),
-            in_channels=compiled.in_channels,
-            latent_channels=compiled.latent_channels,
-            vae_scale_factor=int(compiled.vae_scale_factor or 1),
-            sample_size=compiled.sample_size,
-            scaling_factor=config.get("scaling_factor"),
-            shift_factor=config.get("shift_factor"),
-            latents_mean=_numbers(config, "latents_mean"),
-            latents_std=_numbers(config, "latents_std"),
-            dtype=str(compiled.dtype),
-            target=str(compiled.target),
+            parts=resolved.parts,
+            in_channels=resolved.in_channels,
+            latent_channels=resolved.latent_channels,
+            vae_scale_factor=resolved.vae_scale_factor,
+            sample_size=resolved.sample_size,
+            scaling=LatentScaling.of(vae.config),
+            dtype=resolved.dtype,
+            target=resolved.target,
         )
 
     def pixels(self, part: str, shape: Shape) -> int:
         """Pixels of all the images that an input of a part stands for."""
         count = shape[0] * math.prod(shape[2:])
         return count if part == ENCODER else count * self.vae_scale_factor**2
-
-
-def _numbers(config: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
-    values = config.get(name)
-    return None if values is None else tuple(map(float, values))
 
 
 def named_models(texts: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ a result the bytes and headers that the client reads.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ..config import check_image_size
 from ..images import load_image
+from ..models.latents import LatentScaling
 from .errors import RefusedError
 from .models import LONGEST_NAME, ModelInfo, Shape
 from .png import encode_png
@@ -215,21 +217,18 @@ def prepare_latent(
         batch, channels, height, width = expected.model_shape
         cells = latent.view(batch, height // 2, width // 2, channels, 2, 2)
         latent = cells.permute(0, 3, 1, 4, 2, 5).reshape(expected.model_shape)
-    scale, shift = query.scaling_factor, query.shift_factor
-    if query.do_scaling:
-        scale = model.scaling_factor if scale is None else scale
-        shift = model.shift_factor if shift is None else shift
-        if model.latents_std is not None:
-            latent = latent * _by_channel(model.latents_std, latent)
-    if scale is not None:
-        latent = latent / scale
-    if query.do_scaling and model.latents_mean is not None:
-        latent = latent + _by_channel(model.latents_mean, latent)
-    return latent if shift is None else latent + shift
+    scaling = model.scaling if query.do_scaling else LatentScaling()
+    return _asked_for(query, scaling).unscale(latent)
 
 
-def _by_channel(values: tuple[float, ...], latent: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=latent.dtype).view(1, -1, 1, 1)
+def _asked_for(query: DecodeQuery | EncodeQuery, scaling: LatentScaling) -> LatentScaling:
+    """The scaling with the constants that a query gives instead."""
+    factor, shift = query.scaling_factor, query.shift_factor
+    return dataclasses.replace(
+        scaling,
+        scaling_factor=scaling.scaling_factor if factor is None else factor,
+        shift_factor=scaling.shift_factor if shift is None else shift,
+    )
 
 
 @dataclass(frozen=True)
@@ -411,11 +410,7 @@ def _not_an_image(error: BaseException) -> RefusedError:
 
 def encode_reply(latent: Tensor, query: EncodeQuery) -> Reply:
     """What `remote_encode` reads: the latent, scaled if that was asked for."""
-    if query.shift_factor is not None:
-        latent = latent - query.shift_factor
-    if query.scaling_factor is not None:
-        latent = latent * query.scaling_factor
-    return tensor_reply(latent)
+    return tensor_reply(_asked_for(query, LatentScaling()).scale(latent))
 
 
 def _positive(shape: list[int]) -> Shape:

@@ -24,8 +24,24 @@ from ..units import format_bytes
 from .watch import ShouldStop
 
 
-class CompiledModel(Protocol):
+class CompiledPart(Protocol):
     """One part of a model, compiled for a target."""
+
+    @property
+    def part(self) -> str:
+        """The name of the part."""
+
+    @property
+    def dtype(self) -> str:
+        """In what it computes."""
+
+    @property
+    def source(self) -> Mapping[str, str]:
+        """What it was compiled from; empty where the target's own files don't say."""
+
+    @property
+    def in_channels(self) -> int | None:
+        """Channels of its input; `None` where the target's own files don't say."""
 
     def save(self, path: Path) -> None:
         """Write it to a `.rbln` file, atomically."""
@@ -161,7 +177,7 @@ class Target(ABC):
         """What is fastest here at an error that the model bears."""
 
     @abstractmethod
-    def compile_module(self, module: nn.Module, options: CompileOptions) -> CompiledModel:
+    def compile_module(self, module: nn.Module, options: CompileOptions) -> CompiledPart:
         """Compile a part of a model.
 
         Args:
@@ -173,7 +189,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def load(self, path: Path) -> CompiledModel:
+    def load(self, path: Path) -> CompiledPart:
         """Read what a compiled model's `save` wrote.
 
         Raises:
@@ -181,7 +197,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> Runtime:
+    def create_runtime(self, compiled: CompiledPart, options: RuntimeOptions) -> Runtime:
         """Put a compiled part on its device.
 
         Raises:
@@ -198,11 +214,11 @@ class Target(ABC):
 class GraphTarget(Target):
     """A target that runs our own graphs, not what another compiler makes of a module."""
 
-    def compile_module(self, module: nn.Module, options: CompileOptions) -> CompiledModel:
+    def compile_module(self, module: nn.Module, options: CompileOptions) -> CompiledPart:
         return self.compile(capture(module, options.part, options.input_shape[1]), options)
 
     @abstractmethod
-    def compile(self, graph: Graph, options: CompileOptions) -> CompiledModel:
+    def compile(self, graph: Graph, options: CompileOptions) -> CompiledPart:
         """Set a captured graph up for the target.
 
         Raises:

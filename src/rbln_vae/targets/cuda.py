@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import CompiledModel, RuntimeOptions
+from .base import CompiledPart, RuntimeOptions
 from .reference import InterpreterRuntime, InterpreterTarget
 
 
@@ -38,9 +38,7 @@ class CudaTarget(InterpreterTarget):
     def best_dtype(self) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
 
-    def create_runtime(
-        self, compiled: CompiledModel, options: RuntimeOptions
-    ) -> InterpreterRuntime:
+    def create_runtime(self, compiled: CompiledPart, options: RuntimeOptions) -> InterpreterRuntime:
         self.require()
         return super().create_runtime(compiled, options)
 

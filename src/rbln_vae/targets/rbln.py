@@ -12,7 +12,8 @@ import importlib
 import importlib.util
 import inspect
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,7 @@ from ..errors import (
     RBLNTargetUnavailableError,
 )
 from ..profiler import RunProfile
-from .base import CompiledModel, CompileOptions, RuntimeOptions, Target, sizes
+from .base import CompiledPart, CompileOptions, RuntimeOptions, Target, sizes
 from .watch import ShouldStop, Watch
 
 DTYPE = "float32"
@@ -71,7 +72,7 @@ class RblnTarget(Target):
     def best_dtype(self) -> str:
         return DTYPE
 
-    def compile_module(self, module: nn.Module, options: CompileOptions) -> RblnModel:
+    def compile_module(self, module: nn.Module, options: CompileOptions) -> RblnPart:
         rebel = _rebel()
         (name,) = inspect.signature(module.forward).parameters
         try:
@@ -86,11 +87,11 @@ class RblnTarget(Target):
             raise RBLNCompileError(
                 f"Rebellions' compiler can't compile the {options.part}: {error}"
             ) from error
-        return RblnModel(compiled)
+        return RblnPart(compiled, options.part, options.source, options.input_shape[1])
 
-    def load(self, path: Path) -> RblnModel:
+    def load(self, path: Path) -> RblnPart:
         try:
-            return RblnModel(_rebel().RBLNCompiledModel(path))
+            return RblnPart(_rebel().RBLNCompiledModel(path), path.stem)
         except (RuntimeError, ValueError, OSError) as error:
             if isinstance(error, RBLNTargetUnavailableError):
                 raise
@@ -98,8 +99,8 @@ class RblnTarget(Target):
                 f"{path} can't be read by Rebellions' compiler: {error}. Compile the model again."
             ) from error
 
-    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> RblnRuntime:
-        assert isinstance(compiled, RblnModel)
+    def create_runtime(self, compiled: CompiledPart, options: RuntimeOptions) -> RblnRuntime:
+        assert isinstance(compiled, RblnPart)
         if isinstance(options.device, str):
             raise ValueError(
                 f"device={options.device!r} is none of the target 'rbln', whose devices are "
@@ -123,10 +124,14 @@ class RblnTarget(Target):
 
 
 @dataclass(frozen=True)
-class RblnModel:
+class RblnPart:
     """One part of a model, as Rebellions' compiler gives it."""
 
     compiled: Any
+    part: str
+    source: Mapping[str, str] = field(default_factory=dict)
+    in_channels: int | None = None
+    dtype: str = DTYPE
 
     def save(self, path: Path) -> None:
         try:

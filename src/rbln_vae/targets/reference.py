@@ -20,7 +20,7 @@ from ..graph.passes import optimise
 from ..profiler import RunProfile, Step
 from ..units import format_bytes
 from .base import (
-    CompiledModel,
+    CompiledPart,
     CompileOptions,
     GraphTarget,
     RuntimeOptions,
@@ -62,9 +62,7 @@ class InterpreterTarget(GraphTarget):
             )
         return artifact
 
-    def create_runtime(
-        self, compiled: CompiledModel, options: RuntimeOptions
-    ) -> InterpreterRuntime:
+    def create_runtime(self, compiled: CompiledPart, options: RuntimeOptions) -> InterpreterRuntime:
         assert isinstance(compiled, Artifact)
         device = self.default_device() if options.device is None else options.device
         return InterpreterRuntime(compiled, str(device), options)

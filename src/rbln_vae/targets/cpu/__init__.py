@@ -11,7 +11,7 @@ from ...artifact import Artifact, read_artifact
 from ...errors import RBLNArtifactError
 from ...graph.ir import Graph
 from ...graph.passes import optimise
-from ..base import CompiledModel, CompileOptions, GraphTarget, RuntimeOptions
+from ..base import CompiledPart, CompileOptions, GraphTarget, RuntimeOptions
 from .packing import check_packed, pack
 from .runtime import CpuRuntime, best_dtype
 
@@ -59,7 +59,7 @@ class CpuTarget(GraphTarget):
             ) from error
         return artifact
 
-    def create_runtime(self, compiled: CompiledModel, options: RuntimeOptions) -> CpuRuntime:
+    def create_runtime(self, compiled: CompiledPart, options: RuntimeOptions) -> CpuRuntime:
         assert isinstance(compiled, Artifact) and compiled.packed is not None
         return CpuRuntime(
             compiled.graph,

@@ -11,7 +11,7 @@ from vaes import default_compiled, default_vae, noise
 
 from rbln_vae import demo_model
 from rbln_vae.config import CONFIG_NAME
-from rbln_vae.opening import open_model
+from rbln_vae.models.opening import open_model
 
 
 @pytest.fixture(scope="module")

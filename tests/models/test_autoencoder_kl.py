@@ -610,7 +610,12 @@ class StaticTarget(InterpreterTarget):
 @pytest.fixture
 def static(monkeypatch) -> RBLNAutoencoderKL:
     find = base.get_target
-    for module in ("rbln_vae.targets.base", "rbln_vae.model"):
+    for module in (
+        "rbln_vae.targets.base",
+        "rbln_vae.models.base",
+        "rbln_vae.models.compiling",
+        "rbln_vae.models.storage",
+    ):
         monkeypatch.setattr(
             f"{module}.get_target", lambda name: StaticTarget() if name == "rbln" else find(name)
         )
@@ -811,11 +816,6 @@ def test_a_model_is_true_and_answers_only_what_it_has():
 def test_a_model_says_in_what_it_computes_and_where_tensors_go():
     assert default_compiled().dtype is torch.float32
     assert default_compiled().device == torch.device("cpu")
-
-
-def test_the_constructor_is_not_for_users():
-    with pytest.raises(ValueError, match="from_pretrained or from_model"):
-        RBLNAutoencoderKL({}, {}, RBLNAutoencoderKLConfig())
 
 
 def test_saving_and_loading_a_profile_needs_no_directory_of_its_own(tmp_path: Path):

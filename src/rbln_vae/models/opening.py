@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..demo import demo_model
+from ..hub import find_vae
 from .autoencoder_kl import RBLNAutoencoderKL
-from .demo import demo_model
-from .hub import find_vae
 
 
 def open_model(

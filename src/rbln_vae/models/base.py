@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
-import json
 import os
-from abc import abstractmethod
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
@@ -16,27 +13,16 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from . import hub
-from .artifact import SUFFIX
-from .config import CONFIG_NAME, RBLNModelConfig, override, reject_unknown
-from .errors import RBLNArtifactError, RBLNRuntimeError
-from .files import atomic_directory
-from .graph.ir import Graph
+from .. import hub
+from ..config import CONFIG_NAME, RBLNModelConfig, override, reject_unknown
+from ..errors import RBLNRuntimeError
+from ..profiler import Profile
+from ..targets.base import Runtime, RuntimeOptions, get_target
+from ..targets.watch import ShouldStop
+from .compiling import CompiledModel, check_placement, compile_model
+from .family import Family
 from .module_members import ModuleMembers
-from .profiler import Profile
-from .targets.base import (
-    CompiledModel,
-    CompileOptions,
-    GraphTarget,
-    Runtime,
-    RuntimeOptions,
-    Target,
-    default_target,
-    get_target,
-)
-from .targets.watch import ShouldStop
-
-MODEL_CONFIG_NAME = "config.json"
+from .storage import load_model, save_model
 
 ModelType = TypeVar("ModelType", bound="RBLNModel")
 Config = RBLNModelConfig | Mapping[str, Any] | None
@@ -49,58 +35,29 @@ class RBLNModel(ModuleMembers):
 
     Attributes:
         config: The configuration of the original model, as diffusers gives it.
-        rbln_config: What the model was compiled for, frozen.
+        rbln_config: What the model was compiled for and how it runs, frozen.
+        resolved_config: What it was compiled for, with nothing left open.
         compiled_models: The compiled parts by name.
     """
 
     config_class: ClassVar[type[RBLNModelConfig]]
-    original_class_name: ClassVar[str]
-    """The diffusers class that is compiled."""
+    family: ClassVar[Family]
+    """What is special to the diffusers class that is compiled."""
 
-    def __init__(
-        self,
-        compiled_models: Mapping[str, CompiledModel],
-        config: Mapping[str, Any],
-        rbln_config: RBLNModelConfig,
-    ) -> None:
-        if not rbln_config.is_frozen():
-            raise ValueError("rbln_config must be frozen: use from_pretrained or from_model.")
-        self.config = _frozen(config)
-        self.rbln_config = rbln_config
-        self.compiled_models = dict(compiled_models)
-        self._target = get_target(str(rbln_config.target))
+    def __init__(self, compiled: CompiledModel) -> None:
+        self.config = _frozen(compiled.config)
+        self.rbln_config = compiled.rbln_config
+        self.resolved_config = compiled.resolved_config
+        self.compiled_models = dict(compiled.parts)
+        self._compiled = compiled
+        self._target = get_target(self.resolved_config.target)
         self._runtimes: dict[str, Runtime] = {}
-        if rbln_config.create_runtimes:
+        if self.rbln_config.create_runtimes:
             _prepare_forks()
             self._runtimes = {
-                part: self._target.create_runtime(compiled, self._runtime_options(part))
-                for part, compiled in self.compiled_models.items()
+                part: self._target.create_runtime(model, self._runtime_options(part))
+                for part, model in self.compiled_models.items()
             }
-
-    # What a subclass says of itself
-
-    @classmethod
-    @abstractmethod
-    def _resolve(cls, rbln_config: Any, config: Mapping[str, Any]) -> None:
-        """Fill what the configuration leaves open from that of the model, and check it."""
-
-    @classmethod
-    @abstractmethod
-    def _parts(cls, rbln_config: Any) -> dict[str, tuple[int, int, int, int]]:
-        """The parts that are compiled, and the input shape that each is compiled for."""
-
-    @classmethod
-    @abstractmethod
-    def _module(cls, model: torch.nn.Module, part: str) -> torch.nn.Module:
-        """One part as a module from image to image, to be compiled.
-
-        A copy that shares the model's weights, so that a target may do what it likes with it.
-        """
-
-    @classmethod
-    @abstractmethod
-    def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
-        """Load the diffusers model from a directory, a hub id or a single file."""
 
     # Making one
 
@@ -152,14 +109,14 @@ class RBLNModel(ModuleMembers):
                     "Leave export out to load it."
                 )
             hub.check_loader_options(loader)
-            return cls._load(compiled_directory, wanted)
+            return cls(load_model(cls.family, compiled_directory, wanted))
         if export is False:
             raise ValueError(
                 f"{model_id} is not a compiled model: it has no {CONFIG_NAME}. Pass export=True to "
                 "compile it."
             )
-        model = cls._load_original(name, **loader)
-        return cls._compile(model, wanted, name)
+        model = cls.family.load_original(name, **loader)
+        return cls(compile_model(cls.family, model, wanted, name))
 
     @classmethod
     def from_model(
@@ -192,13 +149,13 @@ class RBLNModel(ModuleMembers):
         """
         options, rest = _split(kwargs)
         reject_unknown(rest, ["rbln_config"], f"argument of {cls.__name__}.from_model")
-        if type(model).__name__ != cls.original_class_name:
+        original = cls.family.original_class_name
+        if type(model).__name__ != original:
             raise TypeError(
-                f"{cls.__name__} compiles an {cls.original_class_name}, and got a "
-                f"{type(model).__name__}."
+                f"{cls.__name__} compiles an {original}, and got a {type(model).__name__}."
             )
-        name = getattr(model, "name_or_path", "") or cls.original_class_name
-        return cls._compile(model, cls._wanted(rbln_config, options), str(name))
+        name = str(getattr(model, "name_or_path", "") or original)
+        return cls(compile_model(cls.family, model, cls._wanted(rbln_config, options), name))
 
     @classmethod
     def _wanted(cls, rbln_config: Config, options: Mapping[str, Any]) -> RBLNModelConfig:
@@ -211,97 +168,6 @@ class RBLNModel(ModuleMembers):
                 f"{type(rbln_config).__name__}."
             )
         return rbln_config.copy(**options)
-
-    @classmethod
-    def _compile(
-        cls: type[ModelType], model: torch.nn.Module, rbln_config: RBLNModelConfig, name: str
-    ) -> ModelType:
-        config = dict(getattr(model, "config", {}))
-        target = _choose_target(rbln_config)
-        rbln_config.target = target.name
-        if rbln_config.dtype is None:
-            rbln_config.dtype = target.best_dtype()
-        cls._resolve(rbln_config, config)
-        parts = cls._parts(rbln_config)
-        _check_placement(rbln_config, target, parts)
-        if rbln_config.create_runtimes:
-            target.require()  # before the work, not after it
-        source = {
-            "model": Path(name).name if Path(name).exists() else name,
-            "class": type(model).__name__,
-            "sha256": _weights_hash(model),
-        }
-        compiled = {}
-        for part, shape in parts.items():
-            options = CompileOptions(
-                shape, rbln_config.dtype, source, rbln_config.npu, rbln_config.num_devices, part
-            )
-            compiled[part] = target.compile_module(cls._module(model, part), options)
-        rbln_config.freeze()
-        return cls(compiled, config, rbln_config)
-
-    @classmethod
-    def _load(cls: type[ModelType], directory: Path, wanted: RBLNModelConfig) -> ModelType:
-        given = wanted.given_options()
-        run = {k: v for k, v in given.items() if k in RBLNModelConfig.RUNTIME_OPTIONS}
-        rbln_config = cls.config_class.load(directory, **run)
-        compiled_options = rbln_config.compiled_options()
-        for name, value in given.items():
-            if name not in run and compiled_options[name] != value:
-                raise ValueError(
-                    f"{name}={value!r} was asked for, and {directory} was compiled with "
-                    f"{name}={compiled_options[name]!r}. Leave it out, or compile the model again "
-                    "with export=True."
-                )
-        config = _model_config(directory, cls.original_class_name)
-        for name in ("target", "dtype"):
-            if compiled_options[name] is None:
-                raise RBLNArtifactError(
-                    f"{directory / CONFIG_NAME} names no {name}. Compile the model again."
-                )
-        target = get_target(str(rbln_config.target))
-        try:
-            cls._resolve(rbln_config, config)
-        except (ValueError, TypeError) as error:
-            raise RBLNArtifactError(
-                f"{CONFIG_NAME} and {MODEL_CONFIG_NAME} in {directory} don't fit together: "
-                f"{error} Save or compile the model again."
-            ) from error
-        parts = cls._parts(rbln_config)
-        _check_placement(rbln_config, target, parts)
-        if rbln_config.create_runtimes:
-            target.require()
-        # Most of it is computing checksums, which parts of our own can do at the same time.
-        together = len(parts) if isinstance(target, GraphTarget) else 1
-        with ThreadPoolExecutor(together) as pool:
-            files = (directory / f"{part}{SUFFIX}" for part in parts)
-            compiled = dict(zip(parts, pool.map(target.load, files), strict=True))
-        cls._check_parts(compiled, rbln_config, directory)
-        rbln_config.freeze()
-        return cls(compiled, config, rbln_config)
-
-    @classmethod
-    def _check_parts(
-        cls, compiled: Mapping[str, Any], rbln_config: RBLNModelConfig, directory: Path
-    ) -> None:
-        """Raise if the loaded parts are not those that the configuration describes."""
-        shapes = cls._parts(rbln_config)
-        sources = {getattr(c, "source", {}).get("sha256") for c in compiled.values()}
-        for part, model in compiled.items():
-            graph = getattr(model, "graph", None)
-            if not isinstance(graph, Graph):
-                continue
-            if (
-                graph.name != part
-                or graph.input_channels != shapes[part][1]
-                or model.dtype != rbln_config.dtype
-                or len(sources) > 1
-            ):
-                raise RBLNArtifactError(
-                    f"{part}{SUFFIX} in {directory} doesn't belong to the files beside it: it "
-                    f"holds the {graph.name} of {model.source.get('model', 'another model')} for "
-                    f"{graph.input_channels} channels in {model.dtype}. Save the model again."
-                )
 
     # Keeping one
 
@@ -318,23 +184,9 @@ class RBLNModel(ModuleMembers):
             RBLNArtifactError: It can't be written; the directory is then what it was.
             NotADirectoryError: It is a file.
         """
-        directory = Path(save_directory)
-        replaced = (MODEL_CONFIG_NAME, CONFIG_NAME, f"*{SUFFIX}")
-        try:
-            with atomic_directory(directory, replaced) as temporary:
-                for part, compiled in self.compiled_models.items():
-                    compiled.save(temporary / f"{part}{SUFFIX}")
-                config = {k: v for k, v in self.config.items() if k != "_name_or_path"}
-                config["_class_name"] = self.original_class_name
-                text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-                (temporary / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
-                self.rbln_config.save(temporary)
-        except NotADirectoryError:
-            raise
-        except OSError as error:
-            raise RBLNArtifactError(
-                f"{directory} can't be written: {error}. It is what it was before."
-            ) from error
+        save_model(
+            Path(save_directory), self.family, self.compiled_models, self.config, self.rbln_config
+        )
 
     def push_to_hub(
         self,
@@ -440,7 +292,7 @@ class RBLNModel(ModuleMembers):
 
     def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
         """Raise if the target takes only another shape."""
-        compiled_shape = self._parts(self.rbln_config)[part]
+        compiled_shape = self.resolved_config.input_shapes()[part]
         if self._target.static_shapes and shape != compiled_shape:
             raise ValueError(
                 f"The {part} was compiled for the shape {compiled_shape}, and got "
@@ -487,9 +339,7 @@ class RBLNModel(ModuleMembers):
     @property
     def dtype(self) -> torch.dtype:
         """In what the model computes."""
-        found = getattr(torch, str(self.rbln_config.dtype))
-        assert isinstance(found, torch.dtype)
-        return found
+        return self.resolved_config.torch_dtype
 
     @property
     def device(self) -> torch.device:
@@ -519,9 +369,11 @@ class RBLNModel(ModuleMembers):
         """
         reject_unknown(options, RBLNModelConfig.RUNTIME_OPTIONS, "option of a run", ValueError)
         rbln_config = self.rbln_config.copy(**{"create_runtimes": True, **options})
-        _check_placement(rbln_config, self._target, self._parts(rbln_config))
+        check_placement(rbln_config, self.resolved_config, self._target)
         rbln_config.freeze()
-        return type(self)(self.compiled_models, self.config, rbln_config)
+        return type(self)(
+            dataclasses.replace(self._compiled, config=self.config, rbln_config=rbln_config)
+        )
 
     def _devices(self) -> list[int | str]:
         devices = map(self._device_of, self.compiled_models)
@@ -580,81 +432,3 @@ def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     prefix = "rbln_"
     options = {k.removeprefix(prefix): v for k, v in kwargs.items() if k.startswith(prefix)}
     return options, {k: v for k, v in kwargs.items() if not k.startswith(prefix)}
-
-
-def _choose_target(rbln_config: RBLNModelConfig) -> Target:
-    """The target that is named, or that the device or the chip implies."""
-    if rbln_config.target is not None:
-        return get_target(rbln_config.target)
-    if rbln_config.npu is not None or rbln_config.num_devices > 1:
-        return get_target("rbln")
-    kinds = {_device_kind(device) for device in _devices(rbln_config)}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"The devices of the parts are of several targets, {' and '.join(sorted(kinds))}; a "
-            "model is compiled for one."
-        )
-    return get_target(kinds.pop()) if kinds else default_target()
-
-
-def _devices(rbln_config: RBLNModelConfig) -> list[int | str]:
-    """Every device that is named, for the model or for a part."""
-    own = [] if rbln_config.device is None else [rbln_config.device]
-    return own + list((rbln_config.device_map or {}).values())
-
-
-def _device_kind(device: int | str) -> str:
-    """The target that a device belongs to: `rbln`, `cpu` or `cuda`."""
-    return "rbln" if isinstance(device, int) else device.partition(":")[0]
-
-
-def _check_placement(
-    rbln_config: RBLNModelConfig, target: Target, parts: Mapping[str, Any]
-) -> None:
-    """Raise if the target can't do what the configuration asks of it."""
-    name = target.name
-    if rbln_config.dtype not in target.dtypes:
-        raise ValueError(
-            f"dtype={rbln_config.dtype!r} is none of the target {name!r}, which computes in "
-            f"{' or '.join(target.dtypes)}."
-        )
-    for device in _devices(rbln_config):
-        if _device_kind(device) != _device_kind(target.default_device()):
-            raise ValueError(
-                f"device={device!r} is none of the target {name!r}, which runs on "
-                f"{target.default_device()!r}. Leave device out, or compile for another target."
-            )
-    if name != "rbln":
-        for option, value in (("npu", rbln_config.npu), ("num_devices", rbln_config.num_devices)):
-            if value not in (None, 1):
-                raise ValueError(f"{option}={value!r} is for target='rbln', not for {name!r}.")
-    reject_unknown(rbln_config.device_map or {}, parts, "compiled part in device_map", ValueError)
-
-
-def _weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of the weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        tensor = weight.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _model_config(directory: Path, class_name: str) -> dict[str, Any]:
-    """The configuration of the original model that stands beside the compiled one."""
-    file = directory / MODEL_CONFIG_NAME
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RBLNArtifactError(
-            f"There is no {file}. The compiled model is incomplete: save it again."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise RBLNArtifactError(f"{file} is not JSON ({error}). Save the model again.") from None
-    found = config.get("_class_name") if isinstance(config, dict) else None
-    if found != class_name:
-        raise RBLNArtifactError(
-            f"{file} is the configuration of {found!r}, expected {class_name!r}."
-        )
-    return dict(config)

@@ -9,25 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import hub
-from .config import (
+from ..config import (
     RBLNModelConfig,
     boolean,
     check_image_size,
     reject_unknown,
 )
-from .errors import RBLNCompileError, RBLNRuntimeError
-from .graph.capture import replica
-from .model import RBLNModel
-from .targets.watch import ShouldStop
-from .units import positive_int, positive_number
+from ..errors import RBLNRuntimeError
+from ..graph.capture import replica
+from ..targets.watch import ShouldStop
+from ..units import positive_int, positive_number
+from .base import RBLNModel
+from .family import DECODER, ENCODER, Family
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-ENCODER, DECODER = "encoder", "decoder"
 
 
 def _image_size(value: object) -> tuple[int, int]:
@@ -134,6 +132,28 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
         return height // self.vae_scale_factor, width // self.vae_scale_factor
 
 
+class AutoencoderKLFamily(Family):
+    """`AutoencoderKL`: Stable Diffusion, SDXL, SD 3, FLUX.1, Z-Image and many others."""
+
+    original_class_name = "AutoencoderKL"
+
+    def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        blocks = config.get("block_out_channels")
+        if not isinstance(blocks, (list, tuple)) or not blocks:
+            raise ValueError(f"block_out_channels={blocks!r} of the model is no list of channels.")
+        return {
+            "in_channels": config.get("in_channels"),
+            "out_channels": config.get("out_channels"),
+            "latent_channels": config.get("latent_channels"),
+            "vae_scale_factor": 2 ** (len(blocks) - 1),
+        }
+
+    def module(self, model: torch.nn.Module, part: str) -> torch.nn.Module:
+        module = replica(_Encoder(model) if part == ENCODER else _Decoder(model))
+        _use_standard_attention(module)
+        return module
+
+
 class RBLNAutoencoderKL(RBLNModel):
     """A compiled `AutoencoderKL`, which stands wherever that of diffusers stands.
 
@@ -149,7 +169,7 @@ class RBLNAutoencoderKL(RBLNModel):
     """
 
     config_class = RBLNAutoencoderKLConfig
-    original_class_name = "AutoencoderKL"
+    family = AutoencoderKLFamily()
 
     rbln_config: RBLNAutoencoderKLConfig
 
@@ -191,13 +211,13 @@ class RBLNAutoencoderKL(RBLNModel):
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
         reject_unknown(kwargs, ["generator"], "argument of encode")
-        if not self.rbln_config.uses_encoder:
+        if not self.resolved_config.uses_encoder:
             raise RBLNRuntimeError(
                 "This model has a decoder only (uses_encoder=False), so it can't encode. Compile "
                 "it again with rbln_uses_encoder=True."
             )
-        self._check_input(x, "x", self.rbln_config.in_channels)
-        check_image_size((x.shape[2], x.shape[3]), self.rbln_config.vae_scale_factor or 1)
+        _check_input(x, "x", self.resolved_config.in_channels)
+        check_image_size((x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor)
         posterior = DiagonalGaussianDistribution(self._run(ENCODER, x, should_stop=should_stop))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -247,10 +267,9 @@ class RBLNAutoencoderKL(RBLNModel):
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         reject_unknown(kwargs, ["generator"], "argument of decode")
-        self._check_input(z, "z", self.rbln_config.latent_channels)
-        factor = self.rbln_config.vae_scale_factor or 1
-        shape = (z.shape[0], self.config.out_channels, z.shape[2] * factor, z.shape[3] * factor)
-        to = None if out is None else _writable(out, shape)
+        _check_input(z, "z", self.resolved_config.latent_channels)
+        image_shape = self.resolved_config.image_shape(tuple(z.shape))
+        to = None if out is None else _writable(out, image_shape)
         sample = self._run(DECODER, z, to, should_stop)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -280,27 +299,6 @@ class RBLNAutoencoderKL(RBLNModel):
         return self.decode(z, return_dict=return_dict)
 
     __call__ = forward
-
-    @staticmethod
-    def _check_input(tensor: Tensor, name: str, channels: int | None) -> None:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, and is a {type(tensor).__name__}.")
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating tensor, and is {tensor.dtype}. Convert it, for images "
-                "in 0…255 by x / 127.5 - 1."
-            )
-        if tensor.layout is not torch.strided or tensor.device.type == "meta":
-            raise ValueError(
-                f"{name} must be a dense tensor with data, and is {tensor.layout} on "
-                f"{tensor.device}."
-            )
-        shape = tuple(tensor.shape)
-        if len(shape) != 4 or shape[1] != channels or 0 in shape:
-            raise ValueError(
-                f"{name} must have the shape (N, {channels}, H, W) with no empty axis, and has "
-                f"{shape}."
-            )
 
     # What pipelines and their users read, besides the members of every model
 
@@ -338,68 +336,24 @@ class RBLNAutoencoderKL(RBLNModel):
         """A stand-in on which pipelines look up the dtype of the decoder."""
         return _PostQuantConv(self.dtype)
 
-    # What RBLNModel asks
 
-    @classmethod
-    def _resolve(cls, rbln_config: RBLNAutoencoderKLConfig, config: Mapping[str, Any]) -> None:
-        blocks = config.get("block_out_channels")
-        if not isinstance(blocks, (list, tuple)) or not blocks:
-            raise ValueError(f"block_out_channels={blocks!r} of the model is no list of channels.")
-        own = {
-            "in_channels": config.get("in_channels"),
-            "latent_channels": config.get("latent_channels"),
-            "vae_scale_factor": 2 ** (len(blocks) - 1),
-        }
-        for name, value in own.items():
-            chosen = getattr(rbln_config, name)
-            if chosen not in (None, value):
-                raise ValueError(
-                    f"{name}={chosen} is in conflict with the model, which has {value}. Leave it "
-                    "out."
-                )
-            setattr(rbln_config, name, value)
-        if rbln_config.uses_encoder is None:
-            rbln_config.uses_encoder = True
-        if rbln_config.sample_size is None:
-            rbln_config.sample_size = config.get("sample_size")
-        for name in (*own, "sample_size"):
-            if getattr(rbln_config, name) is None:
-                raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
-
-    @classmethod
-    def _parts(cls, rbln_config: RBLNAutoencoderKLConfig) -> dict[str, tuple[int, int, int, int]]:
-        assert rbln_config.sample_size and rbln_config.in_channels and rbln_config.latent_channels
-        batch = rbln_config.batch_size
-        parts = {DECODER: (batch, rbln_config.latent_channels, *rbln_config.latent_sample_size)}
-        if rbln_config.uses_encoder:
-            image = (batch, rbln_config.in_channels, *rbln_config.sample_size)
-            return {ENCODER: image, **parts}
-        return parts
-
-    @classmethod
-    def _module(cls, model: torch.nn.Module, part: str) -> torch.nn.Module:
-        module = replica(_Encoder(model) if part == ENCODER else _Decoder(model))
-        _use_standard_attention(module)
-        return module
-
-    @classmethod
-    def _load_original(cls, model_id: str, **kwargs: Any) -> Any:
-        from diffusers import AutoencoderKL
-
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "use_safetensors must be True: other checkpoints can hold code, and are not loaded."
-            )
-        if hub.is_single_file(model_id):
-            kwargs.pop("use_safetensors")
-            return AutoencoderKL.from_single_file(model_id, **kwargs)
-        found = AutoencoderKL.load_config(model_id, **hub.options(kwargs)).get("_class_name")
-        if found not in (None, cls.original_class_name):
-            raise RBLNCompileError(
-                f"{model_id} holds a {found}, and {cls.__name__} compiles an "
-                f"{cls.original_class_name}. Name a VAE, or the subfolder that holds one."
-            )
-        return AutoencoderKL.from_pretrained(model_id, **kwargs)  # type: ignore[no-untyped-call]
+def _check_input(tensor: Tensor, name: str, channels: int | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch tensor, and is a {type(tensor).__name__}.")
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} must be a floating tensor, and is {tensor.dtype}. Convert it, for images "
+            "in 0…255 by x / 127.5 - 1."
+        )
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} must be a dense tensor with data, and is {tensor.layout} on {tensor.device}."
+        )
+    shape = tuple(tensor.shape)
+    if len(shape) != 4 or shape[1] != channels or 0 in shape:
+        raise ValueError(
+            f"{name} must have the shape (N, {channels}, H, W) with no empty axis, and has {shape}."
+        )
 
 
 def _writable(out: Tensor | npt.NDArray[Any], shape: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import RBLNRuntimeError
+from ..errors import RBLNRuntimeError
 
 Self = TypeVar("Self", bound="ModuleMembers")
 

@@ -1,0 +1,1 @@
+"""What users call: compiled models, one module for each family of autoencoders."""

@@ -1,0 +1,174 @@
+"""From a diffusers model to its compiled parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RBLNModelConfig, reject_unknown
+from ..targets.base import CompiledPart, CompileOptions, Target, default_target, get_target
+from .family import Family, ResolvedConfig
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A compiled model without its runtimes.
+
+    Attributes:
+        parts: The compiled parts by name.
+        config: The configuration of the diffusers model.
+        rbln_config: What the model was compiled for and how it runs, frozen.
+        resolved_config: The same, with nothing left open.
+    """
+
+    parts: Mapping[str, CompiledPart]
+    config: Mapping[str, Any]
+    rbln_config: RBLNModelConfig
+    resolved_config: ResolvedConfig
+
+
+def compile_model(
+    family: Family, model: torch.nn.Module, rbln_config: RBLNModelConfig, name: str
+) -> CompiledModel:
+    """Compile every part of a model.
+
+    Args:
+        family: Of the model.
+        model: The diffusers model. It is not changed.
+        rbln_config: What the caller asks for.
+        name: A path or an id, to be kept as what the model was compiled from.
+
+    Raises:
+        ValueError: An option is in conflict with the model or the target.
+        RBLNCompileError: The model can't be compiled.
+        RBLNTargetUnavailableError: This machine can't run the target.
+    """
+    config = dict(getattr(model, "config", {}))
+    target = choose_target(rbln_config)
+    dtype = rbln_config.dtype or target.best_dtype()
+    resolved = resolve(family, rbln_config.copy(target=target.name, dtype=dtype), config)
+    check_placement(rbln_config, resolved, target)
+    if rbln_config.create_runtimes:
+        target.require()  # before the work, not after it
+    source = {
+        "model": Path(name).name if Path(name).exists() else name,
+        "class": type(model).__name__,
+        "sha256": _weights_hash(model),
+    }
+    parts = {}
+    for part, shape in resolved.input_shapes().items():
+        options = CompileOptions(
+            shape, dtype, source, rbln_config.npu, rbln_config.num_devices, part
+        )
+        parts[part] = target.compile_module(family.module(model, part), options)
+    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved)
+
+
+def resolve(
+    family: Family, rbln_config: RBLNModelConfig, config: Mapping[str, Any]
+) -> ResolvedConfig:
+    """What a model is compiled for: the options, and for what they leave open its configuration.
+
+    Args:
+        family: Of the model.
+        rbln_config: With a target and a dtype.
+        config: Of the diffusers model.
+
+    Raises:
+        ValueError, TypeError: An option is in conflict with the model, the model has an
+            invalid configuration, or neither says something that must be known.
+    """
+    facts = family.facts(config)
+    for name, value in facts.items():
+        chosen = getattr(rbln_config, name, None)
+        if chosen not in (None, value):
+            raise ValueError(
+                f"{name}={chosen} is in conflict with the model, which has {value}. Leave it out."
+            )
+    facts["sample_size"] = getattr(rbln_config, "sample_size", None) or config.get("sample_size")
+    facts["uses_encoder"] = getattr(rbln_config, "uses_encoder", None) is not False
+    options = rbln_config.compiled_options()
+    checked = rbln_config.copy(**{k: v for k, v in facts.items() if k in options})
+    found: dict[str, Any] = {
+        field.name: getattr(checked, field.name, facts.get(field.name))
+        for field in dataclasses.fields(ResolvedConfig)
+    }
+    for name, value in found.items():
+        if value is None:
+            raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
+    return ResolvedConfig(**found)
+
+
+def settled(rbln_config: RBLNModelConfig, resolved: ResolvedConfig) -> RBLNModelConfig:
+    """The configuration of a compiled model: everything is filled in, and it is frozen."""
+    options = rbln_config.compiled_options()
+    found = rbln_config.copy(
+        **{k: v for k, v in dataclasses.asdict(resolved).items() if k in options}
+    )
+    found.freeze()
+    return found
+
+
+def choose_target(rbln_config: RBLNModelConfig) -> Target:
+    """The target that is named, or that the device or the chip implies."""
+    if rbln_config.target is not None:
+        return get_target(rbln_config.target)
+    if rbln_config.npu is not None or rbln_config.num_devices > 1:
+        return get_target("rbln")
+    kinds = {_device_kind(device) for device in _devices(rbln_config)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The devices of the parts are of several targets, {' and '.join(sorted(kinds))}; a "
+            "model is compiled for one."
+        )
+    return get_target(kinds.pop()) if kinds else default_target()
+
+
+def _devices(rbln_config: RBLNModelConfig) -> list[int | str]:
+    """Every device that is named, for the model or for a part."""
+    own = [] if rbln_config.device is None else [rbln_config.device]
+    return own + list((rbln_config.device_map or {}).values())
+
+
+def _device_kind(device: int | str) -> str:
+    """The target that a device belongs to: `rbln`, `cpu` or `cuda`."""
+    return "rbln" if isinstance(device, int) else device.partition(":")[0]
+
+
+def check_placement(rbln_config: RBLNModelConfig, resolved: ResolvedConfig, target: Target) -> None:
+    """Raise if the target can't do what the configuration asks of it."""
+    name = target.name
+    if resolved.dtype not in target.dtypes:
+        raise ValueError(
+            f"dtype={resolved.dtype!r} is none of the target {name!r}, which computes in "
+            f"{' or '.join(target.dtypes)}."
+        )
+    for device in _devices(rbln_config):
+        if _device_kind(device) != _device_kind(target.default_device()):
+            raise ValueError(
+                f"device={device!r} is none of the target {name!r}, which runs on "
+                f"{target.default_device()!r}. Leave device out, or compile for another target."
+            )
+    if name != "rbln":
+        for option, value in (("npu", rbln_config.npu), ("num_devices", rbln_config.num_devices)):
+            if value not in (None, 1):
+                raise ValueError(f"{option}={value!r} is for target='rbln', not for {name!r}.")
+    reject_unknown(
+        rbln_config.device_map or {}, resolved.parts, "compiled part in device_map", ValueError
+    )
+
+
+def _weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of the weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        tensor = weight.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""What tells the autoencoders of one diffusers class from those of others, in one adapter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .. import hub
+from ..config import check_image_size
+from ..errors import RBLNCompileError
+
+ENCODER, DECODER = "encoder", "decoder"
+
+ImageShape = tuple[int, int, int, int]
+"""`(N, C, H, W)`."""
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What a model is compiled for, with nothing left open.
+
+    Attributes:
+        target: The name of the target.
+        dtype: In what it computes: `"float32"` or `"bfloat16"`.
+        batch_size: Images of a run.
+        sample_size: `(height, width)` of an image in pixels.
+        uses_encoder: Whether it has an encoder, too.
+        in_channels: Channels of an image that is encoded.
+        out_channels: Channels of an image that was decoded.
+        latent_channels: Channels of a latent.
+        vae_scale_factor: Pixels per latent cell in a direction.
+    """
+
+    target: str
+    dtype: str
+    batch_size: int
+    sample_size: tuple[int, int]
+    uses_encoder: bool
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    vae_scale_factor: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        found = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts, in the order of a run."""
+        return (ENCODER, DECODER) if self.uses_encoder else (DECODER,)
+
+    def input_shapes(
+        self, sample_size: tuple[int, int] | None = None, batch_size: int | None = None
+    ) -> dict[str, ImageShape]:
+        """The shape of the input of each part.
+
+        Args:
+            sample_size: `(height, width)` of the image in pixels. By default the model's own.
+            batch_size: Images of a run. By default the model's own.
+
+        Raises:
+            ValueError: A side of the image is no multiple of `vae_scale_factor`.
+        """
+        height, width = size = sample_size or self.sample_size
+        batch, factor = batch_size or self.batch_size, self.vae_scale_factor
+        check_image_size(size, factor)
+        shapes = {
+            ENCODER: (batch, self.in_channels, height, width),
+            DECODER: (batch, self.latent_channels, height // factor, width // factor),
+        }
+        return {part: shapes[part] for part in self.parts}
+
+    def image_shape(self, latent_shape: tuple[int, ...]) -> ImageShape:
+        """The shape of the images that the decoder makes of latents `(N, C, H, W)`."""
+        batch, _, height, width = latent_shape
+        factor = self.vae_scale_factor
+        return (batch, self.out_channels, factor * height, factor * width)
+
+
+class Family(ABC):
+    """The adapter of one diffusers class.
+
+    Everything else about compiling, storing and running is the same for every family.
+    """
+
+    original_class_name: ClassVar[str]
+    """The diffusers class."""
+
+    @abstractmethod
+    def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What follows from the configuration of a diffusers model, and no option can change.
+
+        Args:
+            config: As diffusers stores it.
+
+        Returns:
+            `in_channels`, `out_channels`, `latent_channels` and `vae_scale_factor`; `None`
+            stands for what the configuration doesn't say.
+
+        Raises:
+            ValueError: The configuration is not one of this family.
+        """
+
+    @abstractmethod
+    def module(self, model: torch.nn.Module, part: str) -> torch.nn.Module:
+        """One part of a model as a module from image to image, to be compiled.
+
+        Args:
+            model: The diffusers model. It is not changed.
+            part: `"encoder"` or `"decoder"`.
+
+        Returns:
+            A copy that shares the model's weights, so that a target may change it.
+        """
+
+    def original_class(self) -> Any:
+        """The diffusers class itself."""
+        import diffusers
+
+        return getattr(diffusers, self.original_class_name)
+
+    def load_original(self, model_id: str, **loader: Any) -> Any:
+        """Load a diffusers model.
+
+        Args:
+            model_id: A directory, a hub id or a `.safetensors` file.
+            **loader: Arguments of diffusers' loader.
+
+        Raises:
+            ValueError: The loader is told to read checkpoints that can hold code.
+            RBLNCompileError: What is there is a model of another class.
+        """
+        original = self.original_class()
+        if loader.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "use_safetensors must be True: other checkpoints can hold code, and are not loaded."
+            )
+        if hub.is_single_file(model_id):
+            loader.pop("use_safetensors")
+            return original.from_single_file(model_id, **loader)
+        found = original.load_config(model_id, **hub.options(loader)).get("_class_name")
+        if found not in (None, self.original_class_name):
+            raise RBLNCompileError(
+                f"{model_id} holds a {found}, but RBLN{self.original_class_name} compiles an "
+                f"{self.original_class_name}. Name a VAE, or the subfolder that holds one."
+            )
+        return original.from_pretrained(model_id, **loader)

@@ -1,0 +1,93 @@
+"""How pipelines scale the latents of a model for its denoiser, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """The constants between a model's latents `z` and what a denoiser was trained on.
+
+    A denoiser sees `(z - shift_factor - latents_mean) * scaling_factor / latents_std`. A
+    constant that is `None` changes nothing.
+
+    Attributes:
+        scaling_factor: One number for all channels.
+        shift_factor: The same.
+        latents_mean: One number for each channel.
+        latents_std: The same.
+
+    Example:
+        >>> LatentScaling(scaling_factor=0.5, shift_factor=1.0).scale(torch.tensor([3.0]))
+        tensor([1.])
+    """
+
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LatentScaling:
+        """The constants in the configuration of a diffusers model."""
+        return cls(
+            config.get("scaling_factor"),
+            config.get("shift_factor"),
+            _numbers(config.get("latents_mean")),
+            _numbers(config.get("latents_std")),
+        )
+
+    def scale(self, latent: Tensor) -> Tensor:
+        """From what the encoder gives to what the denoiser sees.
+
+        Args:
+            latent: `(…, C, H, W)`.
+        """
+        if self.shift_factor is not None:
+            latent = latent - self.shift_factor
+        if self.latents_mean is not None:
+            latent = latent - _by_channel(self.latents_mean, latent)
+        if self.scaling_factor is not None:
+            latent = latent * self.scaling_factor
+        return (
+            latent if self.latents_std is None else latent / _by_channel(self.latents_std, latent)
+        )
+
+    def scale_log_variance(self, log_variance: Tensor) -> Tensor:
+        """The logarithm of the variance that latents of this one have after `scale`.
+
+        Args:
+            log_variance: `(…, C, H, W)`.
+        """
+        # The variance of a multiple is the variance times the square of the factor.
+        ones = torch.ones_like(log_variance[..., :1, :1])
+        factor = LatentScaling(self.scaling_factor, latents_std=self.latents_std).scale(ones)
+        return log_variance + 2 * factor.log()
+
+    def unscale(self, latent: Tensor) -> Tensor:
+        """From what the denoiser gives to what the decoder takes: the inverse of `scale`.
+
+        Args:
+            latent: `(…, C, H, W)`.
+        """
+        if self.latents_std is not None:
+            latent = latent * _by_channel(self.latents_std, latent)
+        if self.scaling_factor is not None:
+            latent = latent / self.scaling_factor
+        if self.latents_mean is not None:
+            latent = latent + _by_channel(self.latents_mean, latent)
+        return latent if self.shift_factor is None else latent + self.shift_factor
+
+
+def _numbers(values: Iterable[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(float, values))
+
+
+def _by_channel(values: tuple[float, ...], latent: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=latent.dtype, device=latent.device).view(-1, 1, 1)

@@ -1,0 +1,142 @@
+"""A compiled model in a directory: written in one step, and checked when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..artifact import SUFFIX
+from ..config import CONFIG_NAME, RBLNModelConfig
+from ..errors import RBLNArtifactError
+from ..files import atomic_directory
+from ..targets.base import CompiledPart, get_target
+from .compiling import CompiledModel, check_placement, resolve, settled
+from .family import Family, ResolvedConfig
+
+MODEL_CONFIG_NAME = "config.json"
+
+
+def save_model(
+    directory: Path,
+    family: Family,
+    parts: Mapping[str, CompiledPart],
+    config: Mapping[str, Any],
+    rbln_config: RBLNModelConfig,
+) -> None:
+    """Write a compiled model; see `RBLNModel.save_pretrained`.
+
+    Args:
+        directory: Made where missing.
+        family: Of the model.
+        parts: The compiled parts by name.
+        config: The configuration of the diffusers model.
+        rbln_config: What the model was compiled for.
+
+    Raises:
+        RBLNArtifactError: The directory can't be written; it is then what it was.
+        NotADirectoryError: It is a file.
+    """
+    replaced = (MODEL_CONFIG_NAME, CONFIG_NAME, f"*{SUFFIX}")
+    try:
+        with atomic_directory(directory, replaced) as temporary:
+            for name, part in parts.items():
+                part.save(temporary / f"{name}{SUFFIX}")
+            stored = {k: v for k, v in config.items() if k != "_name_or_path"}
+            stored["_class_name"] = family.original_class_name
+            text = json.dumps(stored, indent=2, sort_keys=True) + "\n"
+            (temporary / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
+            rbln_config.save(temporary)
+    except NotADirectoryError:
+        raise
+    except OSError as error:
+        raise RBLNArtifactError(
+            f"{directory} can't be written: {error}. It is what it was before."
+        ) from error
+
+
+def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> CompiledModel:
+    """Read what `save_model` wrote.
+
+    Args:
+        family: Of the model.
+        directory: Where it is.
+        wanted: What the caller asks for: options of the run, and perhaps others, which must
+            be those that the model was compiled for.
+
+    Raises:
+        ValueError: The model was compiled for something else than was asked for.
+        RBLNArtifactError: A file is missing or damaged, or the files don't belong together.
+        RBLNTargetUnavailableError: This machine can't run the target.
+    """
+    given = wanted.given_options()
+    run = {k: v for k, v in given.items() if k in wanted.RUNTIME_OPTIONS}
+    rbln_config = type(wanted).load(directory, **run)
+    stored = rbln_config.compiled_options()
+    for name, value in given.items():
+        if name not in run and stored[name] != value:
+            raise ValueError(
+                f"{name}={value!r} was asked for, and {directory} was compiled with "
+                f"{name}={stored[name]!r}. Leave it out, or compile the model again with "
+                "export=True."
+            )
+    config = _model_config(directory, family.original_class_name)
+    for name in ("target", "dtype"):
+        if stored[name] is None:
+            raise RBLNArtifactError(
+                f"{directory / CONFIG_NAME} names no {name}. Compile the model again."
+            )
+    try:
+        resolved = resolve(family, rbln_config, config)
+    except (ValueError, TypeError) as error:
+        raise RBLNArtifactError(
+            f"{CONFIG_NAME} and {MODEL_CONFIG_NAME} in {directory} don't fit together: "
+            f"{error} Save or compile the model again."
+        ) from error
+    target = get_target(resolved.target)
+    check_placement(rbln_config, resolved, target)
+    if rbln_config.create_runtimes:
+        target.require()
+    parts = {part: target.load(directory / f"{part}{SUFFIX}") for part in resolved.parts}
+    _check_parts(parts, resolved, directory)
+    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved)
+
+
+def _check_parts(
+    parts: Mapping[str, CompiledPart], resolved: ResolvedConfig, directory: Path
+) -> None:
+    """Raise if the loaded parts are not those that the configuration describes."""
+    shapes = resolved.input_shapes()
+    one_source = len({compiled.source.get("sha256") for compiled in parts.values()}) == 1
+    for part, compiled in parts.items():
+        if not (
+            one_source
+            and compiled.part == part
+            and compiled.dtype == resolved.dtype
+            and compiled.in_channels in (None, shapes[part][1])
+        ):
+            raise RBLNArtifactError(
+                f"{part}{SUFFIX} in {directory} doesn't belong to the files beside it: it holds "
+                f"the {compiled.part} of {compiled.source.get('model', 'another model')} for "
+                f"{compiled.in_channels} channels in {compiled.dtype}. Save the model again."
+            )
+
+
+def _model_config(directory: Path, class_name: str) -> dict[str, Any]:
+    """The configuration of the original model that stands beside the compiled one."""
+    file = directory / MODEL_CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RBLNArtifactError(
+            f"There is no {file}. The compiled model is incomplete: save it again."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise RBLNArtifactError(f"{file} is not JSON ({error}). Save the model again.") from None
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != class_name:
+        raise RBLNArtifactError(
+            f"{file} is the configuration of {found!r}, expected {class_name!r}."
+        )
+    return dict(config)
