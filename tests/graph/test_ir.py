@@ -31,21 +31,17 @@ from rbln_vae.graph.ir import (
     Add,
     Attention,
     Conv2d,
-    DotProductAttention,
     Graph,
     GraphError,
     GroupNorm,
     Identity,
-    Linear,
     Norm,
     Operation,
     Pad,
     Scale,
-    Transpose,
     Upsample,
-    View,
 )
-from rbln_vae.graph.passes import drop_no_ops, optimise
+from rbln_vae.graph.passes import optimise
 
 NORM = Norm(2, 1e-6, "scale", "shift")
 SHAPES = {"scale": (4,), "shift": (4,)}
@@ -70,10 +66,6 @@ def test_an_empty_graph_returns_its_input() -> None:
 
 def conv(output: str = "y", reads: str = "x", **changes: Any) -> Conv2d:
     return changed(Conv2d(output, reads, "weight", None), **changes)
-
-
-def row_view(*axes: int | str) -> View:
-    return View("y", "x", axes, "x")
 
 
 BROKEN: dict[str, tuple[Graph, str]] = {
@@ -181,20 +173,6 @@ BROKEN: dict[str, tuple[Graph, str]] = {
     "a factor that is no number": (small_graph(Scale("y", "x", math.nan)), "factor nan"),
     "an infinite factor": (small_graph(Scale("y", "x", math.inf)), "factor inf"),
     "negative pad": (small_graph(Pad("y", "x", (0, -1, 0, 0))), "padding (0, -1, 0, 0)"),
-    "a matrix for other channels": (
-        small_graph(Linear("y", "x", "matrix", None), matrix=(2, 3)),
-        "weight 'matrix' has shape (2, 3)",
-    ),
-    "a matrix of four axes": (
-        small_graph(Linear("y", "x", "matrix", None), matrix=(2, 3, 1, 1)),
-        "weight 'matrix' has shape",
-    ),
-    "a view of other elements": (small_graph(row_view("n", 5, "hw")), "can't be viewed as"),
-    "a view with an unknown axis": (small_graph(row_view("n", 4, "area")), "axis 'area'"),
-    "a view with negative axes": (small_graph(row_view("n", -4, -1, "hw")), "axis -4"),
-    "a view with a boolean axis": (small_graph(row_view("n", True, 4, "hw")), "axis True"),
-    "a transpose of an axis that is not": (small_graph(Transpose("y", "x", 1, 4)), "axes 1 and 4"),
-    "a transpose of a negative axis": (small_graph(Transpose("y", "x", -1, 1)), "axes -1 and 1"),
     "queries and keys that differ": (
         small_graph(Upsample("u", "x"), Attention("y", "x", "u", "x", 1, 1.0)),
         "differ",
@@ -217,19 +195,6 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         ),
         "residual 'x'",
     ),
-    "captured attention over other pixels": (
-        small_graph(Upsample("u", "x"), DotProductAttention("y", "x", "x", "u", 1.0)),
-        "attention over",
-    ),
-    "captured attention with a scale that is no number": (
-        small_graph(DotProductAttention("y", "x", "x", "x", math.inf)),
-        "scale inf",
-    ),
-    "an image operation on pixels in a row": (
-        small_graph(row_view("n", 4, "hw"), Upsample("u", "y")),
-        "expected 4 axes",
-    ),
-    "pixels in a row as the result": (small_graph(row_view("n", 4, "hw")), "expected 4 axes"),
     "an input without channels": (small_graph(channels=0), "an input of 0 channels"),
 }
 
@@ -276,12 +241,6 @@ ATTENTION = Attention("y", "x", "x", "x", 2, 1.0)
         (Identity("y", "x"), {}, (2, 4, 5, 8)),
         (Upsample("y", "x"), {}, (2, 4, 10, 16)),
         (Pad("y", "x", (1, 2, 3, 4)), {}, (2, 4, 8, 15)),
-        (Linear("y", "x", "matrix", None), {"matrix": (3, 8)}, (2, 4, 5, 3)),
-        (row_view("n", 4, "hw"), {}, (2, 4, 40)),
-        (row_view("n", 2, 2, "h", "w"), {}, (2, 2, 2, 5, 8)),
-        (row_view("n", "hw", 1, 4), {}, (2, 40, 1, 4)),
-        (Transpose("y", "x", 1, 3), {}, (2, 8, 5, 4)),
-        (DotProductAttention("y", "x", "x", "x", 1.0), {}, (2, 4, 5, 8)),
         (ATTENTION, {}, (2, 4, 5, 8)),
     ],
     ids=lambda item: item.kind if isinstance(item, Operation) else "",
@@ -322,9 +281,7 @@ def test_an_image_smaller_than_a_kernel_is_refused() -> None:
             {"weight": (2, 2, 6, 4, 2, 2)},
             2 * 2 * 6 * 10 * 16 * 4 * 4,
         ),
-        (Linear("y", "x", "matrix", None), {"matrix": (3, 8)}, 2 * 2 * 4 * 5 * 3 * 8),
         (ATTENTION, {}, 2 * 2 * 40 * 40 * (4 + 4)),
-        (DotProductAttention("y", "x", "x", "x", 1.0), {}, 2 * 2 * 4 * 5 * 5 * (8 + 8)),
         (Add("y", "x", "x"), {}, 0),
     ],
     ids=lambda item: item.kind if isinstance(item, Operation) else "",
@@ -365,12 +322,6 @@ def test_the_last_use_of_the_output_is_after_the_run() -> None:
     assert graph.last_uses() == {"x": 1, "s": 1, "y": 2}
 
 
-def test_reading_renames_inputs_and_no_output() -> None:
-    before = conv("y", "y0", residual="r")
-    assert before.reading({"y0": "a", "r": "b", "y": "c"}) == conv("y", "a", residual="b")
-    assert before.reading({"z": "a"}) is before
-
-
 # Independence of sizes
 
 
@@ -381,8 +332,7 @@ def test_a_graph_is_the_same_whatever_size_it_was_exported_at(
     monkeypatch.setattr(capture_module, "EXAMPLE_HEIGHT", 64 * 37)
     monkeypatch.setattr(capture_module, "EXAMPLE_WIDTH", 64 * 41)
     again = capture_part(make_vae(), part)
-    # Diffusers makes large images contiguous, and the pass drops that.
-    assert drop_no_ops(again).to_dict() == drop_no_ops(captured(part)).to_dict()
+    assert again.to_dict() == captured(part).to_dict()
     assert again.weights.keys() == captured(part).weights.keys()
 
 
@@ -521,15 +471,15 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         replaced(("operations", 2, "norm", "eps"), 10**400),
         "eps",
     ),
-    "an axis that is a boolean": (
-        replaced(("operations", 5, "axes"), ["n", 8, True, "hw"]),
-        "expected str",
+    "padding that is a boolean": (
+        replaced(("operations", 0, "padding"), [1, 0, True, 0]),
+        "expected int",
     ),
-    "an axis that is a float": (
-        replaced(("operations", 5, "axes"), ["n", 8.0, "hw"]),
+    "padding that is a float": (
+        replaced(("operations", 0, "padding"), [1, 0, 2.0, 0]),
         "expected",
     ),
-    "an axis that is a list": (replaced(("operations", 5, "axes"), ["n", [8], "hw"]), "expected"),
+    "padding that is a list": (replaced(("operations", 0, "padding"), [1, 0, [2], 0]), "expected"),
     "brackets in brackets": (nested(50_000), "nested too deeply"),
     "brackets for operations": (replaced(("operations",), nested(500)), "isn't an object"),
 }
@@ -627,8 +577,6 @@ def test_printing_every_kind_names_it_its_output_and_its_inputs() -> None:
         (Scale("y", "x", 0.25), "by 0.25"),
         (Activation("y", "x", "gelu"), "gelu"),
         (Pad("y", "x", (0, 1, 0, 1)), "(0, 1, 0, 1)"),
-        (row_view("n", 4, "hw"), "as (n, 4, hw)"),
-        (Transpose("y", "x", 1, 2), "axes 1 and 2"),
         (conv(upsample=True), "upsample"),
         (conv(residual="r"), "%r"),
     ],

@@ -1,17 +1,21 @@
 """From a torch module to a Graph, by way of `torch.export`.
 
-The module is exported once on an input of an odd, large size that no channel count
-resembles; the sizes that appear in views are then read back as what they stand for,
-and the graph is free of them.
+The module is exported once, on an example. Every value of a graph is an image, so capture
+follows how views and transposes arrange the pixels of each image, such as in a row with the
+channels last, and applies what is done to the arranged pixels to the image itself: a linear
+layer over channels becomes a 1x1 convolution, attention over pixels one operation. Sizes
+thereby vanish, and the graph serves images of every size.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,26 +24,22 @@ from ..errors import RBLNCompileError
 from .ir import (
     Activation,
     Add,
+    Attention,
     Conv2d,
-    DotProductAttention,
     Graph,
     GraphError,
     GroupNorm,
-    Identity,
-    Linear,
     Norm,
     Operation,
     Pad,
     Scale,
-    Transpose,
     Upsample,
     Value,
-    View,
 )
 
-# Two primes, so that height, width and their product are told apart from channels, times
-# a power of two, so that up to six downsamplings leave no remainder. They are not larger
-# because torch computes the bytes of attention's matrix, pixels times pixels, in 63 bits.
+# Two primes, so that height, width and channels are told apart, times a power of two, so
+# that up to six downsamplings leave no remainder. They are not larger because torch computes
+# the bytes of attention's matrix, pixels times pixels, in 63 bits.
 EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 64 * 241, 64 * 251
 EXAMPLE_BATCH = 2  # not 1, which a model that mixes images could not be told from
 
@@ -116,6 +116,76 @@ def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProg
         ) from error
 
 
+_IMAGE = ("n", "c", "h", "w")
+_CHANNELS_FIRST = ("n", "c", "hw")
+_CHANNELS_LAST = ("n", "hw", "c")
+_SPLIT = ("n", "hw", "heads", "d")
+_BY_HEAD = ("n", "heads", "hw", "d")
+
+
+@dataclass(frozen=True)
+class _Arranged:
+    """An image whose pixels stand under other axes.
+
+    Attributes:
+        image: Its value in the graph.
+        channels: How many it has.
+        size: Its height and width in the example.
+        axes: What each axis of the tensor is.
+        heads: What its channels are split into.
+    """
+
+    image: Value
+    channels: int
+    size: tuple[int, int]
+    axes: tuple[str, ...] = _IMAGE
+    heads: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor, in the example."""
+        height, width = self.size
+        sizes = {
+            "n": EXAMPLE_BATCH,
+            "c": self.channels,
+            "h": height,
+            "w": width,
+            "hw": height * width,
+            "heads": self.heads,
+            "d": self.channels // self.heads,
+        }
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def viewed(self, shape: tuple[int, ...]) -> _Arranged:
+        """The same elements in the same order, in a tensor of another shape."""
+        for same_order in ((self.axes,), (_IMAGE, _CHANNELS_FIRST), (_CHANNELS_LAST, _SPLIT)):
+            if self.axes not in same_order:
+                continue
+            for axes in same_order:
+                heads = shape[2] if axes == _SPLIT and len(shape) == 4 else 1
+                heads = self.heads if axes == self.axes else heads
+                view = dataclasses.replace(self, axes=axes, heads=heads)
+                if view.shape == shape:
+                    return view
+        raise GraphError(
+            f"({', '.join(self.axes)}) viewed as {shape}, only pixels in a row and channels in "
+            "heads are supported"
+        )
+
+    def transposed(self, first: int, second: int) -> _Arranged:
+        """Two axes exchanged."""
+        axes = list(self.axes)
+        axes[first], axes[second] = axes[second], axes[first]
+        return dataclasses.replace(self, axes=tuple(axes))
+
+    def result(self, value: Value, shape: tuple[int, ...]) -> _Arranged:
+        """What an operation makes of it, in the same arrangement."""
+        named = dict(zip(self.axes, shape, strict=True))
+        channels = math.prod(named[axis] for axis in ("c", "heads", "d") if axis in named)
+        size = (named["h"], named["w"]) if "h" in named else self.size
+        return dataclasses.replace(self, image=value, channels=channels, size=size)
+
+
 class _Capture:
     """One translation: the tables that grow while the exported nodes are read in order."""
 
@@ -127,8 +197,7 @@ class _Capture:
         self.input_channels = input_channels
         self.operations: list[Operation] = []
         self.weights: dict[str, torch.Tensor] = {}
-        self.values: dict[torch.fx.Node, Value] = {}
-        self.images: dict[torch.fx.Node, torch.fx.Node] = {}  # whose height and width it has
+        self.values: dict[torch.fx.Node, _Arranged] = {}
         self.taken: set[str] = set()
         signature = program.graph_signature
         self.weight_names = {
@@ -144,8 +213,9 @@ class _Capture:
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 if node.name in self.inputs:
-                    input_value = self.values[node] = self._unique(node.name)
-                    self.images[node] = node
+                    input_value = self._unique(node.name)
+                    size = (EXAMPLE_HEIGHT, EXAMPLE_WIDTH)
+                    self.values[node] = _Arranged(input_value, self.input_channels, size)
             elif node.op == "output":
                 output = self._result(node)
             elif node.op == "call_function":
@@ -165,7 +235,13 @@ class _Capture:
             raise RBLNCompileError(
                 f"The {self.name} must give one image, and gives {len(results)} results."
             )
-        return self.values[results[0]]
+        result = self.values[results[0]]
+        if result.axes != _IMAGE:
+            raise RBLNCompileError(
+                f"The {self.name} must give an image (n, c, h, w), and gives "
+                f"({', '.join(result.axes)})."
+            )
+        return result.image
 
     def _call(self, node: torch.fx.Node) -> None:
         operation_name = _name_of(node)
@@ -174,35 +250,38 @@ class _Capture:
         translate = _TRANSLATIONS.get(operation_name)
         if translate is None:
             raise self._unsupported(node, operation_name)
-        arguments = _arguments(node)
-        value = self._unique(self._label(node, operation_name))
+        label = self._label(node, operation_name)
         try:
-            operation = translate(self, node, value, arguments)
+            found = translate(self, node, label, _arguments(node))
         except GraphError as error:
             raise self._unsupported(node, f"{operation_name}: {error}") from None
-        self.operations.append(operation)
-        self.values[node] = value
-        self._remember_image(node, operation)
+        if isinstance(found, Operation):
+            value = self._unique(label)
+            first = next(self.values[n] for n in node.all_input_nodes if n in self.values)
+            self.operations.append(dataclasses.replace(found, output=value))
+            found = first.result(value, tuple(node.meta["val"].shape))
+        self.values[node] = found
 
-    def _remember_image(self, node: torch.fx.Node, operation: Operation) -> None:
-        if isinstance(operation, View) and operation.axes[2:] != ("h", "w"):
-            self.images[node] = self.images[node.all_input_nodes[0]]
-            return
-        sources = [n for n in node.all_input_nodes if n in self.images]
-        rowed = [n for n in sources if self.images[n] is not n]
-        if rowed and not isinstance(operation, View):  # still pixels in a row
-            self.images[node] = self.images[rowed[0]]
-        else:
-            self.images[node] = node
-
-    def value(self, node: Any) -> Value:
-        """The value of an argument that must be a tensor computed here."""
+    def arranged(self, node: Any) -> _Arranged:
+        """An argument that must be a tensor computed here."""
         if not isinstance(node, torch.fx.Node) or node not in self.values:
             raise GraphError(f"expected a computed tensor, found {node}")
         return self.values[node]
 
-    def weight(self, node: Any) -> str:
-        """The name of an argument that must be a weight, which is copied in float32."""
+    def image(self, node: Any, *arrangements: tuple[str, ...]) -> Value:
+        """The image of an argument that must be arranged in one of these ways, or as an image."""
+        found = self.arranged(node)
+        if found.axes not in (arrangements or (_IMAGE,)):
+            raise GraphError(f"not supported over axes ({', '.join(found.axes)})")
+        return found.image
+
+    def weight(self, node: Any, axes: int = 0) -> str:
+        """The name of an argument that must be a weight.
+
+        Args:
+            node: The argument.
+            axes: Those that the copy has at least, in float32; further ones are of one element.
+        """
         if not isinstance(node, torch.fx.Node) or node.name not in self.weight_names:
             raise GraphError(f"expected a weight of the model, found {node}")
         name = str(self.weight_names[node.name])
@@ -210,26 +289,14 @@ class _Capture:
             source = self.program.state_dict.get(name, self.program.constants.get(name))
             if not isinstance(source, torch.Tensor):
                 raise GraphError(f"weight {name!r} is not stored in the model")
-            self.weights[name] = source.detach().to(
+            copied = source.detach().to(
                 "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
             )
+            self.weights[name] = copied.reshape(*copied.shape, *[1] * (axes - copied.dim()))
         return name
 
     def optional_weight(self, node: Any) -> str | None:
         return None if node is None else self.weight(node)
-
-    def axes(self, node: torch.fx.Node) -> tuple[int | str, ...]:
-        """The shape of a view, with the sizes of its image by name."""
-        batch, _, height, width = self.images[node.all_input_nodes[0]].meta["val"].shape
-        names = {height: "h", width: "w", height * width: "hw"}
-        shape = node.meta["val"].shape
-        return tuple(
-            "n" if axis == 0 and size == batch else names.get(size, int(size))
-            for axis, size in enumerate(shape)
-        )
-
-    def like(self, node: torch.fx.Node) -> Value:
-        return self.values[self.images[node.all_input_nodes[0]]]
 
     def _label(self, node: torch.fx.Node, operation_name: str) -> str:
         path = _module_path(node)
@@ -282,7 +349,8 @@ def _expect(condition: bool, message: str) -> None:
         raise GraphError(message)
 
 
-_Translate = Callable[[_Capture, torch.fx.Node, Value, dict[str, Any]], Operation]
+_Translate = Callable[[_Capture, torch.fx.Node, Value, dict[str, Any]], Operation | _Arranged]
+"""Gives an operation, or how its argument is arranged now."""
 
 
 def _conv2d(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
@@ -294,7 +362,7 @@ def _conv2d(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -
     tall, wide = _pair(a["padding"])
     return Conv2d(
         value,
-        c.value(a["input"]),
+        c.image(a["input"]),
         c.weight(a["weight"]),
         c.optional_weight(a["bias"]),
         stride=rows,
@@ -304,41 +372,54 @@ def _conv2d(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -
 
 def _group_norm(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
     norm = Norm(a["num_groups"], float(a["eps"]), c.weight(a["weight"]), c.weight(a["bias"]))
-    return GroupNorm(value, c.value(a["input"]), norm)
+    return GroupNorm(value, c.image(a["input"], _IMAGE, _CHANNELS_FIRST), norm)
 
 
 def _activation(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
     _expect(a.get("approximate", "none") == "none", "only the exact gelu is supported")
-    return Activation(value, c.value(a.get("self", a.get("input"))), _name_of(node))
+    return Activation(value, c.arranged(a.get("self", a.get("input"))).image, _name_of(node))
 
 
 def _add(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
     _expect(a["alpha"] == 1, f"alpha {a['alpha']}, only 1 is supported")
-    return Add(value, c.value(a["self"]), c.value(a["other"]))
+    left, right = c.arranged(a["self"]), c.arranged(a["other"])
+    _expect(
+        (left.axes, left.shape) == (right.axes, right.shape),
+        f"a sum of {left.shape} and {right.shape}",
+    )
+    return Add(value, left.image, right.image)
 
 
-def _multiply(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+def _multiply(
+    c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]
+) -> Operation | _Arranged:
     other = a["other"]
     _expect(isinstance(other, (int, float)), "only multiplication by a number is supported")
-    _expect(math.isfinite(other), f"multiplication by {other}")
-    return Scale(value, c.value(a["self"]), float(other))
+    return _scaled(c.arranged(a["self"]), value, float(other))
 
 
-def _divide(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+def _divide(
+    c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]
+) -> Operation | _Arranged:
     other = a["other"]
     _expect(isinstance(other, (int, float)) and other != 0, "only division by a number not zero")
-    return Scale(value, c.value(a["self"]), 1.0 / float(other))
+    return _scaled(c.arranged(a["self"]), value, 1.0 / float(other))
 
 
-def _identity(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+def _scaled(source: _Arranged, value: Value, factor: float) -> Operation | _Arranged:
+    _expect(math.isfinite(factor), f"multiplication by {factor}")
+    return source if factor == 1.0 else Scale(value, source.image, factor)
+
+
+def _same(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> _Arranged:
     dtype = node.meta["val"].dtype
     _expect(dtype.is_floating_point, f"a cast to {dtype}, only floating types are supported")
-    return Identity(value, c.value(a.get("self", a.get("input"))))
+    return c.arranged(a.get("self", a.get("input")))
 
 
-def _dropout(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+def _dropout(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> _Arranged:
     _expect(not a["train"] or a["p"] == 0, "dropout of a model in training; call eval() first")
-    return Identity(value, c.value(a["input"]))
+    return c.arranged(a["input"])
 
 
 def _upsample(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
@@ -348,7 +429,7 @@ def _upsample(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any])
         after[2:] == (2 * before[2], 2 * before[3]),
         "only doubling of height and width is supported",
     )
-    return Upsample(value, c.value(source))
+    return Upsample(value, c.image(source))
 
 
 def _pad(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
@@ -358,41 +439,36 @@ def _pad(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> O
     _expect(not any(amounts[4:]), "only height and width can be padded")
     left, right, above, below = amounts[:4]
     _expect(min(amounts) >= 0, "negative padding")
-    return Pad(value, c.value(a["self"]), (above, below, left, right))
+    return Pad(value, c.image(a["self"]), (above, below, left, right))
 
 
 def _linear(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
-    return Linear(value, c.value(a["input"]), c.weight(a["weight"]), c.optional_weight(a["bias"]))
+    image = c.image(a["input"], _CHANNELS_LAST)
+    return Conv2d(value, image, c.weight(a["weight"], axes=4), c.optional_weight(a["bias"]))
 
 
-def _view(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
-    return View(value, c.value(a["self"]), c.axes(node), c.like(node))
+def _view(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> _Arranged:
+    return c.arranged(a["self"]).viewed(tuple(node.meta["val"].shape))
 
 
-def _transpose(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+def _transpose(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> _Arranged:
     rank = len(node.meta["val"].shape)
-    first, second = sorted((a["dim0"] % rank, a["dim1"] % rank))
-    return Transpose(value, c.value(a["self"]), first, second)
+    return c.arranged(a["self"]).transposed(a["dim0"] % rank, a["dim1"] % rank)
 
 
-def _permute(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
-    axes = [axis % len(a["dims"]) for axis in a["dims"]]
-    moved = [axis for axis, source in enumerate(axes) if axis != source]
-    if not moved:
-        return Identity(value, c.value(a["self"]))
-    _expect(len(moved) == 2, f"permutation {axes}, only two axes can be exchanged")
-    return Transpose(value, c.value(a["self"]), *moved)
+def _permute(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> _Arranged:
+    source = c.arranged(a["self"])
+    axes = [source.axes[axis] for axis in a["dims"]]
+    return dataclasses.replace(source, axes=tuple(axes))
 
 
 def _attention(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
     _expect(a["attn_mask"] is None, "attention with a mask")
     _expect(not a["is_causal"] and not a["dropout_p"], "causal attention, or one with dropout")
-    query = a["query"].meta["val"]
-    _expect(query.dim() == 4, f"attention over {query.dim()} axes, expected 4")
-    scale = query.shape[-1] ** -0.5 if a["scale"] is None else float(a["scale"])
-    return DotProductAttention(
-        value, c.value(a["query"]), c.value(a["key"]), c.value(a["value"]), scale
-    )
+    query, key, of = (c.image(a[name], _BY_HEAD) for name in ("query", "key", "value"))
+    _, heads, _, width = a["query"].meta["val"].shape
+    scale = width**-0.5 if a["scale"] is None else float(a["scale"])
+    return Attention(value, query, key, of, heads, scale)
 
 
 _CHECKS = frozenset({"_assert_tensor_metadata", "sym_constrain_range_for_size"})
@@ -408,12 +484,12 @@ _TRANSLATIONS: dict[str, _Translate] = {
     "add": _add,
     "mul": _multiply,
     "div": _divide,
-    "clone": _identity,
-    "contiguous": _identity,
-    "detach": _identity,
-    "alias": _identity,
-    "to": _identity,
-    "_to_copy": _identity,
+    "clone": _same,
+    "contiguous": _same,
+    "detach": _same,
+    "alias": _same,
+    "to": _same,
+    "_to_copy": _same,
     "dropout": _dropout,
     "upsample_nearest2d": _upsample,
     "pad": _pad,

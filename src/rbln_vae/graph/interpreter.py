@@ -14,19 +14,15 @@ from .ir import (
     Add,
     Attention,
     Conv2d,
-    DotProductAttention,
     Graph,
     GroupNorm,
     Identity,
-    Linear,
     Norm,
     Operation,
     Pad,
     Scale,
-    Transpose,
     Upsample,
     Value,
-    View,
 )
 
 OnOperation = Callable[[int, Operation], None]
@@ -147,25 +143,6 @@ class Interpreter:
     def _(self, operation: Pad, values: Mapping[Value, Tensor]) -> Tensor:
         above, below, left, right = operation.padding
         return F.pad(values[operation.input], (left, right, above, below))
-
-    @_evaluate.register
-    def _(self, operation: Linear, values: Mapping[Value, Tensor]) -> Tensor:
-        bias = None if operation.bias is None else self._weights[operation.bias]
-        return F.linear(values[operation.input], self._weights[operation.weight], bias)
-
-    @_evaluate.register
-    def _(self, operation: View, values: Mapping[Value, Tensor]) -> Tensor:
-        shapes = {v: tuple(values[v].shape) for v in operation.inputs}
-        return values[operation.input].reshape(operation.infer(shapes, {}))
-
-    @_evaluate.register
-    def _(self, operation: Transpose, values: Mapping[Value, Tensor]) -> Tensor:
-        return values[operation.input].transpose(operation.first, operation.second)
-
-    @_evaluate.register
-    def _(self, operation: DotProductAttention, values: Mapping[Value, Tensor]) -> Tensor:
-        query, key, value = (values[v] for v in operation.inputs)
-        return F.scaled_dot_product_attention(query, key, value, scale=operation.scale)
 
     @_evaluate.register
     def _(self, operation: Attention, values: Mapping[Value, Tensor]) -> Tensor:

@@ -4,8 +4,7 @@ A `Graph` is a list of operations over named values, each assigned once. It hold
 channels, weights and attributes, but no batch and no spatial size: shapes follow from
 an input when a plan is made, so that one graph serves every resolution.
 
-All values are images `(N, C, H, W)`, except between `View` operations, where captured
-attention works on pixels in a row until a pass recognises it.
+All values are images `(N, C, H, W)`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ Value: TypeAlias = str
 """The name of a tensor that an operation makes; each name is assigned once."""
 
 Shape: TypeAlias = tuple[int, ...]
+"""`(N, C, H, W)`."""
 Shapes: TypeAlias = Mapping[Value, Shape]
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -55,12 +55,6 @@ def _require_weight(weights: Weights, name: str, shape: Shape) -> None:
 
 def _require_activation(function: str) -> None:
     _require(function in ACTIVATIONS, f"unknown activation {function!r}")
-
-
-def _rank(shapes: Shapes, value: Value, rank: int) -> Shape:
-    shape = shapes[value]
-    _require(len(shape) == rank, f"{value!r} has shape {shape}, expected {rank} axes")
-    return shape
 
 
 @dataclass(frozen=True)
@@ -120,15 +114,6 @@ class Operation:
         """The names of its weights, in the order of its fields."""
         return tuple(_names(self, "weight"))
 
-    def reading(self, renamed: Mapping[Value, Value]) -> Operation:
-        """The same operation with its input values renamed."""
-        changes: dict[str, Any] = {
-            f.name: renamed[getattr(self, f.name)]
-            for f in dataclasses.fields(self)
-            if f.metadata.get("role") == "value" and getattr(self, f.name) in renamed
-        }
-        return dataclasses.replace(self, **changes) if changes else self
-
     def __str__(self) -> str:
         return f"%{self.output} = {self.kind}({', '.join('%' + i for i in self.inputs)})"
 
@@ -179,7 +164,7 @@ class Conv2d(Operation):
         return shape[2:]
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        batch, channels, height, width = _rank(shapes, self.input, 4)
+        batch, channels, height, width = shapes[self.input]
         out, into, rows, columns = self.kernel(weights)
         _require(into == channels, f"{channels} channels meet a kernel for {into}")
         if self.bias is not None:
@@ -230,14 +215,13 @@ class Conv2d(Operation):
 
 @dataclass(frozen=True)
 class GroupNorm(Operation):
-    """Group normalisation of an image, or of its pixels in a row `(N, C, H * W)`."""
+    """Group normalisation of an image."""
 
     input: Value = field(metadata=_VALUE)
     norm: Norm
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         shape = shapes[self.input]
-        _require(len(shape) >= 3, f"{self.input!r} has shape {shape}, expected (N, C, …)")
         self.norm.check(shape[1], weights)
         return shape
 
@@ -305,7 +289,7 @@ class Upsample(Operation):
     input: Value = field(metadata=_VALUE)
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        batch, channels, height, width = _rank(shapes, self.input, 4)
+        batch, channels, height, width = shapes[self.input]
         return (batch, channels, 2 * height, 2 * width)
 
 
@@ -317,109 +301,13 @@ class Pad(Operation):
     padding: tuple[int, int, int, int]
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        batch, channels, height, width = _rank(shapes, self.input, 4)
+        batch, channels, height, width = shapes[self.input]
         _require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
         above, below, left, right = self.padding
         return (batch, channels, height + above + below, width + left + right)
 
     def __str__(self) -> str:
         return f"{super().__str__()} {self.padding}"
-
-
-@dataclass(frozen=True)
-class Linear(Operation):
-    """A matrix product over the last axis, as captured from attention."""
-
-    input: Value = field(metadata=_VALUE)
-    weight: str = field(metadata=_WEIGHT)
-    bias: str | None = field(metadata=_WEIGHT)
-
-    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        shape = shapes[self.input]
-        _require(self.weight in weights, f"weight {self.weight!r} is missing")
-        found = tuple(weights[self.weight].shape)
-        _require(
-            len(found) == 2 and found[1] == shape[-1],
-            f"weight {self.weight!r} has shape {found}, its input {shape}",
-        )
-        if self.bias is not None:
-            _require_weight(weights, self.bias, found[:1])
-        return (*shape[:-1], found[0])
-
-    def flops(self, shapes: Shapes, weights: Weights) -> int:
-        return 2 * math.prod(shapes[self.output]) * shapes[self.input][-1]
-
-    def __str__(self) -> str:
-        return f"{super().__str__()} {self.weight}"
-
-
-@dataclass(frozen=True)
-class View(Operation):
-    """The same elements, in the same order, under other axes.
-
-    An axis is a number, or `"n"`, `"h"`, `"w"` or `"hw"` of the image `like`, whose
-    sizes alone are read.
-    """
-
-    input: Value = field(metadata=_VALUE)
-    axes: tuple[int | str, ...]
-    like: Value = field(metadata=_VALUE)
-
-    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        batch, _, height, width = _rank(shapes, self.like, 4)
-        sizes = {"n": batch, "h": height, "w": width, "hw": height * width}
-        for axis in self.axes:
-            known = axis in sizes if isinstance(axis, str) else type(axis) is int and axis > 0
-            _require(known, f"a view with axis {axis!r}")
-        result = tuple(a if isinstance(a, int) else sizes[a] for a in self.axes)
-        _require(
-            math.prod(result) == math.prod(shapes[self.input]),
-            f"{shapes[self.input]} can't be viewed as {result}",
-        )
-        return result
-
-    def __str__(self) -> str:
-        return f"%{self.output} = View(%{self.input}) as ({', '.join(map(str, self.axes))})"
-
-
-@dataclass(frozen=True)
-class Transpose(Operation):
-    """Two axes exchanged."""
-
-    input: Value = field(metadata=_VALUE)
-    first: int
-    second: int
-
-    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        shape = list(shapes[self.input])
-        first, second = self.first, self.second
-        _require(0 <= first < len(shape) and 0 <= second < len(shape), f"axes {first} and {second}")
-        shape[first], shape[second] = shape[second], shape[first]
-        return tuple(shape)
-
-    def __str__(self) -> str:
-        return f"{super().__str__()} axes {self.first} and {self.second}"
-
-
-@dataclass(frozen=True)
-class DotProductAttention(Operation):
-    """`softmax(q kᵀ · scale) v` over `(N, heads, pixels, channels)`, as captured."""
-
-    query: Value = field(metadata=_VALUE)
-    key: Value = field(metadata=_VALUE)
-    value: Value = field(metadata=_VALUE)
-    scale: float
-
-    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        query = _rank(shapes, self.query, 4)
-        key, value = _rank(shapes, self.key, 4), _rank(shapes, self.value, 4)
-        _require(math.isfinite(self.scale), f"attention with scale {self.scale}")
-        _require(query == key and key[:3] == value[:3], f"attention over {query}, {key}, {value}")
-        return value
-
-    def flops(self, shapes: Shapes, weights: Weights) -> int:
-        batch, heads, pixels, channels = shapes[self.query]
-        return 2 * batch * heads * pixels**2 * (channels + shapes[self.value][3])
 
 
 @dataclass(frozen=True)
@@ -438,7 +326,7 @@ class Attention(Operation):
     residual: Value | None = field(default=None, metadata=_VALUE)
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        query, key, value = (_rank(shapes, v, 4) for v in (self.query, self.key, self.value))
+        query, key, value = (shapes[v] for v in (self.query, self.key, self.value))
         _require(math.isfinite(self.scale), f"attention with scale {self.scale}")
         _require(query == key, f"query {query} and key {key} differ")
         _require(query[0] == value[0] and query[2:] == value[2:], f"{query} meets value {value}")
@@ -578,8 +466,7 @@ class Graph:
         used = {name for operation in self.operations for name in operation.weights}
         unused = sorted(self.weights.keys() - used)
         _require(not unused, f"weights that no operation uses: {unused}")
-        shapes = self.probe_shapes()
-        _rank(shapes, self.output, 4)
+        self.probe_shapes()
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -674,13 +561,10 @@ def _build(cls: type[Any], stored: Any) -> Any:
 
 def _decode(hint: Any, item: Any, name: str) -> Any:
     if typing.get_origin(hint) is types.UnionType:
-        if item is None and type(None) in typing.get_args(hint):
+        if item is None:
             return None
-        choices = [a for a in typing.get_args(hint) if a is not type(None)]
-        for choice in choices[:-1]:
-            if type(item) is choice:
-                return item
-        return _decode(choices[-1], item, name)
+        (other,) = (a for a in typing.get_args(hint) if a is not type(None))
+        return _decode(other, item, name)
     if hint is Any:
         return item
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -18,18 +17,12 @@ from .ir import (
     Add,
     Attention,
     Conv2d,
-    DotProductAttention,
     Graph,
     GroupNorm,
-    Identity,
-    Linear,
     Operation,
     Pad,
-    Scale,
-    Transpose,
     Upsample,
     Value,
-    View,
 )
 
 Pass = Callable[[Graph], Graph]
@@ -49,157 +42,6 @@ def optimise(graph: Graph) -> Graph:
         if debugging():
             sys.stderr.write(f"after {rewrite.__name__}:\n{graph}\n\n")
     return graph
-
-
-def drop_no_ops(graph: Graph) -> Graph:
-    """Drop what does nothing: copies, multiplication by 1, views and transposes undone."""
-    shapes = graph.probe_shapes()
-    renamed: dict[Value, Value] = {}
-    made: dict[Value, Operation] = {}
-    for original in graph.operations:
-        operation = original.reading(renamed)
-        if isinstance(operation, (View, Transpose)):
-            operation = _onto_its_source(operation, made)
-        if _does_nothing(operation, made, shapes):
-            source = operation.inputs[0]
-            if isinstance(operation, Transpose):
-                source = made[source].inputs[0]
-            renamed[operation.output] = source
-        else:
-            made[operation.output] = operation
-    output = renamed.get(graph.output, graph.output)
-    return _rebuild(graph, made.values(), output=output)
-
-
-def _onto_its_source(operation: Operation, made: Mapping[Value, Operation]) -> Operation:
-    """A view of a view, as one view of what the first one viewed."""
-    before = made.get(operation.inputs[0])
-    if isinstance(operation, View) and isinstance(before, View):
-        return dataclasses.replace(operation, input=before.input)
-    return operation
-
-
-def _does_nothing(
-    operation: Operation,
-    made: Mapping[Value, Operation],
-    shapes: Mapping[Value, tuple[int, ...]],
-) -> bool:
-    match operation:
-        case Identity():
-            return True
-        case Scale(factor=factor):
-            return factor == 1.0
-        case View():
-            return shapes[operation.output] == shapes[operation.input]
-        case Transpose():
-            before = made.get(operation.input)
-            return isinstance(before, Transpose) and (
-                {before.first, before.second} == {operation.first, operation.second}
-            )
-    return False
-
-
-@dataclass(frozen=True)
-class _Arranged:
-    """An image whose pixels stand under other axes, such as `("n", "hw", "c")`."""
-
-    image: Value
-    axes: tuple[str, ...]
-    heads: int = 1
-
-
-class _NotRecognisedError(Exception):
-    """Axes moved in a way that is not that of attention."""
-
-
-def recognise_attention(graph: Graph) -> Graph:
-    """Replace attention over pixels in a row by one operation on images.
-
-    It follows how views and transposes arrange each image, and applies what is done to
-    the arranged pixels to the image itself: a linear layer becomes a 1x1 convolution, a
-    norm stays a norm. A graph that moves axes in another way is left as it is.
-    """
-    try:
-        return _on_images(graph)
-    except _NotRecognisedError:
-        return graph
-
-
-_IMAGE = ("n", "c", "h", "w")
-_CHANNELS_FIRST = ("n", "c", "hw")
-_CHANNELS_LAST = ("n", "hw", "c")
-_SPLIT = ("n", "hw", "heads", "d")
-_BY_HEAD = ("n", "heads", "hw", "d")
-
-
-def _on_images(graph: Graph) -> Graph:
-    shapes = graph.probe_shapes()
-    arranged: dict[Value, _Arranged] = {}
-    sizes = {graph.input: shapes[graph.input][2:]}  # height and width of each image
-    weights = dict(graph.weights)
-    operations: list[Operation] = []
-
-    def find(value: Value) -> _Arranged:
-        return arranged.get(value, _Arranged(value, _IMAGE))
-
-    for operation in graph.operations:
-        output = operation.output
-        sources = [find(value) for value in operation.inputs]
-        first = sources[0]
-        match operation:
-            case View(axes=axes, like=like):
-                if shapes[like][2:] != sizes[first.image]:
-                    raise _NotRecognisedError
-                arranged[output] = _viewed(first, axes, shapes[operation.input])
-                continue
-            case Transpose():
-                swapped = list(first.axes)
-                one, two = operation.first, operation.second
-                swapped[one], swapped[two] = swapped[two], swapped[one]
-                arranged[output] = dataclasses.replace(first, axes=tuple(swapped))
-                continue
-            case Linear() if first.axes == _CHANNELS_LAST:
-                matrix = weights[operation.weight]
-                if matrix.dim() == 2:
-                    weights[operation.weight] = matrix[:, :, None, None]
-                result: Operation = Conv2d(output, first.image, operation.weight, operation.bias)
-            case GroupNorm() if first.axes in (_CHANNELS_FIRST, _IMAGE):
-                result = dataclasses.replace(operation, input=first.image)
-            case DotProductAttention(scale=scale):
-                if any(s.axes != _BY_HEAD for s in sources):
-                    raise _NotRecognisedError
-                query, key, value = (s.image for s in sources)
-                result = Attention(output, query, key, value, first.heads, scale)
-            case Activation() | Add() | Scale() | Identity():
-                if any(s.axes != first.axes or s.heads != first.heads for s in sources):
-                    raise _NotRecognisedError
-                result = operation.reading({v: find(v).image for v in operation.inputs})
-            case _:
-                if any(s.axes != _IMAGE for s in sources):
-                    raise _NotRecognisedError
-                result = operation.reading({v: find(v).image for v in operation.inputs})
-        operations.append(result)
-        sizes[output] = shapes[output][2:]
-        if first.axes != _IMAGE:
-            sizes[output] = sizes[first.image]
-            arranged[output] = dataclasses.replace(first, image=output)
-    end = find(graph.output)
-    if end.axes != _IMAGE:
-        raise _NotRecognisedError
-    return _rebuild(graph, operations, output=end.image, weights=weights)
-
-
-def _viewed(source: _Arranged, axes: tuple[int | str, ...], shape: tuple[int, ...]) -> _Arranged:
-    match source.axes, axes:
-        case ("n", "c", "h", "w"), ("n", int(), "hw"):
-            return _Arranged(source.image, _CHANNELS_FIRST)
-        case ("n", "c", "hw"), ("n", int(channels), "h", "w") if channels == shape[1]:
-            return _Arranged(source.image, _IMAGE)
-        case ("n", "hw", "c"), ("n", "hw", int(heads), int()):
-            return _Arranged(source.image, _SPLIT, heads)
-        case ("n", "hw", "heads", "d"), ("n", "hw", int()):
-            return _Arranged(source.image, _CHANNELS_LAST)
-    raise _NotRecognisedError
 
 
 def fold_value_projection(graph: Graph) -> Graph:
@@ -410,14 +252,12 @@ def _rebuild(
     graph: Graph,
     operations: Iterable[Operation],
     *,
-    output: Value | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Graph:
     """The graph with other operations, without those and the weights that nothing needs now."""
     return (
         dataclasses.replace(
             graph,
-            output=graph.output if output is None else output,
             operations=tuple(operations),
             weights=graph.weights if weights is None else weights,
         )
@@ -427,8 +267,6 @@ def _rebuild(
 
 
 PASSES: tuple[Pass, ...] = (
-    drop_no_ops,
-    recognise_attention,
     fold_value_projection,
     fold_upsample,
     fold_pad,

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from vaes import capture_part, make_vae, part_of
 
 from rbln_vae import _engine
-from rbln_vae.errors import RBLNCompileError, RBLNTargetUnavailableError
+from rbln_vae.errors import RBLNTargetUnavailableError
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import (
     Activation,
@@ -22,7 +22,6 @@ from rbln_vae.graph.ir import (
     Norm,
     Pad,
     Scale,
-    Transpose,
     Upsample,
 )
 from rbln_vae.graph.passes import optimise
@@ -267,13 +266,6 @@ def test_instruction_sets_of_float32_take_both_dtypes(
     machine = CpuRuntime(decoder, dtype=dtype).machine
     assert (machine.isa, machine.dtype) == (isa, dtype)
     assert machine.kernels.winograd is not None
-
-
-def test_what_it_can_not_run_is_named() -> None:
-    operation = Transpose("y", "x", 2, 3)
-    graph = Graph("case", "x", 3, "y", (operation,), {})
-    with pytest.raises(RBLNCompileError, match="Transpose 'y'"):
-        CpuRuntime(graph).run(torch.zeros(1, 3, 4, 4))
 
 
 def test_profile_has_every_step(decoder: Graph) -> None:

@@ -7,18 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from ...errors import RBLNCompileError
 from ...graph.ir import (
-    Activation,
-    Add,
     Attention,
     Conv2d,
     Graph,
-    GroupNorm,
-    Identity,
     Operation,
-    Pad,
-    Scale,
     Shape,
-    Upsample,
 )
 from ...schedule.sweep import Sweep
 from .packing import BLOCK, PANEL
@@ -26,8 +19,6 @@ from .tiles import Convolution, Machine, gains_by_winograd
 
 MAX_TAPS = 64
 """Of a convolution kernel that the engine takes."""
-
-_POINTWISE = (GroupNorm, Activation, Scale, Identity, Upsample, Pad, Add)
 
 
 class CpuRules:
@@ -56,12 +47,6 @@ class CpuRules:
                 raise RBLNCompileError(
                     f"The target 'cpu' needs a scale above zero in attention, "
                     f"{operation.output!r} has {operation.scale}."
-                )
-            case Attention():
-                pass
-            case _ if not isinstance(operation, _POINTWISE):
-                raise RBLNCompileError(
-                    f"The target 'cpu' has no kernel for {operation.kind} {operation.output!r}."
                 )
 
     def row_bytes(self, channels: int, width: int) -> int:
