@@ -174,14 +174,15 @@ class RBLNModel(ModuleMembers):
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the compiled model; `from_pretrained` needs nothing else.
 
-        `config.json`, `rbln_config.json` and one `NAME.rbln` for each part take the place of
-        what the directory held of these in one step; its other files are kept.
+        `config.json`, `rbln_config.json` and one `NAME.rbln` for each part replace those that
+        the directory holds; its other files are kept. A crash leaves the old model, the new
+        one, or a directory that `from_pretrained` refuses as incomplete.
 
         Args:
             save_directory: Made where missing.
 
         Raises:
-            RBLNArtifactError: It can't be written; the directory is then what it was.
+            RBLNArtifactError: It can't be written.
             NotADirectoryError: It is a file.
         """
         save_model(

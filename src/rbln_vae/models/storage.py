@@ -10,7 +10,7 @@ from typing import Any
 from ..artifact import SUFFIX
 from ..config import CONFIG_NAME, RBLNModelConfig
 from ..errors import RBLNArtifactError
-from ..files import atomic_directory
+from ..files import replaced_files
 from ..targets.base import CompiledPart, get_target
 from .compiling import CompiledModel, check_placement, resolve, settled
 from .family import Family, ResolvedConfig
@@ -35,12 +35,12 @@ def save_model(
         rbln_config: What the model was compiled for.
 
     Raises:
-        RBLNArtifactError: The directory can't be written; it is then what it was.
+        RBLNArtifactError: The directory can't be written.
         NotADirectoryError: It is a file.
     """
-    replaced = (MODEL_CONFIG_NAME, CONFIG_NAME, f"*{SUFFIX}")
+    replaced = (MODEL_CONFIG_NAME, f"*{SUFFIX}")
     try:
-        with atomic_directory(directory, replaced) as temporary:
+        with replaced_files(directory, replaced, marker=CONFIG_NAME) as temporary:
             for name, part in parts.items():
                 part.save(temporary / f"{name}{SUFFIX}")
             stored = {k: v for k, v in config.items() if k != "_name_or_path"}
@@ -52,7 +52,7 @@ def save_model(
         raise
     except OSError as error:
         raise RBLNArtifactError(
-            f"{directory} can't be written: {error}. It is what it was before."
+            f"{directory} can't be written: {error}. Make room, or choose another directory."
         ) from error
 
 
