@@ -1,4 +1,4 @@
-"""A compiled model in a directory: written in one step, and checked when it is read."""
+"""A compiled model in a directory: how it is written, and checked when it is read."""
 
 from __future__ import annotations
 
