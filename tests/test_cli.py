@@ -31,6 +31,7 @@ from rbln_vae.cli import app
 from rbln_vae.cli.datasets import lines, shown
 from rbln_vae.datasets import LatentDataset, Progress
 from rbln_vae.images import load_image, to_image, to_tensor
+from rbln_vae.models.autoencoder_kl import AutoencoderKLFamily
 
 FACTOR = 2
 """Pixels per latent cell, in a direction, of the models made here."""
@@ -631,8 +632,12 @@ def test_an_interrupted_command_says_so_in_one_line(
         raise KeyboardInterrupt
 
     # Where each of them is when it is interrupted.
-    for name in ("_run", "describe", "_compile"):
-        monkeypatch.setattr(RBLNAutoencoderKL, name, interrupt)
+    for cls, name in (
+        (RBLNAutoencoderKL, "_run"),
+        (RBLNAutoencoderKL, "describe"),
+        (AutoencoderKLFamily, "module"),
+    ):
+        monkeypatch.setattr(cls, name, interrupt)
     monkeypatch.setattr("uvicorn.Server.run", interrupt)
     folder = tmp_path / "folder"
     make_folder(folder, 3)
