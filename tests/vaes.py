@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
 from rbln_vae import RBLNAutoencoderKL
@@ -42,7 +42,27 @@ def make_vae(seed: int = 0, **options: Any) -> AutoencoderKL:
     return vae
 
 
-def _enliven(vae: AutoencoderKL) -> None:
+def make_flux2(seed: int = 0, **options: Any) -> AutoencoderKLFlux2:
+    """FLUX.2's autoencoder of 16 pixels a side, two blocks and 4 latent channels, unless told."""
+    defaults: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLFlux2(**{**defaults, **options}).eval().requires_grad_(False)
+        vae.bn.running_mean.normal_(0, 0.5)
+        vae.bn.running_var.uniform_(0.3, 3)
+        _enliven(vae)
+    return vae
+
+
+def _enliven(vae: AutoencoderKL | AutoencoderKLFlux2) -> None:
     """Scale each layer by what it gives for noise, from the first to the last."""
 
     def scale(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:

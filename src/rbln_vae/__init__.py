@@ -20,14 +20,19 @@ from .registration import register
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .models.auto import RBLNAutoencoder
     from .models.autoencoder_kl import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
+    from .models.autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2, RBLNAutoencoderKLFlux2Config
     from .models.base import RBLNModel
 
 __all__ = [
     "RBLNArtifactError",
     "RBLNAutoConfig",
+    "RBLNAutoencoder",
     "RBLNAutoencoderKL",
     "RBLNAutoencoderKLConfig",
+    "RBLNAutoencoderKLFlux2",
+    "RBLNAutoencoderKLFlux2Config",
     "RBLNCancelledError",
     "RBLNCompileError",
     "RBLNDatasetError",
@@ -46,7 +51,9 @@ register()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        ".models.auto": ("RBLNAutoencoder",),
         ".models.autoencoder_kl": ("RBLNAutoencoderKL", "RBLNAutoencoderKLConfig"),
+        ".models.autoencoder_kl_flux2": ("RBLNAutoencoderKLFlux2", "RBLNAutoencoderKLFlux2Config"),
         ".models.base": ("RBLNModel",),
     },
 )

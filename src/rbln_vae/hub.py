@@ -176,6 +176,20 @@ def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path |
     return _download(model_id, subfolder, download)
 
 
+def find_class_name(model_id: str, subfolder: str = "", **download: Any) -> str | None:
+    """The diffusers class that the `config.json` of a model names, if there is one.
+
+    Args:
+        model_id: A local path or a hub id.
+        subfolder: Where in it the model is.
+        **download: Arguments of `huggingface_hub.hf_hub_download`.
+    """
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    config = _json(model_id, f"{prefix}config.json", download) or {}
+    name = config.get("_class_name")
+    return name if isinstance(name, str) else None
+
+
 def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | None:
     """The VAE of a diffusers pipeline, if that is what the name stands for.
 

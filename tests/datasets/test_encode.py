@@ -22,8 +22,9 @@ from hub import serve_hub
 from pictures import digests, encoded, make_folder, photograph, picture
 from PIL import Image
 from safetensors import safe_open
-from vaes import compile_vae, default_compiled, default_vae, make_vae
+from vaes import compile_vae, default_compiled, default_vae, make_flux2, make_vae
 
+from rbln_vae import RBLNAutoencoder
 from rbln_vae.datasets import (
     LatentDataset,
     Options,
@@ -134,6 +135,25 @@ def test_scaling_is_applied_if_asked_for_and_always_recorded(
     torch.testing.assert_close(scaled[0]["mean"], expected)
     deviation = torch.exp(plain[0]["logvar"] / 2) * 0.25
     torch.testing.assert_close(torch.exp(scaled[0]["logvar"] / 2), deviation)
+
+
+def test_scaled_latents_of_flux_2_are_in_patches(images: Path, tmp_path: Path) -> None:
+    vae = RBLNAutoencoder.from_model(make_flux2(), rbln_target="cpu", rbln_dtype="float32")
+    for scale in (False, True):
+        options = dataclasses.replace(OPTIONS, scale=scale, latent_dtype="float32")
+        encode_dataset(images, tmp_path / str(scale), vae, options)
+    plain, scaled = (LatentDataset(tmp_path / str(each))[0] for each in (False, True))
+    torch.testing.assert_close(scaled["mean"], vae.latent_scaling.scale(plain["mean"]))
+    channels, height, width = plain["mean"].shape
+    assert scaled["mean"].shape == (4 * channels, height // 2, width // 2)
+
+
+def test_sides_of_scaled_latents_of_flux_2_are_whole_patches(images: Path, tmp_path: Path) -> None:
+    vae = RBLNAutoencoder.from_model(make_flux2(), rbln_target="cpu", rbln_dtype="float32")
+    options = Options(sizes=((30, 32),))
+    encode_dataset(images, tmp_path / "plain", vae, options)
+    with pytest.raises(ValueError, match=r"28.*32"):
+        encode_dataset(images, tmp_path / "scaled", vae, dataclasses.replace(options, scale=True))
 
 
 def test_means_and_deviations_of_channels_are_applied_as_pipelines_do(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2Pipeline, FluxPipeline
 from PIL import Image
 from services import raw
 from vaes import noise
@@ -82,6 +82,35 @@ def test_scaling_by_the_model_uses_its_statistics_if_it_has_any() -> None:
     by_channel = [torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std)]
     expected = latent * by_channel[1] / 0.5 + by_channel[0]
     assert torch.equal(prepared(latent, info, do_scaling=True), expected)
+
+
+FLUX2 = LatentScaling(
+    latents_mean=tuple(0.1 * i for i in range(16)),
+    latents_std=tuple(1 + 0.1 * i for i in range(16)),
+    patch_size=2,
+)
+
+
+def test_latents_in_patches_are_unscaled_as_flux_2_does() -> None:
+    """As they come from the denoiser, whole or packed; unscaled ones have no patches."""
+    info, scaled = model(scaling=FLUX2), noise(2, 16, 3, 4)
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1) for v in (FLUX2.latents_mean, FLUX2.latents_std))
+    expected = Flux2Pipeline._unpatchify_latents(scaled * std + mean)
+    torch.testing.assert_close(prepared(scaled, info, do_scaling=True), expected)
+    packed = Flux2Pipeline._pack_latents(scaled)
+    found = prepared(packed, info, do_scaling=True, height=3 * 16, width=4 * 16)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(prepared(expected, info), expected)
+
+
+def test_latents_without_patches_are_refused_where_scaled_ones_are_said_to_come() -> None:
+    query = DecodeQuery(shape=[1, 4, 8, 8], dtype="float32", do_scaling=True)
+    with refused("wrong_shape"):
+        protocol.decode_input(query, model(scaling=FLUX2))
+    expected = protocol.decode_input(
+        query.model_copy(update={"shape": [1, 16, 4, 4]}), model(scaling=FLUX2)
+    )
+    assert expected.model_shape == (1, 4, 8, 8)
 
 
 @pytest.mark.parametrize(

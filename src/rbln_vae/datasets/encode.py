@@ -20,7 +20,7 @@ from ..host import usable_processors
 from ..hub import find_compiled, find_vae
 from ..images import Size, format_size
 from ..models.autoencoder_kl import RBLNAutoencoderKL
-from .encoder import LatentEncoder, identity_of, load_model
+from .encoder import LatentEncoder, identity_of, load_model, sizing_for
 from .job import (
     JOB,
     REJECTED,
@@ -155,7 +155,7 @@ def encode_dataset(
     else:
         _require_ray()
         vae = load_model(model, {**settings, "create_runtimes": False}, loading)
-    sizing = options.sizing(vae.resolved_config.vae_scale_factor)
+    sizing = sizing_for(vae, options)
     with open_job(directory, options, opened.describe(), _identity(vae, model, loading)) as job:
         progress = Progress()
         _count_aside(opened, progress)
@@ -329,7 +329,7 @@ def estimate(
     loading = _where(model, subfolder, revision)
     vae = load_model(model, settings, loading)
     encoder = LatentEncoder(vae, options)
-    sizing = options.sizing(vae.resolved_config.vae_scale_factor)
+    sizing = sizing_for(vae, options)
     done = 0
     if (directory / JOB).exists():
         wanted = job_record(options, opened.describe(), _identity(vae, model, loading))

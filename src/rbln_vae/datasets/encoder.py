@@ -21,6 +21,7 @@ from ..models.opening import open_found
 from .options import Options
 from .pictures import Prepared
 from .seeds import seed_of
+from .sizes import Sizing
 
 MIRRORED = "_flipped"
 """What the names of the tensors of a mirrored image end in."""
@@ -77,7 +78,7 @@ class LatentEncoder:
             )
         if config.in_channels != 3:
             raise ValueError(f"images have 3 channels, and the model takes {config.in_channels}")
-        sizes = options.sizing(config.vae_scale_factor).sizes
+        sizes = sizing_for(vae, options).sizes
         self._vae, self._options = vae, options
         self._padded = vae.static_shapes
         self.batch_size = options.batch_size or config.batch_size
@@ -88,7 +89,7 @@ class LatentEncoder:
                 f"the target {config.target!r} takes the shape that the model was compiled for "
                 f"alone: size {config.sample_size}, batch {config.batch_size}"
             )
-        self._scaling = LatentScaling.of(vae.config)
+        self._scaling = vae.latent_scaling
         self._dtype: torch.dtype = getattr(torch, options.latent_dtype)
 
     def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
@@ -172,6 +173,18 @@ def load_model(
     if isinstance(model, RBLNAutoencoderKL):
         return model
     return open_found(model, settings, loading)
+
+
+def sizing_for(vae: RBLNAutoencoderKL, options: Options) -> Sizing:
+    """What chooses the size of an image for a model.
+
+    Its sides are multiples of a latent cell, or of a patch of cells where latents are scaled.
+
+    Raises:
+        ValueError: A size in the options is no such multiple.
+    """
+    patch = vae.latent_scaling.patch_size if options.scale else 1
+    return options.sizing(patch * vae.resolved_config.vae_scale_factor)
 
 
 def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any]:

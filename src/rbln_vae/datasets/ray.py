@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from .encoder import LatentEncoder, load_model
+from .encoder import LatentEncoder, load_model, sizing_for
 from .job import Entry, Job
 from .options import Options
 from .pipeline import Progress, encode_splits, first_missing
@@ -53,7 +53,7 @@ class Worker:
         made = Options.from_dict(options)
         vae = load_model(model, settings, loading)
         self._encoder = LatentEncoder(vae, made)
-        self._sizing = made.sizing(vae.resolved_config.vae_scale_factor)
+        self._sizing = sizing_for(vae, made)
         self._job = Job(Path(directory), made)
         self._decoders = decoders
 

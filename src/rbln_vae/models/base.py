@@ -21,6 +21,7 @@ from ..targets.base import Runtime, RuntimeOptions, get_target
 from ..targets.watch import ShouldStop
 from .compiling import CompiledModel, check_placement, compile_model
 from .family import Family
+from .latents import LatentScaling
 from .module_members import ModuleMembers
 from .storage import load_model, save_model
 
@@ -152,7 +153,8 @@ class RBLNModel(ModuleMembers):
         original = cls.family.original_class_name
         if type(model).__name__ != original:
             raise TypeError(
-                f"{cls.__name__} compiles an {original}, and got a {type(model).__name__}."
+                f"{cls.__name__} compiles an {original}, and got a {type(model).__name__}. "
+                "RBLNAutoencoder finds the class for a model by itself."
             )
         name = str(getattr(model, "name_or_path", "") or original)
         return cls(compile_model(cls.family, model, cls._wanted(rbln_config, options), name))
@@ -185,9 +187,8 @@ class RBLNModel(ModuleMembers):
             RBLNArtifactError: It can't be written.
             NotADirectoryError: It is a file.
         """
-        save_model(
-            Path(save_directory), self.family, self.compiled_models, self.config, self.rbln_config
-        )
+        model = dataclasses.replace(self._compiled, config=self.config)
+        save_model(Path(save_directory), self.family, model)
 
     def push_to_hub(
         self,
@@ -346,6 +347,11 @@ class RBLNModel(ModuleMembers):
     def device(self) -> torch.device:
         """Where tensors come from and go to: the CPU, whatever the target."""
         return torch.device("cpu")
+
+    @property
+    def latent_scaling(self) -> LatentScaling:
+        """How pipelines scale the latents of the model for their denoiser, and back."""
+        return self.family.latent_scaling(self.config, self._compiled.buffers)
 
     @property
     def usable_memory(self) -> int:

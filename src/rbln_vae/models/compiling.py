@@ -25,12 +25,14 @@ class CompiledModel:
         config: The configuration of the diffusers model.
         rbln_config: What the model was compiled for and how it runs, frozen.
         resolved_config: The same, with nothing left open.
+        buffers: Those that `Family.buffers` names.
     """
 
     parts: Mapping[str, CompiledPart]
     config: Mapping[str, Any]
     rbln_config: RBLNModelConfig
     resolved_config: ResolvedConfig
+    buffers: Mapping[str, torch.Tensor]
 
 
 def compile_model(
@@ -67,7 +69,10 @@ def compile_model(
             shape, dtype, source, rbln_config.npu, rbln_config.num_devices, part
         )
         parts[part] = target.compile_module(family.module(model, part), options)
-    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved)
+    buffers = {
+        name: model.get_buffer(name).detach().cpu().clone() for name in family.buffers(config)
+    }
+    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved, buffers)
 
 
 def resolve(

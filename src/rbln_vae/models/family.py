@@ -12,6 +12,7 @@ import torch
 from .. import hub
 from ..config import check_image_size
 from ..errors import RBLNCompileError
+from .latents import LatentScaling
 
 ENCODER, DECODER = "encoder", "decoder"
 
@@ -121,6 +122,28 @@ class Family(ABC):
             A copy that shares the model's weights, so that a target may change it.
         """
 
+    def buffers(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The small buffers that no part holds, but pipelines read; by default none.
+
+        Args:
+            config: Of the diffusers model.
+
+        Returns:
+            The shape of each by its name in the model.
+        """
+        return {}
+
+    def latent_scaling(
+        self, config: Mapping[str, Any], buffers: Mapping[str, torch.Tensor]
+    ) -> LatentScaling:
+        """How pipelines scale the latents of a model.
+
+        Args:
+            config: Of the diffusers model.
+            buffers: Those that `buffers` names.
+        """
+        return LatentScaling.of(config)
+
     def original_class(self) -> Any:
         """The diffusers class itself."""
         import diffusers
@@ -150,6 +173,7 @@ class Family(ABC):
         if found not in (None, self.original_class_name):
             raise RBLNCompileError(
                 f"{model_id} holds a {found}, but RBLN{self.original_class_name} compiles an "
-                f"{self.original_class_name}. Name a VAE, or the subfolder that holds one."
+                f"{self.original_class_name}. Name such a model, or the subfolder that holds one; "
+                "RBLNAutoencoder finds the class for a model by itself."
             )
         return original.from_pretrained(model_id, **loader)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,14 +15,18 @@ from torch import Tensor
 class LatentScaling:
     """The constants between a model's latents `z` and what a denoiser was trained on.
 
-    A denoiser sees `(z - shift_factor - latents_mean) * scaling_factor / latents_std`. A
-    constant that is `None` changes nothing.
+    A denoiser sees `(z - shift_factor - latents_mean) * scaling_factor / latents_std`, where the
+    cells of a patch come first as channels of their own. A constant that is `None` changes
+    nothing.
 
     Attributes:
         scaling_factor: One number for all channels.
         shift_factor: The same.
-        latents_mean: One number for each channel.
+        latents_mean: One number for each channel, after patches.
         latents_std: The same.
+        patch_size: Cells of a side of a patch, which become channels: `(C, H, W)` becomes
+            `(C * patch_size², H / patch_size, W / patch_size)`, in the order of
+            `torch.nn.functional.pixel_unshuffle`.
 
     Example:
         >>> LatentScaling(scaling_factor=0.5, shift_factor=1.0).scale(torch.tensor([3.0]))
@@ -32,6 +37,7 @@ class LatentScaling:
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    patch_size: int = 1
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LatentScaling:
@@ -47,8 +53,9 @@ class LatentScaling:
         """From what the encoder gives to what the denoiser sees.
 
         Args:
-            latent: `(…, C, H, W)`.
+            latent: `(…, C, H, W)`, whose sides are multiples of `patch_size`.
         """
+        latent = self.patched(latent)
         if self.shift_factor is not None:
             latent = latent - self.shift_factor
         if self.latents_mean is not None:
@@ -59,6 +66,10 @@ class LatentScaling:
             latent if self.latents_std is None else latent / _by_channel(self.latents_std, latent)
         )
 
+    def patched(self, latent: Tensor) -> Tensor:
+        """The cells of each patch as channels, and no other change."""
+        return latent if self.patch_size == 1 else F.pixel_unshuffle(latent, self.patch_size)
+
     def scale_log_variance(self, log_variance: Tensor) -> Tensor:
         """The logarithm of the variance that latents of this one have after `scale`.
 
@@ -66,6 +77,7 @@ class LatentScaling:
             log_variance: `(…, C, H, W)`.
         """
         # The variance of a multiple is the variance times the square of the factor.
+        log_variance = self.patched(log_variance)
         ones = torch.ones_like(log_variance[..., :1, :1])
         factor = LatentScaling(self.scaling_factor, latents_std=self.latents_std).scale(ones)
         return log_variance + 2 * factor.log()
@@ -74,7 +86,7 @@ class LatentScaling:
         """From what the denoiser gives to what the decoder takes: the inverse of `scale`.
 
         Args:
-            latent: `(…, C, H, W)`.
+            latent: As `scale` gives it.
         """
         if self.latents_std is not None:
             latent = latent * _by_channel(self.latents_std, latent)
@@ -82,7 +94,9 @@ class LatentScaling:
             latent = latent / self.scaling_factor
         if self.latents_mean is not None:
             latent = latent + _by_channel(self.latents_mean, latent)
-        return latent if self.shift_factor is None else latent + self.shift_factor
+        if self.shift_factor is not None:
+            latent = latent + self.shift_factor
+        return latent if self.patch_size == 1 else F.pixel_shuffle(latent, self.patch_size)
 
 
 def _numbers(values: Iterable[float] | None) -> tuple[float, ...] | None:

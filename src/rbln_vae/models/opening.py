@@ -8,6 +8,7 @@ from typing import Any
 
 from ..demo import demo_model
 from ..hub import find_vae
+from .auto import RBLNAutoencoder
 from .autoencoder_kl import RBLNAutoencoderKL
 
 
@@ -52,4 +53,4 @@ def open_found(
         settings: For `rbln_config`.
         found: What `hub.find_vae` gave for the name.
     """
-    return RBLNAutoencoderKL.from_pretrained(name, export=None, rbln_config=dict(settings), **found)
+    return RBLNAutoencoder.from_pretrained(name, export=None, rbln_config=dict(settings), **found)

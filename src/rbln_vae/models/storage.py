@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from ..artifact import SUFFIX
 from ..config import CONFIG_NAME, RBLNModelConfig
 from ..errors import RBLNArtifactError
@@ -16,38 +20,33 @@ from .compiling import CompiledModel, check_placement, resolve, settled
 from .family import Family, ResolvedConfig
 
 MODEL_CONFIG_NAME = "config.json"
+BUFFERS_NAME = "buffers.safetensors"
 
 
-def save_model(
-    directory: Path,
-    family: Family,
-    parts: Mapping[str, CompiledPart],
-    config: Mapping[str, Any],
-    rbln_config: RBLNModelConfig,
-) -> None:
+def save_model(directory: Path, family: Family, model: CompiledModel) -> None:
     """Write a compiled model; see `RBLNModel.save_pretrained`.
 
     Args:
         directory: Made where missing.
         family: Of the model.
-        parts: The compiled parts by name.
-        config: The configuration of the diffusers model.
-        rbln_config: What the model was compiled for.
+        model: The compiled model.
 
     Raises:
         RBLNArtifactError: The directory can't be written.
         NotADirectoryError: It is a file.
     """
-    replaced = (MODEL_CONFIG_NAME, f"*{SUFFIX}")
+    replaced = (MODEL_CONFIG_NAME, BUFFERS_NAME, f"*{SUFFIX}")
     try:
         with replaced_files(directory, replaced, marker=CONFIG_NAME) as temporary:
-            for name, part in parts.items():
+            for name, part in model.parts.items():
                 part.save(temporary / f"{name}{SUFFIX}")
-            stored = {k: v for k, v in config.items() if k != "_name_or_path"}
+            stored = {k: v for k, v in model.config.items() if k != "_name_or_path"}
             stored["_class_name"] = family.original_class_name
             text = json.dumps(stored, indent=2, sort_keys=True) + "\n"
             (temporary / MODEL_CONFIG_NAME).write_text(text, encoding="utf-8")
-            rbln_config.save(temporary)
+            if model.buffers:
+                save_file(dict(model.buffers), temporary / BUFFERS_NAME)
+            model.rbln_config.save(temporary)
     except NotADirectoryError:
         raise
     except OSError as error:
@@ -100,7 +99,8 @@ def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> Comp
         target.require()
     parts = {part: target.load(directory / f"{part}{SUFFIX}") for part in resolved.parts}
     _check_parts(parts, resolved, directory)
-    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved)
+    buffers = _load_buffers(directory / BUFFERS_NAME, family.buffers(config))
+    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved, buffers)
 
 
 def _check_parts(
@@ -123,6 +123,24 @@ def _check_parts(
             )
 
 
+def _load_buffers(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The buffers of a family that has any, which must be of these shapes and finite."""
+    if not shapes:
+        return {}
+    try:
+        buffers = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RBLNArtifactError(f"{file} can't be read: {error}. Save the model again.") from error
+    if {k: tuple(v.shape) for k, v in buffers.items()} != shapes or not all(
+        bool(buffer.isfinite().all()) for buffer in buffers.values()
+    ):
+        raise RBLNArtifactError(
+            f"{file} doesn't hold the buffers that {MODEL_CONFIG_NAME} beside it describes: "
+            f"{', '.join(shapes)}. Save the model again."
+        )
+    return buffers
+
+
 def _model_config(directory: Path, class_name: str) -> dict[str, Any]:
     """The configuration of the original model that stands beside the compiled one."""
     file = directory / MODEL_CONFIG_NAME
@@ -137,6 +155,7 @@ def _model_config(directory: Path, class_name: str) -> dict[str, Any]:
     found = config.get("_class_name") if isinstance(config, dict) else None
     if found != class_name:
         raise RBLNArtifactError(
-            f"{file} is the configuration of {found!r}, expected {class_name!r}."
+            f"{file} is the configuration of {found!r}, expected {class_name!r}. RBLNAutoencoder "
+            "finds the class for a model by itself."
         )
     return dict(config)

@@ -60,7 +60,7 @@ class ModelInfo:
             latent_channels=resolved.latent_channels,
             vae_scale_factor=resolved.vae_scale_factor,
             sample_size=resolved.sample_size,
-            scaling=LatentScaling.of(vae.config),
+            scaling=vae.latent_scaling,
             dtype=resolved.dtype,
             target=resolved.target,
         )

@@ -164,17 +164,19 @@ def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
         RefusedError: The shape doesn't fit the model.
     """
     shape = _positive(query.shape)
-    channels = model.latent_channels
+    patch = _scaling(query, model).patch_size
+    channels = patch**2 * model.latent_channels
     if len(shape) == 3:
         model_shape = _unpacked_shape(shape, query, model)
     elif len(shape) == 4 and shape[1] == channels:
-        model_shape = shape
+        model_shape = (shape[0], model.latent_channels, patch * shape[2], patch * shape[3])
     else:
         raise RefusedError(
             422,
             "wrong_shape",
             f"The model {model.name!r} decodes latents of shape (N, {channels}, H, W), or packed "
-            f"(N, H / 2 * W / 2, {4 * channels}) with height and width. It got {_text(shape)}.",
+            f"(N, H / 2 * W / 2, {4 * model.latent_channels}) with height and width. It got "
+            f"{_text(shape)}.",
         )
     if query.output_type == "pil" and model_shape[0] != 1:
         raise RefusedError(
@@ -213,12 +215,18 @@ def prepare_latent(
     latent: Tensor, query: DecodeQuery, model: ModelInfo, expected: TensorInput
 ) -> Tensor:
     """The unscaled `(N, C, H, W)` that the decoder takes, as pipelines compute it."""
+    scaling = _scaling(query, model)
     if latent.dim() == 3:
         batch, channels, height, width = expected.model_shape
         cells = latent.view(batch, height // 2, width // 2, channels, 2, 2)
         latent = cells.permute(0, 3, 1, 4, 2, 5).reshape(expected.model_shape)
-    scaling = model.scaling if query.do_scaling else LatentScaling()
-    return _asked_for(query, scaling).unscale(latent)
+        latent = scaling.patched(latent)
+    return scaling.unscale(latent)
+
+
+def _scaling(query: DecodeQuery, model: ModelInfo) -> LatentScaling:
+    """By which a latent is to be unscaled: that of the model, if the query asks for it."""
+    return _asked_for(query, model.scaling if query.do_scaling else LatentScaling())
 
 
 def _asked_for(query: DecodeQuery | EncodeQuery, scaling: LatentScaling) -> LatentScaling:

@@ -1,0 +1,95 @@
+"""`RBLNAutoencoder`: finds the class for a model by itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from .. import hub
+from ..errors import RBLNCompileError
+from .autoencoder_kl import RBLNAutoencoderKL
+from .autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
+from .base import Config
+
+CLASSES: dict[str, type[RBLNAutoencoderKL]] = {
+    found.family.original_class_name: found for found in (RBLNAutoencoderKL, RBLNAutoencoderKLFlux2)
+}
+"""The class for each class of diffusers."""
+
+
+class RBLNAutoencoder:
+    """Compiles and loads an autoencoder whatever its class."""
+
+    @staticmethod
+    def from_pretrained(
+        model_id: str | os.PathLike[str],
+        export: bool | None = False,
+        rbln_config: Config = None,
+        **kwargs: Any,
+    ) -> RBLNAutoencoderKL:
+        """Load a compiled model, or compile one of diffusers, by the class in its `config.json`.
+
+        Args:
+            model_id: As of `RBLNModel.from_pretrained`. A `.safetensors` file, which has no
+                `config.json`, is taken for an `AutoencoderKL`.
+            export: As of `RBLNModel.from_pretrained`. By default `False`.
+            rbln_config: Options, as a dict or an instance of a configuration class.
+            **kwargs: As of `RBLNModel.from_pretrained`.
+
+        Returns:
+            A model of the class that fits.
+
+        Raises:
+            RBLNCompileError: There is no class for the model.
+            OSError, ValueError, RBLNError: As `RBLNModel.from_pretrained`.
+
+        Example:
+            >>> vae = RBLNAutoencoder.from_pretrained(
+            ...     "black-forest-labs/FLUX.2-dev", subfolder="vae", export=True
+            ... )  # doctest: +SKIP
+        """
+        name = os.fspath(model_id)
+        loader = {k: v for k, v in kwargs.items() if not k.startswith("rbln_")}
+        loader = hub.reach(name, loader)
+        original = hub.find_class_name(name, **hub.options(loader)) or "AutoencoderKL"
+        return class_for(original, name).from_pretrained(
+            name, export=export, rbln_config=rbln_config, **{**kwargs, **loader}
+        )
+
+    @staticmethod
+    def from_model(
+        model: torch.nn.Module, *, rbln_config: Config = None, **kwargs: Any
+    ) -> RBLNAutoencoderKL:
+        """Compile a loaded model, by its class.
+
+        Args:
+            model: A diffusers model.
+            rbln_config: Options, as a dict or an instance of a configuration class.
+            **kwargs: Options with the prefix `rbln_`.
+
+        Raises:
+            RBLNCompileError: There is no class for the model, or it can't be compiled.
+            ValueError, RBLNError: As `RBLNModel.from_model`.
+        """
+        found = class_for(type(model).__name__, "The model")
+        return found.from_model(model, rbln_config=rbln_config, **kwargs)
+
+
+def class_for(original: str, what: str) -> type[RBLNAutoencoderKL]:
+    """The class that compiles a class of diffusers.
+
+    Args:
+        original: The name of diffusers' class.
+        what: The model, for the message.
+
+    Raises:
+        RBLNCompileError: There is none.
+    """
+    if original not in CLASSES:
+        raise RBLNCompileError(
+            f"{what} is a {original}. Autoencoders of these classes can be compiled: "
+            f"{', '.join(CLASSES)}."
+        )
+    return CLASSES[original]
