@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .config import RBLNAutoConfig, RBLNModelConfig
+from .config import (
+    RBLNAutoConfig,
+    RBLNAutoencoderKLConfig,
+    RBLNAutoencoderKLFlux2Config,
+    RBLNModelConfig,
+)
 from .demo import demo_model
 from .errors import (
     RBLNArtifactError,
@@ -21,8 +26,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .models.auto import RBLNAutoencoder
-    from .models.autoencoder_kl import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
-    from .models.autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2, RBLNAutoencoderKLFlux2Config
+    from .models.autoencoder_kl import RBLNAutoencoderKL
+    from .models.autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
     from .models.base import RBLNModel
 
 __all__ = [
@@ -52,8 +57,8 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         ".models.auto": ("RBLNAutoencoder",),
-        ".models.autoencoder_kl": ("RBLNAutoencoderKL", "RBLNAutoencoderKLConfig"),
-        ".models.autoencoder_kl_flux2": ("RBLNAutoencoderKLFlux2", "RBLNAutoencoderKLFlux2Config"),
+        ".models.autoencoder_kl": ("RBLNAutoencoderKL",),
+        ".models.autoencoder_kl_flux2": ("RBLNAutoencoderKLFlux2",),
         ".models.base": ("RBLNModel",),
     },
 )

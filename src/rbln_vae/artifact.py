@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from .config import DTYPES
 from .errors import RBLNArtifactError
 from .files import atomic_path
 from .graph.ir import Graph, GraphError
@@ -189,7 +190,7 @@ def read_artifact(path: Path) -> Artifact:
         if (
             not isinstance(source, dict)
             or not all(isinstance(text, str) for text in source.values())
-            or texts["dtype"] not in ("float32", "bfloat16")
+            or texts["dtype"] not in DTYPES
         ):
             raise GraphError("the description is not that of a compiled model")
         if any(weight.dtype != torch.float32 for weight in weights.values()):

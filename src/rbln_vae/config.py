@@ -1,7 +1,8 @@
-"""The configurations: what a model is compiled for, and how it runs.
+"""Every option of a model, declared once: its check, its default, and what it is.
 
-Every option is checked where it is set, so that a wrong one is named at once. After
-compiling a configuration is frozen: it says what was compiled.
+The configuration classes are made of these declarations, and so is the command line. A wrong
+value is named where it is set. After compiling, a configuration is frozen: it says what was
+compiled.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ import inspect
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from .errors import RBLNArtifactError
 from .files import atomic_path
+from .targets import TARGETS
 from .units import optional_byte_count, positive_int, positive_number
 from .version import __version__
 
 CONFIG_NAME = "rbln_config.json"
-TARGETS = ("cpu", "cuda", "rbln", "reference")
 DTYPES = ("float32", "bfloat16")
+"""In what models compute."""
 MAX_THREADS = 1024
 """Of a run: no machine has more cores, and a larger number is a mistake."""
 
 Device = int | str
 ConfigType = TypeVar("ConfigType", bound="RBLNModelConfig")
+T = TypeVar("T")
 
 
 def boolean(value: object) -> bool:
@@ -80,35 +84,70 @@ def _threads(value: object) -> int:
     return number
 
 
+def _image_size(value: object) -> tuple[int, int]:
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2:
+        raise ValueError("expected an int, or (height, width)")
+    return positive_int(sides[0]), positive_int(sides[1])
+
+
+def _scale_factor(value: object) -> int:
+    factor = positive_number(value)
+    if not isinstance(factor, int):
+        raise ValueError("expected a positive whole number")
+    return factor
+
+
+class Option(Generic[T]):
+    """One option of a configuration, and its attribute there.
+
+    Args:
+        check: Gives the value as it is kept, and raises a `ValueError` or a `TypeError` that
+            says what was expected. `None` isn't checked: it stands for "not chosen".
+        meaning: What the option is, in phrases that say its default.
+        default: By default `None`.
+        of_run: Whether it says how a model runs: then it isn't stored, and may differ from
+            load to load. Other options are fixed by compiling.
+    """
+
+    def __init__(
+        self,
+        check: Callable[[object], Any],
+        meaning: str,
+        *,
+        default: T | None = None,
+        of_run: bool = False,
+    ) -> None:
+        self.check, self.meaning, self.default, self.of_run = check, meaning, default, of_run
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, config: None, owner: type) -> Option[T]: ...
+    @overload
+    def __get__(self, config: RBLNModelConfig, owner: type) -> T: ...
+    def __get__(self, config: RBLNModelConfig | None, owner: type) -> Option[T] | T:
+        if config is None:
+            return self
+        value: T = vars(config)[self.name]
+        return value
+
+    def __set__(self, config: RBLNModelConfig, value: object) -> None:
+        config._assign(self, value)
+
+
 class RBLNModelConfig:
     """What every model's configuration holds.
 
     Args:
-        cls_name: The name of the class, as stored; leave it out.
-        create_runtimes: `False` compiles without a device.
-        device: Where the model runs: an `int` is an NPU, else `"cpu"` or `"cuda:0"`.
-        device_map: A device for each compiled part, such as `{"encoder": 0, "decoder": 1}`.
-        activate_profiler: Keep the time of every operation of each run.
-        npu: The RBLN chip to compile for, such as `"RBLN-CA22"`.
-        num_devices: Devices that share one model.
+        {options}
         tensor_parallel_size: Another name of `num_devices`.
-        timeout: Seconds that one run may take before a `TimeoutError`. `None` is no limit,
-            since large images take minutes; on the target `rbln` it is 60.
-        dtype: `"float32"`, `"bfloat16"` or a torch dtype; `None` is what is best on the
-            target.
-        target: `"cpu"`, `"cuda"`, `"rbln"` or `"reference"`; `None` is `rbln` where an
-            NPU is present, else `cpu`.
-        num_threads: CPU: threads of a run, at most 1024; `None` is one for each core that
-            the process may use.
-        memory_limit: The most memory that a run may take besides the weights: activations,
-            scratch memory of its threads, and the result. In bytes or as `"2GiB"`; `None` and
-            `""` are the memory of the machine or the control group on the target `cpu`, and
-            no limit on others. The target `rbln` ignores it.
+        cls_name: The name of the class, as stored; leave it out.
         rbln_vae_version: The version that stored the configuration; leave it out.
-        **kwargs: None is known; an unknown name is an error that suggests the nearest.
 
     Raises:
-        ValueError: A name is unknown, or a value is out of range.
+        ValueError: A name is unknown, the message says the nearest; or a value is out of range.
         TypeError: A value is of a wrong type.
 
     Example:
@@ -116,121 +155,135 @@ class RBLNModelConfig:
         2147483648
     """
 
-    RUNTIME_OPTIONS: ClassVar[tuple[str, ...]] = (
-        "create_runtimes",
-        "device",
-        "device_map",
-        "activate_profiler",
-        "timeout",
-        "num_threads",
-        "memory_limit",
+    create_runtimes = Option[bool](
+        boolean,
+        "Whether the model is made ready to run. `False` compiles without a device. "
+        "By default `True`.",
+        default=True,
+        of_run=True,
     )
-    """Options of a run: not stored, and free to differ from load to load."""
+    device = Option[Device | None](
+        _device,
+        "Where the model runs: an `int` is an NPU, else `cpu` or `cuda:0`. By default the "
+        "target's first device.",
+        of_run=True,
+    )
+    device_map = Option[dict[str, Device] | None](
+        _device_map,
+        "A device for each compiled part, such as `{'encoder': 0, 'decoder': 1}`. By default "
+        "`device` for all.",
+        of_run=True,
+    )
+    activate_profiler = Option[bool](
+        boolean,
+        "Whether the time of every operation of each run is kept. By default `False`.",
+        default=False,
+        of_run=True,
+    )
+    npu = Option[str | None](
+        _text,
+        "The RBLN chip to compile for, such as `RBLN-CA22`. By default the one that is there.",
+    )
+    num_devices = Option[int](
+        positive_int, "Devices that share one model. By default 1.", default=1
+    )
+    timeout = Option[float | None](
+        positive_number,
+        "Seconds that one run may take before a `TimeoutError`. By default there is no limit, "
+        "since large images take minutes; on the target `rbln` it is 60.",
+        of_run=True,
+    )
+    dtype = Option[str | None](
+        _dtype, f"{' or '.join(DTYPES)}, or a torch dtype. By default what is best on the target."
+    )
+    target = Option[str | None](
+        _target,
+        f"{', '.join(TARGETS)}: what the model is compiled for. By default rbln where there is "
+        "an NPU, else cpu.",
+    )
+    num_threads = Option[int | None](
+        _threads,
+        f"Threads of a run on the CPU, at most {MAX_THREADS}. By default one for each core that "
+        "the process may use.",
+        of_run=True,
+    )
+    memory_limit = Option[int | None](
+        optional_byte_count,
+        "The most memory that a run may take besides the weights: activations, scratch memory "
+        "of its threads, and the result. In bytes, or as 2GiB. By default the memory of the "
+        "machine or the control group on the target cpu, and no limit on others; the target "
+        "rbln ignores it.",
+        of_run=True,
+    )
 
-    _CHECKS: ClassVar[dict[str, Callable[[object], Any]]] = {
-        "create_runtimes": boolean,
-        "device": _device,
-        "device_map": _device_map,
-        "activate_profiler": boolean,
-        "npu": _text,
-        "num_devices": positive_int,
-        "timeout": positive_number,
-        "dtype": _dtype,
-        "target": _target,
-        "num_threads": _threads,
-        "memory_limit": optional_byte_count,
-    }
-    """What checks and converts each option; `None` stands for "not chosen" in all of them."""
-
-    _DEFAULTS: ClassVar[dict[str, Any]] = {
-        "create_runtimes": True,
-        "activate_profiler": False,
-        "num_devices": 1,
-    }
-
-    create_runtimes: bool
-    device: Device | None
-    device_map: dict[str, Device] | None
-    activate_profiler: bool
-    npu: str | None
-    num_devices: int
-    timeout: float | None
-    dtype: str | None
-    target: str | None
-    num_threads: int | None
-    memory_limit: int | None
+    _ALIASES: ClassVar[dict[str, str]] = {"tensor_parallel_size": "num_devices"}
     _given: set[str]
 
     def __init__(
         self,
-        *,
+        *in_order: Any,
         cls_name: str | None = None,
-        create_runtimes: bool | None = None,
-        device: Device | None = None,
-        device_map: Mapping[str, Device] | None = None,
-        activate_profiler: bool | None = None,
-        npu: str | None = None,
-        num_devices: int | None = None,
-        tensor_parallel_size: int | None = None,
-        timeout: float | None = None,
-        dtype: Any = None,
-        target: str | None = None,
-        num_threads: int | None = None,
-        memory_limit: int | str | None = None,
         rbln_vae_version: str | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
         if cls_name is not None and cls_name != type(self).__name__:
             raise ValueError(
                 f"This configuration is one of {cls_name}, not of {type(self).__name__}. "
                 "RBLNAutoConfig.load finds the right class."
             )
-        reject_unknown(kwargs, self._option_names(), f"option of {type(self).__name__}", ValueError)
-        if tensor_parallel_size is not None:
-            if num_devices not in (None, tensor_parallel_size):
+        names = [name for name, option in self.options().items() if name not in _SHARED]
+        if len(in_order) > len(names):
+            raise TypeError(f"{type(self).__name__} takes {len(names)} arguments without a name")
+        for name, value in zip(names, in_order, strict=False):
+            if name in options:
+                raise TypeError(f"{name} is given twice")
+            options[name] = value
+        reject_unknown(options, self._names(), f"option of {type(self).__name__}", ValueError)
+        for alias, name in self._ALIASES.items():
+            value = options.pop(alias, None)
+            if value is None:
+                continue
+            if options.get(name) not in (None, value):
                 raise ValueError(
-                    f"num_devices={num_devices} and tensor_parallel_size={tensor_parallel_size} "
-                    "are two names of one option. Give one of them."
+                    f"{name}={options[name]} and {alias}={value} are two names of one option. "
+                    "Give one of them."
                 )
-            num_devices = tensor_parallel_size
-        self._start(dict.fromkeys(self._CHECKS) | self._DEFAULTS)
-        self._set(
-            create_runtimes=create_runtimes,
-            device=device,
-            device_map=device_map,
-            activate_profiler=activate_profiler,
-            npu=npu,
-            num_devices=num_devices,
-            timeout=timeout,
-            dtype=dtype,
-            target=target,
-            num_threads=num_threads,
-            memory_limit=memory_limit,
-        )
-
-    def _start(self, defaults: Mapping[str, Any]) -> None:
-        vars(self).update(defaults, _given=set())
-
-    def _set(self, **options: Any) -> None:
-        """Set the options that were given: those that are not `None`."""
+            options[name] = value
+        vars(self).update({name: o.default for name, o in self.options().items()}, _given=set())
         for name, value in options.items():
             if value is not None:
                 setattr(self, name, value)
 
+    def __init_subclass__(cls) -> None:
+        _document(cls)
+
     @classmethod
-    def _option_names(cls) -> list[str]:
-        """Every name that the constructor knows, those of the parent classes included."""
-        return [
-            name
+    def options(cls) -> dict[str, Option[Any]]:
+        """Every option by name, those of the class itself first."""
+        return {
+            name: option
             for kind in cls.__mro__
-            if kind is not object
-            for name, parameter in inspect.signature(kind).parameters.items()
-            if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
+            for name, option in vars(kind).items()
+            if isinstance(option, Option)
+        }
+
+    @classmethod
+    def options_of_run(cls) -> list[str]:
+        """The options that say how a model runs: not stored, and free from load to load."""
+        return [name for name, option in cls.options().items() if option.of_run]
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """Every name that the constructor knows."""
+        return [*cls.options(), *cls._ALIASES]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._CHECKS:
-            reject_unknown({name: value}, self._CHECKS, "option", AttributeError)
+        reject_unknown({name: value}, self.options(), "option", AttributeError)
+        super().__setattr__(name, value)
+
+    def _assign(self, option: Option[Any], value: object) -> None:
+        """Check an option and set it, or leave everything as it was."""
+        name = option.name
         if self.is_frozen():
             raise RuntimeError(
                 f"{name} can't be set: this configuration is frozen, it says what was compiled. "
@@ -238,7 +291,7 @@ class RBLNModelConfig:
             )
         if value is not None:
             try:
-                value = self._CHECKS[name](value)
+                value = option.check(value)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}={value!r}: {error}.") from None
         before = vars(self)[name]
@@ -257,20 +310,20 @@ class RBLNModelConfig:
         raise AttributeError(f"{name} can't be deleted; set it to None.")
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._options() == self._options()
+        return type(other) is type(self) and other._values() == self._values()
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self._options().items() if v is not None)
+        shown = ", ".join(f"{k}={v!r}" for k, v in self._values().items() if v is not None)
         return f"{type(self).__name__}({shown})"
 
-    def _options(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in self._CHECKS}
+    def _values(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in self.options()}
 
     def given_options(self) -> dict[str, Any]:
         """The options that were set, not left at their defaults."""
-        return {name: value for name, value in self._options().items() if name in self._given}
+        return {name: value for name, value in self._values().items() if name in self._given}
 
     def freeze(self) -> None:
         """Refuse every change from now on; done after compiling and after loading."""
@@ -286,14 +339,13 @@ class RBLNModelConfig:
         Raises:
             ValueError: As the constructor.
         """
-        reject_unknown(
-            changes, self._option_names(), f"option of {type(self).__name__}", ValueError
-        )
+        reject_unknown(changes, self._names(), f"option of {type(self).__name__}", ValueError)
         return type(self)(**override(self.given_options(), changes))
 
     def compiled_options(self) -> dict[str, Any]:
-        """The options that a compiled model keeps: all but `RUNTIME_OPTIONS`."""
-        return {k: v for k, v in self._options().items() if k not in self.RUNTIME_OPTIONS}
+        """The options that are fixed by compiling, which a compiled model keeps."""
+        of_run = self.options_of_run()
+        return {name: value for name, value in self._values().items() if name not in of_run}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the options that a compiled model keeps, as JSON.
@@ -331,6 +383,106 @@ class RBLNModelConfig:
             ) from error
 
 
+def _document(cls: type[RBLNModelConfig]) -> None:
+    """Give a configuration class the signature and the docstring that its options say."""
+    own = [name for name in cls.options() if name not in _SHARED]
+    shared = [name for name in cls.options() if name in _SHARED]
+    kind = inspect.Parameter
+    parameters = [
+        *(kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in own),
+        *(kind(name, kind.KEYWORD_ONLY, default=None) for name in [*shared, *cls._ALIASES]),
+    ]
+    cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    if cls.__doc__:  # none where Python leaves docstrings out
+        wrap = textwrap.TextWrapper(88, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        told = [
+            wrap.fill(f"{name}: {option.meaning}")
+            for name, option in vars(cls).items()
+            if isinstance(option, Option)
+        ]
+        cls.__doc__ = inspect.cleandoc(cls.__doc__).replace("    {options}", "\n".join(told))
+
+
+_SHARED = RBLNModelConfig.options()
+"""The options of every model; those of a class of its own come before them."""
+
+_document(RBLNModelConfig)
+
+
+class RBLNAutoencoderKLConfig(RBLNModelConfig):
+    """What an `RBLNAutoencoderKL` is compiled for.
+
+    Args:
+        {options}
+        **kwargs: The options of `RBLNModelConfig`.
+
+    Raises:
+        ValueError: As of `RBLNModelConfig`; or `sample_size` is not a multiple of
+            `vae_scale_factor`, the message names the nearest valid sizes.
+
+    Example:
+        >>> config = RBLNAutoencoderKLConfig(sample_size=512, vae_scale_factor=8)
+        >>> config.image_size, config.latent_sample_size
+        ((512, 512), (64, 64))
+    """
+
+    batch_size = Option[int](
+        positive_int,
+        "The batch that the model is compiled for. Targets that take every shape (cpu, cuda, "
+        "reference) are tuned for it, others take no other. By default 1.",
+        default=1,
+    )
+    sample_size = Option[tuple[int, int] | None](
+        _image_size,
+        "The size of the image in pixels that the model is compiled for, as `batch_size`: one "
+        "side, or height and width. By default the model's own.",
+    )
+    uses_encoder = Option[bool | None](
+        boolean,
+        "Whether the encoder is compiled too. `False` compiles the decoder alone. By default "
+        "`True`.",
+    )
+    vae_scale_factor = Option[int | None](
+        _scale_factor,
+        "Pixels per latent cell in a direction. By default the model's own, "
+        "`2 ** (len(block_out_channels) - 1)`.",
+    )
+    in_channels = Option[int | None](
+        positive_int, "Channels of the image. By default the model's own."
+    )
+    latent_channels = Option[int | None](
+        positive_int, "Channels of the latent. By default the model's own."
+    )
+
+    def _check_together(self) -> None:
+        if self.sample_size is not None and self.vae_scale_factor is not None:
+            check_image_size(self.sample_size, self.vae_scale_factor)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """`(height, width)` of the image in pixels."""
+        return self.sample_size
+
+    @property
+    def latent_sample_size(self) -> tuple[int, int]:
+        """`(height, width)` of the latent.
+
+        Raises:
+            ValueError: The size or the scale factor is not known yet.
+        """
+        if self.sample_size is None or self.vae_scale_factor is None:
+            raise ValueError(
+                "latent_sample_size needs sample_size and vae_scale_factor. Give both, or read it "
+                "from the rbln_config of a compiled model."
+            )
+        height, width = self.sample_size
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
+
+
+class RBLNAutoencoderKLFlux2Config(RBLNAutoencoderKLConfig):
+    """What an `RBLNAutoencoderKLFlux2` is compiled for; see `RBLNAutoencoderKLConfig`."""
+
+
 class RBLNAutoConfig:
     """Finds the configuration class of a compiled model by itself."""
 
@@ -361,9 +513,9 @@ class RBLNAutoConfig:
 
 def override(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The options with changes that win over them, whichever of its names an option has."""
-    names = {"num_devices", "tensor_parallel_size"}
-    replaced = names if names & changes.keys() else set()
-    return {**{k: v for k, v in options.items() if k not in replaced}, **changes}
+    aliases = RBLNModelConfig._ALIASES
+    changed = {aliases.get(name, name) for name in changes}
+    return {**{k: v for k, v in options.items() if aliases.get(k, k) not in changed}, **changes}
 
 
 def reject_unknown(

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..config import (
-    RBLNModelConfig,
-    boolean,
-    check_image_size,
-    reject_unknown,
-)
+from ..config import RBLNAutoencoderKLConfig, check_image_size, reject_unknown
 from ..errors import RBLNRuntimeError
 from ..graph.capture import replica
 from ..targets.watch import ShouldStop
-from ..units import positive_int, positive_number
 from .base import RBLNModel
 from .family import DECODER, ENCODER, Family
 
@@ -26,110 +20,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-
-def _image_size(value: object) -> tuple[int, int]:
-    sides = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(sides) != 2:
-        raise ValueError("expected an int, or (height, width)")
-    return positive_int(sides[0]), positive_int(sides[1])
-
-
-def _scale_factor(value: object) -> int:
-    factor = positive_number(value)
-    if not isinstance(factor, int):
-        raise ValueError("expected a positive whole number")
-    return factor
-
-
-class RBLNAutoencoderKLConfig(RBLNModelConfig):
-    """What an `RBLNAutoencoderKL` is compiled for.
-
-    Args:
-        batch_size: The batch that the model is compiled for. Targets that take every shape
-            (`cpu`, `cuda`, `reference`) are tuned for it, others take no other.
-        sample_size: Size of the image in pixels, an `int` for both sides or `(height,
-            width)`; `None` is the model's own.
-        uses_encoder: Whether the encoder is compiled too. `False` compiles the decoder
-            alone; `None` compiles both.
-        vae_scale_factor: Pixels per latent cell in a direction; `None` takes it from the
-            model, `2 ** (len(block_out_channels) - 1)`.
-        in_channels: Channels of the image; `None` takes them from the model.
-        latent_channels: Channels of the latent; `None` takes them from the model.
-        **kwargs: The options of `RBLNModelConfig`.
-
-    Raises:
-        ValueError: `batch_size` is not a positive integer, `sample_size` is not a multiple
-            of `vae_scale_factor`, or a name is unknown; the message names the nearest valid
-            sizes or the nearest name.
-
-    Example:
-        >>> config = RBLNAutoencoderKLConfig(sample_size=512, vae_scale_factor=8)
-        >>> config.image_size, config.latent_sample_size
-        ((512, 512), (64, 64))
-    """
-
-    _CHECKS: ClassVar[dict[str, Any]] = {
-        **RBLNModelConfig._CHECKS,
-        "batch_size": positive_int,
-        "sample_size": _image_size,
-        "uses_encoder": boolean,
-        "vae_scale_factor": _scale_factor,
-        "in_channels": positive_int,
-        "latent_channels": positive_int,
-    }
-    _DEFAULTS: ClassVar[dict[str, Any]] = {**RBLNModelConfig._DEFAULTS, "batch_size": 1}
-
-    batch_size: int
-    sample_size: tuple[int, int] | None
-    uses_encoder: bool | None
-    vae_scale_factor: int | None
-    in_channels: int | None
-    latent_channels: int | None
-
-    def __init__(
-        self,
-        batch_size: int | None = None,
-        sample_size: int | tuple[int, int] | None = None,
-        uses_encoder: bool | None = None,
-        vae_scale_factor: float | None = None,
-        in_channels: int | None = None,
-        latent_channels: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self._set(
-            batch_size=batch_size,
-            sample_size=sample_size,
-            uses_encoder=uses_encoder,
-            vae_scale_factor=vae_scale_factor,
-            in_channels=in_channels,
-            latent_channels=latent_channels,
-        )
-
-    def _check_together(self) -> None:
-        if self.sample_size is not None and self.vae_scale_factor is not None:
-            check_image_size(self.sample_size, self.vae_scale_factor)
-
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """`(height, width)` of the image in pixels."""
-        return self.sample_size
-
-    @property
-    def latent_sample_size(self) -> tuple[int, int]:
-        """`(height, width)` of the latent.
-
-        Raises:
-            ValueError: The size or the scale factor is not known yet.
-        """
-        if self.sample_size is None or self.vae_scale_factor is None:
-            raise ValueError(
-                "latent_sample_size needs sample_size and vae_scale_factor. Give both, or read it "
-                "from the rbln_config of a compiled model."
-            )
-        height, width = self.sample_size
-        return height // self.vae_scale_factor, width // self.vae_scale_factor
 
 
 class AutoencoderKLFamily(Family):

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .autoencoder_kl import AutoencoderKLFamily, RBLNAutoencoderKL, RBLNAutoencoderKLConfig
+from ..config import RBLNAutoencoderKLFlux2Config
+from .autoencoder_kl import AutoencoderKLFamily, RBLNAutoencoderKL
 from .latents import LatentScaling
 
 _MEAN, _VARIANCE = "bn.running_mean", "bn.running_var"
@@ -43,10 +44,6 @@ class AutoencoderKLFlux2Family(AutoencoderKLFamily):
             latents_std=tuple(spread.tolist()),
             patch_size=config["patch_size"][0],
         )
-
-
-class RBLNAutoencoderKLFlux2Config(RBLNAutoencoderKLConfig):
-    """What an `RBLNAutoencoderKLFlux2` is compiled for; see `RBLNAutoencoderKLConfig`."""
 
 
 class RBLNAutoencoderKLFlux2(RBLNAutoencoderKL):

@@ -18,8 +18,9 @@ from ..config import CONFIG_NAME, RBLNModelConfig, override, reject_unknown
 from ..errors import RBLNRuntimeError
 from ..profiler import Profile
 from ..targets.base import Runtime, RuntimeOptions, get_target
+from ..targets.placement import check_placement
 from ..targets.watch import ShouldStop
-from .compiling import CompiledModel, check_placement, compile_model
+from .compiling import CompiledModel, compile_model
 from .family import Family
 from .latents import LatentScaling
 from .module_members import ModuleMembers
@@ -374,9 +375,10 @@ class RBLNModel(ModuleMembers):
         Example:
             >>> small = vae.with_runtimes(memory_limit="1GiB")  # doctest: +SKIP
         """
-        reject_unknown(options, RBLNModelConfig.RUNTIME_OPTIONS, "option of a run", ValueError)
+        reject_unknown(options, RBLNModelConfig.options_of_run(), "option of a run", ValueError)
         rbln_config = self.rbln_config.copy(**{"create_runtimes": True, **options})
-        check_placement(rbln_config, self.resolved_config, self._target)
+        resolved = self.resolved_config
+        check_placement(rbln_config, self._target, resolved.dtype, resolved.parts)
         rbln_config.freeze()
         return type(self)(
             dataclasses.replace(self._compiled, config=self.config, rbln_config=rbln_config)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..config import RBLNModelConfig, reject_unknown
-from ..targets.base import CompiledPart, CompileOptions, Target, default_target, get_target
+from ..config import RBLNModelConfig
+from ..targets.base import CompiledPart, CompileOptions
+from ..targets.placement import check_placement, choose_target
 from .family import Family, ResolvedConfig
 
 
@@ -55,7 +56,7 @@ def compile_model(
     target = choose_target(rbln_config)
     dtype = rbln_config.dtype or target.best_dtype()
     resolved = resolve(family, rbln_config.copy(target=target.name, dtype=dtype), config)
-    check_placement(rbln_config, resolved, target)
+    check_placement(rbln_config, target, dtype, resolved.parts)
     if rbln_config.create_runtimes:
         target.require()  # before the work, not after it
     source = {
@@ -118,55 +119,6 @@ def settled(rbln_config: RBLNModelConfig, resolved: ResolvedConfig) -> RBLNModel
     )
     found.freeze()
     return found
-
-
-def choose_target(rbln_config: RBLNModelConfig) -> Target:
-    """The target that is named, or that the device or the chip implies."""
-    if rbln_config.target is not None:
-        return get_target(rbln_config.target)
-    if rbln_config.npu is not None or rbln_config.num_devices > 1:
-        return get_target("rbln")
-    kinds = {_device_kind(device) for device in _devices(rbln_config)}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"The devices of the parts are of several targets, {' and '.join(sorted(kinds))}; a "
-            "model is compiled for one."
-        )
-    return get_target(kinds.pop()) if kinds else default_target()
-
-
-def _devices(rbln_config: RBLNModelConfig) -> list[int | str]:
-    """Every device that is named, for the model or for a part."""
-    own = [] if rbln_config.device is None else [rbln_config.device]
-    return own + list((rbln_config.device_map or {}).values())
-
-
-def _device_kind(device: int | str) -> str:
-    """The target that a device belongs to: `rbln`, `cpu` or `cuda`."""
-    return "rbln" if isinstance(device, int) else device.partition(":")[0]
-
-
-def check_placement(rbln_config: RBLNModelConfig, resolved: ResolvedConfig, target: Target) -> None:
-    """Raise if the target can't do what the configuration asks of it."""
-    name = target.name
-    if resolved.dtype not in target.dtypes:
-        raise ValueError(
-            f"dtype={resolved.dtype!r} is none of the target {name!r}, which computes in "
-            f"{' or '.join(target.dtypes)}."
-        )
-    for device in _devices(rbln_config):
-        if _device_kind(device) != _device_kind(target.default_device()):
-            raise ValueError(
-                f"device={device!r} is none of the target {name!r}, which runs on "
-                f"{target.default_device()!r}. Leave device out, or compile for another target."
-            )
-    if name != "rbln":
-        for option, value in (("npu", rbln_config.npu), ("num_devices", rbln_config.num_devices)):
-            if value not in (None, 1):
-                raise ValueError(f"{option}={value!r} is for target='rbln', not for {name!r}.")
-    reject_unknown(
-        rbln_config.device_map or {}, resolved.parts, "compiled part in device_map", ValueError
-    )
 
 
 def _weights_hash(model: torch.nn.Module) -> str:

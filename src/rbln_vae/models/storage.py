@@ -16,7 +16,8 @@ from ..config import CONFIG_NAME, RBLNModelConfig
 from ..errors import RBLNArtifactError
 from ..files import replaced_files
 from ..targets.base import CompiledPart, get_target
-from .compiling import CompiledModel, check_placement, resolve, settled
+from ..targets.placement import check_placement
+from .compiling import CompiledModel, resolve, settled
 from .family import Family, ResolvedConfig
 
 MODEL_CONFIG_NAME = "config.json"
@@ -70,7 +71,7 @@ def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> Comp
         RBLNTargetUnavailableError: This machine can't run the target.
     """
     given = wanted.given_options()
-    run = {k: v for k, v in given.items() if k in wanted.RUNTIME_OPTIONS}
+    run = {k: v for k, v in given.items() if k in wanted.options_of_run()}
     rbln_config = type(wanted).load(directory, **run)
     stored = rbln_config.compiled_options()
     for name, value in given.items():
@@ -94,7 +95,7 @@ def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> Comp
             f"{error} Save or compile the model again."
         ) from error
     target = get_target(resolved.target)
-    check_placement(rbln_config, resolved, target)
+    check_placement(rbln_config, target, resolved.dtype, resolved.parts)
     if rbln_config.create_runtimes:
         target.require()
     parts = {part: target.load(directory / f"{part}{SUFFIX}") for part in resolved.parts}

@@ -15,12 +15,14 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ..config import DTYPES
 from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
 from ..host import usable_memory
 from ..profiler import RunProfile
 from ..units import format_bytes
+from . import TARGETS
 from .watch import ShouldStop
 
 
@@ -150,8 +152,10 @@ class Target(ABC):
     """Whether a compiled model takes only the shape that it was compiled for."""
     exact_batches: ClassVar[bool] = False
     """Whether each sample of a batch gets the same bits as in a run of its own."""
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
     """In what it can compute."""
+    own_options: ClassVar[tuple[str, ...]] = ()
+    """Options of a configuration that no other target takes."""
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -160,6 +164,10 @@ class Target(ABC):
     @abstractmethod
     def default_device(self) -> int | str:
         """The device on which a model runs if none is named."""
+
+    def owns(self, device: int | str) -> bool:
+        """Whether it runs on a device, as options name one: `0`, `"cpu"` or `"cuda:1"`."""
+        return _kind(device) == _kind(self.default_device())
 
     def usable_memory(self, device: int | str) -> int:
         """Bytes that runs on a device may take, with all else that is there.
@@ -211,6 +219,11 @@ class Target(ABC):
             raise RBLNTargetUnavailableError(f"The target {self.name!r} can't run here: {reason}")
 
 
+def _kind(device: int | str) -> str:
+    """`npu`, `cpu` or `cuda`."""
+    return "npu" if isinstance(device, int) else device.partition(":")[0]
+
+
 class GraphTarget(Target):
     """A target that runs our own graphs, not what another compiler makes of a module."""
 
@@ -240,30 +253,21 @@ def sizes(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-_MODULES = {
-    "rbln": ".rbln",
-    "cpu": ".cpu",
-    "cuda": ".cuda",
-    "reference": ".reference",
-}
-
-
 def get_target(name: str) -> Target:
     """The target of that name.
 
     Raises:
         ValueError: There is none.
     """
-    if name not in _MODULES:
-        raise ValueError(f"There is no target {name!r}; there are {', '.join(_MODULES)}.")
-    module = importlib.import_module(_MODULES[name], __package__)
-    target: Target = module.TARGET
+    if name not in TARGETS:
+        raise ValueError(f"There is no target {name!r}; there are {', '.join(TARGETS)}.")
+    target: Target = importlib.import_module(f".{name}", __package__).TARGET
     return target
 
 
 def all_targets() -> list[Target]:
     """Every target, whether it can run here or not."""
-    return [get_target(name) for name in _MODULES]
+    return [get_target(name) for name in TARGETS]
 
 
 def default_target() -> Target:

@@ -55,6 +55,7 @@ class RblnTarget(Target):
     description = "an RBLN NPU, by Rebellions' compiler"
     static_shapes = True
     dtypes = (DTYPE,)
+    own_options = ("npu", "num_devices")
 
     def unavailable_reason(self) -> str | None:
         if importlib.util.find_spec("rebel") is None:
