@@ -18,13 +18,12 @@ from rbln_vae.images import (
     FitMode,
     Fitting,
     error_image,
-    format_size,
     load_image,
-    parse_size,
     side_by_side,
     to_image,
     to_tensor,
 )
+from rbln_vae.sizes import format_size, parse_size
 
 SIDES = st.integers(1, 90)
 

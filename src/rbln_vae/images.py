@@ -12,7 +12,7 @@ import dataclasses
 import os
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Literal, TypeAlias
 
@@ -21,9 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from .config import check_image_size
-
-Size: TypeAlias = tuple[int, int]
-"""Height and width in pixels."""
+from .sizes import Placement, Size, format_size
 
 FitMode: TypeAlias = Literal["pad", "resize", "crop"]
 FIT_MODES: tuple[FitMode, ...] = ("pad", "resize", "crop")
@@ -59,11 +57,14 @@ def load_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
 
 
 @contextlib.contextmanager
-def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
+def open_image(
+    source: str | os.PathLike[str] | IO[bytes], formats: tuple[str, ...] | None = None
+) -> Iterator[Image.Image]:
     """Open a picture without decoding it, so that its size can be looked at first.
 
     Args:
         source: A path, or a file open for reading bytes.
+        formats: Names of the formats that are read. By default all that Pillow knows.
 
     Yields:
         The picture as Pillow opens it. What the block raises because the file is damaged
@@ -81,7 +82,7 @@ def open_image(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Ima
     """
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the image"
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=formats) as image:
             yield image
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
@@ -154,18 +155,13 @@ def to_image(sample: torch.Tensor) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Fitting:
+class Fitting(Placement):
     """How a picture is given a size that a model takes, and how that is undone.
 
-    The picture is scaled to `scaled`, then cut from `offset` or, where it is too small,
-    continued with its last row and column, to `size`.
+    Where the scaled picture is too small, it is continued with its last row and column.
 
     Attributes:
         mode: What was asked for.
-        original: The size of the picture.
-        scaled: Its size after scaling.
-        offset: Rows and columns that are cut off above and to the left.
-        size: The size that the model gets.
 
     Example:
         >>> fitting = Fitting.plan((333, 500), multiple=8)
@@ -176,10 +172,6 @@ class Fitting:
     """
 
     mode: FitMode
-    original: Size
-    scaled: Size
-    offset: Size
-    size: Size
 
     @classmethod
     def plan(
@@ -209,7 +201,7 @@ class Fitting:
             check_image_size(size, multiple)
             scaled = _scaled(original, size, mode)
         height, width = (max(0, s - t) // 2 for s, t in zip(scaled, size, strict=True))
-        return cls(mode, original, scaled, (height, width), size)
+        return cls(original, scaled, (height, width), size, mode)
 
     def apply(self, image: Image.Image) -> Image.Image:
         """The picture at the size that the model takes.
@@ -264,7 +256,8 @@ class Fitting:
         names = [f.name for f in dataclasses.fields(cls)]
         if set(stored) != set(names) or stored["mode"] not in FIT_MODES:
             raise ValueError(f"expected a fitting with {', '.join(names)}, found {stored!r}")
-        return cls(stored["mode"], *(_stored_size(stored[name]) for name in names[1:]))
+        sizes = {name: _stored_size(stored[name]) for name in names if name != "mode"}
+        return cls(mode=stored["mode"], **sizes)
 
 
 def _stored_size(item: Any) -> Size:
@@ -310,23 +303,6 @@ def _resize(image: Image.Image, size: Size) -> Image.Image:
     if (image.height, image.width) == size:
         return image
     return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def format_size(size: Sequence[int]) -> str:
-    """A size as people write it, height first: `"512x768"`."""
-    return "x".join(map(str, size))
-
-
-def parse_size(text: str) -> Size:
-    """A size as people write it: `"512"` for both sides, or `"512x768"`, height first.
-
-    Raises:
-        ValueError: It isn't one or two positive numbers.
-    """
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ValueError(f"expected a size in pixels, such as 512 or 512x768, found {text!r}")
-    return int(sides[0]), int(sides[-1])
 
 
 def error_image(image: Image.Image, other: Image.Image, gain: float = 8) -> Image.Image:

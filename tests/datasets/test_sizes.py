@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbln_vae.datasets.sizes import Placement, Sizing
+from rbln_vae.datasets.sizes import Sizing
+from rbln_vae.sizes import Placement
 
 sides = st.integers(1, 5000)
 sizings = st.builds(

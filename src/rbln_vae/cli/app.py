@@ -85,7 +85,7 @@ def compile_(
 ) -> None:
     """Compile MODEL and keep the result in OUT."""
     from ..hub import reach
-    from ..images import parse_size
+    from ..sizes import parse_size
 
     settings = given(target=target, dtype=dtype, batch_size=batch_size)
     if sample_size is not None:

@@ -16,8 +16,9 @@ from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
 from ..config import check_image_size
 from ..hub import find_pipeline
-from ..images import Fitting, format_size, load_image, parse_size, to_tensor
+from ..images import Fitting, load_image, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
+from ..sizes import format_size, parse_size
 from ..targets.base import all_targets
 from .models import (
     decoded,

@@ -22,7 +22,7 @@ from ..datasets import (
     estimate,
 )
 from ..host import usable_processors
-from ..images import Size, parse_size
+from ..sizes import Size, parse_size
 from ..units import format_seconds
 from .terminal import err, out, table, working
 

@@ -12,9 +12,9 @@ from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
 from ..config import CONFIG_NAME, check_image_size
 from ..errors import RBLNArtifactError
 from ..hub import find_vae
-from ..images import parse_size
 from ..models import opening
 from ..models.family import DECODER, ENCODER
+from ..sizes import parse_size
 from .terminal import working
 
 Option = TypeVar("Option")

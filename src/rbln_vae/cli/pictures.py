@@ -20,14 +20,13 @@ from ..files import atomic_path
 from ..images import (
     FitMode,
     Fitting,
-    format_size,
     load_image,
-    parse_size,
     side_by_side,
     to_image,
     to_tensor,
 )
 from ..metrics import SSIM_WINDOW, psnr, ssim
+from ..sizes import format_size, parse_size
 from .models import decoded, encoded, in_channels, open_model, scale_factor
 from .terminal import for_each, out, table
 
@@ -107,8 +106,8 @@ def encode(
             "format": _FORMAT,
             "model": model_name or "the shipped model",
             "dtype": str(model.rbln_config.dtype),
-            "scaling_factor": json.dumps(model.config.scaling_factor),
-            "shift_factor": json.dumps(model.config.shift_factor),
+            "scaling_factor": json.dumps(model.config.get("scaling_factor")),
+            "shift_factor": json.dumps(model.config.get("shift_factor")),
             "drawn": "mean" if seed is None else f"sample, seed {seed}",
             "fitting": json.dumps(fitting.to_dict()),
         }

@@ -18,8 +18,8 @@ import numpy as np
 from ..errors import RBLNDatasetError
 from ..host import usable_processors
 from ..hub import find_compiled, find_vae
-from ..images import Size, format_size
 from ..models.autoencoder_kl import RBLNAutoencoderKL
+from ..sizes import Placement, Size, format_size
 from .encoder import LatentEncoder, identity_of, load_model, sizing_for
 from .job import (
     JOB,
@@ -35,7 +35,6 @@ from .job import (
 from .options import Options
 from .pictures import Prepared, prepare, quiet
 from .pipeline import Progress, encode_splits
-from .sizes import Placement
 from .sources import Source, Split, open_source
 
 _PROBED = 16

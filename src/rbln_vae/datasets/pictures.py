@@ -14,9 +14,10 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from ..images import format_size, open_image, upright_rgb
+from ..images import open_image, upright_rgb
+from ..sizes import Placement, format_size
 from .options import Options
-from .sizes import Placement, Sizing
+from .sizes import Sizing
 from .sources import Sample
 from .sources.files import read_file, read_sidecars
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ..errors import RBLNDatasetError
 from ..files import atomic_path
-from ..images import format_size
+from ..sizes import format_size
 from .encoder import Encoded
 from .formats import FORMATS, Shard
 from .options import Format

@@ -8,33 +8,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ..config import check_image_size
-from ..images import Size
+from ..sizes import Placement, Size
 from .seeds import seed_of
 
 Crop: TypeAlias = Literal["center", "random"]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How an image comes to the size of its bucket: scaled, then cropped.
-
-    Attributes:
-        original: `(height, width)` of the image, upright; `original_size` of SDXL.
-        scaled: Its size after scaling, that covers `size`.
-        offset: Rows and columns cut off above and to the left;
-            `crops_coords_top_left` of SDXL.
-        size: The size of the bucket; `target_size` of SDXL.
-    """
-
-    original: Size
-    scaled: Size
-    offset: Size
-    size: Size
-
-    @property
-    def mirrored_offset(self) -> Size:
-        """The offset in the mirrored image."""
-        return self.offset[0], self.scaled[1] - self.size[1] - self.offset[1]
 
 
 @dataclass(frozen=True)

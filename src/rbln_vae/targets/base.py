@@ -21,6 +21,7 @@ from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
 from ..host import usable_memory
 from ..profiler import RunProfile
+from ..sizes import format_size
 from ..units import format_bytes
 from . import TARGETS
 from .watch import ShouldStop
@@ -242,15 +243,10 @@ class GraphTarget(Target):
 def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> MemoryError:
     """The error of a run that needs more memory than its limit, however it is run."""
     return MemoryError(
-        f"A run of the {part} on {sizes(shape)} needs at least {format_bytes(least)} besides the "
-        f"weights, and memory_limit is {format_bytes(limit)}. Raise it to "
+        f"A run of the {part} on {format_size(shape)} needs at least {format_bytes(least)} "
+        f"besides the weights, and memory_limit is {format_bytes(limit)}. Raise it to "
         f"'{math.ceil(least / 2**20)}MiB', or run a smaller image."
     )
-
-
-def sizes(shape: Shape) -> str:
-    """`1x4x64x64`."""
-    return "x".join(map(str, shape))
 
 
 def get_target(name: str) -> Target:

@@ -27,7 +27,8 @@ from ..errors import (
     RBLNTargetUnavailableError,
 )
 from ..profiler import RunProfile
-from .base import CompiledPart, CompileOptions, RuntimeOptions, Target, sizes
+from ..sizes import format_size
+from .base import CompiledPart, CompileOptions, RuntimeOptions, Target
 from .watch import ShouldStop, Watch
 
 DTYPE = "float32"
@@ -162,7 +163,7 @@ class RblnRuntime:
         return 0
 
     def describe(self, shape: tuple[int, ...], *, steps: bool = False) -> str:
-        return f"{sizes(shape)}: planned by the compiler, in the memory of the NPU"
+        return f"{format_size(shape)}: planned by the compiler, in the memory of the NPU"
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
         """The compiler has chosen already."""

@@ -18,6 +18,7 @@ from ..graph.interpreter import Interpreter
 from ..graph.ir import Graph, Operation, Shape, Value
 from ..graph.passes import optimise
 from ..profiler import RunProfile, Step
+from ..sizes import format_size
 from ..units import format_bytes
 from .base import (
     CompiledPart,
@@ -25,7 +26,6 @@ from .base import (
     GraphTarget,
     RuntimeOptions,
     over_memory_limit,
-    sizes,
 )
 from .watch import ShouldStop, Watch
 
@@ -110,7 +110,10 @@ class InterpreterRuntime:
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         graph = self._interpreter.graph
         memory = format_bytes(self.memory_needed(shape))
-        text = f"{graph.name} on {sizes(shape)}: {memory} for activations, everything computed once"
+        text = (
+            f"{graph.name} on {format_size(shape)}: {memory} for activations, everything computed "
+            "once"
+        )
         return f"{text}\n{graph}" if steps else text
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...images import Size, format_size
+from ...sizes import Size, format_size
 from ..encoder import Encoded
 from ..seeds import seed_of
 from .base import FORMAT_NAME, FORMAT_VERSION, Shard, to_json

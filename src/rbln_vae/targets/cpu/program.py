@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ... import _engine
 from ...schedule.schedule import Schedule
+from ...sizes import format_size
 from ...units import format_bytes
-from ..base import sizes
 from .tiles import Machine
 
 ADDRESSABLE = 2**62
@@ -93,7 +93,7 @@ class Program:
         """The steps, their work and their memory, as a table; those of strips together."""
         schedule = self.schedule
         lines = [
-            f"{sizes(schedule.input_shape)} to {sizes(schedule.output_shape)}, "
+            f"{format_size(schedule.input_shape)} to {format_size(schedule.output_shape)}, "
             f"{self.machine.dtype}, {self.machine.isa}: {schedule.flops / 1e9:.1f} GFLOP "
             f"({schedule.extra_work:.1%} of extra work), "
             f"arena of {format_bytes(schedule.arena_bytes)}",

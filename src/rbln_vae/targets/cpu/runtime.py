@@ -23,8 +23,9 @@ from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
+from ...sizes import format_size
 from ...units import format_bytes, format_seconds
-from ..base import over_memory_limit, sizes
+from ..base import over_memory_limit
 from ..watch import ShouldStop, Watch
 from .lower import lower
 from .packing import DTYPES, pack
@@ -261,7 +262,7 @@ class CpuRuntime:
         schedule = bound.program.schedule
         parts = -(-shape[0] // schedule.input_shape[0])
         lines = [
-            f"{self.graph.name} on {sizes(shape)}, {self.machine.dtype}, {self.machine.isa}, "
+            f"{self.graph.name} on {format_size(shape)}, {self.machine.dtype}, {self.machine.isa}, "
             f"{self.machine.threads} threads",
             f"memory      {format_bytes(bound.bytes + result)}: "
             f"{format_bytes(schedule.arena_bytes)} for activations, "

@@ -1,0 +1,49 @@
+"""Sizes of pictures, and how a picture comes to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Size: TypeAlias = tuple[int, int]
+"""`(height, width)` in pixels."""
+
+
+def format_size(size: Sequence[int]) -> str:
+    """A size or a shape as people write it, height before width: `"512x768"`."""
+    return "x".join(map(str, size))
+
+
+def parse_size(text: str) -> Size:
+    """A size as people write it: `"512"` for both sides, or `"512x768"`, height first.
+
+    Raises:
+        ValueError: It isn't one or two positive numbers.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"expected a size in pixels, such as 512 or 512x768, found {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a picture comes to a size: scaled, then cut.
+
+    Attributes:
+        original: The size of the picture, upright; `original_size` of SDXL.
+        scaled: Its size after scaling.
+        offset: Rows and columns cut off above and to the left; `crops_coords_top_left` of SDXL.
+        size: The size that the model gets; `target_size` of SDXL.
+    """
+
+    original: Size
+    scaled: Size
+    offset: Size
+    size: Size
+
+    @property
+    def mirrored_offset(self) -> Size:
+        """The offset in the mirrored picture."""
+        return self.offset[0], self.scaled[1] - self.size[1] - self.offset[1]
