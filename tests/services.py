@@ -19,11 +19,11 @@ from torch import Tensor
 from vaes import default_compiled
 
 from rbln_vae import RBLNAutoencoderKL
-from rbln_vae.serving.app import Limits, create_app
+from rbln_vae.serving.app import create_app
 from rbln_vae.serving.backend import LocalBackend
-from rbln_vae.serving.batcher import BatcherOptions
 from rbln_vae.serving.models import ServedModel
-from rbln_vae.serving.server import Address, make_server
+from rbln_vae.serving.server import make_server
+from rbln_vae.serving.settings import Address, BatcherOptions, Limits
 from rbln_vae.targets.watch import ShouldStop
 
 PATIENCE = 60

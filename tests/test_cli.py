@@ -411,7 +411,7 @@ def test_inspect_prints_the_graph_when_asked(compiled) -> None:
 
 
 def test_inspect_refuses_what_is_not_compiled(source) -> None:
-    assert "rbln_config.json" in failed(run("inspect", source), 1)
+    assert "rbln_config.json" in failed(run("inspect", source), 2)
 
 
 def test_inspect_names_a_damaged_part(compiled, tmp_path) -> None:

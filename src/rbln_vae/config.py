@@ -7,6 +7,7 @@ compiled.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -96,6 +97,16 @@ def _scale_factor(value: object) -> int:
     if not isinstance(factor, int):
         raise ValueError("expected a positive whole number")
     return factor
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field of a dataclass of settings, with its default and what it is.
+
+    Args:
+        default: The default.
+        meaning: What it is, in phrases; the command line shows it.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
 class Option(Generic[T]):

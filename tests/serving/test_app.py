@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from services import PATIENCE, Answer, GatedModel, ask, call, make_app, measured, query_of, raw
 from vaes import compile_vae, default_compiled, default_vae, make_vae, noise
 
-from rbln_vae.serving.app import Limits
 from rbln_vae.serving.errors import CODES
 from rbln_vae.serving.models import ServedModel
+from rbln_vae.serving.settings import Limits
 from rbln_vae.targets.watch import ShouldStop
 
 LATENT = noise(1, 4, 4, 4)

@@ -15,12 +15,12 @@ from services import PATIENCE
 from rbln_vae.errors import RBLNCancelledError
 from rbln_vae.serving.batcher import (
     Batcher,
-    BatcherOptions,
     ClosedError,
     Outcome,
     QueueFullError,
     TooLargeError,
 )
+from rbln_vae.serving.settings import BatcherOptions
 from rbln_vae.targets.watch import ShouldStop
 
 

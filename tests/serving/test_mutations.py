@@ -20,8 +20,8 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from services import Answer, call, make_app, query_of, raw
 from vaes import noise
 
-from rbln_vae.serving.app import Limits
 from rbln_vae.serving.errors import CODES
+from rbln_vae.serving.settings import Limits
 
 LIMITS = Limits(max_body=200_000, max_pixels=64 * 64)
 

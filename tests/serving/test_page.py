@@ -17,8 +17,8 @@ from vaes import compile_vae, default_compiled, default_vae, make_vae
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.images import to_image, to_tensor
 from rbln_vae.metrics import psnr, ssim
-from rbln_vae.serving.app import Limits
 from rbln_vae.serving.models import ServedModel
+from rbln_vae.serving.settings import Limits
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright, which drives the browser, is not installed"

@@ -17,8 +17,8 @@ from torch import Tensor
 from vaes import compile_vae, default_compiled, make_vae, noise
 
 from rbln_vae import RBLNAutoencoderKL
-from rbln_vae.serving.app import Limits
 from rbln_vae.serving.models import ServedModel
+from rbln_vae.serving.settings import Limits
 
 SCALE, SHIFT = 0.3611, 0.1159
 PROCESSOR = VaeImageProcessor(vae_scale_factor=2)

@@ -24,8 +24,8 @@ from vaes import default_compiled, noise
 
 from rbln_vae.errors import RBLNCancelledError
 from rbln_vae.serving import server as server_module
-from rbln_vae.serving.app import Limits
 from rbln_vae.serving.models import ServedModel
+from rbln_vae.serving.settings import Limits
 from rbln_vae.targets.watch import ShouldStop
 
 

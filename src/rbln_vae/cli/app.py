@@ -7,27 +7,27 @@ completion are quick.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ..datasets.options import Options
+from ..serving.settings import RUN_TIMEOUT, Address, BatcherOptions, Limits
+from .groups import grouped, options_of
 from .options import (
+    COMPILING,
+    RUNNING,
+    TUNING,
+    WHERE,
     Compiled,
-    Dtype,
     Fit,
     Images,
-    MemoryLimit,
     Model,
     ModelBatch,
     ModelOption,
     ModelSize,
     Output,
-    Revision,
     Size,
-    Subfolder,
-    Target,
-    Threads,
-    given,
 )
 from .terminal import Commands, out, working
 
@@ -60,6 +60,7 @@ def _common(
 
 
 @app.command("compile")
+@grouped(settings=[*COMPILING, *TUNING], where=WHERE)
 def compile_(
     model: Model,
     out_directory: Annotated[
@@ -68,51 +69,36 @@ def compile_(
             metavar="OUT", help="The directory to write to.", file_okay=False, show_default=False
         ),
     ],
-    target: Target = None,
-    dtype: Dtype = None,
-    sample_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|HxW", help="The image size to tune for, in pixels.", show_default=False
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="The batch to tune for.", min=1)] = 1,
+    settings: dict[str, Any],
+    where: dict[str, Any],
     decoder_only: Annotated[
         bool, typer.Option("--decoder-only", help="Leave the encoder out.")
     ] = False,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
 ) -> None:
     """Compile MODEL and keep the result in OUT."""
     from ..hub import reach
-    from ..sizes import parse_size
 
-    settings = given(target=target, dtype=dtype, batch_size=batch_size)
-    if sample_size is not None:
-        settings["sample_size"] = parse_size(sample_size)
     if decoder_only:
         settings["uses_encoder"] = False
     # Before the rest is loaded, which takes seconds: a name may well be mistyped.
     with working(f"Looking for {model} …"):
-        where = reach(model, given(subfolder=subfolder, revision=revision))
+        reached = reach(model, where)
     from . import building
 
-    building.compile_model(model, out_directory, settings, where)
+    building.compile_model(model, out_directory, settings, reached)
 
 
 @app.command()
+@grouped(settings=[*COMPILING, *RUNNING], where=WHERE)
 def reconstruct(
+    *,
     images: Images,
     model: ModelOption = None,
     output: Output = Path(),
     size: Size = None,
     fit: Fit = "pad",
-    target: Target = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    memory_limit: MemoryLimit = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    settings: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Encode and decode pictures, and show what is lost.
 
@@ -120,14 +106,13 @@ def reconstruct(
     """
     from . import pictures
 
-    settings = given(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
-    pictures.reconstruct(
-        images, model, output, size, fit, settings, subfolder=subfolder, revision=revision
-    )
+    pictures.reconstruct(images, model, output, size, fit, settings, **where)
 
 
 @app.command()
+@grouped(settings=[*COMPILING, *RUNNING], where=WHERE)
 def encode(
+    *,
     images: Images,
     model: ModelOption = None,
     output: Output = Path(),
@@ -137,12 +122,8 @@ def encode(
         bool, typer.Option("--sample", help="Draw from the distribution instead of its mean.")
     ] = False,
     seed: Annotated[int, typer.Option(help="For --sample; the same for each picture.")] = 0,
-    target: Target = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    memory_limit: MemoryLimit = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    settings: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Encode pictures to latents.
 
@@ -150,7 +131,6 @@ def encode(
     """
     from . import pictures
 
-    settings = given(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
     pictures.encode(
         images,
         model,
@@ -159,13 +139,14 @@ def encode(
         fit,
         settings,
         seed=seed if sample else None,
-        subfolder=subfolder,
-        revision=revision,
+        **where,
     )
 
 
 @app.command()
+@grouped(settings=[*COMPILING, *RUNNING], where=WHERE)
 def decode(
+    *,
     latents: Annotated[
         list[Path],
         typer.Argument(
@@ -178,12 +159,8 @@ def decode(
     ],
     model: ModelOption = None,
     output: Output = Path(),
-    target: Target = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    memory_limit: MemoryLimit = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    settings: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Decode latents to pictures, at the size of the original where that is known.
 
@@ -191,12 +168,17 @@ def decode(
     """
     from . import pictures
 
-    settings = given(target=target, dtype=dtype, num_threads=threads, memory_limit=memory_limit)
-    pictures.decode(latents, model, output, settings, subfolder=subfolder, revision=revision)
+    pictures.decode(latents, model, output, settings, **where)
 
 
 @app.command("encode-dataset")
+@grouped(
+    kept=options_of(Options, leave=["sizes"]),
+    settings=[*COMPILING, RUNNING[1]],
+    where=WHERE,
+)
 def encode_dataset(
+    *,
     source: Annotated[
         str,
         typer.Argument(
@@ -232,54 +214,7 @@ def encode_dataset(
             show_default=False,
         ),
     ] = None,
-    aspect: Annotated[
-        bool,
-        typer.Option("--aspect", help="Add rectangles of about the area of each size."),
-    ] = False,
-    bucket_step: Annotated[
-        int, typer.Option(help="What their sides are multiples of, in pixels.", min=1)
-    ] = 64,
-    max_aspect: Annotated[
-        float, typer.Option(help="Their longer side over the shorter, at most.", min=1)
-    ] = 2.0,
-    crop: Annotated[
-        Literal["center", "random"], typer.Option(help="What is cut off, by --seed if random.")
-    ] = "center",
-    no_prescale: Annotated[
-        bool,
-        typer.Option("--no-prescale", help="Decode JPEGs whole, however large they are."),
-    ] = False,
-    sample: Annotated[
-        bool,
-        typer.Option("--sample", help="Keep a drawn latent instead of mean and log-variance."),
-    ] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="Encode the mirrored image, too.")] = False,
-    scale: Annotated[
-        bool, typer.Option("--scale", help="Apply scaling_factor and shift_factor to latents.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of --sample and --crop random.")] = 0,
-    latent_dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="How latents are kept.")
-    ] = "float16",
-    format_: Annotated[
-        Literal["safetensors", "webdataset", "parquet"],
-        typer.Option("--format", help="Of the shards."),
-    ] = "safetensors",
-    shard_size: Annotated[int, typer.Option(help="The most samples of a shard.", min=1)] = 256,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Images of a run. By default what the model is compiled for.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    max_pixels: Annotated[
-        int, typer.Option(help="Images of more pixels are rejected.", min=1)
-    ] = 100_000_000,
-    min_side: Annotated[
-        int, typer.Option(help="Images with a side of fewer pixels are rejected.", min=1)
-    ] = 32,
+    kept: dict[str, Any],
     max_rejected: Annotated[
         int, typer.Option(help="How many may be rejected; beyond it the exit code is 1.", min=0)
     ] = 0,
@@ -324,54 +259,31 @@ def encode_dataset(
         bool,
         typer.Option("--dry-run", help="Say what would be done, and about how long it takes."),
     ] = False,
-    target: Target = None,
-    dtype: Dtype = None,
-    memory_limit: MemoryLimit = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    settings: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Encode all images of SOURCE to latents, in shards for training.
 
     A run that ends early, in whatever way, is gone on with by the same command.
     """
-    from ..datasets import Options
     from . import datasets
 
-    options = Options(
-        sizes=datasets.sizes_of(size, buckets),
-        aspect=aspect,
-        bucket_step=bucket_step,
-        max_aspect=max_aspect,
-        crop=crop,
-        prescale=not no_prescale,
-        sample=sample,
-        flip=flip,
-        scale=scale,
-        seed=seed,
-        latent_dtype=latent_dtype,
-        format=format_,
-        shard_size=shard_size,
-        batch_size=batch_size,
-        max_pixels=max_pixels,
-        min_side=min_side,
-    )
     datasets.encode(
         source,
         out_directory,
         model,
-        options,
+        Options(sizes=datasets.sizes_of(size, buckets), **kept),
         max_rejected=max_rejected,
         workers=workers,
         threads=threads,
         ray=ray,
-        settings=given(target=target, dtype=dtype, memory_limit=memory_limit),
+        settings=settings,
         naming={
             "kind": kind,
             "image_column": image_column,
             "caption_column": caption_column,
             "split": split,
-            "subfolder": subfolder,
-            "revision": revision,
+            **where,
         },
         dry_run=dry_run,
     )
@@ -390,7 +302,9 @@ def inspect(
 
 
 @app.command()
+@grouped(settings=RUNNING, where=WHERE)
 def verify(
+    *,
     directory: Compiled,
     model: Model,
     size: Size = None,
@@ -412,15 +326,12 @@ def verify(
             show_default=False,
         ),
     ] = None,
-    threads: Threads = None,
-    memory_limit: MemoryLimit = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    settings: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Compare a compiled model with diffusers in float32; exit 1 if they differ too much."""
     from . import building
 
-    settings = given(num_threads=threads, memory_limit=memory_limit)
     building.verify_model(
         directory,
         model,
@@ -428,13 +339,14 @@ def verify(
         image,
         tolerance,
         settings,
-        subfolder=subfolder,
-        revision=revision,
+        **where,
     )
 
 
 @app.command()
+@grouped(settings=RUNNING)
 def profile(
+    *,
     directory: Compiled,
     size: ModelSize = None,
     batch_size: ModelBatch = None,
@@ -442,34 +354,40 @@ def profile(
         Path | None,
         typer.Option(help="A file for the trace, which Perfetto opens.", dir_okay=False),
     ] = None,
-    threads: Threads = None,
-    memory_limit: MemoryLimit = None,
+    settings: dict[str, Any],
 ) -> None:
     """Show the time of every operation, its speed, and its share of the machine's limit."""
     from . import profiling
 
-    settings = given(num_threads=threads, memory_limit=memory_limit)
     profiling.profile_model(directory, size, batch_size, trace, settings)
 
 
 @app.command()
+@grouped(settings=RUNNING)
 def plan(
+    *,
     directory: Compiled,
     size: ModelSize = None,
     batch_size: ModelBatch = None,
     steps: Annotated[bool, typer.Option("--steps", help="List the steps of the run.")] = False,
-    threads: Threads = None,
-    memory_limit: MemoryLimit = None,
+    settings: dict[str, Any],
 ) -> None:
     """Show the memory and the work that an image takes, and what less memory would cost."""
     from . import planning
 
-    settings = given(num_threads=threads, memory_limit=memory_limit)
     planning.describe_model(directory, size, batch_size, steps, settings)
 
 
 @app.command()
+@grouped(
+    address=options_of(Address),
+    batching=options_of(BatcherOptions, leave=["max_wait"], texts=["memory_limit"]),
+    limits=options_of(Limits, leave=["api_key"], texts=["max_body"]),
+    settings=[*COMPILING, RUNNING[0]],
+    where=WHERE,
+)
 def serve(
+    *,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -490,33 +408,15 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="The interface to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port.", min=0, max=65535)] = 8000,
-    max_batch: Annotated[int, typer.Option(help="The most images that run together.", min=1)] = 8,
+    address: dict[str, Any],
+    batching: dict[str, Any],
     max_wait_ms: Annotated[
         float, typer.Option(help="How long a request waits for others to join it.", min=0)
-    ] = 0,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(
-            help="The most memory that all runs together may take besides the weights, such as "
-            "2GiB: activations, scratch memory of their threads, and the results. By default "
-            "half of the memory of the device.",
-            show_default=False,
-        ),
-    ] = None,
-    queue: Annotated[
-        float,
-        typer.Option(
-            help="How much may wait, in images of the size that the model was compiled for; "
-            "beyond it the answer is 429."
-        ),
-    ] = 32,
-    concurrency: Annotated[int, typer.Option(help="Runs at once.", min=1)] = 1,
-    threads: Threads = None,
+    ] = 1000 * BatcherOptions.max_wait,
     run_timeout: Annotated[
         float, typer.Option(help="Seconds that one run may take.", min=0.001)
-    ] = 120,
+    ] = RUN_TIMEOUT,
+    limits: dict[str, Any],
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -525,45 +425,19 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    max_body: Annotated[str, typer.Option(help="The largest body.")] = "64MiB",
-    max_pixels: Annotated[
-        int, typer.Option(help="The most pixels of a request.", min=1)
-    ] = 16_777_216,
-    body_timeout: Annotated[
-        float, typer.Option(help="Seconds in which a body must arrive.", min=0.001)
-    ] = 30,
-    grace: Annotated[
-        float, typer.Option(help="Seconds to finish what was admitted, after SIGTERM.", min=0)
-    ] = 120,
-    target: Target = None,
-    dtype: Dtype = None,
-    subfolder: Subfolder = None,
-    revision: Revision = None,
+    settings: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Serve models over HTTP, to diffusers' remote_decode and remote_encode and to browsers."""
     from . import serving
 
     serving.serve(
-        model,
-        models or [],
-        given(target=target, dtype=dtype, num_threads=threads, timeout=run_timeout),
-        given={"subfolder": subfolder, "revision": revision},
-        host=host,
-        port=port,
-        grace=grace,
-        memory_limit=memory_limit,
-        max_body=max_body,
-        batching={
-            "max_batch": max_batch,
-            "max_wait": max_wait_ms / 1000,
-            "queue": queue,
-            "concurrency": concurrency,
-        },
-        limits={
-            "max_pixels": max_pixels,
-            "body_timeout": body_timeout,
-            "api_key": api_key,
-        },
+        [*([] if model is None else [model]), *(models or [])],
+        {**settings, "timeout": run_timeout},
+        where=where,
+        address=Address(**address),
+        batching={**batching, "max_wait": max_wait_ms / 1000},
+        limits={**limits, "api_key": api_key},
     )
 
 

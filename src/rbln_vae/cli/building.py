@@ -9,26 +9,19 @@ from typing import Any
 
 import torch
 import typer
-from diffusers import AutoencoderKL
 
-from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
+from .. import RBLNAutoencoder, RBLNAutoencoderKL
 from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
 from ..config import check_image_size
 from ..hub import find_pipeline
 from ..images import Fitting, load_image, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
-from ..sizes import format_size, parse_size
+from ..models.auto import class_of
+from ..models.family import ResolvedConfig
+from ..sizes import Size, format_size, parse_size
 from ..targets.base import all_targets
-from .models import (
-    decoded,
-    encoded,
-    image_size,
-    in_channels,
-    open_model,
-    open_reference,
-    scale_factor,
-)
+from .models import decoded, encoded, open_model, open_reference
 from .terminal import err, out, table, working
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
@@ -54,14 +47,14 @@ def compile_model(
     with working(f"Compiling {model} …"):
         if "subfolder" not in loading:
             _find_in_pipeline(model, options, loading)
-        compiled = RBLNAutoencoderKL.from_pretrained(
+        compiled = RBLNAutoencoder.from_pretrained(
             model,
             export=True,
             rbln_config={**options, "create_runtimes": False},
             **loading,
         )
         compiled.save_pretrained(directory)
-    _print_parts(directory, image_size(compiled.rbln_config))
+    _print_parts(directory, compiled.resolved_config)
     out().print(f"compiled to {directory} in {time.perf_counter() - start:.1f} s")
 
 
@@ -72,19 +65,18 @@ def _find_in_pipeline(model: str, options: dict[str, Any], loading: dict[str, An
         return
     loading["subfolder"], side = found
     if side is not None and "sample_size" not in options:
-        config = AutoencoderKL.load_config(model, **loading)
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
-        options["sample_size"] = side * factor
+        family = class_of(model, loading).family
+        config = family.original_class().load_config(model, **loading)
+        options["sample_size"] = side * family.facts(config)["vae_scale_factor"]
 
 
 def inspect_model(directory: Path, size: str | None, graph: bool) -> None:
     """Print the parts of a compiled model, what it was compiled from, and its graphs."""
-    config = RBLNAutoencoderKLConfig.load(directory)
-    pixels = image_size(config) if size is None else parse_size(size)
-    check_image_size(pixels, scale_factor(config))
-    parts = _print_parts(directory, pixels)
+    model = RBLNAutoencoder.from_pretrained(directory, rbln_create_runtimes=False)
+    pixels = None if size is None else parse_size(size)
+    parts = _print_parts(directory, model.resolved_config, pixels)
     facts = table("compiled model", str(directory))
-    for name, value in config.compiled_options().items():
+    for name, value in model.rbln_config.compiled_options().items():
         if value is not None:
             facts.add_row(name, format_size(value) if isinstance(value, tuple) else str(value))
     for name, value in parts[0].source.items():
@@ -97,12 +89,13 @@ def inspect_model(directory: Path, size: str | None, graph: bool) -> None:
             out().print(str(part.graph), soft_wrap=True)
 
 
-def _print_parts(directory: Path, pixels: tuple[int, int]) -> list[Artifact]:
+def _print_parts(
+    directory: Path, resolved: ResolvedConfig, pixels: Size | None = None
+) -> list[Artifact]:
     """Print a table of the parts of a compiled model, with the work for one image."""
-    config = RBLNAutoencoderKLConfig.load(directory)
-    names = ["encoder", "decoder"] if config.uses_encoder else ["decoder"]
-    files = [directory / f"{name}{SUFFIX}" for name in names]
-    parts = [read_artifact(file) for file in files]
+    shapes = resolved.input_shapes(pixels, batch_size=1)
+    files = {part: directory / f"{part}{SUFFIX}" for part in shapes}
+    parts = [read_artifact(file) for file in files.values()]
     rows = table(
         "part",
         "target",
@@ -110,22 +103,17 @@ def _print_parts(directory: Path, pixels: tuple[int, int]) -> list[Artifact]:
         "file MB",
         "weights",
         "operations",
-        f"GFLOP at {format_size(pixels)}",
+        f"GFLOP at {format_size(pixels or resolved.sample_size)}",
     )
-    for file, part in zip(files, parts, strict=True):
-        sides = pixels
-        if part.graph.name == "decoder":
-            factor = scale_factor(config)
-            sides = (pixels[0] // factor, pixels[1] // factor)
-        flops = part.graph.flops((1, part.graph.input_channels, *sides))
+    for part in parts:
         rows.add_row(
-            part.graph.name,
+            part.part,
             part.target,
             part.dtype,
-            f"{file.stat().st_size / 1e6:.2f}",
+            f"{files[part.part].stat().st_size / 1e6:.2f}",
             f"{sum(weight.numel() for weight in part.graph.weights.values()):,}",
             str(len(part.graph.operations)),
-            f"{flops / 1e9:.1f}",
+            f"{part.graph.flops(shapes[part.part]) / 1e9:.1f}",
         )
     out().print(rows)
     return parts
@@ -143,8 +131,8 @@ def verify_model(
     """Compare a compiled model with diffusers, and exit with 1 if they differ too much."""
     compiled = open_model(str(directory), settings)
     reference = open_reference(model, **loading)
-    config = compiled.rbln_config
-    limit = TOLERANCES[str(config.dtype)] if tolerance is None else tolerance
+    config = compiled.resolved_config
+    limit = TOLERANCES[config.dtype] if tolerance is None else tolerance
     sample = _sample(config, size, image)
 
     results = table("", "PSNR dB", "largest error", "relative L2")
@@ -169,18 +157,18 @@ def verify_model(
         raise typer.Exit(1)
 
 
-def _sample(config: RBLNAutoencoderKLConfig, size: str | None, image: Path | None) -> torch.Tensor:
+def _sample(config: ResolvedConfig, size: str | None, image: Path | None) -> torch.Tensor:
     """What to compare on: a picture fitted to the size, or noise."""
     wanted = None if size is None else parse_size(size)
-    multiple = scale_factor(config)
+    multiple = config.vae_scale_factor
     if image is not None:
         picture = load_image(image)
         original = (picture.height, picture.width)
         fitting = Fitting.plan(original, multiple=multiple, size=wanted)
         return to_tensor(fitting.apply(picture))
-    pixels = wanted or image_size(config)
+    pixels = wanted or config.sample_size
     check_image_size(pixels, multiple)
-    shape = (1, in_channels(config), *pixels)
+    shape = (1, config.in_channels, *pixels)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -190,7 +178,7 @@ def _outcomes(
     """What each part gives and what it should; both decode the same latents."""
     with working("Encoding in diffusers …"):
         expected = encoded(reference, sample)
-    if compiled.rbln_config.uses_encoder:
+    if compiled.resolved_config.uses_encoder:
         with working("Encoding …"):
             found = encoded(compiled, sample)
         yield "moments", found.parameters, expected.parameters

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from .. import RBLNAutoencoderKL, RBLNAutoencoderKLConfig
-from ..config import CONFIG_NAME, check_image_size
-from ..errors import RBLNArtifactError
+from .. import RBLNAutoencoderKL
 from ..hub import find_vae
 from ..models import opening
-from ..models.family import DECODER, ENCODER
+from ..models.auto import class_of
+from ..models.family import ImageShape
 from ..sizes import parse_size
 from .terminal import working
-
-Option = TypeVar("Option")
 
 
 def open_model(name: str | None, settings: Mapping[str, Any], **loading: Any) -> RBLNAutoencoderKL:
@@ -34,7 +31,8 @@ def open_reference(name: str, **loading: Any) -> torch.nn.Module:
         **loading: `subfolder` and `revision`.
     """
     with working(f"Loading {name} in diffusers …"):
-        model = RBLNAutoencoderKL.family.load_original(name, **find_vae(name, **loading))
+        where = find_vae(name, **loading)
+        model = class_of(name, where).family.load_original(name, **where)
     return cast(torch.nn.Module, model).float().eval()
 
 
@@ -52,43 +50,14 @@ def decoded(vae: RBLNAutoencoderKL | torch.nn.Module, latents: torch.Tensor) -> 
         return cast(torch.Tensor, cast(Any, vae).decode(latents).sample)
 
 
-def image_size(config: RBLNAutoencoderKLConfig) -> tuple[int, int]:
-    """Height and width that a compiled model is tuned for."""
-    return _known("sample_size", config.sample_size)
-
-
-def scale_factor(config: RBLNAutoencoderKLConfig) -> int:
-    """Pixels per latent cell of a compiled model."""
-    return int(_known("vae_scale_factor", config.vae_scale_factor))
-
-
-def in_channels(config: RBLNAutoencoderKLConfig) -> int:
-    """Channels of the images of a compiled model."""
-    return _known("in_channels", config.in_channels)
-
-
 def input_shapes(
-    config: RBLNAutoencoderKLConfig, size: str | None, batch_size: int | None
-) -> dict[str, tuple[int, int, int, int]]:
+    vae: RBLNAutoencoderKL, size: str | None, batch_size: int | None
+) -> dict[str, ImageShape]:
     """The shape of the input of each compiled part, by its name.
 
     Args:
-        config: Of a compiled model.
+        vae: A compiled model.
         size: Of the image, as `parse_size` takes it; `None` is the model's own.
         batch_size: `None` is the model's own.
     """
-    pixels = image_size(config) if size is None else parse_size(size)
-    batch, factor = batch_size or config.batch_size, scale_factor(config)
-    check_image_size(pixels, factor)
-    cells = pixels[0] // factor, pixels[1] // factor
-    shapes = {DECODER: (batch, _known("latent_channels", config.latent_channels), *cells)}
-    if config.uses_encoder:
-        shapes = {ENCODER: (batch, in_channels(config), *pixels), **shapes}
-    return shapes
-
-
-def _known(name: str, value: Option | None) -> Option:
-    """An option that compiling fills in, so that only a file changed by hand lacks it."""
-    if value is None:
-        raise RBLNArtifactError(f"{CONFIG_NAME} has no {name}; compile the model again")
-    return value
+    return vae.resolved_config.input_shapes(None if size is None else parse_size(size), batch_size)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+
+from ..config import RBLNAutoencoderKLConfig
+from ..sizes import parse_size
+from .groups import Group, option_of, parameter
 
 Model = Annotated[
     str,
@@ -72,42 +76,33 @@ Fit = Annotated[
         help="How a picture is fitted to the size: the rest filled, stretched, or cut to it."
     ),
 ]
-Subfolder = Annotated[
-    str | None,
-    typer.Option(
-        help="Where the VAE is within MODEL, unless it is a pipeline.",
-        show_default=False,
+WHERE: Group = [
+    parameter(
+        "subfolder",
+        str | None,
+        None,
+        typer.Option(
+            help="Where the VAE is within MODEL, unless it is a pipeline.", show_default=False
+        ),
+    ),
+    parameter(
+        "revision",
+        str | None,
+        None,
+        typer.Option(help="The revision of a model on the hub.", show_default=False),
     ),
 ]
-Revision = Annotated[
-    str | None, typer.Option(help="The revision of a model on the hub.", show_default=False)
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu, cuda, rbln or reference. By default rbln where there is one, else cpu.",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float32 or bfloat16. By default what is best on the target.", show_default=False
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option(help="Threads of a run on the CPU.", min=1, show_default=False)
-]
-MemoryLimit = Annotated[
-    str | None,
-    typer.Option(
-        help="The most memory that a run may take besides the weights: activations, scratch "
-        "memory of its threads, and the result. Such as 2GiB.",
-        show_default=False,
-    ),
-]
+"""Where a model is."""
 
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that aren't `None`."""
-    return {name: value for name, value in options.items() if value is not None}
+COMPILING: Group = [
+    option_of(RBLNAutoencoderKLConfig, "target"),
+    option_of(RBLNAutoencoderKLConfig, "dtype"),
+]
+RUNNING: Group = [
+    option_of(RBLNAutoencoderKLConfig, "num_threads", int, "--threads"),
+    option_of(RBLNAutoencoderKLConfig, "memory_limit"),
+]
+TUNING: Group = [
+    option_of(RBLNAutoencoderKLConfig, "sample_size", read=parse_size),
+    option_of(RBLNAutoencoderKLConfig, "batch_size", int),
+]

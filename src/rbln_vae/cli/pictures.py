@@ -27,7 +27,7 @@ from ..images import (
 )
 from ..metrics import SSIM_WINDOW, psnr, ssim
 from ..sizes import format_size, parse_size
-from .models import decoded, encoded, in_channels, open_model, scale_factor
+from .models import decoded, encoded, open_model
 from .terminal import for_each, out, table
 
 LATENTS = "latents"
@@ -105,7 +105,7 @@ def encode(
         metadata = {
             "format": _FORMAT,
             "model": model_name or "the shipped model",
-            "dtype": str(model.rbln_config.dtype),
+            "dtype": model.resolved_config.dtype,
             "scaling_factor": json.dumps(model.config.get("scaling_factor")),
             "shift_factor": json.dumps(model.config.get("shift_factor")),
             "drawn": "mean" if seed is None else f"sample, seed {seed}",
@@ -192,13 +192,13 @@ def _open_for_images(
     """The model, and what loads a picture as it takes it."""
     wanted = None if size is None else parse_size(size)
     model = open_model(name, settings, **loading)
-    config = model.rbln_config
-    if in_channels(config) != 3:
+    config = model.resolved_config
+    if config.in_channels != 3:
         raise ValueError(
-            f"pictures have 3 channels, and this model takes {in_channels(config)}; use it from "
+            f"pictures have 3 channels, and this model takes {config.in_channels}; use it from "
             "Python, with tensors"
         )
-    multiple = scale_factor(config)
+    multiple = config.vae_scale_factor
     if wanted is not None:
         check_image_size(wanted, multiple)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import RBLNAutoencoderKL
+from .. import RBLNAutoencoder
 from .models import input_shapes
 from .terminal import out, working
 
@@ -28,8 +28,8 @@ def describe_model(
         settings: For `rbln_config`.
     """
     with working(f"Loading {directory} …"):
-        model = RBLNAutoencoderKL.from_pretrained(directory, rbln_config=dict(settings))
-    shapes = input_shapes(model.rbln_config, size, batch_size)
+        model = RBLNAutoencoder.from_pretrained(directory, rbln_config=dict(settings))
+    shapes = input_shapes(model, size, batch_size)
     for number, (part, shape) in enumerate(shapes.items()):
         if number:
             out().print()

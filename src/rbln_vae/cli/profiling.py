@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import RBLNAutoencoderKL
+from .. import RBLNAutoencoder
 from ..models.family import DECODER, ENCODER
 from ..profiler import Profile
 from .models import input_shapes
@@ -34,11 +34,11 @@ def profile_model(
         settings: For `rbln_config`.
     """
     with working(f"Loading {directory} …"):
-        model = RBLNAutoencoderKL.from_pretrained(
+        model = RBLNAutoencoder.from_pretrained(
             directory, rbln_config={**settings, "activate_profiler": True}
         )
     generator = torch.Generator().manual_seed(0)
-    shapes = input_shapes(model.rbln_config, size, batch_size)
+    shapes = input_shapes(model, size, batch_size)
     noise = {part: torch.randn(shape, generator=generator) for part, shape in shapes.items()}
     with working("Running …"):
         for _ in range(WARM_UPS + 1):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ..serving.settings import Address, BatcherOptions, Limits
 from ..units import byte_count, optional_byte_count
 from .terminal import err, working
 
@@ -13,42 +14,39 @@ Number = TypeVar("Number")
 
 
 def serve(
-    model: str | None,
-    others: Sequence[str],
+    models: Sequence[str],
     settings: Mapping[str, Any],
     *,
-    given: Mapping[str, Any],
-    host: str,
-    port: int,
-    grace: float,
-    memory_limit: str | None,
-    max_body: str,
+    where: Mapping[str, Any],
+    address: Address,
     batching: Mapping[str, Any],
     limits: Mapping[str, Any],
 ) -> None:
     """Load the models, and answer requests until a signal comes."""
     try:
-        from ..serving.app import Limits, create_app
+        from ..serving.app import create_app
         from ..serving.backend import LocalBackend
-        from ..serving.batcher import BatcherOptions
         from ..serving.models import named_models, open_models
-        from ..serving.server import Address, make_server
+        from ..serving.server import make_server
     except ImportError as error:
         raise OSError(
             f"serve needs {error.name}, which isn't installed: pip install 'rbln-vae[serve]'"
         ) from error
 
-    given_memory = _bytes("memory-limit", memory_limit, optional_byte_count)
-    options = BatcherOptions(**batching)
-    allowed = Limits(max_body=_bytes("max-body", max_body, byte_count), **limits)
-    texts = [*([] if model is None else [model]), *others]
-    named: dict[str, str | None] = {**named_models(texts)} if texts else {"demo": None}
+    memory_limit = _bytes("memory-limit", batching.get("memory_limit"), optional_byte_count)
+    options = BatcherOptions(**{**batching, "memory_limit": memory_limit})
+    if "max_body" in limits:
+        limits = {**limits, "max_body": _bytes("max-body", limits["max_body"], byte_count)}
+    allowed = Limits(**limits)
+    named: dict[str, str | None] = {**named_models(models)} if models else {"demo": None}
     with working(f"Loading {', '.join(named)} …"):
-        served, memory = open_models(named, settings, given_memory, **given)
-    options = dataclasses.replace(options, memory_limit=memory)
-    app = create_app(LocalBackend(served, options), allowed)
-    server = make_server(app, Address(host, port, grace))
-    err().print(f"serving {', '.join(each.name for each in served)} on http://{host}:{port}")
+        served, memory = open_models(named, settings, memory_limit, **where)
+    app = create_app(
+        LocalBackend(served, dataclasses.replace(options, memory_limit=memory)), allowed
+    )
+    server = make_server(app, address)
+    names = ", ".join(each.name for each in served)
+    err().print(f"serving {names} on http://{address.host}:{address.port}")
     server.run()
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
 
-from ..config import reject_unknown
+from ..config import reject_unknown, setting
+from ..sizes import Size
 from .sizes import Crop, Sizing
 
 Format: TypeAlias = Literal["safetensors", "webdataset", "parquet"]
@@ -23,31 +24,6 @@ _LARGEST = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 class Options:
     """What is made of each image. The same options give the same bits on one machine.
 
-    Attributes:
-        sizes: `(height, width)` in pixels that images are given, one or more, multiples of
-            the model's scale factor.
-        aspect: Whether each of the sizes, which are squares then, stands for rectangles of
-            about its area, too.
-        bucket_step: Sides of those rectangles are multiples of it, in pixels.
-        max_aspect: The longer side of those rectangles over the shorter, at most.
-        crop: What is cut off where proportions differ: `"center"` cuts both ends alike,
-            `"random"` by `seed` and key.
-        prescale: Whether a JPEG that is far too large is decoded at 1/2, 1/4 or 1/8 of its
-            size, as long as that is twice the size that is wanted. Faster, and off by about
-            half a level of 255.
-        sample: Whether a latent drawn by `seed` and key is kept, instead of mean and
-            log-variance.
-        flip: Whether the mirrored image is encoded and kept beside, too.
-        scale: Whether `(z - shift_factor) * scaling_factor` is applied to the latents.
-        seed: Of random crops and samples.
-        latent_dtype: How latents are kept.
-        format: Of the shards.
-        shard_size: The most samples of a shard.
-        batch_size: Images of a run; `None` is what the model is compiled for. On targets
-            with exact batches, the bits don't depend on it.
-        max_pixels: An image of more pixels is rejected.
-        min_side: An image with a side of fewer pixels is rejected.
-
     Raises:
         ValueError: A value is out of range, or two don't go together.
 
@@ -56,22 +32,47 @@ class Options:
         0
     """
 
-    sizes: tuple[tuple[int, int], ...] = ((512, 512),)
-    aspect: bool = False
-    bucket_step: int = 64
-    max_aspect: float = 2.0
-    crop: Crop = "center"
-    prescale: bool = True
-    sample: bool = False
-    flip: bool = False
-    scale: bool = False
-    seed: int = 0
-    latent_dtype: Dtype = "float16"
-    format: Format = "safetensors"
-    shard_size: int = 256
-    batch_size: int | None = None
-    max_pixels: int = 100_000_000
-    min_side: int = 32
+    sizes: tuple[Size, ...] = setting(
+        ((512, 512),),
+        "`(height, width)` in pixels that images are given, one or more, multiples of the "
+        "model's scale factor.",
+    )
+    aspect: bool = setting(
+        False,
+        "Whether each of the sizes, which are squares then, stands for rectangles of about its "
+        "area, too.",
+    )
+    bucket_step: int = setting(64, "What sides of those rectangles are multiples of, in pixels.")
+    max_aspect: float = setting(
+        2.0, "The longer side of those rectangles over the shorter, at most."
+    )
+    crop: Crop = setting(
+        "center",
+        "What is cut off where proportions differ: center cuts both ends alike, random cuts by "
+        "seed and key.",
+    )
+    prescale: bool = setting(
+        True,
+        "Whether a JPEG that is far too large is decoded at 1/2, 1/4 or 1/8 of its size, as long "
+        "as that is twice the size that is wanted. Faster, and off by about half a level of 255.",
+    )
+    sample: bool = setting(
+        False,
+        "Whether a latent drawn by seed and key is kept, instead of mean and log-variance.",
+    )
+    flip: bool = setting(False, "Whether the mirrored image is encoded and kept beside, too.")
+    scale: bool = setting(False, "Whether latents are scaled as the pipelines of the model do it.")
+    seed: int = setting(0, "Of random crops and samples.")
+    latent_dtype: Dtype = setting("float16", "How latents are kept.")
+    format: Format = setting("safetensors", "Of the shards.")
+    shard_size: int = setting(256, "The most samples of a shard.")
+    batch_size: int | None = setting(
+        None,
+        "Images of a run. By default what the model is compiled for. On targets with exact "
+        "batches, the bits don't depend on it.",
+    )
+    max_pixels: int = setting(100_000_000, "Images of more pixels are rejected.")
+    min_side: int = setting(32, "Images with a side of fewer pixels are rejected.")
 
     def __post_init__(self) -> None:
         for name, kind in (("crop", Crop), ("latent_dtype", Dtype), ("format", Format)):

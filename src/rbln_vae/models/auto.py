@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,8 +54,7 @@ class RBLNAutoencoder:
         name = os.fspath(model_id)
         loader = {k: v for k, v in kwargs.items() if not k.startswith("rbln_")}
         loader = hub.reach(name, loader)
-        original = hub.find_class_name(name, **hub.options(loader)) or "AutoencoderKL"
-        return class_for(original, name).from_pretrained(
+        return class_of(name, loader).from_pretrained(
             name, export=export, rbln_config=rbln_config, **{**kwargs, **loader}
         )
 
@@ -75,6 +75,21 @@ class RBLNAutoencoder:
         """
         found = class_for(type(model).__name__, "The model")
         return found.from_model(model, rbln_config=rbln_config, **kwargs)
+
+
+def class_of(name: str, loader: Mapping[str, Any]) -> type[RBLNAutoencoderKL]:
+    """The class for a model that isn't loaded yet, by its `config.json`.
+
+    Args:
+        name: A local path or a hub id. A file has no `config.json`, and is taken for an
+            `AutoencoderKL`.
+        loader: Arguments of the Hugging Face loader.
+
+    Raises:
+        RBLNCompileError: There is no class for the model.
+    """
+    original = hub.find_class_name(name, **hub.options(loader)) or "AutoencoderKL"
+    return class_for(original, name)
 
 
 def class_for(original: str, what: str) -> type[RBLNAutoencoderKL]:

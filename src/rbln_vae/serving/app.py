@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,32 +26,10 @@ from .errors import CODES, RefusedError
 from .metrics import CONTENT_TYPE, Metrics
 from .models import ModelInfo, Shape
 from .protocol import DecodeQuery, EncodeQuery, Reply, TensorInput
+from .settings import Limits
 
 _PAGES = Path(__file__).parent / "pages"
 _RETRY_ELSEWHERE = 5
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a client may ask and send.
-
-    Attributes:
-        max_body: Bytes of one body.
-        max_pixels: Pixels of the images of one request, those that a latent stands for
-            included.
-        body_timeout: Seconds in which a body must arrive.
-        api_key: What clients must show; `None` lets everybody in.
-    """
-
-    max_body: int = 64 * 2**20
-    max_pixels: int = 4096 * 4096
-    body_timeout: float = 30.0
-    api_key: str | None = None
-
-    @property
-    def all_bodies(self) -> int:
-        """Bytes of all bodies that are held at once."""
-        return 8 * self.max_body
 
 
 class Problem(BaseModel):

@@ -7,8 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .batcher import Batcher, BatcherOptions, Outcome
+from .batcher import Batcher, Outcome
 from .models import ModelInfo, ServedModel, Shape
+from .settings import BatcherOptions
 
 
 class Backend(Protocol):

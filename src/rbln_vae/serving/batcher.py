@@ -21,6 +21,7 @@ from torch import Tensor
 from ..units import format_bytes
 from .models import Runner, Shape
 from .planner import Planner
+from .settings import BatcherOptions
 
 _LEAST_WEIGHT = 1 / 8
 """Even the smallest request takes this much of the queue, so that their number is bounded."""
@@ -47,34 +48,6 @@ class TooLargeError(MemoryError):
 
 class ClosedError(Exception):
     """The batcher finishes what it has, and takes nothing more."""
-
-
-@dataclass(frozen=True)
-class BatcherOptions:
-    """When work is admitted, and when it runs.
-
-    Attributes:
-        max_batch: The most samples that run together.
-        max_wait: Seconds that a request may wait for others to fill its batch.
-        memory_limit: The most bytes that all runs together may take besides the weights.
-        queue: How much may wait, in images of the size that the model was compiled for; a
-            larger image counts as many times as it is larger, so that the bound is one of
-            time.
-        concurrency: The most runs at once.
-    """
-
-    max_batch: int = 8
-    max_wait: float = 0.0
-    memory_limit: int | None = None
-    queue: float = 32
-    concurrency: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "concurrency", "queue"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0.")
-        if not 0 <= self.max_wait < math.inf:
-            raise ValueError(f"max_wait is {self.max_wait}, expected seconds, 0 or more.")
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from ..units import byte_count, optional_byte_count
 from . import logs
-from .app import Limits, create_app
+from .app import create_app
 from .backend import LocalBackend
-from .batcher import BatcherOptions, Outcome, QueueFullError
+from .batcher import Outcome, QueueFullError
 from .models import ModelInfo, Shape, named_models, open_models
+from .settings import RUN_TIMEOUT, BatcherOptions, Limits
 
 _MANY = 10_000
 """Requests at once that Ray lets through: the batcher's queue is the bound."""
@@ -52,14 +53,14 @@ class Options(BaseModel):
     replicas: int = Field(1, gt=0, description="Workers.")
     cpus: float = Field(1, ge=0, description="Processors that Ray keeps for a worker.")
     threads: int | None = Field(None, gt=0, description="By default as many as cpus.")
-    max_batch: int = 8
-    max_wait_ms: float = 0
+    max_batch: int = BatcherOptions.max_batch
+    max_wait_ms: float = 1000 * BatcherOptions.max_wait
     memory_limit: str | None = Field(None, description="Of each worker.")
-    queue: float = Field(32, description="Of each worker.")
-    concurrency: int = 1
-    run_timeout: float = Field(120, gt=0)
+    queue: float = Field(BatcherOptions.queue, description="Of each worker.")
+    concurrency: int = BatcherOptions.concurrency
+    run_timeout: float = Field(RUN_TIMEOUT, gt=0)
     api_key: str | None = Field(None, description="By default RBLN_VAE_API_KEY, if that is set.")
-    max_body: str = "64MiB"
+    max_body: str = str(Limits.max_body)
     max_pixels: int = Field(Limits.max_pixels, gt=0)
     body_timeout: float = Field(Limits.body_timeout, gt=0)
     target: str | None = None

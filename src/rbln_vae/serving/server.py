@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -14,6 +13,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import logs
+from .settings import Address
 
 _HEAD_SECONDS = 10.0
 """In which the head of a request must arrive."""
@@ -23,21 +23,6 @@ _REST_SECONDS = 5.0
 """How long a body is still received, and thrown away, that was answered before its end."""
 _KEEP_ALIVE_SECONDS = 30
 _MOST_HEAD = 32 * 1024
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens, and how it ends.
-
-    Attributes:
-        host: The interface.
-        port: The port; 0 takes a free one.
-        grace: Seconds that admitted requests get to finish after SIGTERM.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    grace: float = 120.0
 
 
 def make_server(app: FastAPI, address: Address) -> uvicorn.Server:
