@@ -36,7 +36,7 @@ class Timing:
 
     Attributes:
         case: The shape.
-        kind: `"definition"`, `"Winograd"`, `"its kernels"`, or what the engine's step is called.
+        kind: `"definition"`, `"Winograd"`, `"its kernels"`, or the kind of the step.
         seconds: Of the fastest run, on one thread.
         flops: Products and sums by the definition; two each.
         counts: How often it does what each constant stands for; empty where none does.
@@ -111,18 +111,18 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
     runs = native.profiles[1:]
     for index, step in enumerate(program.steps):
         # Strips of one operation count together.
-        fastest[step.call, step.name] += min(run.steps[index].seconds for run in runs)
-        flops[step.call, step.name] += step.flops
-    for (call, name), seconds in fastest.items():
+        fastest[step.kind, step.name] += min(run.steps[index].seconds for run in runs)
+        flops[step.kind, step.name] += step.flops
+    for (kind, name), seconds in fastest.items():
         conv = convolutions.get(name)
-        if call == "convolution" and conv is not None:
-            kind = "Winograd" if conv.winograd else "definition"
+        if kind == "Conv2d" and conv is not None:
+            how = "Winograd" if conv.winograd else "definition"
             told = counts(conv, made.tile(conv), case.batch)
-            yield Timing(case, kind, seconds, flops[call, name], told)
-        elif call == "winograd_kernels" and conv is not None:
+            yield Timing(case, how, seconds, flops[kind, name], told)
+        elif kind == "Winograd" and conv is not None:
             yield Timing(case, "its kernels", seconds, 0, (conv.product_cost((1, 1)),))
         else:
-            yield Timing(case, call, seconds, flops[call, name])
+            yield Timing(case, kind, seconds, flops[kind, name])
 
 
 def suits(conv: Convolution) -> bool:

@@ -7,7 +7,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <functional>
 #include <mutex>
 #include <optional>
@@ -17,7 +16,6 @@
 #include <vector>
 
 #include "engine/executor.h"
-#include "engine/float_control.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -27,18 +25,33 @@ namespace {
 
 using Weights = nb::ndarray<nb::pytorch, nb::ro, nb::c_contig, nb::device::cpu>;
 using AnyTensor = nb::ndarray<nb::pytorch, nb::ndim<4>, nb::device::cpu>;
-using Shape = std::array<Index, 4>;
-using Sizes = std::array<Index, 6>;  // those of an Image, in their order
-
 constexpr nb::dlpack::dtype kBFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat),
                                       16, 1};
 
 // A plan, and the arrays whose memory its steps point into.
 class BoundPlan {
  public:
-  BoundPlan(const Kernels& kernels, Index arena_bytes, Shape input, Shape output)
-      : plan(kernels, arena_bytes), input_shape(input), output_shape(output) {}
+  BoundPlan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output)
+      : plan(kernels, arena_bytes, input, output) {}
 
+  void add(ConvStep step, const Weights& bias, const std::optional<Weights>& weights) {
+    step.bias = keep_floats(bias);
+    step.weights = weights ? keep(*weights) : nullptr;
+    plan.add(step, weights ? bytes(*weights) : 0, bytes(bias));
+  }
+  void add(WinogradStep step, const Weights& weights) {
+    step.weights = keep(weights);
+    plan.add(step, bytes(weights));
+  }
+  void add(NormStep step, const Weights& weight, const Weights& bias) {
+    step.weight = keep_floats(weight);
+    step.bias = keep_floats(bias);
+    plan.add(step, bytes(weight), bytes(bias));
+  }
+
+  Plan plan;
+
+ private:
   // Weights of the type in which the kernels read them.
   const void* keep(const Weights& weights) {
     const bool wide = plan.kernels().dtype == DType::kFloat32;
@@ -48,54 +61,121 @@ class BoundPlan {
   const float* keep_floats(const Weights& weights) {
     return static_cast<const float*>(keep(weights, nb::dtype<float>()));
   }
-
-  Plan plan;
-  Shape input_shape;
-  Shape output_shape;
-
- private:
   const void* keep(const Weights& weights, nb::dlpack::dtype expected) {
     if (weights.dtype() != expected) throw nb::type_error("weights of another type than the kernels");
     kept_.push_back(weights);
     return weights.data();
   }
+  static Index bytes(const Weights& weights) { return static_cast<Index>(weights.nbytes()); }
 
   std::vector<Weights> kept_;
 };
 
-Image image(const Sizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+template <class S, class T>
+struct Field {
+  const char* name;
+  T S::*member;
+};
+template <class S, class T>
+Field(const char*, T S::*) -> Field<S, T>;
 
-Image residual(const std::optional<Sizes>& sizes) { return sizes ? image(*sizes) : Image{}; }
-
-// Whether rows of an image are rows of a tensor, from the first one given.
-void require_rows(const char* what, const Shape& tensor, Index batch, const Sizes& image,
-                  Index first_row) {
-  if (tensor[0] != batch || tensor[1] != image[1] || tensor[3] != image[3] || first_row < 0 ||
-      image[2] > tensor[2] - first_row) {
-    throw nb::value_error((std::string(what) + " hasn't the shape of the plan").c_str());
-  }
+// A plain struct: its fields are attributes, and arguments of the constructor by keyword.
+template <class S, class... T>
+void bind_struct(nb::module_& m, const char* name, const char* doc, Field<S, T>... fields) {
+  nb::class_<S> bound(m, name, doc);
+  bound.def(
+      "__init__",
+      [... members = fields.member](S* self, T... values) {
+        new (self) S{};
+        ((self->*members = values), ...);
+      },
+      nb::kw_only(), (nb::arg(fields.name) = S{}.*fields.member)...);
+  (bound.def_rw(fields.name, fields.member), ...);
 }
 
-Index bytes(const Weights& weights) { return static_cast<Index>(weights.nbytes()); }
-
-// Rounded to the nearest, whatever the caller has set: the result is part of the plan.
-float single(double value) {
-  const FloatControl control;
-  // Neither may be moved before the register is set, or after it is set back.
-  const volatile double from = value;
-  const volatile float result = static_cast<float>(from);
-  return result;
+void bind_steps(nb::module_& m) {
+  m.attr("NONE") = kNone;
+  nb::enum_<Activation>(m, "Activation", "A function of each element.")
+      .value("none", Activation::kNone)
+      .value("silu", Activation::kSilu)
+      .value("gelu", Activation::kGelu)
+      .value("mish", Activation::kMish)
+      .value("relu", Activation::kRelu);
+  bind_struct(m, "Image", "An image in the arena, or some rows of one.",
+              Field{"offset", &Image::offset}, Field{"channels", &Image::channels},
+              Field{"height", &Image::height}, Field{"width", &Image::width},
+              Field{"plane", &Image::plane}, Field{"sample", &Image::sample});
+  bind_struct(m, "Reading", "What is done with an image while it is read.",
+              Field{"coefficients", &Reading::coefficients},
+              Field{"activation", &Reading::activation});
+  bind_struct(m, "ImportStep", "From the caller's input to an image.",
+              Field{"batch", &ImportStep::batch}, Field{"image", &ImportStep::image},
+              Field{"first_row", &ImportStep::first_row});
+  bind_struct(m, "ExportStep", "From an image to the caller's output.",
+              Field{"batch", &ExportStep::batch}, Field{"image", &ExportStep::image},
+              Field{"first_row", &ExportStep::first_row});
+  bind_struct(m, "ConvStep", "A convolution over tiles of an image.",
+              Field{"batch", &ConvStep::batch}, Field{"input", &ConvStep::input},
+              Field{"output", &ConvStep::output}, Field{"reading", &ConvStep::reading},
+              Field{"residual", &ConvStep::residual},
+              Field{"kernel_height", &ConvStep::kernel_height},
+              Field{"kernel_width", &ConvStep::kernel_width},
+              Field{"stride", &ConvStep::stride}, Field{"above", &ConvStep::above},
+              Field{"left", &ConvStep::left}, Field{"upsample", &ConvStep::upsample},
+              Field{"kernels", &ConvStep::kernels},
+              Field{"tile_height", &ConvStep::tile_height},
+              Field{"tile_width", &ConvStep::tile_width}, Field{"splits", &ConvStep::splits},
+              Field{"together", &ConvStep::together}, Field{"partials", &ConvStep::partials});
+  bind_struct(m, "WinogradStep", "Transforms kernels for Winograd's algorithm.",
+              Field{"panels", &WinogradStep::panels}, Field{"blocks", &WinogradStep::blocks},
+              Field{"upsample", &WinogradStep::upsample},
+              Field{"kernels", &WinogradStep::kernels});
+  bind_struct(m, "StatisticsStep", "Sums of an image that no convolution summed.",
+              Field{"batch", &StatisticsStep::batch}, Field{"input", &StatisticsStep::input},
+              Field{"tile_height", &StatisticsStep::tile_height},
+              Field{"tile_width", &StatisticsStep::tile_width},
+              Field{"partials", &StatisticsStep::partials});
+  bind_struct(m, "NormStep", "From the sums of tiles to the coefficients of a group norm.",
+              Field{"batch", &NormStep::batch}, Field{"channels", &NormStep::channels},
+              Field{"groups", &NormStep::groups}, Field{"eps", &NormStep::eps},
+              Field{"partials", &NormStep::partials},
+              Field{"partial_channels", &NormStep::partial_channels},
+              Field{"grid_height", &NormStep::grid_height},
+              Field{"grid_width", &NormStep::grid_width},
+              Field{"tile_height", &NormStep::tile_height},
+              Field{"tile_width", &NormStep::tile_width}, Field{"points", &NormStep::points},
+              Field{"coefficients", &NormStep::coefficients});
+  bind_struct(m, "AttentionPackStep", "Rearranges keys and values for attention.",
+              Field{"batch", &AttentionPackStep::batch}, Field{"key", &AttentionPackStep::key},
+              Field{"value", &AttentionPackStep::value},
+              Field{"heads", &AttentionPackStep::heads},
+              Field{"packed_keys", &AttentionPackStep::packed_keys},
+              Field{"packed_values", &AttentionPackStep::packed_values});
+  bind_struct(m, "AttentionStep", "Attention, over packed keys and values.",
+              Field{"batch", &AttentionStep::batch}, Field{"query", &AttentionStep::query},
+              Field{"output", &AttentionStep::output}, Field{"heads", &AttentionStep::heads},
+              Field{"scale", &AttentionStep::scale},
+              Field{"packed_keys", &AttentionStep::packed_keys},
+              Field{"packed_values", &AttentionStep::packed_values},
+              Field{"residual", &AttentionStep::residual},
+              Field{"queries", &AttentionStep::queries}, Field{"keys", &AttentionStep::keys});
+  bind_struct(m, "PointwiseStep", "The operations that no convolution took in.",
+              Field{"batch", &PointwiseStep::batch}, Field{"input", &PointwiseStep::input},
+              Field{"output", &PointwiseStep::output},
+              Field{"reading", &PointwiseStep::reading},
+              Field{"factor", &PointwiseStep::factor},
+              Field{"upsample", &PointwiseStep::upsample},
+              Field{"above", &PointwiseStep::above}, Field{"left", &PointwiseStep::left},
+              Field{"residual", &PointwiseStep::residual});
+  bind_struct(m, "MoveRowsStep", "Moves rows of an image to its first.",
+              Field{"batch", &MoveRowsStep::batch}, Field{"image", &MoveRowsStep::image},
+              Field{"from_row", &MoveRowsStep::from_row}, Field{"rows", &MoveRowsStep::rows});
 }
 
-Index offset(const std::optional<Index>& given) { return given.value_or(kNone); }
-
-Activation activation(const std::optional<std::string>& name) {
-  if (!name) return Activation::kNone;
-  if (*name == "silu") return Activation::kSilu;
-  if (*name == "gelu") return Activation::kGelu;
-  if (*name == "mish") return Activation::kMish;
-  if (*name == "relu") return Activation::kRelu;
-  throw nb::value_error(("unknown activation " + *name).c_str());
+// Lets a plan take steps that need no weights.
+template <class... S>
+void bind_add(nb::class_<BoundPlan>& bound) {
+  (bound.def("add", [](BoundPlan& p, const S& step) { p.plan.add(step); }, "step"_a), ...);
 }
 
 Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what) {
@@ -221,11 +301,13 @@ void bind_engine(nb::module_& m) {
       },
       nb::rv_policy::reference, "All kernels that this machine can run, the best last.");
 
-  nb::class_<BoundPlan>(m, "Plan", "The steps of a run for one input shape.")
-      .def(
+  bind_steps(m);
+
+  nb::class_<BoundPlan> plan(m, "Plan", "The steps of a run for one input shape.");
+  plan.def(
           "__init__",
-          [](BoundPlan* self, const Kernels& kernels, Index arena_bytes, Shape input_shape,
-             Shape output_shape) {
+          [](BoundPlan* self, const Kernels& kernels, Index arena_bytes, const Shape& input_shape,
+             const Shape& output_shape) {
             if (!prepare(kernels.isa)) {
               throw nb::value_error("the operating system doesn't let these kernels run");
             }
@@ -233,136 +315,17 @@ void bind_engine(nb::module_& m) {
           },
           "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a)
       .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
-      .def(
-          "import_image",
-          [](BoundPlan& p, Index batch, Sizes to, Index first_row) {
-            require_rows("the input", p.input_shape, batch, to, first_row);
-            p.plan.add(ImportStep{batch, image(to), first_row});
-          },
-          nb::kw_only(), "batch"_a, "image"_a, "first_row"_a)
-      .def(
-          "export_image",
-          [](BoundPlan& p, Index batch, Sizes from, Index first_row) {
-            require_rows("the output", p.output_shape, batch, from, first_row);
-            p.plan.add(ExportStep{batch, image(from), first_row});
-          },
-          nb::kw_only(), "batch"_a, "image"_a, "first_row"_a)
-      .def(
-          "move_rows",
-          [](BoundPlan& p, Index batch, Sizes rows_of, Index from, Index rows) {
-            p.plan.add(MoveRowsStep{batch, image(rows_of), from, rows});
-          },
-          nb::kw_only(), "batch"_a, "image"_a, "from_row"_a, "rows"_a)
-      .def(
-          "convolution",
-          [](BoundPlan& p, Index batch, Sizes input, Sizes output, const Weights& bias,
-             const std::optional<Weights>& weights, std::optional<Index> kernels,
-             std::pair<Index, Index> kernel, Index stride, Index above, Index left, bool upsample,
-             std::optional<Index> coefficients, const std::optional<std::string>& function,
-             std::optional<Sizes> added, std::optional<Index> partials,
-             std::pair<Index, Index> tile, Index splits, Index together) {
-            ConvStep s;
-            s.batch = batch;
-            s.input = image(input);
-            s.output = image(output);
-            s.reading = {offset(coefficients), activation(function)};
-            s.residual = residual(added);
-            s.kernel_height = kernel.first;
-            s.kernel_width = kernel.second;
-            s.stride = stride;
-            s.above = above;
-            s.left = left;
-            s.upsample = upsample;
-            if (weights) s.weights = p.keep(*weights);
-            s.kernels = offset(kernels);
-            s.bias = p.keep_floats(bias);
-            s.tile_height = tile.first;
-            s.tile_width = tile.second;
-            s.splits = splits;
-            s.together = together;
-            s.partials = offset(partials);
-            p.plan.add(s, weights ? bytes(*weights) : 0, bytes(bias));
-          },
-          nb::kw_only(), "batch"_a, "input"_a, "output"_a, "bias"_a,
-          "weights"_a = nb::none(), "kernels"_a = nb::none(), "kernel"_a,
-          "stride"_a, "above"_a, "left"_a, "upsample"_a, "coefficients"_a.none(),
-          "activation"_a.none(), "residual"_a.none(), "partials"_a.none(), "tile"_a, "splits"_a,
-          "together"_a)
-      .def(
-          "winograd_kernels",
-          [](BoundPlan& p, Index, const Weights& weights, Index panels, Index blocks,
-             bool upsample, Index kernels) {
-            p.plan.add(WinogradStep{p.keep(weights), panels, blocks, upsample, kernels},
-                       bytes(weights));
-          },
-          nb::kw_only(), "batch"_a, "weights"_a, "panels"_a, "blocks"_a, "upsample"_a,
-          "kernels"_a)
-      .def(
-          "statistics",
-          [](BoundPlan& p, Index batch, Sizes input, std::pair<Index, Index> tile,
-             Index partials) {
-            p.plan.add(StatisticsStep{batch, image(input), tile.first, tile.second, partials});
-          },
-          nb::kw_only(), "batch"_a, "input"_a, "tile"_a, "partials"_a)
-      .def(
-          "norm",
-          [](BoundPlan& p, Index batch, Index channels, Index groups, double eps,
-             const Weights& weight, const Weights& bias, Index partials, Index partial_channels,
-             std::pair<Index, Index> grid, std::pair<Index, Index> tile, Index points,
-             Index coefficients) {
-            NormStep s;
-            s.batch = batch;
-            s.channels = channels;
-            s.groups = groups;
-            s.eps = single(eps);
-            s.weight = p.keep_floats(weight);
-            s.bias = p.keep_floats(bias);
-            s.partials = partials;
-            s.partial_channels = partial_channels;
-            s.grid_height = grid.first;
-            s.grid_width = grid.second;
-            s.tile_height = tile.first;
-            s.tile_width = tile.second;
-            s.points = points;
-            s.coefficients = coefficients;
-            p.plan.add(s, bytes(weight), bytes(bias));
-          },
-          nb::kw_only(), "batch"_a, "channels"_a, "groups"_a, "eps"_a, "weight"_a, "bias"_a,
-          "partials"_a, "partial_channels"_a, "grid"_a, "tile"_a, "points"_a, "coefficients"_a)
-      .def(
-          "attention_pack",
-          [](BoundPlan& p, Index batch, Sizes key, Sizes value, Index heads, Index packed_keys,
-             Index packed_values) {
-            p.plan.add(AttentionPackStep{batch, image(key), image(value), heads, packed_keys,
-                                         packed_values});
-          },
-          nb::kw_only(), "batch"_a, "key"_a, "value"_a, "heads"_a, "packed_keys"_a,
-          "packed_values"_a)
-      .def(
-          "attention",
-          [](BoundPlan& p, Index batch, Sizes query, Sizes output, Index heads, double scale,
-             Index packed_keys, Index packed_values, std::optional<Sizes> added,
-             Index queries, Index keys) {
-            p.plan.add(AttentionStep{batch, image(query), image(output), heads,
-                                     single(scale), packed_keys, packed_values,
-                                     residual(added), queries, keys});
-          },
-          nb::kw_only(), "batch"_a, "query"_a, "output"_a, "heads"_a, "scale"_a,
-          "packed_keys"_a, "packed_values"_a, "residual"_a.none(), "queries"_a, "keys"_a)
-      .def(
-          "pointwise",
-          [](BoundPlan& p, Index batch, Sizes input, Sizes output,
-             std::optional<Index> coefficients, const std::optional<std::string>& function,
-             double factor, bool upsample, Index above, Index left,
-             std::optional<Sizes> added) {
-            p.plan.add(PointwiseStep{batch, image(input), image(output),
-                                     {offset(coefficients), activation(function)},
-                                     single(factor), upsample, above, left,
-                                     residual(added)});
-          },
-          nb::kw_only(), "batch"_a, "input"_a, "output"_a, "coefficients"_a.none(),
-          "activation"_a.none(), "factor"_a, "upsample"_a, "above"_a, "left"_a,
-          "residual"_a.none());
+      .def("add",
+           nb::overload_cast<ConvStep, const Weights&, const std::optional<Weights>&>(
+               &BoundPlan::add),
+           "step"_a, "bias"_a, "weights"_a = nb::none(),
+           "Adds a step; weights are as `packing.pack` makes them, and kept by the plan.")
+      .def("add", nb::overload_cast<WinogradStep, const Weights&>(&BoundPlan::add), "step"_a,
+           "weights"_a)
+      .def("add", nb::overload_cast<NormStep, const Weights&, const Weights&>(&BoundPlan::add),
+           "step"_a, "weight"_a, "bias"_a);
+  bind_add<ImportStep, ExportStep, StatisticsStep, AttentionPackStep, AttentionStep,
+           PointwiseStep, MoveRowsStep>(plan);
 
   nb::class_<Executor>(m, "Executor", "Threads and memory that the runs of a model share.")
       .def(nb::init<int>(), "threads"_a, nb::call_guard<nb::gil_scoped_release>())
@@ -376,8 +339,8 @@ void bind_engine(nb::module_& m) {
           "run",
           [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
              double timeout, const std::optional<nb::typed<nb::callable, void()>>& ask, bool profile) {
-            const Tensor from = tensor(input, p.input_shape, "the input");
-            const Tensor to = tensor(output, p.output_shape, "the output");
+            const Tensor from = tensor(input, p.plan.input_shape(), "the input");
+            const Tensor to = tensor(output, p.plan.output_shape(), "the output");
             std::vector<StepTime> times;
             std::function<void()> ask_caller;
             if (ask) {

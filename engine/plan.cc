@@ -29,10 +29,19 @@ void check_tiles(Index height, Index width, Index grid_height, Index grid_width)
           "tiles larger than the image, or empty");
 }
 
+// Whether the rows of an image are rows of a tensor, from the first one given.
+void check_rows(const char* what, const Shape& tensor, Index batch, const Image& image,
+                Index first_row) {
+  if (tensor[0] != batch || tensor[1] != image.channels || tensor[3] != image.width ||
+      first_row < 0 || image.height > tensor[2] - first_row) {
+    refuse(std::string(what) + " hasn't the shape of the plan");
+  }
+}
+
 }  // namespace
 
-Plan::Plan(const Kernels& kernels, Index arena_bytes)
-    : kernels_(kernels), arena_bytes_(arena_bytes) {
+Plan::Plan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output)
+    : kernels_(kernels), arena_bytes_(arena_bytes), input_shape_(input), output_shape_(output) {
   require(arena_bytes >= 0 && arena_bytes < std::numeric_limits<Index>::max() / 2,
           "the size of the arena overflows");
 }
@@ -89,13 +98,13 @@ void Plan::check_reading(Index batch, const Image& image, const Reading& reading
 
 void Plan::add(const ImportStep& s) {
   check_image("import", s.batch, s.image);
-  require(s.first_row >= 0, "import: a row below zero");
+  check_rows("the input", input_shape_, s.batch, s.image, s.first_row);
   append(s, product("import", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
 void Plan::add(const ExportStep& s) {
   check_image("export", s.batch, s.image);
-  require(s.first_row >= 0, "export: a row below zero");
+  check_rows("the output", output_shape_, s.batch, s.image, s.first_row);
   append(s, product("export", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
@@ -217,7 +226,7 @@ void Plan::add(const AttentionStep& s) {
           "queries and results of different sizes");
   require(s.heads > 0 && s.query.channels % s.heads == 0 && s.output.channels % s.heads == 0,
           "channels don't make heads");
-  require(s.scale > 0, "attention needs a scale above zero");
+  require(static_cast<float>(s.scale) > 0, "attention needs a scale above zero");
   require(s.queries > 0 && s.keys > 0 && s.keys % kBlock == 0 && s.queries < (1 << 20) &&
               s.keys < (1 << 20),
           "blocks of queries or keys out of range");
@@ -244,7 +253,7 @@ void Plan::add(const PointwiseStep& s) {
 
 void Plan::add(const MoveRowsStep& s) {
   check_image("rows", s.batch, s.image);
-  require(s.from >= 0 && s.rows > 0 && s.rows <= s.image.height - s.from,
+  require(s.from_row >= 0 && s.rows > 0 && s.rows <= s.image.height - s.from_row,
           "rows that the image doesn't have");
   append(s, product("items", {s.batch, s.image.blocks()}), 0);
 }

@@ -1,6 +1,7 @@
 // A plan: the steps of one run for one input shape, checked when they are added.
 #pragma once
 
+#include <array>
 #include <string>
 #include <variant>
 #include <vector>
@@ -13,6 +14,8 @@ using Step =
     std::variant<ImportStep, ExportStep, ConvStep, WinogradStep, StatisticsStep, NormStep,
                  AttentionPackStep, AttentionStep, PointwiseStep, MoveRowsStep>;
 
+using Shape = std::array<Index, 4>;
+
 // Bytes of the arena.
 struct Range {
   Index offset;
@@ -21,8 +24,9 @@ struct Range {
 
 class Plan {
  public:
-  // Throws std::invalid_argument where sizes overflow or are negative.
-  Plan(const Kernels& kernels, Index arena_bytes);
+  // For an input and an output (N, C, H, W). Throws std::invalid_argument where sizes overflow
+  // or are negative.
+  Plan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output);
 
   // Each checks that everything the step touches lies in the arena, and throws
   // std::invalid_argument if not. Sizes of weights count bytes.
@@ -39,6 +43,8 @@ class Plan {
 
   const Kernels& kernels() const { return kernels_; }
   const std::vector<Step>& steps() const { return steps_; }
+  const Shape& input_shape() const { return input_shape_; }
+  const Shape& output_shape() const { return output_shape_; }
   Index arena_bytes() const { return arena_bytes_; }
   // Of one thread.
   Index scratch_bytes() const { return scratch_bytes_; }
@@ -59,6 +65,8 @@ class Plan {
 
   const Kernels& kernels_;
   Index arena_bytes_;
+  Shape input_shape_;
+  Shape output_shape_;
   Index scratch_bytes_ = 0;
   std::vector<Step> steps_;
   std::vector<Index> items_;

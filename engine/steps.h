@@ -1,6 +1,7 @@
 // What a plan consists of: plain structs, one for each kind of step.
 //
-// Offsets count bytes from the start of the arena; kNone stands for "not there".
+// Offsets count bytes from the start of the arena; kNone stands for "not there". Factors are
+// rounded to float32 in the run, under its own control of floating point.
 #pragma once
 
 #include <cstddef>
@@ -119,7 +120,7 @@ struct AttentionStep {
   Image query;
   Image output;
   Index heads = 1;
-  float scale = 1.0f;
+  double scale = 1;
   Index packed_keys = 0;
   Index packed_values = 0;
   Image residual;
@@ -151,7 +152,7 @@ struct NormStep {
   Index batch = 1;
   Index channels = 0;
   Index groups = 1;
-  float eps = 0;
+  double eps = 0;
   const float* weight = nullptr;
   const float* bias = nullptr;
   Index partials = 0;
@@ -180,7 +181,7 @@ struct PointwiseStep {
   Image input;
   Image output;
   Reading reading;
-  float factor = 1.0f;
+  double factor = 1;
   bool upsample = false;
   Index above = 0;
   Index left = 0;
@@ -193,7 +194,7 @@ struct PointwiseStep {
 struct MoveRowsStep {
   Index batch = 1;
   Image image;
-  Index from = 0;
+  Index from_row = 0;
   Index rows = 0;
 
   Index items() const { return batch * image.blocks(); }

@@ -80,6 +80,7 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
   const Index height = s.upsample ? 2 * s.input.height : s.input.height;
   const Index width = s.upsample ? 2 * s.input.width : s.input.width;
   const Index down = y - s.above;
+  const float factor = static_cast<float>(s.factor);
   for (Index x = 0; x < s.output.width; ++x) {
     const Index right = x - s.left;
     const bool inside = down >= 0 && down < height && right >= 0 && right < width;
@@ -98,7 +99,7 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
     }
     for (Index c = 0; c < kBlock; ++c) {
       const float add = residual == nullptr ? 0.0f : to_float(residual[x * kBlock + c]);
-      from_float(values[c] * s.factor + add, to[x * kBlock + c]);
+      from_float(values[c] * factor + add, to[x * kBlock + c]);
     }
   }
 }
@@ -197,7 +198,7 @@ void norm(const NormStep& s, const Context& context, Index item) {
       }
       squares += inner + weight * outer;
     });
-    const double deviation = std::sqrt(squares / count + static_cast<double>(s.eps));
+    const double deviation = std::sqrt(squares / count + static_cast<double>(static_cast<float>(s.eps)));
     for (Index c = first; c < first + size; ++c) {
       const double factor = static_cast<double>(s.weight[c]) / deviation;
       scale[c] = static_cast<float>(factor);
@@ -222,7 +223,7 @@ void move_rows(DType dtype, const MoveRowsStep& s, const Context& context, Index
   const Index row = s.image.width * kBlock * size;
   std::byte* to = context.arena + s.image.offset +
                   s.image.at(item / s.image.blocks(), item % s.image.blocks(), 0) * size;
-  std::memmove(to, to + s.from * row, static_cast<std::size_t>(s.rows * row));
+  std::memmove(to, to + s.from_row * row, static_cast<std::size_t>(s.rows * row));
 }
 
 void import_image(DType dtype, const ImportStep& s, const Context& context, Index item) {

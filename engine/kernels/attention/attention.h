@@ -138,7 +138,7 @@ class Attention {
     n_ = head_item_ / s.heads;
     head_ = head_item_ % s.heads;
     // exp(x * scale) is 2 to the power of x * factor.
-    factor_ = s.scale * 1.44269504088896341f;
+    factor_ = static_cast<float>(s.scale) * 1.44269504088896341f;
   }
 
   float* floats(Index offset) const {

@@ -10,9 +10,12 @@ import torch
 from rbln_vae import _engine
 
 SHAPE = (1, 32, 8, 8)
-IMAGE = (0, 32, 8, 8, 64, 64)
+IMAGE = _engine.Image(channels=32, height=8, width=8, plane=64, sample=64)
 AFTER = 32 * 64 * 4
 """The first byte behind an image of float32."""
+BEHIND = _engine.Image(offset=AFTER, channels=32, height=8, width=8, plane=64, sample=64)
+TILE = {"tile_height": 8, "tile_width": 8}
+FLOATS, PACKED = torch.zeros(32), torch.zeros(2, 1, 1, 1, 512)
 
 
 def kernels(dtype: str) -> _engine.Kernels:
@@ -23,84 +26,113 @@ def make_plan(dtype: str = "float32") -> _engine.Plan:
     return _engine.Plan(kernels(dtype), 2**20, SHAPE, SHAPE)
 
 
-def norm(**changes: Any) -> dict[str, Any]:
+def norm(**changes: Any) -> _engine.NormStep:
     usual = {
-        "batch": 1,
         "channels": 32,
         "groups": 4,
         "eps": 1e-6,
-        "weight": torch.ones(32),
-        "bias": torch.zeros(32),
         "partials": AFTER,
         "partial_channels": 32,
-        "grid": (8, 8),
-        "tile": (8, 8),
-        "points": 1,
+        "grid_height": 8,
+        "grid_width": 8,
         "coefficients": 2 * AFTER,
+        **TILE,
     }
-    return {**usual, **changes}
+    return _engine.NormStep(**{**usual, **changes})
 
 
-def convolution(**changes: Any) -> dict[str, Any]:
-    usual = {
-        "batch": 1,
-        "input": IMAGE,
-        "output": (AFTER, *IMAGE[1:]),
-        "bias": torch.zeros(32),
-        "weights": torch.zeros(2, 1, 1, 1, 512),
-        "kernel": (1, 1),
-        "stride": 1,
-        "above": 0,
-        "left": 0,
-        "upsample": False,
-        "coefficients": None,
-        "activation": None,
-        "residual": None,
-        "partials": None,
-        "tile": (8, 8),
-        "splits": 1,
-        "together": 1,
-    }
-    return {**usual, **changes}
+def convolution(**changes: Any) -> _engine.ConvStep:
+    return _engine.ConvStep(**{"input": IMAGE, "output": BEHIND, **TILE, **changes})
+
+
+def statistics(**changes: Any) -> _engine.StatisticsStep:
+    return _engine.StatisticsStep(**{"input": IMAGE, "partials": AFTER, **TILE, **changes})
 
 
 def test_what_fits_is_taken() -> None:
     plan = make_plan()
-    plan.convolution(**convolution())
-    plan.norm(**norm())
-    plan.statistics(batch=1, input=IMAGE, tile=(8, 8), partials=AFTER)
+    plan.add(_engine.ImportStep(image=IMAGE))
+    plan.add(convolution(), FLOATS, PACKED)
+    plan.add(norm(), FLOATS, FLOATS)
+    plan.add(statistics())
+    plan.add(_engine.ExportStep(image=BEHIND))
+
+
+def test_a_step_has_the_fields_that_it_was_made_with_and_defaults_for_others() -> None:
+    step = convolution(reading=_engine.Reading(activation=_engine.Activation.silu))
+    assert (step.output.offset, step.tile_height) == (AFTER, 8)
+    assert step.reading.activation == _engine.Activation.silu
+    assert step.partials == step.kernels == step.reading.coefficients == _engine.NONE
+    assert step.residual.channels == 0
+    with pytest.raises(TypeError):
+        convolution(tiles=8)
+
+
+def test_a_plan_keeps_a_step_as_it_was_when_it_was_checked() -> None:
+    plan = _engine.Plan(kernels("float32"), 2**20, SHAPE, SHAPE)
+    first, last = _engine.ImportStep(image=IMAGE), _engine.ExportStep(image=IMAGE)
+    plan.add(first)
+    plan.add(last)
+    first.image.offset = last.image.offset = 2**40
+    source, result = torch.randn(SHAPE), torch.empty(SHAPE)
+    _engine.Executor(1).run(plan, source, result, 60.0, None, False)
+    assert torch.equal(source, result)
+
+
+@pytest.mark.parametrize("kind", [_engine.ImportStep, _engine.ExportStep])
+@pytest.mark.parametrize(
+    "changes", [{"batch": 2}, {"first_row": -1}, {"first_row": 1}, {"first_row": 2**62}]
+)
+def test_rows_that_a_tensor_does_not_have_are_refused(
+    kind: type[_engine.ImportStep] | type[_engine.ExportStep], changes: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match="shape of the plan"):
+        make_plan().add(kind(image=IMAGE, **changes))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"grid": (2**40, 2**40), "tile": (2**40, 2**40)},
-        {"grid": (2**62, 8), "tile": (2**62, 8)},
+        {"grid_height": 2**40, "grid_width": 2**40, "tile_height": 2**40, "tile_width": 2**40},
+        {"grid_height": 2**62, "tile_height": 2**62},
         {"points": 2**62},
-        {"grid": (2**31, 2**31), "tile": (2**31, 2**31), "points": 4},
-        {"tile": (2**62, 8)},
-        {"tile": (0, 8)},
+        {
+            "grid_height": 2**31,
+            "grid_width": 2**31,
+            "tile_height": 2**31,
+            "tile_width": 2**31,
+            "points": 4,
+        },
+        {"tile_height": 2**62},
+        {"tile_height": 0},
         {"partials": 2**20},
     ],
 )
 def test_a_norm_whose_sizes_overflow_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"overflows|tiles|don't lie"):
-        make_plan().norm(**norm(**changes))
+        make_plan().add(norm(**changes), FLOATS, FLOATS)
 
 
 @pytest.mark.parametrize("tile", [(2**62, 2**62), (8, 2**63 - 1), (9, 8), (0, 8), (-1, 8)])
 def test_statistics_of_tiles_beyond_the_image_are_refused(tile: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="tiles"):
-        make_plan().statistics(batch=1, input=IMAGE, tile=tile, partials=AFTER)
+        make_plan().add(statistics(tile_height=tile[0], tile_width=tile[1]))
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bfloat16])
-def test_weights_of_a_norm_are_float32(name: str, dtype: torch.dtype) -> None:
+def test_weights_of_a_norm_are_float32(place: int, dtype: torch.dtype) -> None:
+    weights = [FLOATS, FLOATS]
     # As many bytes, so that their number tells nothing.
-    wrong = torch.zeros(32 * 4 // dtype.itemsize, dtype=dtype)
+    weights[place] = torch.zeros(32 * 4 // dtype.itemsize, dtype=dtype)
     with pytest.raises(TypeError, match="another type"):
-        make_plan().norm(**norm(**{name: wrong}))
+        make_plan().add(norm(), *weights)
+
+
+def test_a_convolution_has_weights_of_its_size_or_kernels_made_of_them() -> None:
+    for weights in (None, PACKED[1:].clone()):
+        with pytest.raises(ValueError, match="weights of another size"):
+            make_plan().add(convolution(), FLOATS, weights)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +145,6 @@ def test_weights_of_a_convolution_have_the_type_of_its_kernels(
     width = 4 if dtype == "float32" else 2
     weights = torch.zeros(1024 * width // wrong.itemsize, dtype=wrong)
     with pytest.raises(TypeError, match="another type"):
-        make_plan(dtype).convolution(**convolution(weights=weights))
+        make_plan(dtype).add(convolution(), FLOATS, weights)
     with pytest.raises(TypeError, match="another type"):
-        make_plan().convolution(**convolution(bias=torch.zeros(32, dtype=torch.int32)))
+        make_plan().add(convolution(), torch.zeros(32, dtype=torch.int32), PACKED)

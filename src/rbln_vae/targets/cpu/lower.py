@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
+from ... import _engine
 from ...graph.ir import (
     Activation,
     Attention,
@@ -19,12 +19,14 @@ from ...graph.ir import (
 from ...schedule.arena import Buffer, View
 from ...schedule.schedule import Kind, Schedule, Task
 from ...schedule.sweep import top_row
+from ...units import format_bytes
 from .packing import BLOCK, PANEL, bias_name
-from .program import Program, Step
+from .program import Native, Program, Step
 from .rules import CpuRules, statistics_tile
 from .tiles import attention_blocks, convolution_work, kernels_work
 
-Sizes = tuple[int, int, int, int, int, int]
+ADDRESSABLE = 2**62
+"""Bytes that the engine can count in any sum of two sizes."""
 
 
 def lower(schedule: Schedule, rules: CpuRules) -> Program:
@@ -33,7 +35,15 @@ def lower(schedule: Schedule, rules: CpuRules) -> Program:
     Args:
         schedule: Made with the rules.
         rules: Of the engine, for the graph and the shape.
+
+    Raises:
+        MemoryError: Its arena is larger than any address.
     """
+    if schedule.arena_bytes > ADDRESSABLE:
+        raise MemoryError(
+            f"A run needs {format_bytes(schedule.arena_bytes)}, more than can be addressed. "
+            "Run a smaller image."
+        )
     lowering = _Lowering(rules)
     return Program(schedule, rules.machine, tuple(map(lowering.step, schedule.tasks)))
 
@@ -48,9 +58,19 @@ class _Lowering:
     def step(self, task: Task) -> Step:
         match task.kind:
             case Kind.IMPORT:
-                return self.transfer("import_image", task, task.output)
+                return self.make(
+                    task,
+                    _engine.ImportStep(
+                        batch=self.batch, image=self.image(task.output), first_row=task.rows[0]
+                    ),
+                )
             case Kind.EXPORT:
-                return self.transfer("export_image", task, task.inputs[0])
+                return self.make(
+                    task,
+                    _engine.ExportStep(
+                        batch=self.batch, image=self.image(task.inputs[0]), first_row=task.rows[0]
+                    ),
+                )
             case Kind.KEEP:
                 return self.pointwise(task)
             case Kind.MOVE:
@@ -73,12 +93,10 @@ class _Lowering:
 
     def make(
         self,
-        call: str,
         task: Task,
-        arguments: dict[str, Any],
-        *,
+        native: Native,
+        *weights: str,
         kind: str | None = None,
-        weights: dict[str, str] | None = None,
         work: float | None = None,
         extra_bytes: int = 0,
     ) -> Step:
@@ -87,58 +105,59 @@ class _Lowering:
         for view in views:
             size += self.batch * view.height * self.rules.row_bytes(view.channels, view.width)
         return Step(
-            call,
-            task.value,
-            kind or task.kind.value,
-            task.flops,
-            task.flops if work is None else work,
-            size,
-            {"batch": self.batch, **arguments},
-            weights or {},
-            task.sweep,
+            name=task.value,
+            kind=kind or task.kind.value,
+            flops=task.flops,
+            work=task.flops if work is None else work,
+            bytes=size,
+            sweep=task.sweep,
+            native=native,
+            weights=weights,
         )
 
-    def image(self, view: View | None) -> Sizes | None:
-        """An image as the engine takes it."""
+    def image(self, view: View | None = None) -> _engine.Image:
+        """An image as the engine takes it, or one without channels."""
         if view is None:
-            return None
+            return _engine.Image()
         channels, rows = view.room
         plane = rows * view.width
-        blocks = -(-channels // BLOCK)
-        offset = view.buffer.offset + view.row * view.width * BLOCK * self.machine.element_bytes
-        return (offset, view.channels, view.height, view.width, plane, blocks * plane)
-
-    def transfer(self, call: str, task: Task, view: View | None) -> Step:
-        return self.make(call, task, {"image": self.image(view), "first_row": task.rows[0]})
+        before = view.row * view.width * BLOCK * self.machine.element_bytes
+        return _engine.Image(
+            offset=view.buffer.offset + before,
+            channels=view.channels,
+            height=view.height,
+            width=view.width,
+            plane=plane,
+            sample=-(-channels // BLOCK) * plane,
+        )
 
     def move(self, task: Task) -> Step:
         first, last = task.rows
-        arguments = {"image": self.image(task.output), "from_row": first, "rows": last - first}
-        return self.make("move_rows", task, arguments)
+        image = self.image(task.output)
+        native = _engine.MoveRowsStep(
+            batch=self.batch, image=image, from_row=first, rows=last - first
+        )
+        return self.make(task, native)
 
-    def reading(self, task: Task, activation: str | None) -> dict[str, Any]:
+    def reading(self, task: Task, activation: str | None) -> _engine.Reading:
         """What is done with the input while it is read."""
-        coefficients = task.buffers.get("coefficients")
-        return {"coefficients": _offset(coefficients), "activation": activation}
+        return _engine.Reading(
+            coefficients=_offset(task.buffers.get("coefficients")),
+            activation=_engine.Activation[activation or "none"],
+        )
 
     # Convolutions.
 
     def winograd_kernels(self, task: Task, operation: Conv2d) -> Step:
         conv = self.rules.convolution(operation)
-        arguments = {
-            "panels": conv.panels,
-            "blocks": -(-conv.inputs // BLOCK),
-            "upsample": conv.upsample,
-            "kernels": _offset(task.buffers["kernels"]),
-        }
-        return self.make(
-            "winograd_kernels",
-            task,
-            arguments,
-            kind="Winograd",
-            weights={"weights": operation.weight},
-            work=2 * kernels_work(conv, self.machine),
+        native = _engine.WinogradStep(
+            panels=conv.panels,
+            blocks=-(-conv.inputs // BLOCK),
+            upsample=conv.upsample,
+            kernels=_offset(task.buffers["kernels"]),
         )
+        work = 2 * kernels_work(conv, self.machine)
+        return self.make(task, native, operation.weight, kind="Winograd", work=work)
 
     def convolution(self, task: Task, operation: Conv2d) -> Step:
         rules, machine = self.rules, self.machine
@@ -151,15 +170,13 @@ class _Lowering:
         tall, wide = rules.tile(conv if sums is None else whole)
         tile = (min(tall, end - begin), wide)
         splits = rules.splits(conv, tile)
-        partials = None
+        partials = _offset(sums)
         if sums is not None:
-            above = begin // tall * -(-whole.grid[1] // wide)
-            partials = sums.offset + above * whole.sums_bytes
-        weights = {"weights": operation.weight, "bias": bias_name(operation)}
+            partials += begin // tall * -(-whole.grid[1] // wide) * whole.sums_bytes
+        weights = [bias_name(operation)]
         weight_bytes = 0
-        if kernels is not None:
-            del weights["weights"]
-        else:
+        if kernels is None:
+            weights.append(operation.weight)
             phases = 4 if operation.upsample else 1
             elements = math.prod(conv.kernel) * conv.inputs * conv.outputs * phases
             weight_bytes = elements * machine.element_bytes
@@ -169,41 +186,42 @@ class _Lowering:
         whole_flops = operation.flops(rules.shapes, self.weights)
         strips = task.flops * rules.shapes[operation.output][2] / (whole_flops * rows)
         work = 2 * self.batch * convolution_work(conv, tile, machine) * strips
+        native = _engine.ConvStep(
+            batch=self.batch,
+            input=self.image(source),
+            output=self.image(task.output),
+            reading=self.reading(task, operation.activation),
+            residual=self.image(*residual),
+            kernel_height=conv.kernel[0],
+            kernel_width=conv.kernel[1],
+            stride=operation.stride,
+            above=task.source_row - top_row(operation, task.rows[0]),
+            left=operation.padding[2],
+            upsample=operation.upsample,
+            kernels=_offset(kernels),
+            tile_height=tile[0],
+            tile_width=tile[1],
+            splits=splits,
+            together=conv.together(tile, self.batch, splits, machine),
+            partials=partials,
+        )
         return self.make(
-            "convolution",
-            task,
-            dict(
-                input=self.image(source),
-                output=self.image(task.output),
-                kernels=_offset(kernels),
-                kernel=conv.kernel,
-                stride=operation.stride,
-                above=task.source_row - top_row(operation, task.rows[0]),
-                left=operation.padding[2],
-                upsample=operation.upsample,
-                residual=self.image(residual[0]) if residual else None,
-                partials=partials,
-                tile=tile,
-                splits=splits,
-                together=conv.together(tile, self.batch, splits, machine),
-                **self.reading(task, operation.activation),
-            ),
-            kind=operation.kind,
-            weights=weights,
-            work=work,
-            extra_bytes=weight_bytes,
+            task, native, *weights, kind=operation.kind, work=work, extra_bytes=weight_bytes
         )
 
     # Norms.
 
     def statistics(self, task: Task) -> Step:
         (view,) = task.inputs
-        arguments = {
-            "input": self.image(view),
-            "tile": statistics_tile(self.shape(task)),
-            "partials": _offset(task.buffers["sums"]),
-        }
-        return self.make("statistics", task, arguments)
+        tile = statistics_tile(self.shape(task))
+        native = _engine.StatisticsStep(
+            batch=self.batch,
+            input=self.image(view),
+            tile_height=tile[0],
+            tile_width=tile[1],
+            partials=_offset(task.buffers["sums"]),
+        )
+        return self.make(task, native)
 
     def norm(self, task: Task) -> Step:
         norm, operation = task.norm, task.operation
@@ -216,20 +234,21 @@ class _Lowering:
         else:
             summed, grid = -(-channels // BLOCK) * BLOCK, (height, width)
             tile, points = statistics_tile(self.shape(task)), 1
-        arguments = {
-            "channels": channels,
-            "groups": norm.groups,
-            "eps": norm.eps,
-            "partials": _offset(task.buffers["sums"]),
-            "partial_channels": summed,
-            "grid": grid,
-            "tile": tile,
-            "points": points,
-            "coefficients": _offset(task.buffers["coefficients"]),
-        }
-        return self.make(
-            "norm", task, arguments, weights={"weight": norm.weight, "bias": norm.bias}
+        native = _engine.NormStep(
+            batch=self.batch,
+            channels=channels,
+            groups=norm.groups,
+            eps=norm.eps,
+            partials=_offset(task.buffers["sums"]),
+            partial_channels=summed,
+            grid_height=grid[0],
+            grid_width=grid[1],
+            tile_height=tile[0],
+            tile_width=tile[1],
+            points=points,
+            coefficients=_offset(task.buffers["coefficients"]),
         )
+        return self.make(task, native, norm.weight, norm.bias)
 
     def shape(self, task: Task) -> Shape:
         return self.rules.shapes[task.value]
@@ -238,31 +257,33 @@ class _Lowering:
 
     def attention_pack(self, task: Task, operation: Attention) -> Step:
         key, value = task.inputs
-        arguments = {
-            "key": self.image(key),
-            "value": self.image(value),
-            "heads": operation.heads,
-            "packed_keys": _offset(task.buffers["keys"]),
-            "packed_values": _offset(task.buffers["values"]),
-        }
-        return self.make("attention_pack", task, arguments, kind="AttentionPack")
+        native = _engine.AttentionPackStep(
+            batch=self.batch,
+            key=self.image(key),
+            value=self.image(value),
+            heads=operation.heads,
+            packed_keys=_offset(task.buffers["keys"]),
+            packed_values=_offset(task.buffers["values"]),
+        )
+        return self.make(task, native, kind="AttentionPack")
 
     def attention(self, task: Task, operation: Attention) -> Step:
         query, *residual = task.inputs
         matrices = self.batch * operation.heads
         queries, keys = attention_blocks(query.height * query.width, matrices, self.machine)
-        arguments = {
-            "query": self.image(query),
-            "output": self.image(task.output),
-            "heads": operation.heads,
-            "scale": operation.scale,
-            "residual": self.image(residual[0]) if residual else None,
-            "queries": queries,
-            "keys": keys,
-            "packed_keys": _offset(task.buffers["keys"]),
-            "packed_values": _offset(task.buffers["values"]),
-        }
-        return self.make("attention", task, arguments, kind=operation.kind)
+        native = _engine.AttentionStep(
+            batch=self.batch,
+            query=self.image(query),
+            output=self.image(task.output),
+            heads=operation.heads,
+            scale=operation.scale,
+            packed_keys=_offset(task.buffers["keys"]),
+            packed_values=_offset(task.buffers["values"]),
+            residual=self.image(*residual),
+            queries=queries,
+            keys=keys,
+        )
+        return self.make(task, native, kind=operation.kind)
 
     def pointwise(self, task: Task) -> Step:
         operation: Operation = task.operation
@@ -276,18 +297,19 @@ class _Lowering:
             case Pad(padding=(above, _, left, _)):
                 pass
         source, *residual = task.inputs
-        arguments = dict(
+        native = _engine.PointwiseStep(
+            batch=self.batch,
             input=self.image(source),
             output=self.image(task.output),
+            reading=self.reading(task, activation),
             factor=factor,
             upsample=isinstance(operation, Upsample),
             above=above,
             left=left,
-            residual=self.image(residual[0]) if residual else None,
-            **self.reading(task, activation),
+            residual=self.image(*residual),
         )
-        return self.make("pointwise", task, arguments, kind=operation.kind)
+        return self.make(task, native, kind=operation.kind)
 
 
-def _offset(buffer: Buffer | None) -> int | None:
-    return None if buffer is None else buffer.offset
+def _offset(buffer: Buffer | None) -> int:
+    return _engine.NONE if buffer is None else buffer.offset

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -14,35 +14,44 @@ from ...sizes import format_size
 from ...units import format_bytes
 from .tiles import Machine
 
-ADDRESSABLE = 2**62
-"""Bytes that the engine can count in any sum of two sizes."""
+Native: TypeAlias = (
+    _engine.ImportStep
+    | _engine.ExportStep
+    | _engine.ConvStep
+    | _engine.WinogradStep
+    | _engine.StatisticsStep
+    | _engine.NormStep
+    | _engine.AttentionPackStep
+    | _engine.AttentionStep
+    | _engine.PointwiseStep
+    | _engine.MoveRowsStep
+)
+"""A step as the engine has it."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the engine.
+    """A step of the engine, and what is known of it.
 
     Attributes:
-        call: The method of the engine's plan that adds it.
         name: The value of the graph that it makes.
         kind: The operation.
         flops: Products and sums that it does; two each.
         work: Products and sums that take as long, at the machine's peak, as all of it does.
         bytes: What it reads and writes at the least.
-        arguments: Of the call: numbers, images and offsets.
-        weights: Of the call: names of packed weights.
         sweep: The number of the sweep that it is a strip of, from 1; else 0.
+        native: What the engine does.
+        weights: Names of the packed weights that it takes, in the order of `_engine.Plan.add`.
     """
 
-    call: str
     name: str
     kind: str
     flops: int
     work: float
     bytes: int
-    arguments: Mapping[str, Any]
-    weights: Mapping[str, str] = field(default_factory=dict)
-    sweep: int = 0
+    sweep: int
+    native: Native
+    weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,29 +73,21 @@ class Program:
         """Of all steps; a run takes as many seconds as the machine's peak needs for it, about."""
         return sum(step.work for step in self.steps)
 
-    def bind(self, kernels: _engine.Kernels, packed: Mapping[str, Tensor]) -> _engine.Plan:
+    def bind(self, packed: Mapping[str, Tensor]) -> _engine.Plan:
         """The program as the engine takes it.
 
         Args:
-            kernels: Those of the machine.
             packed: What `packing.pack` made of the weights.
 
         Raises:
-            MemoryError: Its arena is larger than any address.
             ValueError: A step is none that the engine can do safely.
         """
         schedule = self.schedule
-        if schedule.arena_bytes > ADDRESSABLE:
-            raise MemoryError(
-                f"A run needs {format_bytes(schedule.arena_bytes)}, more than can be addressed. "
-                "Run a smaller image."
-            )
         bound = _engine.Plan(
-            kernels, schedule.arena_bytes, schedule.input_shape, schedule.output_shape
+            self.machine.kernels, schedule.arena_bytes, schedule.input_shape, schedule.output_shape
         )
         for step in self.steps:
-            weights = {name: packed[weight] for name, weight in step.weights.items()}
-            getattr(bound, step.call)(**step.arguments, **weights)
+            bound.add(step.native, *(packed[name] for name in step.weights))
         return bound
 
     def describe(self) -> str:
@@ -105,10 +106,11 @@ class Program:
         live = schedule.live_bytes()
         for (sweep, kind, name), indices in together.items():
             first = self.steps[indices[0]]
-            tile = first.arguments.get("tile")
-            note = f", tiles of {tile[0]}x{tile[1]}" if tile else ""
-            splits = first.arguments.get("splits", 1)
-            note += f", channels in {splits} parts" if splits > 1 else ""
+            note, native = "", first.native
+            if isinstance(native, (_engine.ConvStep, _engine.StatisticsStep, _engine.NormStep)):
+                note += f", tiles of {native.tile_height}x{native.tile_width}"
+            if isinstance(native, _engine.ConvStep) and native.splits > 1:
+                note += f", channels in {native.splits} parts"
             note += f", sweep {sweep} in {len(indices)} strips" if sweep else ""
             flops = sum(self.steps[i].flops for i in indices) / 1e9
             most = max(live[i] for i in indices) / 2**20

@@ -27,9 +27,9 @@ from ...sizes import format_size
 from ...units import format_bytes, format_seconds
 from ..base import over_memory_limit
 from ..watch import ShouldStop, Watch
-from .lower import lower
+from .lower import ADDRESSABLE, lower
 from .packing import DTYPES, pack
-from .program import ADDRESSABLE, Program
+from .program import Program
 from .rules import CpuRules
 from .tiles import Machine
 
@@ -446,7 +446,7 @@ class CpuRuntime:
         return self._bind(lower(schedule, search.rules(schedule.input_shape[0])))
 
     def _bind(self, program: Program) -> _Bound:
-        native = program.bind(self._kernels, self._packed)
+        native = program.bind(self._packed)
         return _Bound(program, native, self._executor.bytes(native))
 
     def _profile(
