@@ -18,9 +18,8 @@ from rbln_vae.artifact import Artifact, read_artifact
 from rbln_vae.graph import passes
 from rbln_vae.graph.capture import capture
 from rbln_vae.graph.ir import Conv2d, Graph, Identity, Operation
-from rbln_vae.schedule import scheduler
-from rbln_vae.targets.cpu import rules, tiles
 from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
+from rbln_vae.targets.cpu.tiles import FASTEST, Choices
 
 from .contenders import STABLE_DIFFUSION, Contender
 from .machine import threads
@@ -59,7 +58,13 @@ class Ablated(Contender):
         graph = artifact.graph
         for rewrite in self.passes:
             graph = rewrite(graph)
-        self.native = CpuRuntime(graph, dtype=self.dtype, num_threads=self.threads, timeout=3600.0)
+        self.native = CpuRuntime(
+            graph,
+            dtype=self.dtype,
+            num_threads=self.threads,
+            timeout=3600.0,
+            choices=self.case.choices,
+        )
 
     def run(self) -> torch.Tensor:
         self.before()
@@ -73,13 +78,15 @@ class Case:
     Attributes:
         meaning: What it is, for the table.
         switch_off: Does so, before the runtime of an `Ablated` is made. It may change the
-            modules of the package: the process runs nothing else.
+            process, which runs nothing else.
         parts: Where it can matter.
+        choices: What the programs may do without it.
     """
 
     meaning: str
-    switch_off: Callable[[Ablated], None]
+    switch_off: Callable[[Ablated], object] = lambda _: None
     parts: tuple[str, ...] = ("decode", "encode")
+    choices: Choices = FASTEST
 
 
 def _without(rewrite: passes.Pass) -> Callable[[Ablated], None]:
@@ -108,22 +115,6 @@ def _statistics(contender: Ablated) -> None:
     contender.passes.append(_summed_apart)
 
 
-def _winograd(contender: Ablated) -> None:
-    rules.gains_by_winograd = lambda *_: False
-
-
-def _splits(contender: Ablated) -> None:
-    tiles.Convolution.splits = lambda *_: 1  # type: ignore[method-assign]
-
-
-def _together(contender: Ablated) -> None:
-    tiles.Convolution.together = lambda *_: 1  # type: ignore[method-assign]
-
-
-def _in_place(contender: Ablated) -> None:
-    scheduler._Scheduler.replaceable = lambda *_: None  # type: ignore[method-assign]
-
-
 def _large_pages(contender: Ablated) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0:
@@ -135,7 +126,7 @@ def _kept_memory(contender: Ablated) -> None:
 
 
 def _kept_plans(contender: Ablated) -> None:
-    contender.before = lambda: contender.native._bound.clear()
+    contender.before = lambda: contender.native.forget_programs()
 
 
 def _instruction_set(contender: Ablated) -> None:
@@ -153,7 +144,7 @@ def _threads(contender: Ablated) -> None:
 
 
 CASES: dict[str, Case] = {
-    NOTHING: Case("nothing", lambda _: None),
+    NOTHING: Case("nothing"),
     "upsample": Case(
         "doubling folded into four 2x2 kernels", _without(passes.fold_upsample), ("decode",)
     ),
@@ -164,10 +155,14 @@ CASES: dict[str, Case] = {
         "attention's value and output projections folded", _without(passes.fold_value_projection)
     ),
     "statistics": Case("statistics summed on writing", _statistics),
-    "winograd": Case("convolutions of 3x3 by Winograd's algorithm (not AMX)", _winograd),
-    "splits": Case("output channels split where tiles are few", _splits),
-    "together": Case("the next tile loaded during a product (AMX)", _together),
-    "in-place": Case("sums written over their residual", _in_place),
+    "winograd": Case(
+        "convolutions of 3x3 by Winograd's algorithm (not AMX)", choices=Choices(winograd=0)
+    ),
+    "splits": Case("output channels split where tiles are few", choices=Choices(splits=False)),
+    "together": Case(
+        "the next tile loaded during a product (AMX)", choices=Choices(together=False)
+    ),
+    "in-place": Case("sums written over their residual", choices=Choices(in_place=False)),
     "large-pages": Case("the arena in large pages", _large_pages),
     "kept-memory": Case("the arena kept for the next run", _kept_memory),
     "kept-plans": Case("the plan kept for the next run", _kept_plans),

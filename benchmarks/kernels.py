@@ -14,10 +14,9 @@ import torch
 
 from rbln_vae._engine import Kernels
 from rbln_vae.graph.ir import Conv2d
-from rbln_vae.targets.cpu import rules
 from rbln_vae.targets.cpu.packing import BLOCK, PANEL
 from rbln_vae.targets.cpu.runtime import CpuRuntime, usable_kernels
-from rbln_vae.targets.cpu.tiles import Convolution, gains_by_winograd
+from rbln_vae.targets.cpu.tiles import Choices, Convolution
 
 from .shapes import ATTENTIONS, CONVOLUTIONS, LAYERS, AttentionCase, ConvCase
 
@@ -90,10 +89,12 @@ def fit(timings: Sequence[Timing]) -> list[float | None]:
 def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iterator[Timing]:
     """Run a shape and give the fastest time of each of its steps."""
     os.environ["RBLN_VAE_ISA"] = kernels.isa
-    rules.gains_by_winograd = lambda conv, _: winograd and suits(conv)
     try:
         graph = case.graph()
-        native = CpuRuntime(graph, dtype=kernels.dtype, num_threads=1, activate_profiler=True)
+        choices = Choices(winograd=math.inf if winograd else 0)
+        native = CpuRuntime(
+            graph, dtype=kernels.dtype, num_threads=1, activate_profiler=True, choices=choices
+        )
         image = torch.randn(case.shape, generator=torch.Generator().manual_seed(7))
         for _ in range(rounds + 1):  # the first warms up
             native.run(image)
@@ -105,7 +106,6 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
         }
     finally:
         del os.environ["RBLN_VAE_ISA"]
-        rules.gains_by_winograd = gains_by_winograd
     fastest: defaultdict[tuple[str, str], float] = defaultdict(float)
     flops: defaultdict[tuple[str, str], int] = defaultdict(int)
     runs = native.profiles[1:]
@@ -123,11 +123,6 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
             yield Timing(case, "its kernels", seconds, 0, (conv.product_cost((1, 1)),))
         else:
             yield Timing(case, kind, seconds, flops[kind, name])
-
-
-def suits(conv: Convolution) -> bool:
-    """Whether Winograd's algorithm can do a convolution at all."""
-    return conv.upsample or (conv.kernel, conv.stride) == ((3, 3), 1)
 
 
 def measure(isas: Sequence[str] | None, tables: Iterable[str], rounds: int) -> str:

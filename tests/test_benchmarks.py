@@ -7,8 +7,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from benchmarks.kernels import Timing, fit, measure
+from benchmarks.kernels import Timing, fit, measure, time_case
 from benchmarks.shapes import CONVOLUTIONS
+
+from rbln_vae.targets.cpu.runtime import usable_kernels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -51,6 +53,20 @@ def test_a_constant_that_no_shape_tells_is_left_out():
 def test_kernels_are_not_timed_on_instruction_sets_that_are_not_there():
     with pytest.raises(ValueError, match="abacus"):
         measure(["abacus"], ["cases"], 1)
+
+
+@pytest.mark.parametrize("kernels", usable_kernels(), ids=lambda k: f"{k.isa} {k.dtype}")
+def test_kernels_are_timed_by_either_algorithm_where_they_have_both(kernels, monkeypatch):
+    monkeypatch.setenv("RBLN_VAE_ISA", kernels.isa)  # so that it is put back, too
+    case = next(case for case in CONVOLUTIONS if case.suits_winograd)
+    definition = {each.kind for each in time_case(case, kernels, False, 1)}
+    assert "definition" in definition
+    assert not definition & {"Winograd", "its kernels"}
+    if kernels.winograd:
+        assert {each.kind for each in time_case(case, kernels, True, 1)} >= {
+            "Winograd",
+            "its kernels",
+        }
 
 
 def test_noise_takes_no_constant_below_zero_nor_leaves_out_the_others():

@@ -42,5 +42,9 @@ class Rules(Protocol):
     def strip_rows(self, sweep: Sweep) -> int:
         """Rows of a strip, about: work enough for all threads, little memory."""
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether a result may be written over an input that nothing reads later."""
+
     def runs_in_place(self, operation: Conv2d) -> bool:
         """Whether a convolution may write its output over its input."""

@@ -155,6 +155,8 @@ class _Scheduler:
         """The image of a value, if the operation may write its output over it."""
         if value is None or value in read or self.needed_until[value] != index:
             return None
+        if not self.rules.overwrites:
+            return None
         image = self.images[value]
         # Another value may be stored in the same buffer, as after an identity.
         others = (

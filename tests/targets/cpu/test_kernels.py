@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from benchmarks.shapes import ATTENTIONS, CONVOLUTIONS, LAYERS, AttentionCase, ConvCase
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbln_vae import _engine
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import Conv2d, Graph
-from rbln_vae.targets.cpu import rules
 from rbln_vae.targets.cpu.runtime import CpuRuntime
-from rbln_vae.targets.cpu.tiles import Convolution, Machine, gains_by_winograd
+from rbln_vae.targets.cpu.tiles import FASTEST, Choices, Convolution, Machine, gains_by_winograd
 
 Case = ConvCase | AttentionCase
 CASES: tuple[Case, ...] = (*CONVOLUTIONS, *ATTENTIONS)
@@ -29,15 +27,24 @@ WINOGRAD = [(k.isa, k.dtype) for k in _engine.all_kernels() if k.winograd]
 BEST = {k.dtype: k.isa for k in _engine.all_kernels()}
 BFLOAT16 = [k.isa for k in _engine.all_kernels() if k.dtype == "bfloat16" and k.isa != "generic"]
 
+NEVER, WHEREVER_IT_CAN = Choices(winograd=0), Choices(winograd=math.inf)
+"""Where Winograd's algorithm is taken."""
+
 
 def image(case: Case) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(case.shape, generator=generator)
 
 
-def run(case: Case, isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def run(
+    case: Case,
+    isa: str,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    choices: Choices = FASTEST,
+) -> torch.Tensor:
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
-    native = CpuRuntime(case.graph(), dtype=dtype, num_threads=2)
+    native = CpuRuntime(case.graph(), dtype=dtype, num_threads=2, choices=choices)
     assert native.machine.isa == isa
     return native.run(image(case))
 
@@ -116,16 +123,15 @@ def random_words(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.height * c.width > 60], ids=str)
 def test_tiles_of_one_item_follow_each_other(
-    case: ConvCase, choose: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+    case: ConvCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose(False)
     isa = BFLOAT16[-1] if BFLOAT16 else "generic"
     monkeypatch.setattr(
         Convolution, "tile", lambda self, _: (min(4, self.grid[0]), min(19, self.grid[1]))
     )
-    alone = run(case, isa, "bfloat16", monkeypatch)
+    alone = run(case, isa, "bfloat16", monkeypatch, NEVER)
     monkeypatch.setattr(Convolution, "together", lambda *_: 3)
-    assert torch.equal(run(case, isa, "bfloat16", monkeypatch), alone)
+    assert torch.equal(run(case, isa, "bfloat16", monkeypatch, NEVER), alone)
 
 
 SUITABLE = [case for case in CONVOLUTIONS if case.suits_winograd]
@@ -133,28 +139,11 @@ CLOSE = {"float32": 3e-6, "bfloat16": 0.008}
 """How far apart two ways to convolve may be, by what the result is stored in."""
 
 
-@pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Makes every convolution of 3x3 one by Winograd's algorithm, or none."""
-
-    def choose(winograd: bool) -> None:
-        monkeypatch.setattr(
-            rules,
-            "gains_by_winograd",
-            lambda conv, machine: (
-                winograd
-                and machine.kernels.winograd is not None
-                and (conv.upsample or (conv.kernel, conv.stride) == ((3, 3), 1))
-            ),
-        )
-
-    return choose
-
-
 def convolved(
     case: ConvCase, x: torch.Tensor, dtype: str = "float32", threads: int = 1
 ) -> torch.Tensor:
-    native = CpuRuntime(case.graph(), dtype=dtype, num_threads=threads)
+    """By Winograd's algorithm."""
+    native = CpuRuntime(case.graph(), dtype=dtype, num_threads=threads, choices=WHEREVER_IT_CAN)
     steps = native.program(tuple(x.shape)).steps
     assert ("Winograd", "y") in [(step.kind, step.name) for step in steps]
     return native.run(x)
@@ -166,12 +155,9 @@ def test_winograd_is_what_the_definition_gives(
     case: ConvCase,
     isa: str,
     dtype: str,
-    choose: Callable[[bool], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    choose(False)
-    expected = run(case, "generic", dtype, monkeypatch)
-    choose(True)
+    expected = run(case, "generic", dtype, monkeypatch, NEVER)
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     assert difference(convolved(case, image(case), dtype), expected) < CLOSE[dtype]
 
@@ -180,14 +166,9 @@ sizes = st.integers(1, 70)
 dtypes = st.sampled_from(["float32", "bfloat16"])
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=40, deadline=None)
 @given(sizes, sizes, sizes, sizes, st.integers(1, 3), st.booleans(), dtypes, st.data())
 def test_winograd_takes_any_shape_and_tiles(
-    choose: Callable[[bool], None],
     inputs: int,
     outputs: int,
     height: int,
@@ -203,9 +184,7 @@ def test_winograd_takes_any_shape_and_tiles(
     )
     if (BEST[dtype], dtype) not in WINOGRAD:
         dtype = "float32"
-    choose(False)
-    expected = CpuRuntime(case.graph(), dtype=dtype).run(image(case))
-    choose(True)
+    expected = CpuRuntime(case.graph(), dtype=dtype, choices=NEVER).run(image(case))
     found = convolved(case, image(case), dtype)
     assert difference(found, expected) < CLOSE[dtype]
     # Neither the batch nor tiles and threads change a bit.
@@ -224,10 +203,8 @@ def test_bits_depend_on_the_place_in_four_rows_and_columns(
     upsample: bool,
     isa: str,
     dtype: str,
-    choose: Callable[[bool], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    choose(True)
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     kernel, scale = ((2, 2), 2) if upsample else ((3, 3), 1)
     case = ConvCase(40, 24, 36, 52, kernel=kernel, upsample=upsample)
@@ -243,9 +220,8 @@ def test_bits_depend_on_the_place_in_four_rows_and_columns(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_winograd_spreads_nan_and_infinity_no_further_than_its_tiles(
-    value: float, choose: Callable[[bool], None]
+    value: float,
 ) -> None:
-    choose(True)
     case = ConvCase(40, 24, 24, 24)
     x = image(case)
     x[0, 7, 10, 12] = value

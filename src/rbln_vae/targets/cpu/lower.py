@@ -202,7 +202,7 @@ class _Lowering:
             tile_height=tile[0],
             tile_width=tile[1],
             splits=splits,
-            together=conv.together(tile, self.batch, splits, machine),
+            together=rules.together(conv, tile, splits),
             partials=partials,
         )
         return self.make(

@@ -15,7 +15,7 @@ from ...graph.ir import (
 )
 from ...schedule.sweep import Sweep
 from .packing import BLOCK, PANEL
-from .tiles import Convolution, Machine, gains_by_winograd
+from .tiles import FASTEST, Choices, Convolution, Machine, gains_by_winograd
 
 MAX_TAPS = 64
 """Of a convolution kernel that the engine takes."""
@@ -28,11 +28,19 @@ class CpuRules:
         graph: Whose weights may be on the meta device.
         input_shape: `(N, C, H, W)`.
         machine: What will run it.
+        choices: What they may choose.
     """
 
-    def __init__(self, graph: Graph, input_shape: Sequence[int], machine: Machine) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        input_shape: Sequence[int],
+        machine: Machine,
+        choices: Choices = FASTEST,
+    ) -> None:
         self.graph = graph
         self.machine = machine
+        self.choices = choices
         self.shapes = graph.infer_shapes(tuple(input_shape))
         self.batch = input_shape[0]
         self._convolutions: dict[str, Convolution] = {}
@@ -103,6 +111,10 @@ class CpuRules:
             max(1, sweep.height // 8),
         )
 
+    @property
+    def overwrites(self) -> bool:
+        return self.choices.in_place
+
     def runs_in_place(self, operation: Conv2d) -> bool:
         conv = self.convolution(operation)
         return (
@@ -146,7 +158,8 @@ class CpuRules:
             normed=operation.norm is not None or operation.activation is not None,
         )
         # By the size of the whole image, so that the bits of a result depend on it alone.
-        return dataclasses.replace(conv, winograd=gains_by_winograd(conv, self.machine))
+        gains = gains_by_winograd(conv, self.machine, self.choices.winograd)
+        return dataclasses.replace(conv, winograd=gains)
 
     def tile(self, conv: Convolution) -> tuple[int, int]:
         """The tiles of a convolution; many strips ask for the same."""
@@ -156,9 +169,17 @@ class CpuRules:
 
     def splits(self, conv: Convolution, tile: tuple[int, int]) -> int:
         """Into how many parts its output channels are divided, likewise."""
+        if not self.choices.splits:
+            return 1
         if (conv, tile) not in self._splits:
             self._splits[conv, tile] = conv.splits(tile, self.batch, self.machine)
         return self._splits[conv, tile]
+
+    def together(self, conv: Convolution, tile: tuple[int, int], splits: int) -> int:
+        """Tiles that one item does in turn."""
+        if not self.choices.together:
+            return 1
+        return conv.together(tile, self.batch, splits, self.machine)
 
 
 def statistics_tile(shape: Shape) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from .lower import ADDRESSABLE, lower
 from .packing import DTYPES, pack
 from .program import Program
 from .rules import CpuRules
-from .tiles import Machine
+from .tiles import FASTEST, Choices, Machine
 
 EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
 """What the engine reads and writes outside its arena."""
@@ -178,6 +178,7 @@ class CpuRuntime:
             and gives the same bits.
         timeout: Seconds that a run may take; `None` is no limit.
         activate_profiler: Whether to keep the times of the latest runs.
+        choices: What its programs may do to be faster.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class CpuRuntime:
         memory_limit: int | None = None,
         timeout: float | None = None,
         activate_profiler: bool = False,
+        choices: Choices = FASTEST,
     ) -> None:
         dtype = best_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
@@ -206,6 +208,7 @@ class CpuRuntime:
         with _threads_start():
             self._executor = _engine.Executor(num_threads or usable_processors())
         self.machine = Machine(self._kernels, self._executor.threads)
+        self.choices = choices
         self._slicing = self._tiling = False
         self._bound: dict[tuple[Shape, int, bool, bool], _Bound] = {}
         self._profiles: deque[RunProfile] | None = None
@@ -222,7 +225,7 @@ class CpuRuntime:
 
     def rules(self, shape: Shape) -> CpuRules:
         """What the engine asks of a schedule for an input of that shape."""
-        return CpuRules(self.graph, shape, self.machine)
+        return CpuRules(self.graph, shape, self.machine, self.choices)
 
     def search(self, shape: Shape) -> Search[CpuRules]:
         """The schedules for an input of that shape."""
@@ -361,6 +364,16 @@ class CpuRuntime:
     def release_memory(self) -> None:
         """Give the memory that is kept for the next run back to the system."""
         self._executor.release()
+
+    def forget_programs(self) -> int:
+        """Make programs anew from the next run on.
+
+        Returns:
+            How many were kept.
+        """
+        kept = len(self._bound)
+        self._bound.clear()
+        return kept
 
     def _room(self, shape: Shape) -> int:
         """What the limit leaves for a run, beside its result in the widest dtype."""

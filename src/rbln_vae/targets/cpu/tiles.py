@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from ... import _engine
 from .packing import BLOCK, PANEL
 
-WINOGRAD_GAIN = 0.9
-"""The most time that it may take of what the definition takes: it needs more memory."""
-
 WINOGRAD_TILES = 32
 """Of 4x4 outputs, in a tile of the plan.
 
@@ -55,6 +52,29 @@ class Machine:
     def scratch_element_bytes(self) -> int:
         """Of a tile's input, which is held as products take it."""
         return 2 if self.kernels.multiplies_bfloat16 else 4
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the rules may choose to be faster; with any of them a model is the same.
+
+    The defaults are for use, others for measuring what each is worth.
+
+    Attributes:
+        winograd: The most time that Winograd's algorithm may take of what the definition takes.
+            Below 1, since it needs more memory; 0 is never, and infinity wherever it can.
+        splits: Divide output channels where tiles are too few for the threads.
+        together: Load the next tile during the products of one, where kernels can.
+        in_place: Write a result over an input that nothing reads later.
+    """
+
+    winograd: float = 0.9
+    splits: bool = True
+    together: bool = True
+    in_place: bool = True
+
+
+FASTEST = Choices()
 
 
 @dataclass(frozen=True)
@@ -245,12 +265,12 @@ def _winograd_transforms(conv: Convolution, costs: _engine.WinogradCosts) -> flo
     return math.prod(conv.grid) * (costs.input * inputs + costs.output * outputs * phases)
 
 
-def gains_by_winograd(conv: Convolution, machine: Machine) -> bool:
-    """Whether Winograd's algorithm does a convolution of 3x3 faster than the definition.
+def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST.winograd) -> bool:
+    """Whether Winograd's algorithm takes at most so much of the definition's time.
 
-    It has to have channels enough to pay for the transforms of images, and pixels enough
-    to pay for that of its kernels, which is done in each run: stored, they would take
-    four times the space.
+    Only a convolution of 3x3 has it. To gain, it needs channels enough to pay for the
+    transforms of images, and pixels enough to pay for that of its kernels, which is done in
+    each run: stored, they would take four times the space.
     """
     costs = machine.kernels.winograd
     if costs is None:
@@ -264,7 +284,7 @@ def gains_by_winograd(conv: Convolution, machine: Machine) -> bool:
         + costs.product * winograd.product_cost(conv.grid)
         + costs.kernel * winograd.product_cost((1, 1))
     )
-    return time <= WINOGRAD_GAIN * machine.kernels.costs.product * padded.product_cost(conv.grid)
+    return time <= most * machine.kernels.costs.product * padded.product_cost(conv.grid)
 
 
 def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
