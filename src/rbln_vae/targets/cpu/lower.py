@@ -58,19 +58,9 @@ class _Lowering:
     def step(self, task: Task) -> Step:
         match task.kind:
             case Kind.IMPORT:
-                return self.make(
-                    task,
-                    _engine.ImportStep(
-                        batch=self.batch, image=self.image(task.output), first_row=task.rows[0]
-                    ),
-                )
+                return self.transfer(_engine.ImportStep, task, task.output)
             case Kind.EXPORT:
-                return self.make(
-                    task,
-                    _engine.ExportStep(
-                        batch=self.batch, image=self.image(task.inputs[0]), first_row=task.rows[0]
-                    ),
-                )
+                return self.transfer(_engine.ExportStep, task, task.inputs[0])
             case Kind.KEEP:
                 return self.pointwise(task)
             case Kind.MOVE:
@@ -130,6 +120,15 @@ class _Lowering:
             plane=plane,
             sample=-(-channels // BLOCK) * plane,
         )
+
+    def transfer(
+        self,
+        kind: type[_engine.ImportStep] | type[_engine.ExportStep],
+        task: Task,
+        view: View | None,
+    ) -> Step:
+        native = kind(batch=self.batch, image=self.image(view), first_row=task.rows[0])
+        return self.make(task, native)
 
     def move(self, task: Task) -> Step:
         first, last = task.rows
