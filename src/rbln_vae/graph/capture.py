@@ -1,10 +1,10 @@
-"""From a torch module to a Graph, by way of `torch.export`.
+"""Captures a torch module as a Graph, with `torch.export`.
 
-The module is exported once, on an example. Every value of a graph is an image, so capture
-follows how views and transposes arrange the pixels of each image, such as in a row with the
-channels last, and applies what is done to the arranged pixels to the image itself: a linear
-layer over channels becomes a 1x1 convolution, attention over pixels one operation. Sizes
-thereby vanish, and the graph serves images of every size.
+The module is exported once, for an example input. Every value of a graph is an image, so capture
+tracks how views and transposes rearrange the pixels of each image, for example into a row with
+the channels last. It applies every operation on rearranged pixels to the image itself: a linear
+layer over channels becomes a 1x1 convolution, and attention over pixels becomes one operation.
+So all sizes disappear, and the graph serves images of every size.
 """
 
 from __future__ import annotations
@@ -37,35 +37,34 @@ from .ir import (
     Value,
 )
 
-# Two primes, so that height, width and channels are told apart, times a power of two, so
-# that up to six downsamplings leave no remainder. They are not larger because torch computes
-# the bytes of attention's matrix, pixels times pixels, in 63 bits.
+# Multiples of two primes, so that height, width and channels differ; multiples of 64, so that up
+# to six downsamplings leave no remainder. They are not larger because torch computes the bytes of
+# attention's matrix, pixels times pixels, in 63 bits.
 EXAMPLE_HEIGHT, EXAMPLE_WIDTH = 64 * 241, 64 * 251
-EXAMPLE_BATCH = 2  # not 1, which a model that mixes images could not be told from
+EXAMPLE_BATCH = 2  # not 1, for which a model that mixes images would look like any other
 
 
 _EXPORTING = threading.Lock()
-"""torch.export patches `torch.nn.Module` and keeps its state in globals while it traces."""
+"""Held during an export: `torch.export` patches `torch.nn.Module` and uses global state."""
 
 
 def capture(module: torch.nn.Module, name: str, input_channels: int) -> Graph:
-    """Capture what a module does to an image.
+    """Capture a module as a graph.
 
-    Several threads may capture at once; they take turns.
+    Several threads may call this at the same time; they take turns.
 
     Args:
-        module: Takes an image `(N, input_channels, H, W)` and gives an image. It is not
-            changed, not even meanwhile, so other threads may run it. Its weights are copied.
+        module: Maps an image `(N, input_channels, H, W)` to an image. It is never modified,
+            so other threads may run it meanwhile. Its weights are copied.
         name: The name of the graph.
-        input_channels: Channels of the input.
+        input_channels: The number of channels of the input.
 
     Returns:
-        The graph as captured, with float32 weights; `passes.optimise` makes it fast.
+        The unoptimised graph, with float32 weights; `passes.optimise` makes it fast.
 
     Raises:
-        RBLNCompileError: The module can't be exported, or does something that no
-            operation of the representation expresses; the message names the operation
-            and the submodule in which it stands.
+        RBLNCompileError: The module can't be exported, or has an operation that the
+            representation lacks; the message names the operation and its submodule.
 
     Example:
         >>> conv = torch.nn.Conv2d(3, 8, 3, padding=1)
@@ -78,13 +77,13 @@ def capture(module: torch.nn.Module, name: str, input_channels: int) -> Graph:
 
 
 def replica(module: torch.nn.Module) -> torch.nn.Module:
-    """Copy a module and its submodules, but not the weights, which both then share.
+    """Copy a module and its submodules, but share the weights.
 
     Args:
-        module: What to copy; it is not changed.
+        module: The module to copy. It is not changed.
 
     Returns:
-        Modules of the same classes, hooks and attributes, around the same tensors.
+        A module with the same classes, hooks, attributes and weight tensors.
 
     Raises:
         RBLNCompileError: A hook or an attribute can't be copied.
@@ -92,7 +91,7 @@ def replica(module: torch.nn.Module) -> torch.nn.Module:
     weights = itertools.chain(module.parameters(), module.buffers())
     try:
         return copy.deepcopy(module, {id(weight): weight for weight in weights})
-    except Exception as error:  # an attribute's own code is run
+    except Exception as error:  # copying runs the attributes' own code
         raise RBLNCompileError(
             f"{type(module).__name__} can't be copied: {error}. Remove the hooks and attributes "
             "that hold what can't be copied, such as locks and open files."
@@ -101,7 +100,7 @@ def replica(module: torch.nn.Module) -> torch.nn.Module:
 
 def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProgram:
     parameter = next(module.parameters(), torch.empty(0))
-    # One element seen as a whole image: export reads its shape, never its memory.
+    # One element, expanded to a whole image: export reads only its shape.
     example = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(
         EXAMPLE_BATCH, channels, EXAMPLE_HEIGHT, EXAMPLE_WIDTH
     )
@@ -109,7 +108,7 @@ def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProg
         with _EXPORTING, torch.no_grad():
             return torch.export.export(module, (example,), strict=False)
     except Exception as error:
-        # Export runs the model's own Python code, so anything can be raised.
+        # Export runs the model's own Python code, which can raise anything.
         raise RBLNCompileError(
             f"{type(module).__name__} can't be exported as one graph: {error}. A model must run "
             "the same operations for every input to be compiled."
@@ -125,14 +124,14 @@ _BY_HEAD = ("n", "heads", "hw", "d")
 
 @dataclass(frozen=True)
 class _Arranged:
-    """An image whose pixels stand under other axes.
+    """A tensor of the module: an image of the graph, with its elements on other axes.
 
     Attributes:
-        image: Its value in the graph.
-        channels: How many it has.
-        size: Its height and width in the example.
-        axes: What each axis of the tensor is.
-        heads: What its channels are split into.
+        image: The value of the image in the graph.
+        channels: The number of channels of the image.
+        size: The height and width of the image in the example.
+        axes: The meaning of each axis of the tensor, by default those of an image.
+        heads: The number of heads that the channels are split into, by default 1.
     """
 
     image: Value
@@ -143,7 +142,7 @@ class _Arranged:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor, in the example."""
+        """The shape of the tensor in the example."""
         height, width = self.size
         sizes = {
             "n": EXAMPLE_BATCH,
@@ -157,7 +156,7 @@ class _Arranged:
         return tuple(sizes[axis] for axis in self.axes)
 
     def viewed(self, shape: tuple[int, ...]) -> _Arranged:
-        """The same elements in the same order, in a tensor of another shape."""
+        """A view of the tensor: the same elements in the same order, with another shape."""
         for same_order in ((self.axes,), (_IMAGE, _CHANNELS_FIRST), (_CHANNELS_LAST, _SPLIT)):
             if self.axes not in same_order:
                 continue
@@ -173,13 +172,13 @@ class _Arranged:
         )
 
     def transposed(self, first: int, second: int) -> _Arranged:
-        """Two axes exchanged."""
+        """The tensor with two axes exchanged."""
         axes = list(self.axes)
         axes[first], axes[second] = axes[second], axes[first]
         return dataclasses.replace(self, axes=tuple(axes))
 
     def result(self, value: Value, shape: tuple[int, ...]) -> _Arranged:
-        """What an operation makes of it, in the same arrangement."""
+        """The result of an operation on the tensor, with the same axes."""
         named = dict(zip(self.axes, shape, strict=True))
         channels = math.prod(named[axis] for axis in ("c", "heads", "d") if axis in named)
         size = (named["h"], named["w"]) if "h" in named else self.size
@@ -187,7 +186,7 @@ class _Arranged:
 
 
 class _Capture:
-    """One translation: the tables that grow while the exported nodes are read in order."""
+    """One translation, with the tables that grow while the exported nodes are read in order."""
 
     def __init__(
         self, program: torch.export.ExportedProgram, name: str, input_channels: int
@@ -263,13 +262,16 @@ class _Capture:
         self.values[node] = found
 
     def arranged(self, node: Any) -> _Arranged:
-        """An argument that must be a tensor computed here."""
+        """The tensor of an argument, which must be computed by the module."""
         if not isinstance(node, torch.fx.Node) or node not in self.values:
             raise GraphError(f"expected a computed tensor, found {node}")
         return self.values[node]
 
     def image(self, node: Any, *arrangements: tuple[str, ...]) -> Value:
-        """The image of an argument that must be arranged in one of these ways, or as an image."""
+        """The image of an argument, whose axes must be one of `arrangements`.
+
+        Without `arrangements`, the axes must be those of an image.
+        """
         found = self.arranged(node)
         if found.axes not in (arrangements or (_IMAGE,)):
             raise GraphError(f"not supported over axes ({', '.join(found.axes)})")
@@ -280,7 +282,8 @@ class _Capture:
 
         Args:
             node: The argument.
-            axes: Those that the copy has at least, in float32; further ones are of one element.
+            axes: The least number of axes of the float32 copy; missing axes are added with size
+                1. By default, none are added.
         """
         if not isinstance(node, torch.fx.Node) or node.name not in self.weight_names:
             raise GraphError(f"expected a weight of the model, found {node}")
@@ -326,7 +329,7 @@ def _name_of(node: torch.fx.Node) -> str:
 
 
 def _arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """All arguments of a call by their names, defaults included."""
+    """All arguments of a call by name, including defaults."""
     schema = node.target._schema  # type: ignore[union-attr]
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
@@ -350,7 +353,7 @@ def _expect(condition: bool, message: str) -> None:
 
 
 _Translate = Callable[[_Capture, torch.fx.Node, Value, dict[str, Any]], Operation | _Arranged]
-"""Gives an operation, or how its argument is arranged now."""
+"""Returns an operation, or the rearranged tensor of the argument."""
 
 
 def _conv2d(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
@@ -472,7 +475,7 @@ def _attention(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]
 
 
 _CHECKS = frozenset({"_assert_tensor_metadata", "sym_constrain_range_for_size"})
-"""Calls that assert something at export and give nothing."""
+"""Calls that assert something during export and have no result."""
 
 _TRANSLATIONS: dict[str, _Translate] = {
     "conv2d": _conv2d,

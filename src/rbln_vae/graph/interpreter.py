@@ -1,4 +1,4 @@
-"""Runs a Graph in plain torch: the oracle of every other target, and the target `reference`."""
+"""Runs a Graph with plain PyTorch: the reference for every target, and the target `reference`."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class Interpreter:
     """A graph with its weights on one device and in one dtype, ready to run.
 
-    Several threads may run one interpreter at once.
+    Several threads may run one interpreter at the same time.
 
     Args:
-        graph: What to run.
-        dtype: In what to compute; statistics of norms and sums of products are float32
-            or better in any case.
-        device: Where to compute.
+        graph: The graph.
+        dtype: The dtype of the computation, by default float32. Statistics of norms and sums
+            of products are float32 or better with every dtype.
+        device: The device of the computation, by default the CPU.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Interpreter:
 
         Args:
             image: `(N, input_channels, H, W)`, any floating dtype, device and strides.
-            before: Called with the index and the operation before each one; what it
-                raises ends the run.
+            before: Called before each operation, with its index and the operation. An
+                exception from it ends the run.
 
         Returns:
-            The result, contiguous, in the interpreter's dtype and on its device.
+            A new contiguous tensor in the interpreter's dtype and on its device.
 
         Raises:
-            GraphError: The image doesn't fit the graph.
+            GraphError: The image does not fit the graph.
         """
         self.graph.infer_shapes(image.shape)
         values = {self.graph.input: _fast_layout(image.to(self.device, self.dtype))}
@@ -87,7 +87,7 @@ class Interpreter:
                 if self._last_use.get(value, -1) <= index:
                     values.pop(value, None)
         result = values[self.graph.output].contiguous()
-        # The caller may write to what it gets, so it is never what the caller gave.
+        # The caller may write to the result, so it must not be the caller's own image.
         return result.clone() if result.data_ptr() == image.data_ptr() else result
 
     @singledispatchmethod
@@ -101,7 +101,7 @@ class Interpreter:
             image = self._normalise(image, operation.norm)
         if operation.activation is not None:
             image = _ACTIVATIONS[operation.activation](image)
-        image = image.to(self.dtype)  # rounded once, not after each of the two
+        image = image.to(self.dtype)  # round once after norm and activation, not after each
         weight = self._weights[operation.weight]
         bias = None if operation.bias is None else self._weights[operation.bias]
         if operation.upsample:
@@ -155,18 +155,18 @@ class Interpreter:
         return image if operation.residual is None else image + values[operation.residual]
 
     def _normalise(self, image: Tensor, norm: Norm) -> Tensor:
-        """A norm of an image, in float32."""
+        """Normalise an image, in float32."""
         weight, bias = self._weights[norm.weight].float(), self._weights[norm.bias].float()
         return F.group_norm(image.float(), norm.groups, weight, bias, norm.eps)
 
 
 def _fast_layout(tensor: Tensor) -> Tensor:
-    """Channels last, in which torch convolves faster, for what has four axes."""
+    """A tensor of four axes in channels-last layout, in which torch convolves faster."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _pixels_by_head(image: Tensor, heads: int) -> Tensor:
-    """`(N, C, H, W)` as `(N, heads, H * W, C / heads)`."""
+    """An image `(N, C, H, W)` as `(N, heads, H * W, C / heads)`."""
     return image.reshape(image.shape[0], heads, image.shape[1] // heads, -1).transpose(2, 3)
 
 

@@ -1,10 +1,9 @@
-"""The intermediate representation, and the one place that says what each operation is.
+"""The intermediate representation: graphs, and the definition of each operation.
 
-A `Graph` is a list of operations over named values, each assigned once. It holds
-channels, weights and attributes, but no batch and no spatial size: shapes follow from
-an input when a plan is made, so that one graph serves every resolution.
-
-All values are images `(N, C, H, W)`.
+A `Graph` is a list of operations over named values, each assigned once. It has channels,
+weights and attributes, but no batch and no spatial size: shapes are inferred from an input
+when a run is planned, so one graph serves every resolution. All values are images
+`(N, C, H, W)`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 
 Value: TypeAlias = str
-"""The name of a tensor that an operation makes; each name is assigned once."""
+"""The name of a tensor that an operation produces; each name is assigned once."""
 
 Shape: TypeAlias = tuple[int, ...]
 """`(N, C, H, W)`."""
@@ -61,7 +60,7 @@ def _require_activation(function: str) -> None:
 class Norm:
     """Group normalisation with its affine weights.
 
-    Mean and variance are those of a whole image's group of channels.
+    Mean and variance are taken over a group of channels of a whole image.
     """
 
     groups: int
@@ -84,34 +83,34 @@ class Norm:
 
 @dataclass(frozen=True)
 class Operation:
-    """What every operation has: the value that it makes, those it reads, and its weights."""
+    """The base of all operations: one output value, its input values, and its weights."""
 
     output: Value
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        """The shape of the output; raises `GraphError` where inputs or weights don't fit."""
+        """The shape of the output; raises `GraphError` if inputs or weights do not fit."""
         raise NotImplementedError
 
     def flops(self, shapes: Shapes, weights: Weights) -> int:
-        """Floating-point operations of one run; a product and its sum are two.
+        """Floating-point operations of one run; a product and its sum count as two.
 
-        Only products of matrices count: everything else is bound by memory.
+        Only matrix products count, because everything else is bound by memory.
         """
         return 0
 
     @property
     def kind(self) -> str:
-        """The name under which it is stored and printed."""
+        """The name of the operation in files and in print."""
         return type(self).__name__
 
     @functools.cached_property
     def inputs(self) -> tuple[Value, ...]:
-        """The values that it reads, in the order of its fields."""
+        """The values that the operation reads, in the order of its fields."""
         return tuple(_names(self, "value"))
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The names of its weights, in the order of its fields."""
+        """The names of the operation's weights, in the order of its fields."""
         return tuple(_names(self, "weight"))
 
     def __str__(self) -> str:
@@ -129,11 +128,11 @@ def _names(node: Any, role: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Conv2d(Operation):
-    """A convolution with zero padding, and what passes fuse into it.
+    """A convolution with zero padding, and the operations that passes fuse into it.
 
-    In order: `norm` and then `activation` are applied to the input, the result is padded
-    (with zeros) and convolved, `residual` is added. With `upsample` the input is first
-    doubled in each direction by nearest neighbour; `weight` then holds four 2x2 kernels
+    `norm` and then `activation` are applied to the input; the result is padded with zeros
+    and convolved; then `residual` is added. With `upsample` the input is first doubled in
+    each direction by nearest neighbour, and `weight` holds four 2x2 kernels
     `(row phase, column phase, out, in, 2, 2)` instead of one `(out, in, height, width)`.
     """
 
@@ -150,7 +149,7 @@ class Conv2d(Operation):
     residual: Value | None = field(default=None, metadata=_VALUE)
 
     def kernel(self, weights: Weights) -> Shape:
-        """`(out, in, height, width)` of one kernel."""
+        """The shape `(out, in, height, width)` of one kernel."""
         _require(self.weight in weights, f"weight {self.weight!r} is missing")
         shape = tuple(weights[self.weight].shape)
         _require(0 not in shape, f"weight {self.weight!r} has shape {shape}, which is empty")
@@ -231,7 +230,7 @@ class GroupNorm(Operation):
 
 @dataclass(frozen=True)
 class Activation(Operation):
-    """An activation function, element by element: one of `ACTIVATIONS`."""
+    """An elementwise activation function, one of `ACTIVATIONS`."""
 
     input: Value = field(metadata=_VALUE)
     function: str
@@ -246,7 +245,7 @@ class Activation(Operation):
 
 @dataclass(frozen=True)
 class Add(Operation):
-    """The sum of two values of one shape."""
+    """The sum of two values of the same shape."""
 
     left: Value = field(metadata=_VALUE)
     right: Value = field(metadata=_VALUE)
@@ -274,7 +273,7 @@ class Scale(Operation):
 
 @dataclass(frozen=True)
 class Identity(Operation):
-    """A copy: what is left of clones, casts and dropout in a model that doesn't train."""
+    """A copy of a value."""
 
     input: Value = field(metadata=_VALUE)
 
@@ -295,7 +294,7 @@ class Upsample(Operation):
 
 @dataclass(frozen=True)
 class Pad(Operation):
-    """Zeros above, below, left and right of an image."""
+    """Padding of an image with zeros: above, below, left and right."""
 
     input: Value = field(metadata=_VALUE)
     padding: tuple[int, int, int, int]
@@ -312,9 +311,9 @@ class Pad(Operation):
 
 @dataclass(frozen=True)
 class Attention(Operation):
-    """Attention of every pixel of an image to every other.
+    """Attention between all pixels of an image.
 
-    `query`, `key` and `value` are images; channels are split into `heads`. `residual`
+    `query`, `key` and `value` are images, whose channels are split into `heads`. `residual`
     is added to the result.
     """
 
@@ -347,20 +346,20 @@ class Attention(Operation):
 OPERATIONS: Mapping[str, type[Operation]] = types.MappingProxyType(
     {kind.__name__: kind for kind in Operation.__subclasses__()}
 )
-"""Every operation by the name under which it is stored."""
+"""Every operation, by its `kind`."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A part of a model: an image goes in, an image comes out.
+    """A part of a model, which maps an image to an image.
 
     Attributes:
-        name: The part: `"encoder"` or `"decoder"`.
+        name: The name of the part: `"encoder"` or `"decoder"`.
         input: The name of the input value.
-        input_channels: Its channels.
-        output: The value that is the result.
-        operations: In an order in which every value is made before it is read.
-        weights: The tensors that operations name, float32.
+        input_channels: The number of channels of the input.
+        output: The name of the value that is the result.
+        operations: The operations, ordered so that every value is produced before it is read.
+        weights: The weights of the operations by name, in float32.
     """
 
     name: str
@@ -377,8 +376,7 @@ class Graph:
             input_shape: `(N, input_channels, H, W)`.
 
         Raises:
-            GraphError: Where the operations don't fit each other or the input; it names
-                the operation.
+            GraphError: An operation does not fit its inputs; the message names it.
         """
         shape = tuple(input_shape)
         _require(
@@ -394,7 +392,7 @@ class Graph:
         return shapes
 
     def flops(self, input_shape: Iterable[int]) -> int:
-        """Floating-point operations of one run on an input of that shape."""
+        """Floating-point operations of one run on an input of this shape."""
         shapes = self.infer_shapes(input_shape)
         return sum(operation.flops(shapes, self.weights) for operation in self.operations)
 
@@ -405,11 +403,11 @@ class Graph:
 
     @property
     def output_channels(self) -> int:
-        """Channels of the result."""
+        """The number of channels of the result."""
         return self.probe_shapes()[self.output][1]
 
     def producers(self) -> dict[Value, Operation]:
-        """The operation that makes each value; the input has none."""
+        """The operation that produces each value; the input has none."""
         return {operation.output: operation for operation in self.operations}
 
     def consumers(self) -> dict[Value, list[Operation]]:
@@ -422,13 +420,16 @@ class Graph:
         return readers
 
     def last_uses(self) -> dict[Value, int]:
-        """For each value, the index of the last operation that reads it."""
+        """The index of the last operation that reads each value.
+
+        For the output it is the number of operations.
+        """
         last = {value: i for i, o in enumerate(self.operations) for value in o.inputs}
         last[self.output] = len(self.operations)
         return last
 
     def pruned(self) -> Graph:
-        """The graph without the operations and weights that its output doesn't need."""
+        """The graph without the operations and weights that its output does not need."""
         needed = {self.output}
         kept: list[Operation] = []
         for operation in reversed(self.operations):
@@ -446,11 +447,11 @@ class Graph:
         """Check every rule of the representation.
 
         Returns:
-            The graph itself, so that a pass can end with it.
+            The graph itself, so that a pass can end with this call.
 
         Raises:
-            GraphError: A value is assigned twice, read before it is made or made for
-                nothing; a weight is missing, unused or of another shape; shapes don't fit.
+            GraphError: A value is assigned twice, read before it is produced, or never read;
+                a weight is missing, unused or of the wrong shape; or shapes do not fit.
         """
         _require(self.input_channels > 0, f"an input of {self.input_channels} channels")
         made = {self.input}
@@ -470,7 +471,7 @@ class Graph:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The graph without its weights, ready for JSON (the format is in docs/artifact.md)."""
+        """The graph without its weights, as JSON values in the format of docs/artifact.md."""
         return {
             "name": self.name,
             "inputs": [{"name": self.input, "channels": self.input_channels}],
@@ -487,12 +488,12 @@ class Graph:
         """Rebuild and verify a graph.
 
         Args:
-            stored: What `to_dict` gave, or anything else that JSON can hold.
-            weights: The tensors that it names.
+            stored: A result of `to_dict`; any other JSON value raises.
+            weights: The weights that the graph names.
 
         Raises:
-            GraphError: It is no graph, doesn't fit the weights, or has other than one input
-                and one output.
+            GraphError: `stored` is not a graph, does not fit the weights, or does not have
+                exactly one input and one output.
         """
         try:
             graph: _StoredGraph = _build(_StoredGraph, stored)
@@ -503,7 +504,7 @@ class Graph:
                 "state",
             )
             operations = tuple(_operation(item) for item in graph.operations)
-        except RecursionError:  # where a message would show what is nested
+        except RecursionError:  # in a message that shows deeply nested brackets
             raise GraphError("brackets are nested too deeply") from None
         (source,), (output,) = graph.inputs, graph.outputs
         return cls(graph.name, source.name, source.channels, output, operations, weights).verify()
@@ -532,7 +533,7 @@ class _StoredGraph:
 
 
 def _json_object(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of a dataclass with lists for tuples, as JSON has them."""
+    """The fields of a dataclass, with tuples as lists, as in JSON."""
     return {name: list(item) if isinstance(item, tuple) else item for name, item in fields}
 
 
@@ -548,7 +549,7 @@ _hints = functools.cache(typing.get_type_hints)
 
 
 def _build(cls: type[Any], stored: Any) -> Any:
-    """An instance of a dataclass from JSON, each field checked against its type."""
+    """A dataclass from JSON; each field is checked against its type."""
     _require(isinstance(stored, dict), f"{stored!r} for a {cls.__name__}, expected an object")
     hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable
     names = {f.name for f in dataclasses.fields(cls)}
@@ -580,6 +581,6 @@ def _decode(hint: Any, item: Any, name: str) -> Any:
             raise GraphError(f"{name} is larger than any float") from None
     wanted = typing.get_origin(hint) or hint
     if not isinstance(item, wanted) or (isinstance(item, bool) and wanted is not bool):
-        # Not for `_require`, which would have every weight printed.
+        # Not with `_require`: it would format the message for every item.
         raise GraphError(f"{name} is {item!r}, expected {getattr(wanted, '__name__', wanted)}")
     return item

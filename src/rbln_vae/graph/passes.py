@@ -1,6 +1,6 @@
-"""Rewrites of a Graph, one function each, every one exact up to float32 rounding.
+"""Rewrites of a Graph, one function each; all are exact up to float32 rounding.
 
-`optimise` runs them in order. Set `RBLN_VAE_DEBUG=1` to print the graph after each.
+`optimise` runs the passes in order. Set `RBLN_VAE_DEBUG=1` to print the graph after each.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def optimise(graph: Graph) -> Graph:
     """Run every pass.
 
     Args:
-        graph: As captured.
+        graph: A captured graph.
 
     Returns:
-        A graph that computes the same, with fewer operations and fewer multiplications.
+        An equivalent graph with fewer operations and fewer multiplications.
     """
     for rewrite in PASSES:
         graph = rewrite(graph)
@@ -47,7 +47,7 @@ def optimise(graph: Graph) -> Graph:
 def fold_value_projection(graph: Graph) -> Graph:
     """Multiply the output projection of attention into its value projection.
 
-    Rows of a softmax sum to one, so `(P (x Vᵀ + v)) Oᵀ + o = P (x (O V)ᵀ + O v + o)`.
+    The rows of a softmax sum to one, so `(P (x Vᵀ + v)) Oᵀ + o = P (x (O V)ᵀ + O v + o)`.
     """
     made = graph.producers()
     consumers = graph.consumers()
@@ -72,7 +72,7 @@ def fold_value_projection(graph: Graph) -> Graph:
             continue
         if attention.value in (attention.query, attention.key) or out.residual == out.input:
             continue
-        # Named after the value, which is unique; two values may share a weight.
+        # Named after the value: value names are unique, but two values may share a weight.
         folded, bias = f"{value.output}.folded.weight", f"{value.output}.folded.bias"
         weights[folded], weights[bias] = _product(out, value, weights)
         replaced[value.output] = dataclasses.replace(value, weight=folded, bias=bias)
@@ -102,7 +102,7 @@ def _reads_as_it_is(operation: Conv2d) -> bool:
 def _product(
     second: Conv2d, first: Conv2d, weights: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of one 1x1 convolution that does what two do."""
+    """Weight and bias of a 1x1 convolution that is equivalent to two in sequence."""
     outer = weights[second.weight].double().flatten(1)
     inner = weights[first.weight].double().flatten(1)
     bias = torch.zeros(outer.shape[0], dtype=torch.float64)
@@ -114,10 +114,10 @@ def _product(
 
 
 def fold_upsample(graph: Graph) -> Graph:
-    """Fold nearest doubling into the 3x3 convolution after it.
+    """Fold nearest-neighbour doubling into the 3x3 convolution after it.
 
-    Each output pixel then sees 2x2 pixels of the small image, under one of four kernels
-    with summed taps: 4/9 of the multiplications.
+    Each output pixel then reads 2x2 pixels of the small image, through one of four kernels
+    with summed taps. That takes 4/9 of the multiplications.
     """
     made = graph.producers()
     consumers = graph.consumers()
@@ -144,10 +144,10 @@ def fold_upsample(graph: Graph) -> Graph:
 
 
 def _phases(weight: torch.Tensor) -> torch.Tensor:
-    """`(out, in, 3, 3)` to `(row phase, column phase, out, in, 2, 2)`.
+    """Turn a kernel `(out, in, 3, 3)` into `(row phase, column phase, out, in, 2, 2)`.
 
-    An even row 2i reads rows 2i-1, 2i, 2i+1 of the doubled image, which are rows i-1, i,
-    i of the small one; an odd row reads i, i, i+1.
+    An even row 2i reads rows 2i-1, 2i and 2i+1 of the doubled image, which are rows i-1, i
+    and i of the small image. An odd row 2i+1 reads rows i, i and i+1 of the small image.
     """
     gather = torch.tensor(
         [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64
@@ -157,7 +157,7 @@ def _phases(weight: torch.Tensor) -> torch.Tensor:
 
 
 def fold_pad(graph: Graph) -> Graph:
-    """Make zeros around an image a part of the convolution that reads them."""
+    """Fold the padding of an image into the convolution that reads it."""
     made = graph.producers()
     operations: list[Operation] = []
     for operation in graph.operations:
@@ -182,11 +182,11 @@ def fold_pad(graph: Graph) -> Graph:
 def fuse_norm(graph: Graph) -> Graph:
     """Fuse group norms and activations into the convolutions that read them.
 
-    A convolution takes a norm, an activation, or the two in this order. What another
-    operation reads too is left, since it must be computed anyway.
+    A convolution can take a norm, an activation, or a norm and then an activation. A value
+    that another operation also reads is not fused, since it must be computed anyway.
     """
     operations = graph.producers()
-    # From the last to the first, so that a convolution takes the activation before the norm.
+    # In reverse order, so that a convolution takes the activation before the norm.
     for source in reversed(graph.operations):
         if not isinstance(source, (GroupNorm, Activation)) or source.output == graph.output:
             continue
@@ -199,7 +199,7 @@ def fuse_norm(graph: Graph) -> Graph:
 
 
 def _applying(source: GroupNorm | Activation, reader: Operation) -> Conv2d | None:
-    """The convolution that applies a norm or an activation itself, if the reader can be that."""
+    """The reader with a norm or an activation fused into it, or `None` if it can't take it."""
     if (
         not isinstance(reader, Conv2d)
         or reader.norm is not None
@@ -214,7 +214,7 @@ def _applying(source: GroupNorm | Activation, reader: Operation) -> Conv2d | Non
 
 
 def fuse_residual(graph: Graph) -> Graph:
-    """Fuse an addition into the convolution or attention that makes one of its operands."""
+    """Fuse an addition into the convolution or attention that produces one of its operands."""
     made = graph.producers()
     consumers = graph.consumers()
     operations = list(graph.operations)
@@ -231,7 +231,7 @@ def fuse_residual(graph: Graph) -> Graph:
         ]
         if not candidates:
             continue
-        # The one with the most taps, so that a shortcut is made first and its input freed.
+        # The one with the most taps, so that a shortcut is computed first and its input freed.
         producer = max(candidates, key=lambda operation: _taps(operation, graph))
         other = add.left if producer.output == add.right else add.right
         fused = dataclasses.replace(producer, output=add.output, residual=other)
@@ -254,7 +254,7 @@ def _rebuild(
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Graph:
-    """The graph with other operations, without those and the weights that nothing needs now."""
+    """The graph with other operations, pruned and verified."""
     return (
         dataclasses.replace(
             graph,

@@ -1,4 +1,5 @@
-"""What runs in which order on which rows, and in what memory; nothing here knows a target.
+"""Decides which task runs when, on which rows, and in which memory, for any target.
 
-From a graph, the shape of its input and a limit to a `Schedule`, by asking a target's `Rules`.
+A target's `Rules` answer the questions that turn a graph, an input shape and a memory limit
+into a `Schedule`.
 """

@@ -1,4 +1,4 @@
-"""The arena: what lies in it, where, and from which task to which."""
+"""The arena: the buffers in it, their offsets, and their lifetimes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 4096
-"""Buffers begin on a page of their own."""
+"""The alignment of buffers in bytes: each begins on its own page."""
 
 
 @dataclass(eq=False)
 class Buffer:
-    """A range of the arena, and the tasks from the first to the last that need it.
+    """A range of the arena, and the first and the last task that need it.
 
-    One may have to lie where another one lies that ends before, since what it holds is
-    written over that.
+    `over` fixes the place of a buffer inside another one, whose lifetime ends before, because
+    its contents overwrite those of the other.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Place:
-    """Bytes into a buffer."""
+    """An offset in bytes into a buffer."""
 
     buffer: Buffer
     offset: int
@@ -37,13 +37,13 @@ class Place:
 
 @dataclass(frozen=True)
 class View:
-    """Some rows of an image that lies in a buffer, for each image of the batch.
+    """Some rows of an image in a buffer, for each image of the batch.
 
     Attributes:
-        buffer: Where it lies.
-        channels, height, width: Of the view.
-        room: Channels and rows that the buffer was laid out for, of this width.
-        row: The row of the buffer in which it begins.
+        buffer: The buffer of the image.
+        channels, height, width: The size of the view.
+        room: The channels and rows of the buffer's layout; its width is that of the view.
+        row: The first row of the view in the buffer.
     """
 
     buffer: Buffer
@@ -54,23 +54,23 @@ class View:
     row: int = 0
 
     def rows(self, begin: int, end: int) -> View:
-        """Some of its rows."""
+        """A view of the rows from `begin` up to `end`."""
         return dataclasses.replace(self, height=end - begin, row=self.row + begin)
 
 
 def lay_out(buffers: list[Buffer], times: Sequence[int]) -> int:
-    """Give each buffer an offset; those that live at different times may share memory.
+    """Give each buffer an offset; buffers with disjoint lifetimes may share memory.
 
-    Large buffers first, each at the lowest offset where it meets no other that lives at
-    the same time; or in the order of their lives, or of their lengths, if that leaves
-    smaller holes.
+    Each buffer gets the lowest offset where it overlaps no placed buffer with an overlapping
+    lifetime. Three orders are tried, and the one with the smallest arena is taken: by size,
+    by start of life, and by length of life.
 
     Args:
-        buffers: All that the arena holds.
-        times: Of the tasks, by which lives are measured.
+        buffers: All buffers of the arena; their offsets are set.
+        times: The time of each task, which measures lifetimes.
 
     Returns:
-        The size of the arena.
+        The size of the arena in bytes.
     """
     ends = {buffer.last for buffer in buffers}
     least = max((sum(b.bytes for b in buffers if b.first <= e <= b.last) for e in ends), default=0)
@@ -117,7 +117,7 @@ def _first_fit(buffers: list[Buffer]) -> dict[Buffer, int]:
 
 
 def _free(buffer: Buffer, offset: int, placed: list[Buffer], offsets: dict[Buffer, int]) -> int:
-    """The lowest offset, from one on, where a buffer meets none that was placed."""
+    """The lowest offset, at least `offset`, where a buffer overlaps no placed buffer."""
     for other in placed:
         if other.last < buffer.first or buffer.last < other.first:
             continue

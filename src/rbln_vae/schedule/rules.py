@@ -1,4 +1,4 @@
-"""What a scheduler asks a target."""
+"""The questions that the scheduler asks a target."""
 
 from __future__ import annotations
 
@@ -10,41 +10,46 @@ from .sweep import Sweep
 
 
 class Rules(Protocol):
-    """A target's answers about the operations of one graph on one shape of its input.
+    """A target's answers about the operations of one graph, for one shape of its input.
 
-    None depends on the memory that there is, so neither does a result.
+    No answer depends on the memory limit, so no result does.
     """
 
     def require(self, operation: Operation) -> None:
         """Raise an `RBLNCompileError` if the target can't run an operation."""
 
     def row_bytes(self, channels: int, width: int) -> int:
-        """Bytes of a row of an image."""
+        """Bytes of one row of an image."""
 
     def prepared(self, operation: Operation) -> Mapping[str, int]:
-        """Bytes of what is made for an operation before it runs, by name; perhaps nothing.
+        """Bytes of each buffer that must be prepared before an operation runs, by name.
 
-        Transformed weights are such, or an operand in another order.
+        Examples are transformed weights, and an operand in another layout. It may be empty.
         """
 
     def sums_bytes(self, operation: Conv2d) -> int:
-        """Bytes of the sums that a convolution leaves for the norms of its output."""
+        """Bytes of the sums that a convolution stores for the norms of its output."""
 
     def statistics_bytes(self, shape: Shape) -> int:
-        """Bytes of the sums of an image that no convolution left any for."""
+        """Bytes of the sums of an image that no convolution has summed."""
 
     def coefficients_bytes(self, channels: int) -> int:
-        """Bytes of what a norm is, once its sums are known, for all images of the batch."""
+        """Bytes of the coefficients of a norm, for all images of the batch."""
 
     def rows_at_once(self, operation: Conv2d, *, summed: bool) -> int:
-        """Rows of the output that strips must not cut, perhaps for the sake of its sums."""
+        """Rows of the output that a strip must not cut.
+
+        Args:
+            operation: The convolution.
+            summed: Whether the convolution also sums its output for norms.
+        """
 
     def strip_rows(self, sweep: Sweep) -> int:
-        """Rows of a strip, about: work enough for all threads, little memory."""
+        """About how many rows a strip should have: enough work for all threads, little memory."""
 
     @property
     def overwrites(self) -> bool:
         """Whether a result may be written over an input that nothing reads later."""
 
     def runs_in_place(self, operation: Conv2d) -> bool:
-        """Whether a convolution may write its output over its input."""
+        """Whether a convolution may overwrite its input with its output."""

@@ -1,4 +1,4 @@
-"""A schedule: the tasks of a run for one shape of its input, in order, and their memory."""
+"""A schedule: the tasks of a run for one input shape, in order, and their memory."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from .sweep import Rows
 
 
 class Kind(enum.Enum):
-    """What a task does."""
+    """The kinds of tasks."""
 
     IMPORT = "Import"
-    """Rows of the caller's tensor become rows of the input."""
+    """Copy rows of the caller's tensor to the input."""
     EXPORT = "Export"
-    """Rows of the output become rows of the caller's tensor."""
+    """Copy rows of the output to the caller's tensor."""
     KEEP = "Keep"
-    """Rows of a value are copied, before something is written over it."""
+    """Copy rows of a value before they are overwritten."""
     MOVE = "MoveRows"
-    """The rows that a window keeps are moved to its beginning."""
+    """Move the rows that a window still needs to its beginning."""
     PREPARE = "Prepare"
-    """What the rules call `prepared` is made."""
+    """Make the buffers that `Rules.prepared` names."""
     COMPUTE = "Compute"
-    """Rows of an operation's output are computed."""
+    """Compute rows of an operation's output."""
     STATISTICS = "Statistics"
-    """An image is summed for its norms."""
+    """Sum an image for its norms."""
     NORM = "Norm"
-    """Sums become the coefficients of a norm."""
+    """Turn sums into the coefficients of a norm."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do.
+    """One task of a run.
 
     Attributes:
-        kind: What.
-        value: The value of the graph that it is done for.
-        operation: What makes the value.
-        rows: Which of its rows; those that a window keeps, for `Kind.MOVE`.
-        source_row: The first row of the first input that is given.
-        inputs: Where the rows lie that it reads, in the order of the operation's inputs.
-        output: Where those lie that it writes.
-        buffers: What else it reads and writes, by name: what is prepared, `"sums"` and
+        kind: The kind of task.
+        value: The value of the graph that the task belongs to.
+        operation: The producer of the value.
+        rows: The rows of the value; for `Kind.MOVE`, the rows of the window that it keeps.
+        source_row: The row of the image at which the view of the first input begins.
+        inputs: The rows that the task reads, in the order of the operation's inputs.
+        output: The rows that the task writes, if any.
+        buffers: Other buffers that it reads or writes, by name: prepared ones, `"sums"` and
             `"coefficients"`.
-        norm: For `Kind.NORM`.
-        flops: Products and sums that it does; two each.
-        sweep: The number of the sweep that it is in a strip of, from 1; else 0.
+        norm: The norm, for `Kind.NORM`.
+        flops: Floating-point operations of the task; a product and its sum count as two.
+        sweep: The number of the task's sweep, from 1; 0 outside sweeps.
     """
 
     kind: Kind
@@ -67,17 +67,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The tasks of a run for one shape of its input.
+    """The tasks of a run for one input shape.
 
     Attributes:
         input_shape: `(N, C, H, W)`.
         output_shape: `(N, C, H, W)`.
-        tasks: In order.
-        buffers: Everything in the arena.
+        tasks: The tasks, in order.
+        buffers: All buffers of the arena.
         arena_bytes: The size of the arena.
-        recomputed: The values that are never held whole, but computed in strips wherever
-            they are needed; the others are computed once.
-        needed_flops: Floating-point operations that a run does where all values are kept.
+        recomputed: The rematerialised values: never held whole, but computed in strips
+            wherever they are needed. All other values are computed once.
+        needed_flops: Floating-point operations of a run that keeps all values.
     """
 
     input_shape: Shape
@@ -95,11 +95,11 @@ class Schedule:
 
     @property
     def extra_work(self) -> float:
-        """What is computed again, as a share of what is needed."""
+        """The recomputed work as a fraction of the needed work."""
         return self.flops / self.needed_flops - 1 if self.needed_flops else 0.0
 
     def live_bytes(self) -> list[int]:
-        """For each task, the bytes of the buffers that hold something then."""
+        """The bytes of all live buffers at each task."""
         changes = [0] * (len(self.tasks) + 1)
         for buffer in self.buffers:
             changes[buffer.first] += buffer.bytes

@@ -1,8 +1,8 @@
-"""From a graph and the rules of a target to a schedule.
+"""Makes a schedule from a graph and the rules of a target.
 
-All is decided here but how a task is done: the order, what each reads and writes and where
-that lies, what is computed again rather than kept. Strips begin where the rules allow, so
-that no choice of these changes a bit.
+This module decides everything except how a task is carried out: the order of tasks, the rows
+and buffers that each reads and writes, and the strips in which values are rematerialised.
+Strips begin only where the rules allow, so no decision changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .sweep import Export, Import, Keep, Rows, Sweep
 from .tasks import TaskList
 
 REPLACED_BYTES = 2**28
-"""Of a value that is written over in a sweep; smaller ones are held beside what is made of them."""
+"""The smallest value, in bytes, that a sweep overwrites with its results."""
 
 LARGEST_UNIT = 64
-"""Rows that strips of several targets may have to be a multiple of."""
+"""The largest multiple of rows that strips with several targets may need."""
 
 
 def make_schedule(
@@ -38,18 +38,19 @@ def make_schedule(
     """Schedule a run.
 
     Args:
-        graph: What the passes made of it; its weights may be on the meta device.
+        graph: The optimised graph; its weights may be on the meta device.
         input_shape: `(N, input_channels, H, W)`.
-        rules: Of the target, for this graph and shape.
-        recomputed: Values that are not to be held whole, of `droppable`; for a batch of
-            one only.
-        sketch: Whether to leave out all strips but the first of each sweep, whose tasks
-            then stand for the work of all: enough to know the memory and the work.
-        over: Whether to write values over another one in a sweep. Where values are
-            recomputed none is.
+        rules: The target's rules for this graph and shape.
+        recomputed: Values to rematerialise, a subset of `droppable(graph)`, by default none;
+            only for a batch of one.
+        sketch: Whether to include only the first strip of each sweep, whose tasks then count
+            the work of all strips. That is enough to know memory and work. By default
+            all strips are included.
+        over: Whether a sweep may overwrite the value that all its targets read (default).
+            Without effect if values are rematerialised.
 
     Raises:
-        GraphError: The operations don't fit the input.
+        GraphError: The operations do not fit the input.
         RBLNCompileError: The target can't run an operation.
     """
     shape = tuple(input_shape)
@@ -58,7 +59,7 @@ def make_schedule(
 
 
 def droppable(graph: Graph) -> frozenset[Value]:
-    """The values that can be computed in strips wherever they are needed."""
+    """The values that can be rematerialised in strips."""
     readers = graph.consumers()
     readers[graph.output].append(Export("", graph.output))
     makers: list[Operation] = [Import(graph.input), *graph.operations]
@@ -67,7 +68,7 @@ def droppable(graph: Graph) -> frozenset[Value]:
         for maker in makers
         if isinstance(maker, (Import, Conv2d))
         and all(isinstance(reader, (Export, Conv2d)) for reader in readers[maker.output])
-        # What arrives has no convolution that would sum its statistics.
+        # No convolution sums the statistics of the input.
         and not (
             isinstance(maker, Import)
             and any(
@@ -102,9 +103,9 @@ class _Scheduler:
         self.needed_until = self.last_needs()
 
     def last_needs(self) -> dict[Value, int]:
-        """For each value, the index of the last operation that it is needed for.
+        """The index of the last operation that needs each value.
 
-        What is computed again needs its inputs as long as it is needed itself.
+        A rematerialised value needs its inputs for as long as it is needed itself.
         """
         until = {self.graph.output: len(self.graph.operations)}
         for index, operation in reversed(list(enumerate(self.graph.operations))):
@@ -152,7 +153,7 @@ class _Scheduler:
         return (Import(self.graph.input), *self.graph.operations)
 
     def replaceable(self, index: int, value: Value | None, *read: Value) -> View | None:
-        """The image of a value, if the operation may write its output over it."""
+        """The image of a value, if the operation may overwrite it with its output."""
         if value is None or value in read or self.needed_until[value] != index:
             return None
         if not self.rules.overwrites:
@@ -175,7 +176,7 @@ class _Scheduler:
             return
         inputs = tuple(self.images[each] for each in operation.inputs)
         sums = None
-        # A value that is only added may be written over.
+        # A value that is only added may be overwritten.
         added = getattr(operation, "residual", None)
         if isinstance(operation, Conv2d):
             over = self.replaceable(index, added, operation.input)
@@ -197,7 +198,7 @@ class _Scheduler:
     # Strips.
 
     def partners(self, index: int) -> list[Operation]:
-        """Later operations that read what this one recomputes, and can go along with it."""
+        """Later operations that need the same recomputed values, and can join the sweep."""
         operation = self.graph.operations[index]
         members = {member.output for member in self.members([operation])}
         found: list[Operation] = []
@@ -217,7 +218,7 @@ class _Scheduler:
         return found
 
     def members(self, targets: Sequence[Operation]) -> list[Operation]:
-        """What makes the recomputed values that some operations need, in order."""
+        """The producers of the recomputed values that the targets need, in order."""
         makers = {maker.output: maker for maker in self.makers()}
         needed: set[Value] = set()
         waiting = [value for target in targets for value in target.inputs]
@@ -229,7 +230,7 @@ class _Scheduler:
         return [maker for maker in self.makers() if maker.output in needed]
 
     def strip_unit(self, targets: Iterable[Operation]) -> int:
-        """What the rows of a strip must be a multiple of."""
+        """The number of which the rows of a strip must be a multiple."""
         return math.lcm(
             *(
                 self.rules.rows_at_once(target, summed=target.output in self.norms)
@@ -242,17 +243,21 @@ class _Scheduler:
         """Rows of a strip."""
         wanted = self.rules.strip_rows(sweep)
         if any(isinstance(member, Keep) for member in sweep.members):
-            # Beside all of a value some of its rows are little, and few strips cost the least.
+            # The whole value is in memory anyway, so a few more rows matter little, and fewer
+            # strips cost less.
             wanted = max(wanted, sweep.height // 16)
         unit = self.strip_unit(sweep.targets)
         return unit * max(1, round(wanted / unit))
 
     def replacing(self, index: int, operation: Operation) -> list[Operation]:
-        """The convolutions that are all there is of a value, and fit where it lies.
+        """All readers of an operation's input, if they can overwrite it in one sweep.
 
-        Such are a residual block's first convolution and that of its shortcut, where they
-        halve the channels. Made in one sweep, over the value itself, they take no memory
-        beside it but for a few of its rows.
+        An example are the first convolution of a residual block and its shortcut, if they
+        halve the channels. Computed in one sweep over the value itself, they need no memory
+        besides it except for a few rows.
+
+        Returns:
+            The readers, or an empty list if they can't.
         """
         if not self.over or not isinstance(operation, Conv2d):
             return []
@@ -281,11 +286,11 @@ class _Scheduler:
     def sweep(self, targets: Sequence[Operation], kept: Value | None = None) -> None:
         """Compute targets strip by strip, with the recomputed values that they need.
 
-        A target that is itself recomputed is computed for its sums alone.
+        A target that is itself recomputed is computed only for its sums.
 
         Args:
-            targets: What to compute.
-            kept: The value that the targets are written over, one beside the other.
+            targets: The operations to compute.
+            kept: The value that the targets overwrite, next to each other; by default none.
         """
         self.sweeps += 1
         self.tasks.sweep = self.sweeps
@@ -379,7 +384,7 @@ class _Scheduler:
                 self.tasks.prepare_norms(target, sums[target.output])
 
     def overwritten(self, sweep: Sweep) -> View | None:
-        """The image of a value that the only target of a sweep may be written over."""
+        """The image of a value that the only target of a sweep may overwrite, if any."""
         (target, *others) = sweep.targets
         if others:
             return None

@@ -1,8 +1,8 @@
-"""Trading time for memory: which values a schedule computes again rather than keeps.
+"""Trades time for memory: chooses the values that a schedule rematerialises.
 
-Any choice of values gives the same result, to the last bit; what differs is the memory and
-the work. The choice is made step by step: where more memory is needed than there is, that
-value is given up which costs the least work for what it saves.
+Every choice gives the same bits, but needs different memory and work. The search is greedy:
+while a schedule needs too much memory, it rematerialises the value that costs the least work
+for the memory it saves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .schedule import Schedule
 from .scheduler import droppable, make_schedule
 
 FINER = 0.97
-"""A schedule of less memory than another needs at most this share of it."""
+"""The most memory of the next tradeoff, as a fraction of the one before."""
 
 Choice = frozenset[Value]
 
@@ -25,12 +25,12 @@ RulesType = TypeVar("RulesType", bound=Rules)
 
 
 class Search(Generic[RulesType]):
-    """The schedules of one graph on one shape of its input.
+    """The schedules of one graph for one input shape.
 
     Args:
-        graph: What the passes made of it.
+        graph: The optimised graph.
         input_shape: `(N, C, H, W)`.
-        rules_of: Gives the target's rules for this graph and a shape.
+        rules_of: Returns the target's rules for this graph and an input shape.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class Search(Generic[RulesType]):
         self._choices = _Choices(graph, self.shape(1), self.rules(1))
 
     def shape(self, batch: int) -> Shape:
-        """The shape with so many images."""
+        """The input shape for a batch of another size."""
         return (batch, *self.input_shape[1:])
 
     def rules(self, batch: int) -> RulesType:
-        """The rules for so many images."""
+        """The rules for a batch of another size."""
         if batch not in self._rules:
             self._rules[batch] = self._rules_of(self.shape(batch))
         return self._rules[batch]
 
     def keeping_all(self, batch: int) -> Schedule:
-        """The schedule for so many images that keeps all values."""
+        """The schedule for a batch of another size that keeps all values."""
         if batch not in self._keeping_all:
             self._keeping_all[batch] = make_schedule(
                 self.graph, self.shape(batch), self.rules(batch)
@@ -62,15 +62,15 @@ class Search(Generic[RulesType]):
         return self._keeping_all[batch]
 
     def fit(self, limit: int) -> Schedule | None:
-        """Schedule a run in an arena of at most so many bytes.
+        """Schedule a run within a limit.
 
         Args:
-            limit: Bytes.
+            limit: The most bytes of the arena.
 
         Returns:
-            The cheapest schedule that was found, or `None` if none fits. A batch may be too
-            much for the limit: the schedule is then for a part of it, down to one image, and
-            only for one image are values computed again.
+            The cheapest schedule that was found, or `None` if none fits. If the batch does
+            not fit, the schedule is for a smaller batch. Only a schedule for one image
+            rematerialises values.
         """
         batch = self.input_shape[0]
         one = self.keeping_all(1)
@@ -91,25 +91,26 @@ class Search(Generic[RulesType]):
         return self.recomputing(choice)
 
     def is_hopeless(self, limit: int) -> bool:
-        """Whether one image needs so much more than a limit that no schedule will fit.
+        """Whether one image needs so much more than the limit that no schedule can fit.
 
-        Small ones are always looked into: it takes a second at most.
+        False for images that need at most 4 GiB: searching their schedules takes at most a
+        second.
         """
         return self.keeping_all(1).arena_bytes > max(8 * limit, 2**32)
 
     def recomputing(self, choice: Iterable[Value], *, sketch: bool = False) -> Schedule:
-        """The schedule for one image that computes some values again."""
+        """The schedule for one image that rematerialises the chosen values."""
         return make_schedule(self.graph, self.shape(1), self.rules(1), choice, sketch=sketch)
 
     def tradeoffs(self) -> list[Schedule]:
-        """Sketches of schedules for one image, from the least work to the least memory."""
+        """Sketches of schedules for one image, from least work to least memory."""
         free = self.recomputing((), sketch=True)
         others = (self._choices.sketch(choice) for choice in self._choices.tradeoffs())
         return [free, *(each for each in others if each.arena_bytes < FINER * free.arena_bytes)]
 
 
 class _Choices:
-    """Which values to compute again, step by step."""
+    """The greedy search over sets of values to rematerialise."""
 
     def __init__(self, graph: Graph, input_shape: Shape, rules: Rules) -> None:
         self.graph = graph
@@ -129,26 +130,26 @@ class _Choices:
         return self.sketch(choice).arena_bytes
 
     def tradeoffs(self) -> list[Choice]:
-        """Choices of ever less memory."""
+        """Choices with decreasing memory."""
         nothing: Choice = frozenset()
         found = [nothing]
         while True:
             least = self.arena(found[-1])
             finer = int(FINER * least)
-            # What another way leads to is asked last, until it leads nowhere.
+            # Only if no choice grows from the last one, search again from the start.
             choice = self.within(finer, found[-1]) or self.within(least - 1, nothing)
             if choice is None:
                 return found
             found.append(choice)
 
     def within(self, limit: int, choice: Choice) -> Choice | None:
-        """A choice whose arena is at most so large, from one that needs more."""
+        """Extend a choice until its arena is within the limit; `None` if that fails."""
         while self.arena(choice) > limit:
             better = self.next(limit, choice)
             if better is None:
                 return None
             choice = better
-        # What was given up early may not have been needed.
+        # A value that was chosen early may no longer be needed in the choice.
         for value in sorted(choice):
             fewer = choice - {value}
             if self.arena(fewer) <= limit and self.work(fewer) <= self.work(choice):
@@ -156,7 +157,7 @@ class _Choices:
         return choice
 
     def next(self, limit: int, choice: Choice) -> Choice | None:
-        """The choice with one value more, and its kin, that saves at the least price."""
+        """The choice with one more value, and its neighbours, at the least work per byte saved."""
         excess = self.excess(limit, choice)
         best: tuple[float, int, list[Value]] | None = None
         result = None
@@ -174,7 +175,7 @@ class _Choices:
         return result
 
     def with_kin(self, limit: int, choice: Choice, value: Value) -> Choice:
-        """Give up values beside one, too, where that saves work: they then share its sweep."""
+        """Add neighbours of a value if that saves work: they then share its sweep."""
         for operation in self.graph.operations:
             near = {operation.output, *operation.inputs}
             if value not in near:
@@ -190,7 +191,7 @@ class _Choices:
         return self.sketch(choice).flops
 
     def live(self, choice: Choice) -> dict[Value, int]:
-        """For each value, the bytes that are in use when it is made."""
+        """The most bytes in use at the tasks of each value."""
         schedule = self.sketch(choice)
         most: dict[Value, int] = {}
         for task, live in zip(schedule.tasks, schedule.live_bytes(), strict=True):
@@ -198,16 +199,16 @@ class _Choices:
         return most
 
     def excess(self, limit: int, choice: Choice) -> int:
-        """By how much the limit is passed, over all values; the holes of the arena once."""
+        """The bytes above the limit, summed over all values, plus those of the arena."""
         over: Callable[[int], int] = lambda size: max(0, size - limit)  # noqa: E731
         return over(self.arena(choice)) + sum(map(over, self.live(choice).values()))
 
     def kept_at_peak(self, limit: int, choice: Choice) -> set[Value]:
-        """The values that are held whole where the limit is passed."""
+        """The values that are in memory when the limit is exceeded."""
         schedule = self.sketch(choice)
         peaks = [i for i, live in enumerate(schedule.live_bytes()) if live > limit]
         if not peaks:
-            # It fits but for holes, which anything may fill.
+            # Only holes between buffers exceed the limit, and any value may help.
             return set(self.candidates)
         return {
             buffer.name

@@ -1,9 +1,9 @@
-"""Working on an image in strips of rows, so that what comes in between is never held whole.
+"""Sweeps: compute an image in strips of rows, so that intermediate values are never held whole.
 
-A sweep goes down the rows of its *targets*. For each strip it computes those rows of the
-*members*, the values that are only held in part, which the strip needs and no strip before
-has computed. A member's window holds the rows that are still needed, so that no row is
-computed twice in a sweep.
+A sweep goes down the rows of its *targets*. *Members* are the intermediate values, of which
+only a window of rows is in memory. For each strip, the sweep computes the rows of each member
+that the strip needs and that no earlier strip has computed. The window keeps the rows that
+later strips need, so that a sweep computes no row twice.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from dataclasses import dataclass, field
 from ..graph.ir import Conv2d, Operation, Value
 
 Rows = tuple[int, int]
-"""From a row up to another."""
+"""A range of rows: the first, and the one after the last."""
 
 PERIOD = 16
-"""After so many strips the windows repeat: rows are rounded to small powers of two."""
+"""The windows repeat after this many strips, because rows are rounded to small powers of two."""
 
 
 @dataclass(frozen=True)
 class Import(Operation):
-    """The arrival of the caller's tensor."""
+    """Reads the caller's tensor."""
 
 
 @dataclass(frozen=True)
 class Export(Operation):
-    """The way of the result into the caller's tensor."""
+    """Writes the result to the caller's tensor."""
 
     input: Value = field(metadata={"role": "value"})
 
 
 @dataclass(frozen=True)
 class Keep(Operation):
-    """A value that is held whole, copied before what is made of it is written over it."""
+    """Copies rows of a value before the sweep overwrites them with its results."""
 
 
 def top_row(operation: Conv2d, begin: int) -> int:
-    """The first row of its input that a row of the output reads; above the image if negative."""
+    """The first input row that an output row reads; negative rows lie above the image."""
     if operation.upsample:
         return begin // 2 - operation.padding[0]
     return begin * operation.stride - operation.padding[0]
@@ -48,12 +48,12 @@ def top_row(operation: Conv2d, begin: int) -> int:
 def rows_read(
     operation: Operation, rows: Rows, kernel_height: int, heights: Mapping[Value, int]
 ) -> Iterator[tuple[Value, Rows]]:
-    """Which rows of which values some rows of an output need."""
+    """The rows of each value that some rows of an output need."""
     begin, end = rows
     if isinstance(operation, Conv2d):
         top = top_row(operation, begin)
         if operation.upsample:
-            # Phases read 2x2 each, of three rows together.
+            # Each phase reads 2x2 pixels; together they read three rows.
             bottom = top_row(operation, end - 1) + 3
         else:
             bottom = top_row(operation, end - 1) + kernel_height
@@ -67,11 +67,11 @@ def rows_read(
 
 @dataclass(frozen=True)
 class Strip:
-    """One step of a sweep.
+    """One strip of a sweep.
 
     Attributes:
-        computed: For each member and target, the rows that it computes; perhaps none.
-        held: For each member, the rows that its window holds then.
+        computed: The rows to compute of each member and target; may be empty.
+        held: The rows in the window of each member.
     """
 
     computed: Mapping[Value, Rows]
@@ -80,15 +80,16 @@ class Strip:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is computed together, strip by strip.
+    """Operations that are computed together, strip by strip.
 
     Attributes:
-        members: What makes the values that are held in part, in order.
-        targets: What is made of them; all have the same height.
-        heights: Of every value.
-        kernel_heights: Of every convolution, by its output.
-        multiples: Of how many rows a value is computed at once, where it isn't one.
-        step: Rows of a strip.
+        members: The producers of the values that are held in part, in order.
+        targets: The consumers of these values; all have the same height.
+        heights: The height of every value.
+        kernel_heights: The kernel height of every convolution, by its output.
+        multiples: The number of rows that a value is computed in multiples of, by value;
+            1 for values that are missing.
+        step: The number of rows of a strip.
     """
 
     members: Sequence[Operation]
@@ -118,7 +119,7 @@ class Sweep:
                     if value not in operation.inputs:
                         continue
                     first, last = computed[operation.output]
-                    # An operation that computes nothing here needs its next row later.
+                    # An operation without rows in this strip needs its next row later.
                     for name, rows in self.read(operation, (first, max(last, first + 1))):
                         if name == value:
                             low = min(low, rows[0])
@@ -137,7 +138,7 @@ class Sweep:
         )
 
     def window_heights(self) -> dict[Value, int]:
-        """For each member, the most rows that its window holds."""
+        """The most rows that the window of each member holds."""
         most = {member.output: 1 for member in self.members}
         for strip in itertools.islice(self.strips(), PERIOD):
             for value, (low, high) in strip.held.items():
@@ -145,10 +146,10 @@ class Sweep:
         return most
 
     def may_overwrite(self, value: Value) -> bool:
-        """Whether the only target may be written over a value as it goes.
+        """Whether the only target may overwrite a value during the sweep.
 
-        It may where it reads the same rows as it writes and no strip reads rows that an
-        earlier one has overwritten.
+        It may if the value has the rows of the target, and no strip reads rows that an
+        earlier strip has overwritten.
         """
         (target,) = self.targets
         if isinstance(target, Export) or self.heights[value] != self.height:

@@ -1,4 +1,4 @@
-"""The tasks of a schedule as they are made, and the memory that they take."""
+"""Collects the tasks of a schedule and the buffers that they use."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .sweep import Rows
 
 
 class TaskList:
-    """Tasks in order, where their values lie, and from when to when.
+    """The tasks of a schedule in order, with the places and lifetimes of their buffers.
 
     Args:
-        graph: Whose tasks they are.
+        graph: The graph to schedule.
         input_shape: `(N, C, H, W)`.
-        rules: Of the target.
-        sketch: Whether a task in a strip stands for the work of all strips.
+        rules: The target's rules.
+        sketch: Whether a task in a strip counts the work of all strips.
 
     Attributes:
-        images: Where each value lies that is held whole.
-        norms: For each value, the norms that read it.
-        sweep: The number of the sweep that tasks are added to; 0 is none.
+        images: The view of each value that is held whole.
+        norms: The norms that read each value.
+        sweep: The number of the sweep that tasks are added to; 0 for none.
     """
 
     def __init__(self, graph: Graph, input_shape: Shape, rules: Rules, sketch: bool) -> None:
@@ -49,40 +49,45 @@ class TaskList:
                     norms.append(norm)
 
     def times(self) -> list[int]:
-        """When each task happens, and what follows the last; a sweep is one moment.
+        """The time of each task, and the time after the last; all tasks of a sweep share one.
 
-        A sketch has fewer tasks in its sweeps, and is to have the same memory.
+        So a sketch, which has fewer tasks in its sweeps, gets the same memory.
         """
         sweeps = [task.sweep for task in self.tasks]
         passes = [int(not (a and a == b)) for a, b in itertools.pairwise([0, *sweeps])]
         return [*itertools.accumulate(passes), len(sweeps)]
 
     def flops(self, operation: Operation) -> int:
-        """Of an operation on the whole image."""
+        """Floating-point operations of an operation on the whole image."""
         return operation.flops(self.shapes, self.graph.weights)
 
     # Memory.
 
     def buffer(self, name: str, size: int) -> Buffer:
-        """A buffer that the next task is the first to use."""
+        """A new buffer, whose life begins with the next task."""
         rounded = -(-size // ALIGNMENT) * ALIGNMENT
         result = Buffer(name, rounded, len(self.tasks), len(self.tasks))
         self.buffers.append(result)
         return result
 
     def row_bytes(self, value: Value) -> int:
-        """Bytes of a row of a value."""
+        """Bytes of one row of a value."""
         _, channels, _, width = self.shapes[value]
         return self.rules.row_bytes(channels, width)
 
     def rows_of(self, value: Value, rows: int) -> View:
-        """A buffer of its own that holds so many rows of a value."""
+        """A view of a new buffer for some rows of a value."""
         _, channels, _, width = self.shapes[value]
         buffer = self.buffer(value, self.batch * rows * self.row_bytes(value))
         return View(buffer, channels, rows, width, (channels, rows))
 
     def image(self, value: Value, over: View | None = None) -> View:
-        """An image for a value that the next task makes, in a new buffer or an old one."""
+        """A view for a value that the next task produces.
+
+        Args:
+            value: The value.
+            over: The image to overwrite; by default a new buffer is made.
+        """
         if over is None:
             self.images[value] = self.rows_of(value, self.heights[value])
         else:
@@ -90,7 +95,7 @@ class TaskList:
         return self.images[value]
 
     def beside(self, value: Value, output: Value, offset: int) -> View:
-        """An image that lies from an offset of another one on, and follows it with this sweep."""
+        """A view for an output of the current sweep that overwrites a value from an offset on."""
         made = self.rows_of(output, self.heights[value])
         made.buffer.bytes = self.heights[value] * self.row_bytes(output)
         made.buffer.over = Place(self.images[value].buffer, offset)
@@ -112,7 +117,7 @@ class TaskList:
         norm: Norm | None = None,
         flops: int = 0,
     ) -> None:
-        """Add a task, which keeps what it reads and writes alive; by default of all rows."""
+        """Add a task, which extends the lives of its buffers; by default for all rows."""
         value = value or operation.output or operation.inputs[0]
         views = (*inputs, *([output] if output is not None else []))
         for buffer in (*(view.buffer for view in views), *(buffers or {}).values()):
@@ -146,13 +151,13 @@ class TaskList:
         """Compute some rows of an output.
 
         Args:
-            operation: What to compute.
-            rows: Which; they begin where the rules allow.
-            source_row: The first row of the first input that is given.
-            inputs: The rows that they read.
-            output: For the rows themselves.
-            sums: Of the whole output.
-            prepared: What `prepare` gave.
+            operation: The operation.
+            rows: The rows to compute; they begin where the rules allow.
+            source_row: The row of the image at which the view of the first input begins.
+            inputs: The rows to read.
+            output: The rows to write.
+            sums: The sums of the whole output, if norms need them.
+            prepared: The result of `prepare`.
         """
         flops = self.flops(operation)
         if not self.sketch:
@@ -175,13 +180,13 @@ class TaskList:
         )
 
     def sums(self, operation: Conv2d) -> Buffer | None:
-        """Where a convolution sums what the norms of its output need, if there are any."""
+        """A buffer for the sums that the norms of an output need, or `None` without norms."""
         if operation.output not in self.norms:
             return None
         return self.buffer(f"{operation.output} statistics", self.rules.sums_bytes(operation))
 
     def prepare(self, operation: Operation, inputs: tuple[View, ...] = ()) -> Mapping[str, Buffer]:
-        """Make what an operation needs besides before it runs: of its weights, or of inputs."""
+        """Prepare what an operation needs before it runs, from its weights or its inputs."""
         prepared = {
             name: self.buffer(f"{operation.output} {name}", size)
             for name, size in self.rules.prepared(operation).items()
@@ -191,7 +196,7 @@ class TaskList:
         return prepared
 
     def prepare_norms(self, operation: Operation, sums: Buffer | None) -> None:
-        """Prepare every norm that reads a value, right after it was made."""
+        """Prepare every norm that reads a value, right after the value was produced."""
         value = operation.output
         norms = self.norms.get(value, [])
         if norms and sums is None:
@@ -211,7 +216,7 @@ class TaskList:
     def move_window(
         self, operation: Operation, window: View, before: Rows | None, after: Rows
     ) -> None:
-        """Move the rows that a window keeps to its beginning."""
+        """Move the rows that a window still needs to its beginning."""
         if before is None or before[0] == after[0] or before[1] == after[0]:
             return
         kept = (after[0] - before[0], before[1] - before[0])
