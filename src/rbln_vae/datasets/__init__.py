@@ -1,4 +1,4 @@
-"""Encoding whole data sets, from images to latents, and reading them back."""
+"""Encodes whole data sets of images as latents, and reads them back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "open_source",
 ]
 
-# Reading latents needs no model, and so none of what loads one.
+# Reading latents needs no model, so names are imported at their first use.
 __getattr__, __dir__ = lazy_names(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""Encoded data sets as torch has them: by number, by key, or one after the other."""
+"""Torch data sets of encoded latents: access by number, by key, or one after the other."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Item = dict[str, Any]
 
 
 class LatentDataset(Dataset[Item]):
-    """What `encode_dataset` wrote, mapped into memory: a sample is read when it is asked for.
+    """The output of `encode_dataset`, memory-mapped: a sample is read when it is accessed.
 
     An item is a dict with `key`, `caption` (or `None`), `columns`, the sizes
     `original_size`, `crops_coords_top_left` and `target_size`, each `(height, width)` in
-    pixels, and tensors `(C, h, w)`: `mean` and `logvar`, or `latent`, and the same with
-    `_flipped` for the mirrored image if that was encoded.
+    pixels, and tensors `(C, h, w)`: `mean` and `logvar`, or `latent`. The tensors of the
+    mirrored image, if it was encoded, have names that end in `_flipped`.
 
-    All formats give the same items. Of safetensors and WebDataset the bytes of one sample are
-    read for it; of Parquet its whole row group, so that a random order costs much more there
-    than that of the source.
+    All formats give the same items. Safetensors and WebDataset read only the bytes of the
+    sample. Parquet reads its whole row group, so access in random order costs much more than
+    in the order of the source.
 
     Args:
-        directory: Where it was encoded to.
+        directory: The output directory of `encode_dataset`.
 
     Raises:
-        RBLNDatasetError: The data set is not complete, or damaged.
+        RBLNDatasetError: The data set is incomplete or damaged.
 
     Example:
         >>> latents = LatentDataset("latents")  # doctest: +SKIP
@@ -56,7 +56,7 @@ class LatentDataset(Dataset[Item]):
         self._open: dict[int, Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process maps the files for itself, and finds keys when it needs them.
+        # Another process maps the files again, and loads keys when it needs them.
         return {"directory": self.directory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -66,10 +66,10 @@ class LatentDataset(Dataset[Item]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Item:
-        """The sample of a number, in the order of the source; negative ones count from the end.
+        """The sample at an index, in the order of the source; negative ones count from the end.
 
         Raises:
-            IndexError: There is none.
+            IndexError: The index is out of range.
         """
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
@@ -82,10 +82,10 @@ class LatentDataset(Dataset[Item]):
         }
 
     def get(self, key: str) -> Item:
-        """The sample of a key; of all shards the keys' hashes alone are read for it.
+        """The sample with a key. The first call reads the keys of all shards.
 
         Raises:
-            KeyError: There is none.
+            KeyError: There is no sample with that key.
         """
         hashes, order = self._keys
         wanted = seed_of(key)
@@ -108,7 +108,7 @@ class LatentDataset(Dataset[Item]):
         """Read every shard and compare it with its checksum.
 
         Raises:
-            RBLNDatasetError: One is missing or damaged.
+            RBLNDatasetError: A shard is missing or damaged.
         """
         for shard in self._shards:
             path = self.directory / shard.file
@@ -125,14 +125,14 @@ class LatentDataset(Dataset[Item]):
     def _shard(self, number: int) -> Shard:
         found = self._open.get(number)
         if found is None:
-            # Maps hold no descriptors, so that any number of them can be open.
+            # Maps keep no file descriptors, so any number of shards can be open.
             found = open_shard(self.directory, self._shards[number], self._format)
             self._open[number] = found
         return found
 
     @functools.cached_property
     def _keys(self) -> tuple[Any, Any]:
-        """The hashes of all keys, sorted, and the number of the sample of each."""
+        """The sorted hashes of all keys, and the sample number of each."""
         shards = [self._shard(number).keys for number in range(len(self._shards))]
         hashes = np.concatenate([np.empty(0, np.int64), *shards])
         order = np.argsort(hashes, kind="stable")
@@ -140,15 +140,15 @@ class LatentDataset(Dataset[Item]):
 
 
 class IterableLatentDataset(IterableDataset[Item]):
-    """The samples one after the other, each once among all workers and processes.
+    """An iterable over all samples, each once among all workers and processes.
 
-    The workers of a `DataLoader`, and the processes of `torch.distributed` where it is set
-    up, share the samples; `set_epoch` draws another order.
+    The workers of a `DataLoader`, and the processes of `torch.distributed` if it is
+    initialised, share the samples. `set_epoch` changes the order.
 
     Args:
-        directory: As of `LatentDataset`.
-        shuffle: Whether the order is drawn, over the whole data set.
-        seed: Of the order.
+        directory: The output directory of `encode_dataset`.
+        shuffle: Whether to shuffle the whole data set, by default not.
+        seed: The seed of the order, by default 0.
 
     Example:
         >>> loader = DataLoader(
@@ -163,7 +163,7 @@ class IterableLatentDataset(IterableDataset[Item]):
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of that epoch from here on."""
+        """Use the order of this epoch from the next iteration on."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Item]:
@@ -176,14 +176,15 @@ class IterableLatentDataset(IterableDataset[Item]):
 
 
 class BucketBatchSampler(Sampler[list[int]]):
-    """Batches whose images are of one size, for a data set with buckets.
+    """Batches of images of the same size, for a data set with buckets.
 
     Args:
-        dataset: What is drawn from.
-        batch_size: Of each batch; the last of a size is smaller.
-        shuffle: Whether samples and batches are drawn, or stand in the order of the source.
-        seed: Of what is drawn.
-        drop_last: Whether smaller batches are left out.
+        dataset: The data set.
+        batch_size: Samples of a batch; the last batch of a size may be smaller.
+        shuffle: Whether to shuffle samples and batches (default), or to keep the order of
+            the source.
+        seed: The seed of the order, by default 0.
+        drop_last: Whether to drop smaller batches, by default not.
 
     Example:
         >>> batches = BucketBatchSampler(latents, 8)  # doctest: +SKIP
@@ -208,7 +209,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the batches of that epoch from here on."""
+        """Use the batches of this epoch from the next iteration on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -232,10 +233,10 @@ class BucketBatchSampler(Sampler[list[int]]):
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> Item:
-    """A batch of items: tensors stacked, sizes as int64 `(N, 2)`, all else in lists.
+    """Make a batch: tensors are stacked, sizes become int64 `(N, 2)`, the rest are lists.
 
     Args:
-        items: Of one image size.
+        items: Items with images of the same size.
 
     Example:
         >>> collate([latents[0], latents[1]])["mean"].shape  # doctest: +SKIP
@@ -256,7 +257,7 @@ def _drawn(count: int, *seeds: object) -> Tensor:
 
 
 def _share() -> tuple[int, int]:
-    """Which samples are for this worker of this process: the first, and every how many."""
+    """The share of this worker of this process: its first sample, and the step to the next."""
     worker = get_worker_info()
     first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

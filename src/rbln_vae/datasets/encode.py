@@ -1,4 +1,4 @@
-"""Encoding a data set: the call that puts source, model, job and engine together."""
+"""`encode_dataset`: combines source, model, job and engine."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _PROBED = 16
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
-        samples: In the output, those of earlier runs included.
-        rejected: That are not.
-        shards: Of the output.
-        sizes: How many samples have each image size, such as `{"512x512": 3}`.
-        encoded: Images that this run has encoded.
-        seconds: That this run took, without loading the model.
-        waiting_share: How much of that the encoder has waited for images, 0 to 1.
+        samples: Number of samples in the output, including those of earlier runs.
+        rejected: Number of images that could not be encoded.
+        shards: Number of shards in the output.
+        sizes: Number of samples of each image size, such as `{"512x512": 3}`.
+        encoded: Number of images that this run encoded.
+        seconds: Time of this run in seconds, without loading the model.
+        waiting_share: Share of that time that the encoder waited for images, 0 to 1.
     """
 
     samples: int
@@ -65,15 +65,15 @@ class Summary:
 
     @property
     def rate(self) -> float:
-        """Images a second of this run."""
+        """Images per second of this run."""
         return self.encoded / max(self.seconds, 1e-9)
 
 
 class TooManyRejectedError(RBLNDatasetError):
-    """More samples were rejected than was allowed; all others are encoded.
+    """More samples were rejected than allowed; all others are encoded.
 
     Attributes:
-        summary: What came of the job.
+        summary: The result of the job.
     """
 
     def __init__(self, message: str, summary: Summary) -> None:
@@ -97,41 +97,42 @@ def encode_dataset(
     report: Callable[[Progress], None] = lambda progress: None,
     **reading: Any,
 ) -> Summary:
-    """Turn images into latents, in shards, ready for training.
+    """Encode images as latents, in shards, ready for training.
 
-    A run that ends early, in whatever way, is gone on with by the same call. The result is
-    the same to the last bit for any number of interruptions, workers and threads.
+    The same call resumes a run that ended early, whatever ended it. The result is
+    bit-identical for any number of interruptions, workers and threads.
 
     Args:
-        source: What `open_source` takes: a folder, tar or Parquet files, a Hugging Face
-            data set.
-        out: The directory for the result; made where missing. It can hold a part of the
+        source: A source that `open_source` accepts: a folder, tar or Parquet files, or a
+            Hugging Face data set.
+        out: The output directory; it is made if it is missing. It can contain a part of the
             same job.
-        model: Loaded, or the name of a compiled model or one of diffusers, which is compiled in
-            memory; or of a pipeline with one. A directory, a hub id or a `.safetensors` file.
-        options: What is made of each image; `None` is `Options()`.
-        subfolder: Where the model is within what `model` names; that of a pipeline is found.
-        revision: Of a model on the hub.
-        max_rejected: How many samples may be rejected.
-        workers: Here, threads that read and decode images for the one encoder, by default as
-            many as there are cores; with `ray`, actors with an encoder each, by
-            default as many as have room.
-        threads: Of an encoder; by default one for each core, and 1 with `ray`.
-        ray: The address of a Ray cluster, `"auto"`, or `"local"` for one on this machine.
-        rbln_config: Options of the model, where it is loaded here.
-        report: Called with the progress after each run of the encoder; with `ray`, after
+        model: A loaded model, or a directory, hub id or `.safetensors` file with a compiled
+            model, a diffusers model or a pipeline. A diffusers model is compiled in memory.
+        options: How each image is processed; `None` is `Options()`.
+        subfolder: The subfolder of the model; `None` is the top, or `vae` in a pipeline.
+        revision: The revision of a model on the hub; `None` is the default one.
+        max_rejected: The most samples that may be rejected, by default 0.
+        workers: Without `ray`, the number of threads that read and decode images for the
+            encoder, by default one per core. With `ray`, the number of actors, each with an
+            encoder, by default as many as the cluster has room for.
+        threads: The threads of an encoder, by default one per core, or 1 with `ray`.
+        ray: The address of a Ray cluster, `"auto"`, or `"local"` for one on this machine;
+            `None` works without Ray.
+        rbln_config: Options of the model; ignored if `model` is loaded.
+        report: Called with the progress after each run of the encoder or, with `ray`, after
             each shard.
         **reading: `kind`, `image_column`, `caption_column` and `split` of `open_source`.
 
     Returns:
-        What came of it. The directory then has a manifest, and `LatentDataset` opens it.
+        A summary. The directory then has a manifest, and `LatentDataset` opens it.
 
     Raises:
-        ValueError: An option is out of range, or doesn't go with the model.
-        RBLNDatasetError: `out` holds another job, the source has changed, there is no room,
-            or something is missing. What was written stays, and the same call goes on.
-        TooManyRejectedError: All is encoded, but more than `max_rejected` samples;
-            `rejected.jsonl` says why.
+        ValueError: An option is out of range, or does not fit the model.
+        RBLNDatasetError: `out` contains another job, the source has changed, the disk is full,
+            or a package is missing. Written shards stay, and the same call resumes the job.
+        TooManyRejectedError: Everything is encoded except more than `max_rejected` samples;
+            `rejected.jsonl` lists the reasons.
 
     Example:
         >>> encode_dataset("photos", "latents", "compiled-vae", Options(sizes=((512, 512),)))
@@ -213,14 +214,14 @@ def _drain(
         for _ in entries:
             report(progress)
     except BaseException:
-        # So that what was rejected so far can be looked at while the cause is mended.
-        with contextlib.suppress(RBLNDatasetError):  # the disk may be full, which is raised
+        # The list of rejected samples is useful while the user looks for the cause.
+        with contextlib.suppress(RBLNDatasetError):  # the first error is the one to raise
             job.write_rejected()
         raise
 
 
 def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, Any]:
-    """What leads a loader to the model."""
+    """The loader arguments that find the model."""
     if isinstance(model, RBLNAutoencoderKL):
         return {}
     return find_vae(os.fspath(model), subfolder=subfolder, revision=revision)
@@ -248,29 +249,29 @@ def _require_ray() -> None:
 
 
 def _count_aside(source: Source, progress: Progress) -> None:
-    """Count the samples while others are encoded; where that fails, no time left is shown."""
+    """Count the samples in the background; if that fails, no remaining time is shown."""
 
     def count() -> None:
-        with contextlib.suppress(Exception):  # of which the job itself tells
+        with contextlib.suppress(Exception):  # the job itself reports it
             progress.total = source.count()
 
     threading.Thread(target=count, name="count", daemon=True).start()
 
 
-# What would be done
+# Dry runs
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would do.
+    """The estimate of a run.
 
     Attributes:
-        total: Samples of the source, where that can be told.
-        done: Of these, before the run.
-        sizes: Of the first images, how many would have each size.
-        rejected: Of the first images, how many would be rejected, by reason.
-        decode: Seconds of one thread to read, decode and scale an image.
-        encode: Seconds of one encoder for an image.
+        total: Number of samples in the source; `None` if it is unknown.
+        done: Number of samples that are already done.
+        sizes: Number of the first images that would get each size.
+        rejected: Number of the first images that would be rejected, by reason.
+        decode: Seconds in which one thread reads, decodes and scales an image.
+        encode: Seconds in which the encoder encodes an image.
     """
 
     total: int | None
@@ -281,9 +282,9 @@ class Estimate:
     encode: float
 
     def seconds(self, decoders: int, encoders: int = 1) -> float | None:
-        """How long a run would take, where it can be told.
+        """The estimated seconds of a run; `None` if the number of samples is unknown.
 
-        On the CPU decoding and encoding share the processors, so the two add up.
+        On the CPU, decoding and encoding share the processors, so their times add up.
         """
         if self.total is None:
             return None
@@ -303,21 +304,10 @@ def estimate(
     rbln_config: Mapping[str, Any] | None = None,
     **reading: Any,
 ) -> Estimate:
-    """Look at a source and time its first images; nothing is written.
+    """Inspect a source and time its first images; nothing is written.
 
-    Args:
-        source: As of `encode_dataset`, and so the others.
-        out: What is done there already counts.
-        model: Run once on each size that is met.
-        options: What would be made of each image.
-        subfolder: Of the model.
-        revision: Of the model.
-        threads: Of the encoder.
-        rbln_config: Options of the model.
-        **reading: As of `encode_dataset`.
-
-    Raises:
-        ValueError, RBLNDatasetError: As `encode_dataset` would.
+    The arguments and exceptions are those of `encode_dataset`. The model runs once on each
+    size of the first images, and samples that are already done in `out` count as done.
     """
     options = options or Options()
     directory = local_directory(out)
@@ -360,7 +350,7 @@ def _samples(splits: Iterator[Split]) -> Iterator[Any]:
 
 
 def _seconds_to_encode(encoder: LatentEncoder, size: Size) -> float:
-    """Seconds for an image, after a run that warms up."""
+    """Seconds per image, after a warm-up run."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     image = Prepared("", None, {}, Placement(size, size, (0, 0), size), pixels)
     batch = [image] * encoder.batch_size

@@ -1,4 +1,4 @@
-"""The encoder of a job: prepared images in, what is kept of each out."""
+"""The encoder of a job: turns prepared images into the tensors and records of shards."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .seeds import seed_of
 from .sizes import Sizing
 
 MIRRORED = "_flipped"
-"""What the names of the tensors of a mirrored image end in."""
+"""The suffix of the names of tensors of a mirrored image."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a shard keeps of an image.
+    """An encoded image, as a shard stores it.
 
     Attributes:
-        record: Key, caption, sizes and columns, as JSON can hold them.
-        tensors: By name, each `(C, h, w)`: `mean` and `logvar`, or `latent`, and the same of
-            the mirrored image.
+        record: Key, caption, sizes and columns, as JSON values.
+        tensors: Tensors `(C, h, w)` by name: `mean` and `logvar`, or `latent`, and those of
+            the mirrored image if it was encoded.
     """
 
     record: dict[str, Any]
@@ -42,25 +42,25 @@ class Encoded:
 
 
 class Encoder(Protocol):
-    """What a pipeline asks of an encoder."""
+    """An encoder, as a pipeline uses it."""
 
     @property
     def batch_size(self) -> int:
         """The most images of a run."""
 
     def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
-        """Encode images of one size; `None` stands for what is not finite."""
+        """Encode images of the same size; `None` stands for a latent that is not finite."""
 
 
 class LatentEncoder:
-    """A compiled model, and what is kept of what it gives; both engines run this one.
+    """The encoder of both engines: a compiled model and the options of the job.
 
     Args:
-        vae: With an encoder.
-        options: What is kept.
+        vae: A model with an encoder.
+        options: The options of the job.
 
     Raises:
-        ValueError: The model takes no RGB images, has no encoder, or takes none of the
+        ValueError: The model does not take RGB images, has no encoder, or does not take the
             sizes.
 
     Example:
@@ -93,16 +93,16 @@ class LatentEncoder:
         self._dtype: torch.dtype = getattr(torch, options.latent_dtype)
 
     def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
-        """Encode images of one size.
+        """Encode images of the same size.
 
         Args:
-            images: At most `batch_size`.
+            images: At most `batch_size` images.
 
         Returns:
-            One for each; `None` where the latent isn't finite in the dtype that is kept.
+            One result per image; `None` if the latent is not finite in the stored dtype.
         """
         pixels = torch.stack([torch.from_numpy(image.pixels) for image in images])
-        # Into the memory that is computed with, in the order that it has.
+        # In the arithmetic and memory layout of the model's input.
         sample = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
         kept = self._kept(sample, [image.key for image in images], "")
         if self._options.flip:
@@ -163,12 +163,12 @@ def load_model(
     settings: Mapping[str, Any],
     loading: Mapping[str, Any],
 ) -> RBLNAutoencoderKL:
-    """The model itself, or the one that a name stands for.
+    """Load a model, unless it is loaded already.
 
     Args:
-        model: Or its name.
-        settings: For `rbln_config`.
-        loading: What `hub.find_vae` gave for the name.
+        model: A loaded model, or the name of one.
+        settings: Options of the model, for `rbln_config`.
+        loading: The result of `hub.find_vae` for the name.
     """
     if isinstance(model, RBLNAutoencoderKL):
         return model
@@ -188,12 +188,12 @@ def sizing_for(vae: RBLNAutoencoderKL, options: Options) -> Sizing:
 
 
 def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any]:
-    """What tells a compiled model from others, as the record of a job holds it.
+    """The identity of a compiled model in the record of a job.
 
     Args:
         vae: The model.
-        directory: Where it was loaded from, for targets whose compiled models don't say what
-            they were made of.
+        directory: The directory that it was loaded from, if any, for targets whose compiled
+            models do not record their source.
     """
     config = vae.resolved_config
     encoder = vae.compiled_models.get(ENCODER)

@@ -1,8 +1,8 @@
-"""The record of a job on the disk: what was asked for, what is done, what came of it.
+"""The record of a job on the disk: the request, the journal, and the manifest.
 
-A part, some consecutive samples of a split, is done when its entry stands in the journal,
-which is written after its shard and in one step. So a job that ends at any moment, in any
-way, goes on with the parts that have no entry, and gives what it would have given.
+A part is a number of consecutive samples of a split. It is done when the journal has its
+entry, which is written atomically after its shard. So a job that was interrupted at any
+moment resumes with the parts that have no entry, and gives the same result.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ JOURNAL = "journal"
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive samples of a split: what makes one shard.
+    """Consecutive samples of a split, which become one shard.
 
     Attributes:
         split: The number of the split in the source.
-        number: That of the part in the split.
+        number: The number of the part in the split.
     """
 
     split: int
@@ -49,20 +49,20 @@ class Part:
 
     @property
     def name(self) -> str:
-        """What its files are called; in the order of the source."""
+        """The name of the part's files; names sort in the order of the source."""
         return f"{self.split:06d}-{self.number:04d}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the journal says of a part that is done.
+    """The journal's entry of a part that is done.
 
     Attributes:
-        part: Which.
-        last: Whether the split ends with it.
-        fingerprint: Of the split.
-        shard: What was written, or `None` if every sample was rejected.
-        rejected: What was not, in order.
+        part: The part.
+        last: Whether it is the last part of its split.
+        fingerprint: The fingerprint of the split.
+        shard: The shard, or `None` if every sample was rejected.
+        rejected: The rejected samples, in order.
     """
 
     part: Part
@@ -73,19 +73,19 @@ class Entry:
 
     @property
     def samples(self) -> int:
-        """How many were encoded."""
+        """The number of encoded samples."""
         return 0 if self.shard is None else self.shard.samples
 
     def to_json(self) -> str:
-        """The entry as its file holds it."""
+        """The contents of the entry's file."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Entry:
-        """What `to_json` gave, once more.
+        """Read the result of `to_json`.
 
         Raises:
-            ValueError: It is no entry.
+            ValueError: The text is not an entry.
         """
         try:
             stored = json.loads(text)
@@ -102,18 +102,18 @@ class Entry:
 
 
 class Job:
-    """A directory that samples are encoded to.
+    """The output directory of a job.
 
     Args:
-        directory: It must hold a job; `open_job` sees to that.
-        options: What is made of each image.
+        directory: A directory with a job; `open_job` makes one.
+        options: The options of the job.
     """
 
     def __init__(self, directory: Path, options: Options) -> None:
         self.directory, self.options = directory, options
 
     def done(self, part: Part) -> Entry | None:
-        """The entry of a part, if it is done and its shard is there.
+        """The entry of a part if it is done and its shard exists, else `None`.
 
         Raises:
             RBLNDatasetError: The journal is damaged.
@@ -145,7 +145,7 @@ class Job:
         """Write the shard of a part, and then its entry.
 
         Raises:
-            RBLNDatasetError: There is no room, or it can't be written for another reason.
+            RBLNDatasetError: A file can't be written, for example because the disk is full.
         """
         kind = self.options.format
         path = self.directory / f"{part.name}{FORMATS[kind].suffix}"
@@ -162,7 +162,7 @@ class Job:
             split, number = (split + 1, 0) if entry.last else (split, number + 1)
 
     def close(self) -> Totals:
-        """Write the manifest and the list of what was rejected, once all parts are done."""
+        """Write the manifest and the list of rejected samples, after all parts are done."""
         totals = Totals()
         for entry in self.entries():
             totals.add(entry)
@@ -190,13 +190,13 @@ class Job:
         return totals
 
     def remove_temporaries(self) -> None:
-        """Remove what a process left that was killed while it wrote."""
+        """Remove the temporary files of a process that was killed."""
         for place in (self.directory, self.directory / JOURNAL):
             for stale in place.glob(".*.tmp"):
                 stale.unlink(missing_ok=True)
 
     def write_rejected(self) -> None:
-        """Write what was rejected so far."""
+        """Write the list of samples that were rejected so far."""
         lines = (
             json.dumps(dataclasses.asdict(each)) + "\n"
             for entry in self.entries()
@@ -210,13 +210,13 @@ class Job:
 
 @dataclass
 class Totals:
-    """Sums over the parts that are done.
+    """Totals over the parts that are done.
 
     Attributes:
-        samples: That were encoded.
-        rejected: That were not.
-        shards: That were written.
-        sizes: How many samples have each image size, such as `{"512x512": 3}`.
+        samples: Number of encoded samples.
+        rejected: Number of images that could not be encoded.
+        shards: Number of shards.
+        sizes: Number of samples of each image size, such as `{"512x512": 3}`.
     """
 
     samples: int = 0
@@ -225,7 +225,7 @@ class Totals:
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
-        """Count a part."""
+        """Add a part."""
         self.samples += entry.samples
         self.rejected += len(entry.rejected)
         if entry.shard is not None:
@@ -235,12 +235,12 @@ class Totals:
 
 
 def local_directory(name: str | os.PathLike[str]) -> Path:
-    """The directory of a data set, which lies where files can be renamed, synced and mapped.
+    """The directory of a data set; its files must support renaming, synchronising and mapping.
 
     Raises:
-        ValueError: It is an address of another file system.
+        ValueError: The name is the address of a remote file system.
     """
-    # A Path has lost the second slash.
+    # A Path has only one slash.
     if re.match(r"[A-Za-z][\w+.-]*:/", os.fspath(name)):
         raise ValueError(
             f"{os.fspath(name)} is an address, and encoded data sets lie on file systems of this "
@@ -253,16 +253,16 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
 def open_job(
     directory: Path, options: Options, source: Mapping[str, Any], model: Mapping[str, Any]
 ) -> Iterator[Job]:
-    """Begin a job in a directory, or go on with it; no other process can meanwhile.
+    """Start or resume a job in a directory, and lock it against other processes.
 
     Args:
-        directory: Made where missing.
-        options: What is made of each image.
-        source: What `Source.describe` gives.
-        model: What `identity_of` gives.
+        directory: The directory; it is made if it is missing.
+        options: The options of the job.
+        source: The result of `Source.describe`.
+        model: The result of `identity_of`.
 
     Raises:
-        RBLNDatasetError: The directory holds something else, or another process works on it.
+        RBLNDatasetError: The directory contains something else, or another process uses it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ def open_job(
 def job_record(
     options: Options, source: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What was asked for, as JSON holds it."""
+    """The request, as JSON values."""
     return {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
@@ -303,7 +303,7 @@ def job_record(
 
 
 def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
-    """Raise an `RBLNDatasetError` that names what differs between two records."""
+    """Raise an `RBLNDatasetError` that names the differences between two records, if any."""
     stored, wanted = _flat(stored), _flat(json.loads(json.dumps(wanted)))
     names = [n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n)]
     if names:
@@ -315,10 +315,10 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], directory: 
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a job that is complete.
+    """The manifest of a complete job.
 
     Raises:
-        RBLNDatasetError: There is none, or it is damaged.
+        RBLNDatasetError: The manifest is missing or damaged.
     """
     if not (directory / MANIFEST).exists():
         begun = (directory / JOB).exists()
@@ -331,7 +331,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values of a record, those of its groups among them."""
+    """The names and values of a record, with nested names as `group.name`."""
     flat: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
@@ -342,10 +342,10 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `job.json` or the manifest says.
+    """The contents of `job.json` or the manifest.
 
     Raises:
-        RBLNDatasetError: It is damaged, or not of an encoded data set that this version reads.
+        RBLNDatasetError: The file is damaged, or has a format that this version can't read.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -380,7 +380,7 @@ def _locked(directory: Path) -> Iterator[None]:
                 raise RBLNDatasetError(
                     f"another process is encoding to {directory}; wait for it, or end it"
                 ) from None
-            # A file system without locks: writing is atomic, so two would waste time alone.
+            # A file system without locks. Writes are atomic, so two processes only waste time.
         yield
     finally:
         os.close(handle)

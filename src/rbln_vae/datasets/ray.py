@@ -1,8 +1,8 @@
-"""The same pipeline on a Ray cluster: Ray Data gives splits to a pool of actors.
+"""The same pipeline on a Ray cluster: Ray Data distributes splits to a pool of actors.
 
-Each actor has a model and a pipeline of its own and writes shards itself, so that only names
-and numbers travel; the source and the output must be seen from every machine. An actor that
-dies is replaced by Ray, and its split goes on from the journal.
+Each actor has its own model and pipeline and writes its own shards, so only names and numbers
+are sent. All machines must have access to the source and the output. Ray replaces an actor
+that dies, and the new one resumes the split from the journal.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .pipeline import Progress, encode_splits, first_missing
 from .sources import Split
 
 _SPLITS_AT_ONCE = 4096
-"""Splits that Ray has at a time, so that a source of any length takes bounded memory."""
+"""The most splits that Ray gets at a time, which bounds the memory for a source of any length."""
 
 
 class Worker:
-    """An actor: encodes the splits that it is given, one after the other.
+    """An actor that encodes splits, one after the other.
 
     Args:
-        directory: That of the job.
-        options: Of the job, as `Options.to_dict` gives them.
-        model: As of `load_model`, and so the next two.
-        settings: For `rbln_config`.
-        loading: What leads to the model.
-        decoders: Threads that read and decode images.
+        directory: The directory of the job.
+        options: The options of the job, from `Options.to_dict`.
+        model: The name of the model, as in `load_model`.
+        settings: Options of the model, for `rbln_config`.
+        loading: The result of `hub.find_vae` for the model.
+        decoders: The number of threads that read and decode images.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Worker:
         self._decoders = decoders
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Encode a split; gives the journal's entries and the seconds spent waiting."""
+        """Encode a split; yields the journal's entries and the seconds spent waiting."""
         numbered = zip(map(int, batch["number"]), batch["split"], strict=True)
         progress, waited = Progress(), 0.0
         for entry in encode_splits(
@@ -89,22 +89,22 @@ def encode_with_ray(
     loading: Mapping[str, Any],
     progress: Progress,
 ) -> Iterator[Entry]:
-    """Encode what isn't done yet of some splits, on a cluster.
+    """Encode the missing parts of splits, on a cluster.
 
     Args:
-        splits: With their numbers in the source.
-        job: Where shards and journal go, on a file system that all machines share.
-        address: Of the cluster, `"auto"`, or `"local"` for one on this machine.
-        workers: Actors; `None` stands for as many as the cluster has room for.
-        threads: Of each; Ray keeps as many processors for it.
-        decoders: Threads of each that read and decode images.
-        model: A directory that all machines see, or a hub id.
-        settings: For `rbln_config`.
-        loading: What leads to the model there.
-        progress: Is kept up to date.
+        splits: The splits with their numbers in the source.
+        job: The job, on a file system that all machines share.
+        address: The address of the cluster, `"auto"`, or `"local"` for one on this machine.
+        workers: The number of actors; `None` is as many as the cluster has room for.
+        threads: The threads of each actor's encoder, for which Ray reserves as many processors.
+        decoders: The threads of each actor that read and decode images.
+        model: A directory that all machines can read, or a hub id.
+        settings: Options of the model, for `rbln_config`.
+        loading: The result of `hub.find_vae` for the model.
+        progress: Updated during the run.
 
     Yields:
-        The entries of the parts as they are done.
+        The entry of each part when it is done.
 
     Raises:
         RBLNDatasetError, OSError: As `encode_splits`.
@@ -116,13 +116,13 @@ def encode_with_ray(
     )
     with _cluster(address):
         if workers is None:
-            cluster: Any = ray  # which has no types for this call
+            cluster: Any = ray  # has no types for this call
             workers = max(1, int(cluster.cluster_resources().get("CPU", 1)) // threads)
         while some := list(itertools.islice(waiting, _SPLITS_AT_ONCE)):
             rows = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
                 Worker,
                 batch_size=1,
-                # A split takes long; to queue a second behind it would leave others idle.
+                # A split takes long; queueing a second one would leave other actors idle.
                 compute=ActorPoolStrategy(
                     size=min(workers, len(some)), max_tasks_in_flight_per_actor=1
                 ),
@@ -146,7 +146,7 @@ def encode_with_ray(
 
 @contextmanager
 def _cluster(address: str) -> Iterator[None]:
-    """A cluster to work on, and a quiet Ray Data; both are afterwards what they were."""
+    """Connect to a cluster and silence Ray Data; both are restored afterwards."""
     begun = not ray.is_initialized()
     if begun:
         ray.init(address, logging_level=logging.WARNING, log_to_driver=False)

@@ -1,4 +1,4 @@
-"""Numbers that look random and depend on names alone, not on order or time."""
+"""Random-looking numbers that depend only on names, not on order or time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def seed_of(*names: object) -> int:
-    """A number of 63 bits from the texts of some names.
+    """A 63-bit number that depends only on the texts of the names.
 
     Example:
         >>> seed_of(0, "crop", "a.jpg") == seed_of(0, "crop", "a.jpg")

@@ -1,4 +1,4 @@
-"""Shards: files of encoded samples, each written whole or not at all (see docs/datasets.md)."""
+"""Shards: files of encoded samples, written atomically (see docs/datasets.md)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .options import Format
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What is known of a shard that is on the disk.
+    """The description of a shard on the disk.
 
     Attributes:
-        file: Its name.
-        samples: How many it holds.
-        bytes: Its size.
-        sha256: Of its bytes.
-        sizes: How many samples of each image size, such as `{"512x512": 3}`.
+        file: The name of the file.
+        samples: The number of samples.
+        bytes: The size of the file.
+        sha256: The checksum of the file.
+        sizes: The number of samples of each image size, such as `{"512x512": 3}`.
     """
 
     file: str
@@ -39,17 +39,15 @@ class ShardInfo:
 
 
 def write_shard(path: Path, kind: Format, samples: Sequence[Encoded]) -> ShardInfo:
-    """Write a shard so that it is there whole or not at all.
-
-    The same samples give the same bytes.
+    """Write a shard atomically. The same samples give the same bytes.
 
     Args:
-        path: Where it goes; its directory must exist.
-        kind: Its format.
-        samples: At least one, all with tensors of the same names.
+        path: The file to write; its directory must exist.
+        kind: The format of the file.
+        samples: At least one sample; all have tensors of the same names.
 
     Raises:
-        RBLNDatasetError: It can't be written, for example on a full disk.
+        RBLNDatasetError: The file can't be written, for example because the disk is full.
     """
     try:
         with atomic_path(path) as temporary:
@@ -68,8 +66,8 @@ def open_shard(directory: Path, shard: ShardInfo, kind: Format) -> Shard:
     """Open a shard of a directory.
 
     Raises:
-        RBLNDatasetError: It is missing, cut off or none of this format. Other damage is found
-            by its checksum alone.
+        RBLNDatasetError: The file is missing, truncated or of another format. Only its
+            checksum detects other damage.
     """
     path = directory / shard.file
     try:

@@ -1,4 +1,4 @@
-"""The formats that shards have: safetensors, WebDataset, Parquet."""
+"""The formats of shards: safetensors, WebDataset, Parquet."""
 
 from __future__ import annotations
 

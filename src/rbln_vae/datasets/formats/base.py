@@ -1,4 +1,4 @@
-"""What a shard is: a file of encoded samples, whatever its format."""
+"""The interface of a shard, a file of encoded samples in any format."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..encoder import Encoded
 
 FORMAT_NAME = "rbln-vae latents"
 FORMAT_VERSION = 1
-"""Of what is written; a change that older versions can't read makes it one more."""
+"""The version of written files; a change that older versions can't read increments it."""
 
 
 class Shard(ABC):
-    """A file of samples of one format, mapped: what isn't looked at is never read.
+    """A memory-mapped file of samples; data that is not accessed is never read.
 
     Args:
-        path: The file. What is wrong with it is raised in the format's own way;
-            `open_shard` makes one error of these.
+        path: The file. Each format raises its own exceptions for an invalid file;
+            `open_shard` turns them into one error.
     """
 
     suffix: ClassVar[str]
-    """What the names of its files end in."""
+    """The suffix of file names."""
 
     @staticmethod
     @abstractmethod
@@ -37,8 +37,8 @@ class Shard(ABC):
         """Write a file. The same samples give the same bytes.
 
         Args:
-            path: Where it goes.
-            samples: At least one, all with tensors of the same names.
+            path: The file to write.
+            samples: At least one sample; all have tensors of the same names.
         """
 
     @abstractmethod
@@ -47,12 +47,12 @@ class Shard(ABC):
     @property
     @abstractmethod
     def keys(self) -> npt.NDArray[np.int64]:
-        """`seed_of` each key, `(samples,)`."""
+        """`seed_of(key)` for each sample, `(samples,)`."""
 
     @property
     @abstractmethod
     def sizes(self) -> npt.NDArray[np.int32]:
-        """Height and width in pixels of each sample, `(samples, 2)`."""
+        """Height and width of each sample's image in pixels, `(samples, 2)`."""
 
     @abstractmethod
     def record(self, index: int) -> dict[str, Any]:
@@ -64,11 +64,11 @@ class Shard(ABC):
 
 
 def mapped(path: Path) -> npt.NDArray[np.uint8]:
-    """The bytes of a file, mapped; it keeps no descriptor, so that any number can be open."""
+    """Map a file; the map keeps no descriptor, so any number of files can be open."""
     size = path.stat().st_size
     return torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """A record as shards hold it."""
+    """A record in the JSON form that shards store."""
     return json.dumps(value, separators=(",", ":")).encode()

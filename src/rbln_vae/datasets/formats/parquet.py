@@ -1,4 +1,4 @@
-"""Parquet: a sample is a row, its tensors flat lists."""
+"""Parquet: each sample is a row, and its tensors are flat lists."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .base import Shard, mapped, to_json
 
 _SHAPE = "latent_shape"
 _ROW_GROUP = 64
-"""Rows that are compressed together: few, so that one is read without many others."""
+"""Rows that are compressed together: few, so that reading one row reads few others."""
 
 _GROUPS_KEPT = 4
-"""Row groups that a process keeps as it read them."""
+"""Row groups that a process caches."""
 
 
 class ParquetShard(Shard):
-    """The record's fields as columns, and a column for each tensor.
+    """Columns for the fields of the record and for each tensor.
 
-    A row is read with its whole row group. The last groups are kept, so that reading in
-    order decompresses each once; reading in random order does so for every sample.
+    Reading a row reads its whole row group. The last groups are cached, so reading in order
+    decompresses each group once, but reading in random order decompresses one per sample.
     """
 
     suffix = ".parquet"
@@ -47,14 +47,14 @@ class ParquetShard(Shard):
         for name, value in samples[0].record.items():
             if isinstance(value, list):
                 columns[name] = pyarrow.array([s.record[name] for s in samples], side)
-        # As text, since types found in one shard may not be those of the next.
+        # As text, because the types of values may differ between shards.
         texts = [to_json(s.record["columns"]).decode() for s in samples]
         columns["columns"] = pyarrow.array(texts, pyarrow.string())
         first = next(iter(samples[0].tensors))
         columns[_SHAPE] = pyarrow.array([list(s.tensors[first].shape) for s in samples], side)
         for name in samples[0].tensors:
             flat = [s.tensors[name].numpy().reshape(-1) for s in samples]
-            # pyarrow refuses ends beyond int32, which numpy would wrap.
+            # pyarrow raises for ends above int32; numpy would overflow.
             ends = pyarrow.array(np.cumsum([0, *map(len, flat)]), pyarrow.int32())
             columns[name] = pyarrow.ListArray.from_arrays(
                 ends, pyarrow.array(np.concatenate(flat), number)
@@ -68,7 +68,7 @@ class ParquetShard(Shard):
         )
 
     def __init__(self, path: Path) -> None:
-        # pyarrow's own map would keep a descriptor.
+        # pyarrow's own map would keep a file descriptor.
         self._content = require("pyarrow").py_buffer(mapped(path))
         self._metadata: Any = None
         with self._file() as file:
@@ -102,12 +102,12 @@ class ParquetShard(Shard):
         }
 
     def group(self, number: int) -> Any:
-        """A row group, as a table."""
+        """A row group as a table."""
         with self._file() as file:
             return file.read_row_group(number)
 
     def _row(self, index: int) -> tuple[Any, int]:
-        """The row group of a sample, and which of its rows it is."""
+        """The row group of a sample, and its row in the group."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return _group(self, number), index - int(self._starts[number])
 
@@ -117,7 +117,7 @@ class ParquetShard(Shard):
         return values
 
     def _file(self) -> Any:
-        # One for each use, so that threads share none.
+        # A new one for each use, so that threads share none.
         reader = require("pyarrow").BufferReader(self._content)
         return require("pyarrow.parquet").ParquetFile(reader, metadata=self._metadata)
 
@@ -128,5 +128,5 @@ def _group(shard: ParquetShard, number: int) -> Any:
 
 
 def _clean(text: str | None) -> str | None:
-    """A text without what UTF-8 can't hold."""
+    """A text with characters replaced that UTF-8 can't encode."""
     return None if text is None else text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""The default: safetensors, where a sample is a row of a few large tensors."""
+"""Safetensors, the default format: each sample is a row of a few large tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .base import FORMAT_NAME, FORMAT_VERSION, Shard, to_json
 
 
 class SafetensorsShard(Shard):
-    """Tensors by kind and image size; `docs/datasets.md` lists them."""
+    """One tensor per kind and image size; `docs/datasets.md` lists them."""
 
     suffix = ".safetensors"
 
@@ -46,7 +46,7 @@ class SafetensorsShard(Shard):
         ends = np.cumsum([0, *map(len, records)], dtype=np.int64)
         tensors["records.ends"] = torch.from_numpy(ends)
         tensors["records"] = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
-        # One key, since the order of several is not kept.
+        # A single key, because the order of several keys is not kept.
         description = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
         save_file(tensors, path, {"rbln_vae": json.dumps(description)})
 

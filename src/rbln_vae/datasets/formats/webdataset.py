@@ -1,4 +1,4 @@
-"""WebDataset: tar files whose members of one name are a sample."""
+"""WebDataset: tar files in which members with the same key form a sample."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .base import Shard, mapped, to_json
 
 
 class WebDatasetShard(Shard):
-    """For each sample one `.npy` a tensor, its caption, and its record.
+    """Members for each sample: a `.npy` per tensor, the caption, and the record.
 
-    Opening one reads the headers alone. Keys and sizes stand in the records, so asking for
-    these reads all of them.
+    Opening a shard reads only the headers. Keys and sizes are in the records, so accessing
+    them reads all records.
     """
 
     suffix = ".tar"
 
     @staticmethod
     def write(path: Path, samples: Sequence[Encoded]) -> None:
-        # USTAR holds no names of more than 256 bytes; PAX does.
+        # USTAR does not support names of more than 256 bytes; PAX does.
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for sample in samples:
                 key = member_name(sample.record["key"])
@@ -47,7 +47,7 @@ class WebDatasetShard(Shard):
         found: dict[str, list[tuple[int, int]]] = {}
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
                 suffix = member.name.rpartition("/")[2].partition(".")[2]
                 start = member.offset_data
                 found.setdefault(suffix, []).append((start, start + member.size))
@@ -87,11 +87,16 @@ class WebDatasetShard(Shard):
 
 
 def member_name(key: str) -> str:
-    """A key as the name of members, which ends at the first dot: `"a%2Ejpg"`."""
+    """Encode a key as a member name without dots, because a name ends at its first dot.
+
+    Example:
+        >>> member_name("a.jpg")
+        'a%2Ejpg'
+    """
     return quote(key, safe="/ ").replace(".", "%2E")
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # its time and owner are 0, so that equal data is equal bytes
+    info = tarfile.TarInfo(name)  # time and owner are 0, so equal data gives equal bytes
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""Where images come from: folders, tar shards, Parquet files, Hugging Face data sets."""
+"""Sources of images: folders, tar shards, Parquet files, Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ def open_source(
     caption_column: str | None = None,
     split: str = "train",
 ) -> Source:
-    """The source that a name stands for.
+    """Open a source of images.
 
     Args:
-        where: A folder of images; a `.tar` or `.parquet` file, a folder of these, a pattern
-            with `*` or `{000..099}`; a directory that `datasets.Dataset.save_to_disk`
-            wrote; the id of a data set on the hub, with `kind="huggingface"`. All but the
-            last two may be addresses that fsspec opens, such as `s3://…` or `hf://…`. Or a
-            `datasets.Dataset`, or a `Source`.
-        kind: What it is; `"auto"` looks.
-        image_column: Of Parquet and Hugging Face data sets; by default `image` or the like.
-        caption_column: By default `caption`, `text` or the like, where there is one.
-        split: Of a Hugging Face data set.
+        where: A folder of images; a `.tar` or `.parquet` file, a folder of such files, or a
+            pattern with `*` or `{000..099}`; a directory that `datasets.Dataset.save_to_disk`
+            wrote; or, with `kind="huggingface"`, the id of a data set on the hub. All but the
+            last two may be addresses that fsspec opens, such as `s3://…` or `hf://…`. A
+            `datasets.Dataset` or a `Source` is also accepted.
+        kind: The kind of source; `"auto"`, the default, detects it.
+        image_column: The column of images in Parquet and Hugging Face data sets; by default
+            `image` or another usual name.
+        caption_column: The column of captions; by default `caption`, `text` or another usual
+            name, if there is one.
+        split: The split of a Hugging Face data set, by default `"train"`.
 
     Raises:
-        ValueError: It can't be told what it is.
-        FileNotFoundError: There is nothing of that name.
-        RBLNDatasetError: A package is missing that reads it.
+        ValueError: The kind can't be detected.
+        FileNotFoundError: The source does not exist.
+        RBLNDatasetError: A package that reads the source is missing.
 
     Example:
         >>> source = open_source("photos")  # doctest: +SKIP

@@ -1,7 +1,7 @@
-"""What a source is: an ordered list of splits, and a split an ordered list of samples.
+"""The interface of a source: an ordered list of splits, each an ordered list of samples.
 
-Both are streamed, so that a source of any length takes little memory. A split can be sent to
-another process, and can begin in its middle, which is how a job goes on where it was.
+Splits and samples are streamed, so a source of any length takes little memory. A split can be
+sent to another process. Its samples can be read from any position, so a job can resume.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is known of it.
+    """One image with its metadata.
 
     Attributes:
-        key: What it is called, unique in its source.
+        key: The name of the sample, unique in its source.
         image: The bytes of the file, or its path or address.
-        caption: What it shows, where that is known.
-        columns: All else, as JSON can hold it.
-        sidecars: Paths or addresses of files beside it that hold the caption (`.txt`) or
-            columns (`.json`), to be read with the image.
-        error: Why there is no image, if there is none.
+        caption: The caption, if it is known.
+        columns: All other metadata, as JSON values.
+        sidecars: Paths or addresses of files with the caption (`.txt`) or columns (`.json`),
+            which are read together with the image.
+        error: The reason why there is no image, if there is none.
     """
 
     key: str
@@ -35,21 +35,21 @@ class Sample:
 
 
 class Split(ABC):
-    """Some consecutive samples of a source; can be pickled."""
+    """Consecutive samples of a source; can be pickled."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """What changes if other samples stand here; quick to tell."""
+        """A text that changes if the split gets other samples; it is quick to compute."""
 
     @abstractmethod
     def samples(self, start: int = 0) -> Iterator[Sample]:
         """The samples in order.
 
         Args:
-            start: How many of the first are left out.
+            start: The number of samples to skip, by default 0.
 
         Raises:
-            OSError: They can't be read at present.
+            OSError: The samples can't be read at the moment.
         """
 
 
@@ -61,17 +61,17 @@ class Source(ABC):
         """The splits in order.
 
         Args:
-            size: The samples of a shard. Where it is free to choose, a source makes splits
-                of that size.
+            size: The number of samples of a shard. A source that is free to choose makes
+                splits of this size.
 
         Raises:
-            RBLNDatasetError: There is nothing in it, or it isn't what it was taken for.
+            RBLNDatasetError: The source is empty or of another kind.
         """
 
     @abstractmethod
     def count(self) -> int | None:
-        """How many samples there are, where that can be told without reading them all."""
+        """The number of samples, or `None` if counting would read all of them."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What it is, as the record of a job holds it."""
+        """The description of the source in the record of a job, as JSON values."""

@@ -1,4 +1,4 @@
-"""Files of all sources, local or at an address that fsspec opens, and what stands beside images."""
+"""Reads files of sources, local or at an address that fsspec opens, and sidecars of images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...errors import RBLNDatasetError
 
 _IMAGES = "avif bmp dib gif heic heif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
-"""What files of a folder and members of a tar are taken for images."""
+"""The suffixes of image files in folders and tar files."""
 
 CAPTION_SUFFIXES = ("txt", "caption")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "txt", "TEXT")
@@ -24,10 +24,10 @@ _REFUSALS = (401, 403, 410, 451)
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system that an address belongs to, and its path there.
+    """The file system of an address, and the path in it.
 
     Raises:
-        RBLNDatasetError: Nothing that is installed opens it.
+        RBLNDatasetError: No installed package opens the address.
     """
     try:
         fs, path = require("fsspec.core").url_to_fs(url)
@@ -37,12 +37,12 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def read_file(url: str) -> bytes:
-    """The bytes of a local file, or of one at an address.
+    """The bytes of a local file or of a file at an address.
 
     Raises:
-        FileNotFoundError: There is none.
-        PermissionError: It may not be read.
-        Exception: It can't be read at present; what is raised depends on the file system.
+        FileNotFoundError: The file does not exist.
+        PermissionError: Access is denied.
+        Exception: The file can't be read at the moment; the type depends on the file system.
     """
     if "://" not in url:
         return Path(url).read_bytes()
@@ -50,14 +50,14 @@ def read_file(url: str) -> bytes:
     try:
         return bytes(fs.cat_file(path))
     except Exception as error:
-        # Of answers over HTTP, fsspec tells 404 alone from those of a server that is ill.
+        # Over HTTP, fsspec distinguishes only 404 from temporary failures.
         if (status := getattr(error, "status", None)) in _REFUSALS:
             raise PermissionError(f"{url}: the server answers {status}") from error
         raise
 
 
 def find_files(name: str, suffixes: Sequence[str]) -> list[str]:
-    """The files that a name or a pattern stands for, in order; addresses keep their protocol."""
+    """The files that match a name or a pattern, in order; addresses keep their protocol."""
     found = []
     for each in _expand_braces(name):
         fs, path = file_system(each)
@@ -83,10 +83,10 @@ def _expand_braces(name: str) -> list[str]:
 
 
 def require(module: str) -> Any:
-    """A module of an optional package.
+    """Import a module of an optional package.
 
     Raises:
-        RBLNDatasetError: It isn't installed.
+        RBLNDatasetError: The package is not installed.
     """
     import importlib
 
@@ -99,7 +99,7 @@ def require(module: str) -> Any:
 
 
 def names_of(files: Sequence[str]) -> list[str]:
-    """What tells files apart: their paths below the folder that they have in common."""
+    """Short unique names of files: their paths below the deepest common folder."""
     if len(files) == 1:
         return [files[0].rsplit("/", 1)[-1]]
     folders = [file.split("/")[:-1] for file in files]
@@ -109,24 +109,24 @@ def names_of(files: Sequence[str]) -> list[str]:
 
 
 def file_fingerprint(file: str) -> str:
-    """What changes if another file stands there: its name and size; quick to tell."""
+    """A text that changes with the name or size of a file; it is quick to compute."""
     fs, path = file_system(file)
     info = fs.info(path)
     return digest([file.rsplit("/", 1)[-1], info.get("size")])
 
 
 def digest(value: object) -> str:
-    """A short name for a value that JSON can hold."""
+    """A short hash of a JSON value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def printable(name: str) -> str:
-    """A name that UTF-8 can hold, whatever bytes the file system has."""
+    """A file name in which bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def text_of(content: bytes) -> str:
-    """The content as text, or in base64 where it is none."""
+    """The content as text, or in base64 if it is not UTF-8."""
     try:
         return content.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -138,15 +138,16 @@ def read_sidecars(
     caption: str | None = None,
     columns: Mapping[str, Any] | None = None,
 ) -> tuple[str | None, dict[str, Any]]:
-    """The caption and the columns that files beside an image hold.
+    """The caption and the columns of an image, from its sidecars.
 
     Args:
-        sidecars: Suffix, without its dot, and content of each.
-        caption: What is known without them; a caption of its own file counts most.
-        columns: Likewise.
+        sidecars: The suffix, without the dot, and the content of each file.
+        caption: The caption from elsewhere, if any. A caption file takes precedence over it,
+            and a `.json` file does not.
+        columns: The columns from elsewhere, if any; those of a `.json` file take precedence.
 
     Raises:
-        ValueError: A `.json` file holds no JSON object.
+        ValueError: A `.json` file does not contain a JSON object.
     """
     columns = dict(columns or {})
     for suffix, content in sidecars:
@@ -167,7 +168,7 @@ def read_sidecars(
 
 
 def caption_of(columns: Mapping[str, Any], name: str | None) -> str | None:
-    """The caption among columns: that of the name, or of a usual one."""
+    """The caption in the named column or, if `name` is `None`, in one with a usual name."""
     for each in _CAPTION_COLUMNS if name is None else (name,):
         if isinstance(columns.get(each), str):
             return str(columns[each])

@@ -1,4 +1,4 @@
-"""The images of a folder and those below it."""
+"""Folders of images, with subfolders and sidecar files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class FolderSource(Source):
-    """The images of a folder and those below it, by name; `.txt` and `.json` beside them."""
+    """The images of a folder and its subfolders, sorted by name, with their sidecars."""
 
     root: str
 
@@ -42,7 +42,7 @@ class FolderSource(Source):
         return {"kind": "folder", "name": self.root}
 
     def _files(self) -> Iterator[tuple[str, ...]]:
-        """Each image and its sidecars, as paths below the root."""
+        """Each image with its sidecars, as paths relative to the root."""
         if "://" in self.root:
             fs, root = file_system(self.root)
             entries = functools.partial(_remote_entries, fs, root)
@@ -52,7 +52,7 @@ class FolderSource(Source):
 
 
 Entry: TypeAlias = tuple[str, str, Any]
-"""The stem, the suffix with its dot, and what tells a directory from all others, or `None`."""
+"""The stem, the suffix with its dot, and the identity of a directory (`None` for a file)."""
 
 
 def _walk(
@@ -67,12 +67,12 @@ def _walk(
             if plain[suffix] in IMAGE_SUFFIXES:
                 yield (f"{directory}{stem}{suffix}", *sidecars)
     for name, suffix, identity in entries(directory, True):
-        if identity not in above:  # a link to a directory above would never end
+        if identity not in above:  # a link to a parent would recurse forever
             yield from _walk(entries, f"{directory}{name}{suffix}/", (*above, identity))
 
 
 def _local_entries(root: str, directory: str, directories: bool) -> Iterator[Entry]:
-    """Sorted entries, of which only some are in memory, however many there are."""
+    """Sorted entries of a directory, with a bounded number of them in memory."""
     last: tuple[str, str] | None = None
 
     def further() -> Iterator[Entry]:
@@ -110,7 +110,7 @@ def _stem_and_suffix(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class FolderSplit(Split):
-    """Some files of a folder, each with its sidecars."""
+    """Consecutive files of a folder, each with its sidecars."""
 
     root: str
     files: tuple[tuple[str, ...], ...]

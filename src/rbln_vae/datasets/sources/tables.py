@@ -19,7 +19,7 @@ _ROWS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the image and the caption; `None` looks for the usual names."""
+    """The columns of the image and the caption; `None` looks for the usual names."""
 
     image: str | None = None
     caption: str | None = None
@@ -27,8 +27,12 @@ class Columns:
     def image_of(self, names: Sequence[str], where: str) -> str:
         """The column of the image.
 
+        Args:
+            names: The names of all columns.
+            where: The name of the table, for the error.
+
         Raises:
-            RBLNDatasetError: There is none.
+            RBLNDatasetError: There is no such column.
         """
         wanted = _IMAGE_COLUMNS if self.image is None else (self.image,)
         for name in wanted:
@@ -40,13 +44,14 @@ class Columns:
         )
 
     def sample(self, key: str, row: Mapping[str, Any], image: str, folder: str) -> Sample:
-        """The sample that a row holds.
+        """The sample of a row.
 
         Args:
-            key: What it is called.
-            row: Its values by the names of columns.
-            image: The column of the image: bytes, a path, or both as Hugging Face has them.
-            folder: Where paths begin.
+            key: The key of the sample.
+            row: The values of the row by column.
+            image: The column of the image: bytes, a path, or both in the layout of Hugging
+                Face.
+            folder: The folder that paths are relative to.
         """
         value = row[image]
         if isinstance(value, Mapping):
@@ -59,12 +64,12 @@ class Columns:
         return Sample(key, value, caption_of(row, self.caption), columns)
 
     def describe(self) -> dict[str, Any]:
-        """The names that were given."""
+        """The given names, as JSON values."""
         return {"image_column": self.image, "caption_column": self.caption}
 
 
 def _json_value(value: Any) -> Any:
-    """The value as JSON holds it: bytes as text or base64, times in ISO 8601."""
+    """The value in JSON: bytes become text or base64, times ISO 8601, other objects text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -119,7 +124,7 @@ class ParquetSource(Source):
 
 @dataclass(frozen=True)
 class ParquetSplit(Split):
-    """Some row groups of a file."""
+    """Consecutive row groups of a file."""
 
     file: str
     name: str
@@ -157,7 +162,7 @@ def _open_parquet(file: str) -> Iterator[Any]:
     fs, path = file_system(file)
     with fs.open(path, "rb") as opened:
         try:
-            # Pages are read as they are needed, not a whole row group of images at once.
+            # Read pages when they are needed, not a whole row group of images at once.
             yield parquet.ParquetFile(opened, pre_buffer=False)
         except (ValueError, OSError) as error:
             if type(error).__module__.startswith("pyarrow"):
@@ -196,13 +201,13 @@ class HuggingFaceSource(Source):
         return len(self.dataset)
 
     def describe(self) -> dict[str, Any]:
-        # Not its fingerprint, which datasets gives anew where it can't tell.
+        # Without its fingerprint, which datasets may draw at random.
         return {"kind": "huggingface", "name": self.name, **self.columns.describe()}
 
 
 @dataclass(frozen=True)
 class HuggingFaceSplit(Split):
-    """Some consecutive rows."""
+    """Consecutive rows of a data set."""
 
     dataset: Any
     image: str
@@ -220,7 +225,7 @@ class HuggingFaceSplit(Split):
 
 
 def load_dataset(name: str, split: str) -> Any:
-    """The split of a data set that `datasets` saved in a directory, or that is on the hub."""
+    """Load a split of a data set from a directory that `datasets` saved, or from the hub."""
     datasets = require("datasets")
     if Path(name).is_dir() and any(
         (Path(name) / each).exists() for each in ("state.json", "dataset_dict.json")

@@ -1,4 +1,4 @@
-"""WebDataset tar shards."""
+"""Tar shards in the WebDataset layout."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .files import (
 
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 _NONE = 1 << 62
-"""More samples than any file has."""
+"""More samples than any file can have."""
 
 
 @dataclass(frozen=True)
 class TarSource(Source):
-    """WebDataset shards: members of one name and several suffixes make a sample."""
+    """WebDataset shards: members with the same key and different suffixes form a sample."""
 
     name: str
     files: Sequence[str]
@@ -55,7 +55,7 @@ class TarSplit(Split):
         return file_fingerprint(self.file)
 
     def count(self) -> int:
-        """How many samples there are, by the headers alone."""
+        """The number of samples; reads only the headers."""
         return sum(1 for _ in self._groups(_NONE))
 
     def samples(self, start: int = 0) -> Iterator[Sample]:
@@ -75,9 +75,9 @@ class TarSplit(Split):
                 yield _sample_of(name, members)
 
     def _groups(self, start: int) -> Iterator[tuple[str, dict[str, bytes] | None]]:
-        """Members by the name that they share, with their content from `start` on.
+        """The key and the members of each sample; the members are empty before `start`.
 
-        Where a file is damaged, it ends with what is wrong, and `None`.
+        If the file is damaged, the last item is the error text and `None`.
         """
         number, current, members = -1, None, dict[str, bytes]()
         try:
@@ -94,17 +94,17 @@ class TarSplit(Split):
             if current is not None:
                 yield current, members
         except _DAMAGED as error:
-            # The samples before it are kept, and the loss is listed.
+            # Keep the samples before the damage, and report the loss.
             yield f"{error}; {current or 'the first sample'} and all after it are lost", None
 
     def _members(self) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         fs, path = file_system(self.file)
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file) as tar:
             while info := tar.next():
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
                 if info.isreg() and not info.name.rsplit("/", 1)[-1].startswith("."):
                     yield tar, info
-            # tarfile takes a damaged header for the end, which is made of zeros.
+            # tarfile mistakes a damaged header for the end, which consists of zeros.
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -112,7 +112,7 @@ class TarSplit(Split):
 
 
 def _split_member(name: str) -> tuple[str, str]:
-    """Key and suffix of a member: its name ends at the first dot, as WebDataset has it."""
+    """The key and suffix of a member; as in WebDataset, the key ends at the first dot."""
     directory, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     return printable(directory + slash + stem), suffix.lower()
