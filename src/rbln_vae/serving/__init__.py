@@ -1,6 +1,6 @@
-"""The HTTP service, which diffusers' remote client speaks to.
+"""The HTTP service for diffusers' remote client.
 
-A request passes through three modules that know nothing of each other: `protocol` turns
-bytes and a query into a tensor, `batcher` has a model run it when there is memory and
-time for it, and `protocol` turns the result into bytes. `app` ties them to HTTP.
+A request passes through modules that are independent of each other: `protocol` turns a query
+and bytes into a tensor, `batcher` runs it when there is time and memory, and `protocol` turns
+the result into bytes. `app` connects them to HTTP.
 """

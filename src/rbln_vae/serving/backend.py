@@ -1,4 +1,4 @@
-"""Where runs happen, as the HTTP application sees it."""
+"""Backends, which run models for the HTTP application."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ class Backend(Protocol):
 
     @property
     def models(self) -> Mapping[str, ModelInfo]:
-        """The models by name; the first is what a request gets that names none."""
+        """The models by name; the first is the default."""
 
     async def check(self, model: str, part: str, shape: Shape) -> None:
-        """Raise what `run` would raise now; called before a body is read."""
+        """Raise the exception that `run` would raise now; called before a body is read."""
 
     async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
-        """Run a tensor; if the caller is cancelled, it is not run, or stopped if it runs alone.
+        """Run a tensor.
+
+        If the caller is cancelled, a waiting tensor is not run, and a run stops unless other
+        callers wait for it.
 
         Raises:
-            TooLargeError, QueueFullError, ClosedError: It isn't admitted.
-            Exception: What the run raised.
+            TooLargeError, QueueFullError, ClosedError: The tensor is not admitted.
+            Exception: The run failed.
         """
 
     def load(self) -> Mapping[str, float]:
-        """What to show of the load: `waiting`, `running`, `memory`."""
+        """The load for metrics: `waiting`, `running` and `memory`."""
 
     def drain(self) -> None:
-        """Start what waits for others to join it; called when the end is near."""
+        """Start batches that wait for more requests; called when the server shuts down."""
 
     async def close(self) -> None:
-        """Take nothing more, and return when all that was admitted is done."""
+        """Admit nothing more, and return when all admitted work is done."""
 
 
 class LocalBackend:

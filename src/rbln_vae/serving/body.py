@@ -1,4 +1,4 @@
-"""Receives bodies: no more, no slower, and no stranger than allowed."""
+"""Receives request bodies within limits on size, time and type."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _REFUSED_TYPES = ("application/json", "multipart/", "application/x-www-form-urle
 
 
 class Bodies:
-    """The bodies that are held in memory, and a bound on all of them.
+    """A limit on all request bodies in memory.
 
     Args:
-        most: Bytes of all of them together.
+        most: The most bytes of all bodies together.
     """
 
     def __init__(self, most: int) -> None:
@@ -31,10 +31,10 @@ class Bodies:
 
     @contextlib.contextmanager
     def hold(self, size: int) -> Iterator[int]:
-        """Keep room for a body, which gives its size.
+        """Reserve memory for a body during a `with` block, which gets its size.
 
         Raises:
-            RefusedError: There is none now.
+            RefusedError: There is not enough memory now.
         """
         if self.held and self.held + size > self.most:
             raise RefusedError(
@@ -52,10 +52,14 @@ class Bodies:
 
 
 def announced_length(request: Request, most: int) -> int | None:
-    """How long the body says that it is, without reading it.
+    """The length of the body according to its headers; `None` if they have none.
+
+    Args:
+        request: The request.
+        most: The most bytes of a body.
 
     Raises:
-        RefusedError: It is too long, or of a kind that is never read.
+        RefusedError: The body is too long or has an unsupported type.
     """
     headers = request.headers
     coding = headers.get("content-encoding", "identity").lower()
@@ -70,7 +74,7 @@ def announced_length(request: Request, most: int) -> int | None:
     text = headers.get("content-length")
     if text is None:
         return None
-    # More digits than these are too many bytes, and cost time to read as a number.
+    # 20 digits or more are too many bytes, and slow to parse.
     length = int(text) if text.isdecimal() and len(text) < 20 else most + 1
     if length > most:
         raise too_long(most)
@@ -78,7 +82,7 @@ def announced_length(request: Request, most: int) -> int | None:
 
 
 def too_long(most: int) -> RefusedError:
-    """What to answer if a body is longer than allowed."""
+    """The error of a body that is longer than allowed."""
     return RefusedError(
         413,
         "too_large",
@@ -88,15 +92,15 @@ def too_long(most: int) -> RefusedError:
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytearray:
-    """The body.
+    """Read the body of a request.
 
     Args:
-        request: Whose body.
-        most: Bytes after which reading ends.
-        seconds: Time after which reading ends.
+        request: The request.
+        most: The most bytes of the body.
+        seconds: The most seconds for receiving it.
 
     Raises:
-        RefusedError: It is too long or too slow, or the client has gone.
+        RefusedError: The body is too long or too slow, or the client disconnected.
     """
     body = bytearray()
 
@@ -123,10 +127,10 @@ async def read_body(request: Request, most: int, seconds: float) -> bytearray:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do the work, or cancel it when the client has gone; its body must have been read.
+    """Await work, and cancel it if the client disconnects; the body must have been read.
 
     Raises:
-        RefusedError: The client has gone.
+        RefusedError: The client disconnected.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))

@@ -1,4 +1,4 @@
-"""What every request meets first and every answer last: ids, keys, logs, and last resorts."""
+"""The outermost layer of the application: request ids, keys, logs, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .errors import RefusedError
 from .logs import log
 
 OPEN_ROUTES = ("/health", "/ready")
-"""What answers without a key: those who watch a server need none."""
+"""Routes that need no key, so that monitoring needs none."""
 
 CLIENT_GONE = 499
-"""The status in logs and metrics of a request whose client didn't wait."""
+"""The status in logs and metrics of a request whose client disconnected."""
 
 _MOST_HEAD = 16 * 1024
 _MOST_HEADERS = 100
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-# Pages hold what they need, and may ask nobody but this server.
+# Pages are self-contained, and may connect only to this server.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src 'self' blob: data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'"
@@ -39,12 +39,12 @@ Answered = Callable[[str, str, int, float], None]
 
 
 class Edge:
-    """Wraps an application: refuses what must not reach it, and answers where it fails.
+    """Wraps an application: refuses unauthorised requests, and answers unexpected errors.
 
     Args:
-        app: What to wrap.
-        api_key: What clients must show; `None` lets everybody in.
-        answered: Told of each answer: method, route, status, seconds.
+        app: The application.
+        api_key: The key that clients must send; `None` admits everybody.
+        answered: Called after each response with method, route, status and seconds.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, answered: Answered) -> None:
@@ -79,7 +79,7 @@ class Edge:
         except Exception as error:
             failure = error
             if status:
-                raise  # half an answer: all that is left is to cut it off
+                raise  # the response has begun, so the connection must be closed
             await _answer(_internal_error(), scope, send_marked)
         finally:
             seconds = time.monotonic() - started
@@ -105,7 +105,7 @@ class Edge:
             )
         if self._api_key is None or scope["path"] in OPEN_ROUTES:
             return
-        # Bytes, since compare_digest takes no text beyond ASCII.
+        # As bytes, because compare_digest accepts only ASCII text.
         shown = _shown_key(headers.get("authorization", "")).encode("utf-8", "replace")
         if not hmac.compare_digest(shown, self._api_key.encode()):
             raise RefusedError(
@@ -117,7 +117,7 @@ class Edge:
 
 
 def refusal(error: RefusedError, request_id: str) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers of an answer that refuses."""
+    """The body and the headers of an error response."""
     headers = {"content-type": "application/json"}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
@@ -146,13 +146,13 @@ def _internal_error() -> RefusedError:
 
 
 def _request_id(headers: Headers) -> str:
-    """The client's own id, if it is a harmless one."""
+    """The client's request id if it has only harmless characters, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _shown_key(authorization: str) -> str:
-    """The key in a header: a bearer token, or the password of a basic login."""
+    """The key in a header: a bearer token, or the password of basic authentication."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -174,5 +174,5 @@ def _mark(headers: MutableHeaders, request_id: str) -> None:
 
 
 def _known_method(method: str) -> str:
-    """A label for metrics, of which clients can't make ever new ones."""
+    """A label for metrics, with a bounded number of values."""
     return method if method in ("GET", "HEAD", "POST") else "other"

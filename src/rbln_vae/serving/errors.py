@@ -1,4 +1,4 @@
-"""The answers of a service that isn't pleased: a status, a stable code, and words."""
+"""Error responses: HTTP status, stable code, message."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ class RefusedError(Exception):
 
     Args:
         status: The HTTP status.
-        code: What programs go by; it never changes.
-        message: What people read: what was expected, what came, what to do.
-        retry_after: Seconds after which to try again, where that may help.
+        code: A stable code for programs, one of `CODES`.
+        message: A text for people: what was expected, what came, what to do.
+        retry_after: Seconds after which to try again; `None` (default) if that can't help.
     """
 
     def __init__(
@@ -22,26 +22,26 @@ class RefusedError(Exception):
 
 
 CODES = {
-    "invalid_query": "422: a parameter is missing, unknown or of a wrong value",
+    "invalid_query": "422: a parameter is missing, unknown or has a wrong value",
     "unknown_model": "404: the server has no model of that name",
     "no_encoder": "422: the model was compiled without its encoder",
     "wrong_shape": "422: the shape doesn't fit the model",
-    "wrong_body_size": "422: the body isn't as long as shape and dtype say",
-    "not_finite": "422: the tensor, or the result that should be a picture, has NaN or infinity",
-    "not_an_image": "422: the body isn't a picture that can be read",
+    "wrong_body_size": "422: the length of the body doesn't match shape and dtype",
+    "not_finite": "422: the tensor, or a result requested as a picture, has NaN or infinity",
+    "not_an_image": "422: the body can't be read as a picture",
     "unsupported_body": "415: the body is compressed or is JSON",
     "too_large": "413: the body or the image exceeds the server's limits",
     "needs_too_much_memory": "413: the run doesn't fit in the server's memory limit",
     "unauthorized": "401: the key is missing or wrong",
-    "not_found": "404: there is no such address",
-    "method_not_allowed": "405: the address takes another method",
+    "not_found": "404: the address doesn't exist",
+    "method_not_allowed": "405: the address doesn't support the method",
     "headers_too_large": "431: the headers or the query are too long",
     "slow_client": "408: the body didn't arrive in time",
-    "queue_full": "429: too much waits; Retry-After says when to try again",
+    "queue_full": "429: the queue is full; Retry-After says when to try again",
     "busy": "429: too many bodies are being received; Retry-After says when to try again",
-    "shutting_down": "503: the server finishes its work and takes no more",
-    "out_of_memory": "503: the machine had no memory for the run",
-    "timeout": "504: the run took longer than it may",
-    "internal_error": "500: a defect of the server; its log has the request id",
+    "shutting_down": "503: the server is shutting down and accepts no work",
+    "out_of_memory": "503: the machine ran out of memory",
+    "timeout": "504: the run exceeded the time limit",
+    "internal_error": "500: a defect of the server; its log has details under the request id",
 }
-"""Every code, and when it is sent."""
+"""Every code, with its status and meaning."""

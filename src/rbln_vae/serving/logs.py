@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line, with no content of requests."""
+"""Logs as JSON, one object per line, without contents of requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOGGER = logging.getLogger("rbln_vae.serving")
 
 
 class JSONFormatter(logging.Formatter):
-    """A record as one line of JSON: time, level, message, and what `fields` holds."""
+    """Formats a record as one line of JSON: time, level, message and `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -27,7 +27,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def log(level: int, message: str, *, error: BaseException | None = None, **fields: Any) -> None:
-    """Write an entry with fields of its own."""
+    """Write a log entry with additional fields."""
     LOGGER.log(level, message, extra={"fields": fields}, exc_info=error)
 
 

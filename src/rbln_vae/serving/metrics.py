@@ -1,4 +1,4 @@
-"""What Prometheus may know of a service."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Metrics:
 
     Args:
         models: The models that it serves.
-        load: Asked at each scrape, as `Backend.load`.
-        bodies: Bytes of the bodies that are held, asked at each scrape.
+        load: Returns the load, as `Backend.load`; called at each scrape.
+        bodies: Returns the bytes of the request bodies in memory; called at each scrape.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Metrics:
         )
         self._seconds = Histogram(
             "rbln_vae_request_seconds",
-            "From the head of a request to the end of its answer.",
+            "Time from the headers of a request to the end of its response.",
             ["method", "route"],
             buckets=_SECONDS,
             registry=registry,
@@ -55,27 +55,27 @@ class Metrics:
         )
         self._ran = Histogram(
             "rbln_vae_run_seconds",
-            "Time of the run that made a result.",
+            "Time of the run that produced a result.",
             ["model", "part"],
             buckets=_SECONDS,
             registry=registry,
         )
         self._batch = Histogram(
             "rbln_vae_run_samples",
-            "Samples of the run that made a result.",
+            "Samples of the run that produced a result.",
             ["model", "part"],
             buckets=_SAMPLES,
             registry=registry,
         )
         names = {
-            "waiting": ("rbln_vae_queue_images", "Images of the compiled size that wait."),
-            "running": ("rbln_vae_runs", "Runs under way."),
-            "memory": ("rbln_vae_run_memory_bytes", "Memory that these were admitted for."),
+            "waiting": ("rbln_vae_queue_images", "Waiting work, in images of the compiled size."),
+            "running": ("rbln_vae_runs", "Runs in progress."),
+            "memory": ("rbln_vae_run_memory_bytes", "Memory of runs in progress."),
         }
         for key, (name, text) in names.items():
             gauge = Gauge(name, text, registry=registry)
             gauge.set_function(functools.partial(_read, load, key))
-        held = Gauge("rbln_vae_body_bytes", "Bytes of request bodies held.", registry=registry)
+        held = Gauge("rbln_vae_body_bytes", "Bytes of request bodies in memory.", registry=registry)
         held.set_function(bodies)
         info = Gauge(
             "rbln_vae_model", "1 for each model.", ["model", "dtype", "target"], registry=registry
@@ -89,13 +89,13 @@ class Metrics:
         self._seconds.labels(method, route).observe(seconds)
 
     def ran(self, model: str, part: str, outcome: Outcome) -> None:
-        """Count what a run gave."""
+        """Count a result of a run."""
         self._waited.labels(model, part).observe(outcome.waited)
         self._ran.labels(model, part).observe(outcome.ran)
         self._batch.labels(model, part).observe(outcome.batch)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 

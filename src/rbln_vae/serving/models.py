@@ -1,4 +1,4 @@
-"""The models of a service, and what the other modules ask of one."""
+"""The models of a service, and the interface through which other modules use them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from ..targets.watch import ShouldStop
 Shape = tuple[int, ...]
 
 LONGEST_NAME = 100
-"""Characters of the name of a model."""
+"""The most characters of a model's name."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a client may know of a model, and what turns a request into a tensor.
+    """The public facts about a model, from which requests are interpreted.
 
     Attributes:
-        name: What `?model=` says.
+        name: The name for `?model=`.
         parts: `"decoder"`, and `"encoder"` if it was compiled.
-        in_channels: Channels of an image that is encoded.
-        latent_channels: Channels of a latent.
-        vae_scale_factor: Pixels per latent cell in a direction.
-        sample_size: `(height, width)` that it was compiled for.
-        scaling: What pipelines do to its latents.
-        dtype: In what it computes.
-        target: On what it runs.
+        in_channels: The number of channels of an input image.
+        latent_channels: The number of channels of a latent.
+        vae_scale_factor: Pixels per latent cell in each direction.
+        sample_size: The `(height, width)` in pixels that the model was compiled for.
+        scaling: The scaling that pipelines apply to the latents.
+        dtype: The dtype of the computation.
+        target: The name of the target.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ModelInfo:
 
     @classmethod
     def of(cls, name: str, vae: RBLNAutoencoderKL) -> ModelInfo:
-        """What there is to know of a compiled model."""
+        """The facts about a compiled model."""
         resolved = vae.resolved_config
         return cls(
             name=name,
@@ -66,25 +66,26 @@ class ModelInfo:
         )
 
     def pixels(self, part: str, shape: Shape) -> int:
-        """Pixels of all the images that an input of a part stands for."""
+        """The pixels of all images that an input of a part stands for."""
         count = shape[0] * math.prod(shape[2:])
         return count if part == ENCODER else count * self.vae_scale_factor**2
 
 
 def named_models(texts: Iterable[str]) -> dict[str, str]:
-    """Read `NAME=MODEL`, or just `MODEL`, which is named by the last part of its path.
+    """Parse `NAME=MODEL`, or `MODEL`, whose name is the last part of its path.
 
-    Names have no slashes, so `runs/lr=1/vae` is a model without a name. One in the working
-    directory whose path has an equals sign is written `./lr=1`, or given a name: `vae=lr=1`.
+    A name contains no slash, so `runs/lr=1/vae` is a model without a name. A directory in the
+    working directory whose name has an equals sign must be written `./lr=1`, or with a name:
+    `vae=lr=1`.
 
     Args:
-        texts: One or more, the default first.
+        texts: At least one text; the first is the default model.
 
     Returns:
         The models by name.
 
     Raises:
-        ValueError: A name or a model is empty, two have one name, or a name is too long.
+        ValueError: A name or a model is empty, two names are equal, or a name is too long.
 
     Example:
         >>> named_models(["models/sdxl", "flux=black-forest-labs/FLUX.1-dev"])
@@ -114,37 +115,37 @@ def named_models(texts: Iterable[str]) -> dict[str, str]:
 
 
 class Runner(Protocol):
-    """A model as the batcher sees it: tensors in, tensors out, at a price in memory."""
+    """A model as the batcher uses it: it maps tensors to tensors, and needs memory."""
 
     @property
     def name(self) -> str:
-        """What tells it from other models."""
+        """The unique name of the model."""
 
     @property
     def exact_batches(self) -> bool:
         """Whether each sample of a batch gets the same bits as in a run of its own."""
 
     def memory_needed(self, part: str, shape: Shape) -> int:
-        """Bytes that a run takes; may take seconds, and is called in threads."""
+        """The bytes that a run needs. May take seconds; called in threads."""
 
     def weight(self, part: str, shape: Shape) -> float:
-        """How long a run takes, about, in images of the size that the model is tuned for."""
+        """The approximate time of a run, in images of the size that the model is tuned for."""
 
     def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
-        """Run a part; blocks, and several threads may call it.
+        """Run a part. Blocks; several threads may call it.
 
         Args:
-            part: Which part.
-            tensor: Its input.
-            should_stop: Whether nobody waits for the result any more; asked now and then.
+            part: The name of the part.
+            tensor: The input of the part.
+            should_stop: Called during the run; it returns true to stop the run.
 
         Raises:
-            RBLNCancelledError: `should_stop` said so.
+            RBLNCancelledError: `should_stop` returned true.
         """
 
 
 class ServedModel:
-    """A compiled model behind a name, shared by all requests."""
+    """A compiled model with a name, shared by all requests."""
 
     def __init__(self, name: str, vae: RBLNAutoencoderKL) -> None:
         self.info = ModelInfo.of(name, vae)
@@ -181,23 +182,22 @@ def open_models(
     memory_limit: int | None,
     **loading: str | None,
 ) -> tuple[list[ServedModel], int]:
-    """Open the models of a service, and share the memory of their device among their runs.
+    """Open the models of a service, and set the memory limit of their runs.
 
     Args:
-        named: The models by name, each as of `open_model`.
-        settings: For `rbln_config`.
-        memory_limit: The most bytes that all runs together may take; `None` is half of the
-            memory of the device on which the models run: the other half is for weights, for
-            what requests and answers hold, and for whoever else is there. Where they run on
-            several, it is the least of these.
-        **loading: `subfolder` and `revision`.
+        named: The models by name, each as in `open_model`.
+        settings: Options of the models, for `rbln_config`.
+        memory_limit: The most bytes that all runs together may need. `None` is half of the
+            memory of the models' device (of the smallest, if they run on several); the other
+            half is for weights, requests, responses and other processes.
+        **loading: `subfolder` and `revision` of all models.
 
     Returns:
-        The models, and the limit.
+        The models, and the limit in bytes.
     """
     if settings.get("target") is not None:
-        get_target(str(settings["target"])).require()  # before the work, not after it
-    # Which target a model is for is known when it is there, and its runtimes need the limit.
+        get_target(str(settings["target"])).require()  # fail before the work, not after it
+    # The target of a model is known after loading, and its runtimes need the limit.
     models = {
         name: open_model(model, {**settings, "create_runtimes": False}, **loading)
         for name, model in named.items()

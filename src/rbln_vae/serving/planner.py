@@ -1,4 +1,4 @@
-"""Finds out what memory runs take, without keeping the event loop from its work."""
+"""Finds the memory that runs need, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _Found = int | MemoryError | ValueError
 
 @dataclass
 class _Work:
-    """A plan that is being made, and how many wait for it."""
+    """A plan in progress, and the number of callers that wait for it."""
 
     future: asyncio.Future[_Found]
     waiters: int = 0
 
 
 class Planner:
-    """Asks models for the memory of a run in a thread, and remembers the answers.
+    """Asks models for the memory of a run in a thread, and caches the answers.
 
-    Its methods are called in one event loop. There is one thread of its own: planning is
-    Python code, so more threads would only take turns, and take them from the event loop.
+    All methods must be called in one event loop. The planner has a single thread: planning is
+    Python code, so more threads would only compete with each other and with the event loop.
     """
 
     def __init__(self) -> None:
@@ -38,20 +38,20 @@ class Planner:
     async def memory_needed(
         self, runner: Runner, part: str, shape: Shape, executor: Executor | None = None
     ) -> int:
-        """Bytes that a run takes; returns without a pause if they are known.
+        """The bytes that a run needs; returns immediately if they are cached.
 
-        A plan that was asked for again meanwhile is made once. One that nobody waits for any
-        more is not begun.
+        Concurrent calls for the same run share one plan. A plan is not started if no caller
+        waits for it any more.
 
         Args:
-            runner: The model; its name stands for it.
-            part: Which part of it.
-            shape: Of the input.
-            executor: Where to plan; `None` is the planner's own thread, in which plans wait
-                for each other.
+            runner: The model; it is identified by its name.
+            part: The part of the model.
+            shape: The shape of the input.
+            executor: The executor for the plan; `None` is the planner's own thread, which
+                makes one plan at a time.
 
         Raises:
-            MemoryError, ValueError: What the model raised; this is remembered, too.
+            MemoryError, ValueError: The model raised it; the exception is cached, too.
         """
         key = (runner.name, part, shape)
         if key not in self._known:
@@ -80,7 +80,7 @@ class Planner:
                 work.future.cancel()
 
     def close(self) -> None:
-        """Let the thread end after the plans that somebody still waits for."""
+        """Let the thread end after the plans that callers still wait for."""
         self._thread.shutdown(wait=False)
 
 

@@ -1,7 +1,7 @@
-"""Pictures as PNG files, several times as fast as Pillow writes them.
+"""Encodes PNG files, several times as fast as Pillow.
 
-Pillow tries five filters on each row. One filter for all rows gives files as small, and
-ISA-L compresses them in a fraction of the time of zlib.
+Pillow tries five filters on each row. One filter for all rows gives files of the same size,
+and ISA-L compresses them in a fraction of the time of zlib.
 
 The format: "Portable Network Graphics (PNG) Specification", https://www.w3.org/TR/png/.
 """
@@ -16,18 +16,18 @@ from isal import isal_zlib
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 3: 2}  # grey, RGB
-_UP = 2  # the filter: each byte less the one above it
+_UP = 2  # the filter: the difference of each byte to the byte above
 _LEVEL = 1
 
 
 def encode_png(levels: np.ndarray) -> bytes:
-    """The file of a picture.
+    """Encode a picture as the bytes of a PNG file.
 
     Args:
-        levels: uint8 `(H, W, 1)`, grey, or `(H, W, 3)`, RGB; neither side is 0.
+        levels: A uint8 array `(H, W, 1)` for grey or `(H, W, 3)` for RGB; neither side is 0.
 
     Raises:
-        ValueError: The array is another one.
+        ValueError: The array has another dtype or shape.
 
     Example:
         >>> Path("grey.png").write_bytes(encode_png(np.full((64, 96, 1), 128, np.uint8)))

@@ -1,8 +1,8 @@
 """The wire protocol of diffusers' remote VAE client, `diffusers.utils.remote_utils`.
 
-Pure functions between bytes and tensors. Before a body is read, a query and a model say
-what it must be (`decode_input`, `encode_input`); a body becomes what the model takes, and
-a result the bytes and headers that the client reads.
+All functions are pure. `decode_input` and `encode_input` derive the expected body from a query
+and a model before the body is read. Other functions turn a body into the input of the model,
+and a result into the bytes and headers that the client reads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TENSOR = "tensor/binary"
 IMAGE_TYPES = {"png": "image/png", "jpg": "image/jpeg"}
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
-"""What is read: formats that tell their size before they take memory."""
+"""The formats of pictures that are read; the size is known before decoding."""
 
 _LARGEST_SIDE = 1 << 24
 _MOST_AXES = 8
@@ -49,18 +49,18 @@ _JPEG_QUALITY = 95
 
 
 class Query(BaseModel):
-    """What every request may say."""
+    """The query parameters of every request."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(
-        None, max_length=LONGEST_NAME, description="Which model; the first by default."
+        None, max_length=LONGEST_NAME, description="The model; by default the first one."
     )
     scaling_factor: float | None = Field(
-        None, gt=0, description="What latents were, or are to be, multiplied by."
+        None, gt=0, description="Encoding multiplies latents by it, decoding divides."
     )
     shift_factor: float | None = Field(
-        None, description="What was, or is to be, subtracted from latents before that."
+        None, description="Encoding subtracts it before scaling, decoding adds it after."
     )
 
 
@@ -70,25 +70,25 @@ class DecodeQuery(Query):
     shape: list[int] = Field(
         min_length=1,
         max_length=_MOST_AXES,
-        description="Of the latent: (N, C, H, W), or packed (N, H / 2 * W / 2, 4 * C). One "
-        "parameter for each number.",
+        description="The shape of the latent: (N, C, H, W), or packed (N, H / 2 * W / 2, 4 * C). "
+        "One parameter for each number.",
     )
-    dtype: Dtype = Field(description="Of the latent; a tensor comes back in the same.")
+    dtype: Dtype = Field(description="The dtype of the latent; a result tensor has the same.")
     output_type: Literal["pil", "pt"] = Field(
         "pil", description="A picture, or a tensor (N, C, H, W) in [-1, 1]."
     )
-    image_format: Literal["png", "jpg"] = Field("jpg", description="Of the picture.")
+    image_format: Literal["png", "jpg"] = Field("jpg", description="The format of the picture.")
     partial_postprocess: bool = Field(
-        False, description="With output_type=pt: uint8 (N, H, W, C) instead."
+        False, description="With output_type=pt, return uint8 (N, H, W, C) instead."
     )
     do_scaling: bool = Field(
-        False, description="Take factors that aren't given from the model's configuration."
+        False, description="Take missing factors from the model's configuration."
     )
     height: int | None = Field(
-        None, gt=0, le=_LARGEST_SIDE, description="Of the image, for packed latents."
+        None, gt=0, le=_LARGEST_SIDE, description="The height of the image, for packed latents."
     )
     width: int | None = Field(
-        None, gt=0, le=_LARGEST_SIDE, description="Of the image, for packed latents."
+        None, gt=0, le=_LARGEST_SIDE, description="The width of the image, for packed latents."
     )
 
 
@@ -99,20 +99,20 @@ class EncodeQuery(Query):
         None,
         min_length=1,
         max_length=_MOST_AXES,
-        description="Of the image (N, C, H, W) in [-1, 1], if the body is a tensor. One "
-        "parameter for each number.",
+        description="The shape of the image (N, C, H, W) in [-1, 1], if the body is a tensor. "
+        "One parameter for each number.",
     )
-    dtype: Dtype | None = Field(None, description="Of the tensor. A picture has none.")
+    dtype: Dtype | None = Field(None, description="The dtype of the tensor; not for a picture.")
 
 
 @dataclass(frozen=True)
 class TensorInput:
-    """What a body that is a tensor must hold.
+    """The expected tensor in a body.
 
     Attributes:
-        shape: As it comes.
-        dtype: Of its elements.
-        model_shape: `(N, C, H, W)` that the model gets.
+        shape: The shape of the tensor in the request.
+        dtype: The dtype of its elements.
+        model_shape: The shape `(N, C, H, W)` of the model's input.
     """
 
     shape: Shape
@@ -125,10 +125,10 @@ class TensorInput:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, body: bytearray) -> Tensor:
-        """The tensor, in the shape in which it came; it shares the memory of the body.
+        """The tensor in the shape of the request; it shares the memory of the body.
 
         Raises:
-            RefusedError: The length doesn't fit, or an element isn't finite.
+            RefusedError: The length is wrong, or an element is not finite.
         """
         if len(body) != self.bytes:
             raise wrong_body_size(self, len(body))
@@ -144,7 +144,7 @@ class TensorInput:
 
 
 def wrong_body_size(expected: TensorInput, found: int) -> RefusedError:
-    """What to answer if a body is too short or too long for its shape."""
+    """The error of a body whose length does not match its shape."""
     return RefusedError(
         422,
         "wrong_body_size",
@@ -158,10 +158,10 @@ def wrong_body_size(expected: TensorInput, found: int) -> RefusedError:
 
 
 def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
-    """What the body of a decode must be.
+    """The expected body of a decode request.
 
     Raises:
-        RefusedError: The shape doesn't fit the model.
+        RefusedError: The shape does not fit the model.
     """
     shape = _positive(query.shape)
     patch = _scaling(query, model).patch_size
@@ -189,7 +189,7 @@ def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
 
 
 def _unpacked_shape(shape: Shape, query: DecodeQuery, model: ModelInfo) -> Shape:
-    """The shape of a packed latent, in which two by two cells lie one after the other."""
+    """The unpacked shape of a packed latent, in which each row holds 2x2 cells."""
     if query.height is None or query.width is None:
         raise RefusedError(
             422,
@@ -214,7 +214,7 @@ def _unpacked_shape(shape: Shape, query: DecodeQuery, model: ModelInfo) -> Shape
 def prepare_latent(
     latent: Tensor, query: DecodeQuery, model: ModelInfo, expected: TensorInput
 ) -> Tensor:
-    """The unscaled `(N, C, H, W)` that the decoder takes, as pipelines compute it."""
+    """The unscaled latent `(N, C, H, W)` for the decoder, as pipelines compute it."""
     scaling = _scaling(query, model)
     if latent.dim() == 3:
         batch, channels, height, width = expected.model_shape
@@ -230,7 +230,7 @@ def _scaling(query: DecodeQuery, model: ModelInfo) -> LatentScaling:
 
 
 def _asked_for(query: DecodeQuery | EncodeQuery, scaling: LatentScaling) -> LatentScaling:
-    """The scaling with the constants that a query gives instead."""
+    """The scaling, with the constants of a query in place of its own."""
     factor, shift = query.scaling_factor, query.shift_factor
     return dataclasses.replace(
         scaling,
@@ -241,7 +241,7 @@ def _asked_for(query: DecodeQuery | EncodeQuery, scaling: LatentScaling) -> Late
 
 @dataclass(frozen=True)
 class Reply:
-    """The bytes of a result, and what a client must know to read them."""
+    """The body, media type and headers of a successful response."""
 
     body: bytes
     media_type: str
@@ -249,16 +249,16 @@ class Reply:
 
 
 def decode_reply(sample: Tensor, query: DecodeQuery, accept: str) -> Reply:
-    """What `remote_decode` reads.
+    """The response that `remote_decode` reads.
 
     Args:
-        sample: `(N, C, H, W)`, about in `[-1, 1]`.
+        sample: The decoded images `(N, C, H, W)`, approximately in `[-1, 1]`.
         query: The query of the request.
-        accept: Its `Accept` header: with `output_type=pil` and a processor, the client
-            asks there for a tensor in `[0, 1]`.
+        accept: The `Accept` header of the request. With `output_type=pil` and a processor,
+            the client asks for a tensor in `[0, 1]` with it.
 
     Raises:
-        RefusedError: The result can't be shown as it was asked for.
+        RefusedError: The result can't be returned in the requested form.
     """
     if query.output_type == "pt":
         return tensor_reply(_as_bytes_of_colour(sample) if query.partial_postprocess else sample)
@@ -285,7 +285,7 @@ def _encode_jpeg(levels: np.ndarray) -> bytes:
 
 
 def _as_bytes_of_colour(sample: Tensor) -> Tensor:
-    """`[-1, 1]` as uint8, channels last, with the arithmetic of diffusers' postprocessing."""
+    """Images in `[-1, 1]` as uint8, channels last, as diffusers' postprocessing computes them."""
     _require_finite(sample)
     shown: Any = VaeImageProcessor.denormalize(sample)
     levels: Tensor = (shown.float() * 255).round().to(torch.uint8)
@@ -293,7 +293,7 @@ def _as_bytes_of_colour(sample: Tensor) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # In one pass without a copy; where there is a NaN, both are it.
+    # One pass without a copy; both results are NaN if any element is.
     low, high = torch.aminmax(tensor)
     return math.isfinite(low) and math.isfinite(high)
 
@@ -320,10 +320,10 @@ def tensor_reply(tensor: Tensor) -> Reply:
 
 
 def encode_input(query: EncodeQuery, model: ModelInfo) -> TensorInput | None:
-    """What the body of an encode must be; `None` is a picture.
+    """The expected body of an encode request; `None` is a picture.
 
     Raises:
-        RefusedError: The shape doesn't fit the model.
+        RefusedError: The shape does not fit the model.
     """
     if query.shape is None and query.dtype is None:
         if model.in_channels != 3:
@@ -356,10 +356,10 @@ def encode_input(query: EncodeQuery, model: ModelInfo) -> TensorInput | None:
 
 
 def picture_size(body: bytearray) -> tuple[int, int]:
-    """Height and width of a picture, from its head alone.
+    """The height and width of a picture; reads only its header.
 
     Raises:
-        RefusedError: It isn't a picture of a kind that is read.
+        RefusedError: The body is not a picture in a supported format.
     """
     try:
         with warnings.catch_warnings():
@@ -371,7 +371,9 @@ def picture_size(body: bytearray) -> tuple[int, int]:
 
 
 def fitted_size(size: tuple[int, int], model: ModelInfo) -> tuple[int, int]:
-    """The size at which a picture is encoded: each side down to a multiple, as diffusers does.
+    """The size at which a picture is encoded: each side rounded down to a multiple of the factor.
+
+    This is what diffusers does.
 
     Raises:
         RefusedError: The picture is smaller than one latent cell.
@@ -389,7 +391,7 @@ def fitted_size(size: tuple[int, int], model: ModelInfo) -> tuple[int, int]:
 
 
 def read_picture(body: bytearray, model: ModelInfo) -> Tensor:
-    """A picture as the encoder takes it, prepared as diffusers' pipelines do.
+    """A picture as the input of the encoder, prepared as in diffusers' pipelines.
 
     Raises:
         RefusedError: The picture is damaged.
@@ -413,7 +415,7 @@ def _not_an_image() -> RefusedError:
 
 
 def encode_reply(latent: Tensor, query: EncodeQuery) -> Reply:
-    """What `remote_encode` reads: the latent, scaled if that was asked for."""
+    """The response that `remote_encode` reads: the latent, scaled if requested."""
     return tensor_reply(_asked_for(query, LatentScaling()).scale(latent))
 
 

@@ -1,10 +1,10 @@
-"""The service on Ray Serve: one front that speaks HTTP, and workers that run the models.
+"""The service on Ray Serve: one front end that speaks HTTP, and workers that run the models.
 
     serve run rbln_vae.serving.ray:build model=DIR replicas=2
 
-The front is the same application as that of `rbln-vae serve`; its backend sends tensors to
-a worker, which has the same batcher and models. A worker that dies costs its requests some
-time: the front sends them to another.
+The front end is the same application as `rbln-vae serve`; its backend sends tensors to a
+worker, which has the same batcher and models. If a worker dies, its requests are only delayed:
+the front end sends them to another worker.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from .models import ModelInfo, Shape, named_models, open_models
 from .settings import RUN_TIMEOUT, BatcherOptions, Limits
 
 _MANY = 10_000
-"""Requests at once that Ray lets through: the batcher's queue is the bound."""
+"""The most concurrent requests for Ray: high, because the batcher's queue sets the limit."""
 
 _PATIENCE = 60.0
-"""Seconds in which a request whose worker died must find another."""
+"""Seconds in which a request must find another worker if its own died."""
 
 _PAUSE = 0.25
 
 
 class Options(BaseModel):
-    """What `build` takes, as `name=value` of `serve run` or as `args` of a configuration file.
+    """Options of `build`: `name=value` for `serve run`, or `args` in a configuration file.
 
-    Those that `rbln-vae serve` has too mean the same.
+    Options that `rbln-vae serve` also has mean the same there.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="MODEL or NAME=MODEL, or several with commas.")
-    replicas: int = Field(1, gt=0, description="Workers.")
-    cpus: float = Field(1, ge=0, description="Processors that Ray keeps for a worker.")
-    threads: int | None = Field(None, gt=0, description="By default as many as cpus.")
+    model: str = Field(description="MODEL or NAME=MODEL, or several, separated by commas.")
+    replicas: int = Field(1, gt=0, description="The number of workers.")
+    cpus: float = Field(1, ge=0, description="Processors that Ray reserves for each worker.")
+    threads: int | None = Field(None, gt=0, description="Threads of a run; by default cpus.")
     max_batch: int = BatcherOptions.max_batch
     max_wait_ms: float = 1000 * BatcherOptions.max_wait
-    memory_limit: str | None = Field(None, description="Of each worker.")
-    queue: float = Field(BatcherOptions.queue, description="Of each worker.")
+    memory_limit: str | None = Field(None, description="The memory limit of each worker.")
+    queue: float = Field(BatcherOptions.queue, description="The queue of each worker.")
     concurrency: int = BatcherOptions.concurrency
     run_timeout: float = Field(RUN_TIMEOUT, gt=0)
-    api_key: str | None = Field(None, description="By default RBLN_VAE_API_KEY, if that is set.")
+    api_key: str | None = Field(None, description="By default RBLN_VAE_API_KEY, if it is set.")
     max_body: str = str(Limits.max_body)
     max_pixels: int = Field(Limits.max_pixels, gt=0)
     body_timeout: float = Field(Limits.body_timeout, gt=0)
@@ -71,7 +71,7 @@ class Options(BaseModel):
     @field_validator("model")
     @classmethod
     def _check_model(cls, text: str) -> str:
-        named_models(text.split(","))  # here, and not first on a worker
+        named_models(text.split(","))  # fail here, not later on a worker
         return text
 
     def named_models(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ class Options(BaseModel):
         return named_models(self.model.split(","))
 
     def batching(self, memory_limit: int | None) -> BatcherOptions:
-        """The options of a worker's batcher, within a memory limit in bytes."""
+        """The options of a worker's batcher, with the memory limit in bytes."""
         return BatcherOptions(
             max_batch=self.max_batch,
             max_wait=self.max_wait_ms / 1000,
@@ -89,7 +89,7 @@ class Options(BaseModel):
         )
 
     def limits(self) -> Limits:
-        """The limits of the front."""
+        """The limits of the front end."""
         return Limits(
             max_body=byte_count(self.max_body),
             max_pixels=self.max_pixels,
@@ -99,7 +99,7 @@ class Options(BaseModel):
 
 
 def build(args: Mapping[str, Any]) -> ray.serve.Application:
-    """The application that Ray Serve runs.
+    """Build the application for Ray Serve.
 
     Args:
         args: The names and values of `Options`.
@@ -124,7 +124,7 @@ def build(args: Mapping[str, Any]) -> ray.serve.Application:
 
 
 class Worker:
-    """Runs models for the front, in a process of its own."""
+    """Runs models for the front end, in its own process."""
 
     def __init__(self, options: Options) -> None:
         run = {
@@ -152,7 +152,7 @@ class Worker:
 
 
 class Front:
-    """Speaks HTTP, and leaves the models to workers."""
+    """Speaks HTTP, and sends tensors to workers."""
 
     async def __init__(self, workers: DeploymentHandle[Any], limits: Limits) -> None:  # type: ignore[misc]
         logs.configure()
@@ -164,7 +164,7 @@ class Front:
 
 
 class RemoteBackend:
-    """Workers behind a handle of Ray Serve."""
+    """A backend that runs tensors on workers, through a handle of Ray Serve."""
 
     def __init__(self, workers: DeploymentHandle[Any], models: Mapping[str, ModelInfo]) -> None:
         self._workers = workers
@@ -175,7 +175,7 @@ class RemoteBackend:
         return self._models
 
     async def check(self, model: str, part: str, shape: Shape) -> None:
-        """Only a worker knows; it answers when it gets the tensor."""
+        """Does nothing: a worker checks when it gets the tensor."""
 
     async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
         end = time.monotonic() + _PATIENCE
@@ -183,7 +183,7 @@ class RemoteBackend:
             try:
                 return await self._run_once(model, part, tensor)
             except (RayActorError, DeploymentUnavailableError):
-                # The worker died. Runs have no effects, so another may do it again.
+                # The worker died. Runs have no side effects, so another worker can repeat it.
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(_PAUSE)
@@ -198,14 +198,14 @@ class RemoteBackend:
         except BackPressureError:
             raise QueueFullError(1) from None
         except RayTaskError as error:
-            raise error.cause from None  # what the worker raised, as it was
+            raise error.cause from None  # the worker's own exception
         return outcome
 
     def load(self) -> Mapping[str, float]:
-        return {}  # workers have it, and Ray's own metrics show it
+        return {}  # the workers have the load, and Ray's own metrics show it
 
     def drain(self) -> None:
-        """Nothing to do: the workers go on, and batches wait there."""
+        """Does nothing: the workers continue, and batches wait there."""
 
     async def close(self) -> None:
-        """Nothing to do: Ray ends workers by itself, after the front."""
+        """Does nothing: Ray ends the workers after the front end."""
