@@ -1,4 +1,4 @@
-"""Whether to show what only the developers of the package want to see."""
+"""The switch for output that is meant for developers of this package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def debugging() -> bool:
-    """Whether `RBLN_VAE_DEBUG` is set, and to something else than 0 or nothing.
+    """Whether `RBLN_VAE_DEBUG` is set to anything but 0 or the empty text.
 
-    Then each pass prints its graph, and commands print the traceback of an error.
+    If so, each pass prints its graph, and commands print the traceback of an error.
     """
     return os.environ.get("RBLN_VAE_DEBUG", "") not in ("", "0")

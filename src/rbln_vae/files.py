@@ -1,4 +1,4 @@
-"""Writing files so that a crash never leaves one half-written, or a mixture unnoticed."""
+"""Writes files so that a crash leaves no partial file, and no mixture of old and new unnoticed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well.
+    """A temporary file next to `path`, which replaces it if the block succeeds.
 
     Args:
-        path: Where the file goes; its directory must exist.
+        path: The file to write; its directory must exist.
 
     Yields:
         The temporary path to write to. If the block raises, it is removed and `path` is
-        what it was.
+        unchanged.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -35,21 +35,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_files(path: Path, patterns: tuple[str, ...], marker: str) -> Iterator[Path]:
-    """A temporary directory whose files move to `path` when the block ends well.
+    """A temporary directory whose files move to `path` if the block succeeds.
 
     Readers refuse a directory without its marker. The old marker is removed before the first
-    file moves, and the new one moves last; so a crash leaves the old files, the new files, or
-    a directory that is clearly incomplete. The directory itself stays, which may be a mount
+    file moves, and the new one moves last. So a crash leaves the old files, the new files, or
+    a directory that is clearly incomplete. The directory itself stays, so it may be a mount
     point or the working directory.
 
     Args:
-        path: Where the files go. It and its parents are made where missing.
-        patterns: Glob patterns of the files that the new ones replace; those of them that are
-            not written are removed. All other files stay.
-        marker: The name of the file without which the others count for nothing.
+        path: The directory to write. It and its parents are made if they are missing.
+        patterns: Glob patterns of the old files that are removed. All other files are kept,
+            except those that are written again.
+        marker: The name of the file without which readers refuse the directory.
 
     Yields:
-        The temporary directory to write to. If the block raises, `path` is what it was.
+        The temporary directory to write to. If the block raises, `path` is unchanged.
 
     Raises:
         NotADirectoryError: `path` is a file.

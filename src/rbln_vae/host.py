@@ -1,8 +1,8 @@
-"""What the process may use of the machine: its control groups may give it less than there is.
+"""The memory and processors that the process may use, within the limits of control groups.
 
-Linux keeps processes in a tree of control groups, each of which may limit memory and processor
-time for everything below it. Both versions of these groups are read, side by side where a
-system mixes them. Elsewhere the whole machine counts.
+Linux keeps processes in a tree of control groups. Each group may limit memory and processor
+time for everything below it. Versions 1 and 2 are supported, even mixed. Other systems have no
+control groups, so the whole machine counts.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ _ROOT = Path("/")
 
 
 def usable_memory(root: Path = _ROOT) -> int:
-    """Bytes of memory that the process may use: the machine's, or less if a limit says so.
+    """The bytes of memory that the process may use: the machine's memory, or a lower limit.
 
-    `memory.high` counts as much as `memory.max`: the kernel lets a process exceed it, but
-    slows it down until that is hardly worth the memory.
+    `memory.high` counts like `memory.max`: a process may exceed it, but the kernel then slows
+    the process down severely.
 
     Args:
-        root: Where the file system begins.
+        root: The root of the file system, by default `/`.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for group in _groups(root, "memory"):
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
             text = _read(group / name)
-            if text.isdecimal():  # not where it is "max"
+            if text.isdecimal():  # not "max"
                 limits.append(int(text))
     return min(limits)
 
 
 def usable_processors(root: Path = _ROOT) -> int:
-    """How many threads the process can keep busy: physical cores, or less by a quota of time.
+    """The number of physical cores that the process may use, or less if it has a CPU quota.
 
-    Processors that share a core count once, since they share the cache, too. Only those in the
-    affinity mask of the process count.
+    Processors that share a core count once, because they also share its cache. Only processors
+    in the affinity mask of the process count.
 
     Args:
-        root: Where the file system begins.
+        root: The root of the file system, by default `/`.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len({_core(root, number) for number in os.sched_getaffinity(0)})
@@ -52,9 +52,9 @@ def usable_processors(root: Path = _ROOT) -> int:
 
 
 def _core(root: Path, number: int) -> str:
-    """The processors on the core of one, which name the core; without a topology itself."""
+    """A name for the core of a processor: the list of its processors, or else the number."""
     topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
-    # The newer name, and the one that older kernels have.
+    # The second name is that of older kernels.
     return (
         _read(topology / "core_cpus_list")
         or _read(topology / "thread_siblings_list")
@@ -63,7 +63,7 @@ def _core(root: Path, number: int) -> str:
 
 
 def _share(group: Path) -> float:
-    """The processors that a control group may keep busy, `inf` without a quota."""
+    """The number of processors that the quota of a control group allows; `inf` without one."""
     quota, _, period = _read(group / "cpu.max").partition(" ")
     if not quota:
         quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
@@ -73,7 +73,7 @@ def _share(group: Path) -> float:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of the control groups that the process is in, each before its parent."""
+    """The directories of the process's control groups, each before its parent."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         version_2 = not controllers
@@ -82,10 +82,10 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _levels(root: Path, controller: str | None, path: PurePosixPath) -> Iterator[Path]:
-    """The directory of one control group, and those above it as far as they can be seen.
+    """The directories of a control group and of its visible ancestors.
 
-    A mount may show a part of the tree alone, as containers have it. If the group is not in
-    that part, as seen from here, then the top of the part is the nearest that is known.
+    A mount may show only a part of the tree, as in containers. If the group is not in that
+    part, the top of the part is used instead.
     """
     mounts = list(_mounts(root, controller))
     below = [
@@ -99,11 +99,12 @@ def _levels(root: Path, controller: str | None, path: PurePosixPath) -> Iterator
 
 
 def _mounts(root: Path, controller: str | None) -> Iterator[tuple[PurePosixPath, PurePosixPath]]:
-    """What is mounted of a tree of control groups, and where, relative to the root.
+    """The mounted parts of a tree of control groups, and their mount points below the root.
 
     Args:
-        root: Where the file system begins.
-        controller: Of version 1, which has a tree for each; `None` is the tree of version 2.
+        root: The root of the file system.
+        controller: The controller of version 1, which has one tree per controller; `None` is
+            the tree of version 2.
     """
     for line in _read(root / "proc/self/mountinfo").splitlines():
         mount, _, source = line.partition(" - ")
@@ -116,12 +117,12 @@ def _mounts(root: Path, controller: str | None) -> Iterator[tuple[PurePosixPath,
 
 
 def _unescaped(field: str) -> str:
-    """A path of `mountinfo`, where spaces and their like are octal numbers."""
+    """A path of `mountinfo`, in which special characters are octal escapes."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 def _read(file: Path) -> str:
-    """The text of a file without the space around it, empty if it can't be read."""
+    """The stripped text of a file; empty if it can't be read."""
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):

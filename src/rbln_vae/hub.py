@@ -1,4 +1,4 @@
-"""Finding and keeping models on disk and on the Hugging Face Hub."""
+"""Finds models on disk and on the Hugging Face Hub, and uploads them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _ORIGINAL_OPTIONS = (
     "original_config",
     "disable_mmap",
 )
-"""What diffusers' loaders take and a compiled model, which has no weights to load, ignores."""
+"""Arguments of diffusers' loaders that compiled models ignore, having no weights to load."""
 
 
 def options(loader: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the loader's arguments that say where a file is."""
+    """The loader's arguments that locate a file."""
     return {k: v for k, v in loader.items() if k in _DOWNLOAD_OPTIONS and v is not None}
 
 
@@ -47,23 +47,24 @@ def check_loader_options(loader: Mapping[str, Any]) -> None:
 
 
 _PATIENCE = 8.0
-"""Seconds that the hub may take to say whether it has a model."""
+"""The most seconds that the hub may take to say whether it has a model."""
 _BUSY = (408, 429, 500, 502, 503, 504)
-"""The statuses of a hub that is there, but busy: downloads try again."""
+"""HTTP statuses of a hub that is busy; downloads retry after these."""
 
 
 def reach(model_id: str, loader: Mapping[str, Any]) -> dict[str, Any]:
-    """The loader's arguments, with `local_files_only` where the hub doesn't give the model.
+    """The loader's arguments, with `local_files_only` if the hub can't be reached.
 
-    `huggingface_hub` waits for each file anew, tries again for most of a minute, and warns each
-    time. So the hub is asked once, before any download; downloads then take as long as they take.
+    `huggingface_hub` waits for each file separately, retries for most of a minute, and warns
+    each time. So the hub is asked once, before any download. Downloads have no time limit.
 
     Args:
-        model_id: A local path or a hub id. The hub is not asked for one that is a path.
+        model_id: A local path or a hub id. The hub is not asked about a path.
         loader: `revision`, `token`, … of `huggingface_hub.hf_hub_download`, and any others.
 
     Raises:
-        OSError: The hub has no such model, or can't be reached, and the cache hasn't got it.
+        OSError: The hub does not have the model or can't be reached, and the cache does not
+            have it.
     """
     if loader.get("local_files_only") or Path(model_id).exists() or is_path(model_id):
         return dict(loader)
@@ -98,10 +99,10 @@ def reach(model_id: str, loader: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _asked(model_id: str, loader: Mapping[str, Any]) -> Exception | None:
-    """What the hub says of a model, or why it says nothing; `None` if all is well.
+    """Ask the hub about a model; returns the error, or `None` if the hub has the model.
 
-    The thread is left behind when its time is over: looking up the address and trying one after
-    another have no timeout that would cover them.
+    The thread is abandoned when the time is over, because no timeout covers name resolution and
+    attempts to connect to several addresses.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -112,7 +113,7 @@ def _asked(model_id: str, loader: Mapping[str, Any]) -> Exception | None:
         try:
             url = hf_hub_url(model_id, CONFIG_NAME, revision=loader.get("revision"))
             get_hf_file_metadata(url, token=loader.get("token"), timeout=patience)
-        except Exception as error:  # each version of the library has its own for a lost connection
+        except Exception as error:  # lost connections raise other types in each library version
             answers.put(error)
         else:
             answers.put(None)
@@ -132,7 +133,7 @@ def _no_model(model_id: str, error: Exception) -> OSError:
 
 
 def _is_cached(model_id: str, loader: Mapping[str, Any]) -> bool:
-    """Whether the cache holds a model or a pipeline, to judge by the files that describe it."""
+    """Whether the cache has the configuration file of a model or a pipeline."""
     from huggingface_hub import try_to_load_from_cache
 
     where = {name: loader[name] for name in ("cache_dir", "revision") if name in loader}
@@ -147,15 +148,15 @@ def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path |
 
     Args:
         model_id: A local path or a hub id.
-        subfolder: Where in it the model is.
+        subfolder: The subfolder of the model, by default the top.
         **download: Arguments of `huggingface_hub.snapshot_download`.
 
     Returns:
-        The directory, or `None` if what is there isn't a compiled model.
+        The directory, or `None` if the name stands for something else.
 
     Raises:
-        OSError: There is nothing of that name.
-        ValueError: The path is a file of a kind that can't be loaded.
+        OSError: The name does not exist.
+        ValueError: The path is a file that can't be loaded.
     """
     path = Path(model_id)
     if path.is_dir():
@@ -191,7 +192,7 @@ def find_class_name(model_id: str, subfolder: str = "", **download: Any) -> str 
 
 
 def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | None:
-    """The VAE of a diffusers pipeline, if that is what the name stands for.
+    """Find the VAE of a diffusers pipeline.
 
     Args:
         model_id: A local path or a hub id.
@@ -199,7 +200,8 @@ def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | No
 
     Returns:
         The subfolder of the VAE, and the side of the latents that the UNet or transformer
-        was trained on, where it says so; `None` if it is no pipeline with a VAE.
+        was trained on (`None` if it is unknown); `None` if the name is not a pipeline with a
+        VAE.
     """
     index = _json(model_id, "model_index.json", download)
     if index is None or "vae" not in index:
@@ -215,15 +217,15 @@ def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | No
 def find_vae(
     model_id: str, *, subfolder: str | None = None, revision: str | None = None
 ) -> dict[str, Any]:
-    """Arguments for a loader that lead to a VAE, which may be that of a pipeline.
+    """The loader arguments that find a VAE, possibly that of a pipeline.
 
     Args:
         model_id: A local path or a hub id.
-        subfolder: Where in it the VAE is, where the user has said so.
-        revision: Of a model on the hub.
+        subfolder: The subfolder of the VAE; `None` is the top, or `vae` in a pipeline.
+        revision: The revision of a model on the hub; `None` is the default one.
 
     Raises:
-        OSError: As `reach`.
+        OSError: The model does not exist or can't be reached, as in `reach`.
     """
     where = reach(model_id, {} if revision is None else {"revision": revision})
     if subfolder is None and (found := find_pipeline(model_id, **where)):
@@ -232,7 +234,7 @@ def find_vae(
 
 
 def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A JSON object of a model, or `None` if there is none."""
+    """A JSON object from a file of a model, or `None` if there is none."""
     path = Path(model_id)
     if path.is_dir():
         file = path / name
@@ -245,7 +247,7 @@ def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, An
         try:
             file = Path(hf_hub_download(model_id, name, **download))
         except (HfHubHTTPError, HFValidationError, OSError):
-            return None  # what loads the model says why
+            return None  # the loader of the model reports the reason
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -254,12 +256,12 @@ def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, An
 
 
 def is_single_file(model_id: str) -> bool:
-    """Whether the name is that of one `.safetensors` checkpoint."""
+    """Whether the name stands for a single `.safetensors` checkpoint."""
     return model_id.endswith(".safetensors")
 
 
 def is_path(model_id: str) -> bool:
-    """Whether the name can only be that of something local, or of a file."""
+    """Whether the name can't be a hub id, so that it must be a path or an address of a file."""
     return (
         model_id.startswith((".", "~", "/"))
         or model_id.endswith("/")
@@ -296,7 +298,7 @@ def _download(model_id: str, subfolder: str, download: Mapping[str, Any]) -> Pat
     try:
         hf_hub_download(model_id, prefix + CONFIG_NAME, **download)
     except LocalEntryNotFoundError as error:
-        # The hub was not asked; what the cache holds of the model still may tell.
+        # The hub was not asked; the cache may still have other files of the model.
         if not _is_cached(model_id, {**download, "subfolder": subfolder}):
             raise OSError(
                 f"{model_id!r} is not in the cache, and the hub was not asked, or gave no "
@@ -322,7 +324,11 @@ def upload(
     commit_message: str,
     create_pr: bool,
 ) -> str:
-    """Upload a directory as a model repository; gives the address of the commit."""
+    """Upload a directory as a model repository.
+
+    Returns:
+        The address of the commit, or of the pull request if `create_pr` is true.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

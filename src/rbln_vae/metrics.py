@@ -1,4 +1,4 @@
-"""How close two image tensors are: what is measured, and nothing of how it is shown."""
+"""Measures of the difference between two image tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 SSIM_WINDOW = 11
-"""Side in pixels of the window over which SSIM compares; the smallest image it takes."""
+"""The side in pixels of the window of SSIM, and of the smallest image that SSIM accepts."""
 
 _SSIM_SIGMA = 1.5
 _SSIM_RANGE = 2.0  # from black to white
@@ -16,16 +16,15 @@ _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 
 
 def psnr(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in decibels; infinite where the tensors are equal.
+    """Peak signal-to-noise ratio in decibels; infinite if the tensors are equal.
 
     Args:
-        image: Of any shape.
-        reference: Of the same shape.
-        data_range: The greatest value less the smallest that the data can take: 2 for
-            samples in `[-1, 1]`.
+        image: A tensor of any shape.
+        reference: A tensor of the same shape.
+        data_range: The range of values, by default 2, for samples in `[-1, 1]`.
 
     Raises:
-        ValueError: The shapes differ, or there is nothing to compare.
+        ValueError: The shapes differ, or the tensors are empty.
     """
     image, reference = _pair(image, reference)
     error = float((image - reference).square().mean())
@@ -35,18 +34,18 @@ def psnr(image: torch.Tensor, reference: torch.Tensor, data_range: float = 2.0) 
 
 
 def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
-    """Structural similarity: 1 where the images are equal, about 0 where unrelated.
+    """Structural similarity: 1 for equal images, about 0 for unrelated images.
 
     The index of Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error
-    visibility to structural similarity" (2004): a Gaussian window of 11x11 with sigma 1.5,
-    where it lies wholly within the image; the mean over pixels, channels and batch.
+    visibility to structural similarity" (2004), with a Gaussian window of 11x11 and sigma 1.5
+    at all positions within the image, averaged over pixels, channels and batch.
 
     Args:
-        image: `(N, C, H, W)` in `[-1, 1]`, at least 11x11.
-        reference: Of the same shape.
+        image: Images `(N, C, H, W)` in `[-1, 1]`, at least 11x11.
+        reference: Images of the same shape.
 
     Raises:
-        ValueError: The shapes differ, aren't images, or are smaller than the window.
+        ValueError: The shapes differ, are not those of images, or are smaller than the window.
     """
     image, reference = _pair(image, reference)
     if image.ndim != 4 or min(image.shape[2:]) < SSIM_WINDOW:
@@ -54,19 +53,19 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
             f"SSIM compares images (N, C, H, W) of at least {SSIM_WINDOW}x{SSIM_WINDOW}, "
             f"found {tuple(image.shape)}"
         )
-    # The index compares means too, so levels must begin at black.
+    # The index also compares means, so black must be 0.
     image, reference = image + 1, reference + 1
-    # One channel at a time bounds the memory, which is many times that of the input.
+    # One channel at a time, because the memory is many times that of the input.
     planes = zip(image.flatten(0, 1), reference.flatten(0, 1), strict=True)
     values = [_ssim_plane(a, b) for a, b in planes]
     return math.fsum(values) / len(values)
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Length of the difference over the length of the reference.
+    """The L2 norm of the difference divided by the L2 norm of the reference.
 
     Raises:
-        ValueError: The shapes differ, or there is nothing to compare.
+        ValueError: The shapes differ, or the tensors are empty.
     """
     value, reference = _pair(value, reference)
     error, length = float((value - reference).norm()), float(reference.norm())
@@ -76,17 +75,17 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def largest_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """The greatest absolute difference of two elements.
+    """The largest absolute difference of two elements.
 
     Raises:
-        ValueError: The shapes differ, or there is nothing to compare.
+        ValueError: The shapes differ, or the tensors are empty.
     """
     value, reference = _pair(value, reference)
     return float((value - reference).abs().max())
 
 
 def _pair(value: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in double precision, so that the measure adds no error of its own."""
+    """Both tensors in double precision, so that the measure adds no error of its own."""
     if value.shape != reference.shape or not value.numel():
         raise ValueError(
             f"expected two tensors of one shape and not empty, found {tuple(value.shape)} "
@@ -108,7 +107,7 @@ def _ssim_plane(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _blur(plane: torch.Tensor) -> torch.Tensor:
-    """A plane `(H, W)` under the Gaussian window, one direction after the other."""
+    """Filter a plane `(H, W)` with the Gaussian window, one direction after the other."""
     distance = torch.arange(SSIM_WINDOW, dtype=plane.dtype) - SSIM_WINDOW // 2
     window = torch.exp(-0.5 * (distance / _SSIM_SIGMA) ** 2)
     window /= window.sum()

@@ -1,4 +1,4 @@
-"""The times of each operation of a run, as a table and as a trace."""
+"""Profiles of runs: the time of each operation, as a table or as a trace."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Step:
     """One operation of a run.
 
     Attributes:
-        name: The value that it made.
-        kind: The operation.
-        start: Seconds since the start of the run.
-        seconds: How long it took.
-        flops: Floating-point operations that it did.
-        bytes: Bytes that it read and wrote at the least: inputs, weights and output.
+        name: The value that the operation produced.
+        kind: The kind of operation.
+        start: Seconds from the start of the run to the start of the operation.
+        seconds: The duration in seconds.
+        flops: Floating-point operations.
+        bytes: The least bytes that must be read and written: inputs, weights and output.
     """
 
     name: str
@@ -49,10 +49,10 @@ class RunProfile:
     Attributes:
         part: `"encoder"` or `"decoder"`.
         input_shape: `(N, C, H, W)`.
-        start: Seconds since the epoch, when the run started.
-        steps: Its operations, in order.
-        limit: Floating-point operations per second that the machine can do, as measured;
-            0 where that is not known.
+        start: The start of the run, in seconds since the epoch.
+        steps: The operations, in order.
+        limit: The measured peak of the machine in floating-point operations per second; 0,
+            the default, if it is unknown.
     """
 
     part: str
@@ -63,7 +63,7 @@ class RunProfile:
 
     @property
     def seconds(self) -> float:
-        """The time of all steps."""
+        """The total time of all steps, in seconds."""
         return sum(step.seconds for step in self.steps)
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class RunProfile:
         )
 
     def _together(self) -> list[Step]:
-        """Steps that make parts of one value, as one."""
+        """The steps, with steps of the same kind and value merged."""
         found: dict[tuple[str, str], Step] = {}
         for step in self.steps:
             key = step.kind, step.name
@@ -96,10 +96,10 @@ class RunProfile:
         return list(found.values())
 
     def _share(self, step: Step) -> str:
-        """How much of the limit a step reaches.
+        """The percentage of the peak that a step reaches, as text; empty if unknown.
 
-        By the operations that its definition takes: Winograd's algorithm does with fewer,
-        and gets above 100 %.
+        It counts the operations of a direct convolution. Winograd's algorithm needs fewer, so
+        it can exceed 100 %.
         """
         if not self.limit or not step.flops:
             return ""
@@ -108,7 +108,7 @@ class RunProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """The latest runs of a model; `print` shows one table a run."""
+    """The latest runs of a model; `print` shows one table per run."""
 
     runs: Sequence[RunProfile]
 
@@ -116,7 +116,7 @@ class Profile:
         return "\n\n".join(map(str, self.runs)) or "No run yet."
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the runs as a trace in the Chrome JSON format, which Perfetto opens.
+        """Write the runs as a trace in Chrome's JSON format, which Perfetto opens.
 
         Args:
             path: The file, for example `"trace.json"`; open it at https://ui.perfetto.dev.

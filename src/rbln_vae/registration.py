@@ -1,8 +1,8 @@
-"""Makes diffusers save and load compiled models with its pipelines, and imports nothing for it.
+"""Registers compiled models with diffusers' pipelines, without importing diffusers.
 
-A pipeline stores a component through the tables of one module of diffusers. The entry is
-made when that module is there, so that `import rbln_vae` stays light and may come before or
-after `import diffusers`.
+A pipeline saves and loads its components according to tables in a module of diffusers. The
+entry is added when that module is imported, so `import rbln_vae` stays fast and may come
+before or after `import diffusers`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from types import ModuleType
 
 _TABLES = "diffusers.pipelines.pipeline_loading_utils"
 _METHODS = {"RBLNModel": ["save_pretrained", "from_pretrained"]}
-"""The class, an attribute of the top-level package, whose subclasses are stored, and how."""
+"""The base class of compiled models, and its methods for saving and loading."""
 
 
 def register() -> None:
-    """Enter compiled models in the tables of diffusers, now or as soon as it is imported."""
+    """Add compiled models to the tables of diffusers, now or when diffusers is imported."""
     tables = sys.modules.get(_TABLES)
     if tables is not None and hasattr(tables, "ALL_IMPORTABLE_CLASSES"):
         _enter(tables)
@@ -33,7 +33,7 @@ def _enter(tables: ModuleType) -> None:
 
 
 class _Finder:
-    """Finds one module as ever, and has the entry made once it has been run."""
+    """Finds the module of the tables as usual, with a loader that adds the entry."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

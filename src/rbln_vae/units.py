@@ -1,4 +1,4 @@
-"""Numbers and sizes as people write and read them."""
+"""Parses and formats numbers, sizes and times for people."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ _UNITS = {
 
 
 def positive_int(value: object) -> int:
-    """The value as an `int`, which must be positive; `True` is no number here."""
+    """The value as a positive `int`; raises a `ValueError` for anything else, also for `True`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
         raise ValueError("expected a positive integer")
     return int(value)
 
 
 def positive_number(value: object) -> int | float:
-    """The value as an `int` if it is whole, else as a `float`; it must be positive."""
+    """The value as a positive `int` if it is whole, else as a positive `float`.
+
+    Raises:
+        TypeError: The value is not a number.
+        ValueError: The value is not positive.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError("expected a number")
     number = float(value)
@@ -31,7 +36,11 @@ def positive_number(value: object) -> int | float:
 
 
 def byte_count(value: object) -> int:
-    """A number of bytes from an `int` or a text such as `"2GiB"` or `"512MB"`."""
+    """A number of bytes from an `int` or from a text such as `"2GiB"` or `"512MB"`.
+
+    Raises:
+        ValueError: The value is not a positive number of bytes.
+    """
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         number = float(match[1]) if match is not None else math.inf
@@ -42,7 +51,7 @@ def byte_count(value: object) -> int:
 
 
 def optional_byte_count(value: object) -> int | None:
-    """`byte_count`, or `None` where nothing is given: `None`, or the empty field of a form."""
+    """`byte_count(value)`, or `None` for `None` or an empty text."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     return byte_count(value)
@@ -51,7 +60,7 @@ def optional_byte_count(value: object) -> int | None:
 def format_bytes(size: float) -> str:
     """A number of bytes for people: `3.0 MiB` for 3145728.
 
-    In MiB up to 10 GiB, so that what is compared most often has one unit.
+    Sizes up to 10 GiB are in MiB, so that most comparisons use the same unit.
     """
     if size < 2**10:
         return f"{size:g} bytes"

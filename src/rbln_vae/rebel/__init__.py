@@ -1,7 +1,7 @@
-"""Stands in for `rebel`, Rebellions' compiler, on a machine without it and without an NPU.
+"""A stand-in for `rebel`, Rebellions' compiler, for machines without it and without an NPU.
 
-It has what optimum-rbln 0.12 uses for an `AutoencoderKL`, backed by the targets of this
-package, so that code written for the NPU can be developed and tested anywhere:
+It has everything that optimum-rbln 0.12 uses for an `AutoencoderKL`, backed by the targets of
+this package, so that code for the NPU can be developed and tested anywhere:
 
     python -m rbln_vae.rebel script.py
 
@@ -10,8 +10,8 @@ or, before optimum-rbln is imported,
     import rbln_vae.rebel
     rbln_vae.rebel.install()
 
-As on the NPU, a compiled model takes the one shape and dtype that it was compiled for.
-Files that it writes can be read by it alone, not by Rebellions' compiler, nor the reverse.
+As on the NPU, a compiled model takes only the shape and dtype that it was compiled for. Files
+of the stand-in can't be read by Rebellions' compiler, nor the reverse.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ __all__ = [
 InputInfo = Sequence[tuple[str, Sequence[int], str]]
 
 _DTYPES = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16"}
-"""In what to compute for each dtype of an input."""
+"""The dtype of the computation for each dtype of the input."""
 
 
 @dataclass
 class _Machine:
-    """The machine that is imitated."""
+    """The simulated machine."""
 
     npu: str = "RBLN-CA22"
     devices: int = 1
@@ -61,16 +61,16 @@ _machine = _Machine()
 
 
 def install(npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu") -> None:
-    """Make `import rebel` find this module, in this process.
+    """Make `import rebel` import this module, in this process.
 
     Args:
-        npu: The name of the NPU that the machine is said to have.
-        devices: How many of them; 0 is a machine that can compile only.
-        target: What runs the models in truth, such as `"cpu"` or `"cuda"`.
+        npu: The name of the simulated NPU, by default `"RBLN-CA22"`.
+        devices: The number of NPUs, by default 1; with 0 the machine can only compile.
+        target: The target that runs the models, by default `"cpu"`.
 
     Raises:
-        RuntimeError: Another `rebel` has been imported before.
-        ValueError: There is no such target, or it is the NPU itself.
+        RuntimeError: Another module `rebel` is already imported.
+        ValueError: There is no such target, or it is `"rbln"`.
 
     Example:
         >>> import rbln_vae.rebel
@@ -91,17 +91,17 @@ def install(npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu") -> No
 
 
 def device_count() -> int:
-    """How many NPUs there are."""
+    """The number of NPUs."""
     return _machine.devices
 
 
 def get_npu_name(device_id: int = 0) -> str | None:
-    """The name of an NPU; `None` if there is none of that number."""
+    """The name of the NPU with a number, or `None` if there is none."""
     return _machine.npu if 0 <= device_id < _machine.devices else None
 
 
 def npu_is_available(device_id: int = 0) -> bool:
-    """Whether there is an NPU of that number."""
+    """Whether there is an NPU with that number."""
     return get_npu_name(device_id) is not None
 
 
@@ -109,10 +109,10 @@ class RBLNCompiledModel:
     """One part of a model, compiled for one shape and dtype.
 
     Args:
-        path: The file that `save` wrote.
+        path: A file that `save` wrote.
 
     Raises:
-        RBLNArtifactError: It is missing, damaged, or written by another compiler.
+        RBLNArtifactError: The file is missing, damaged, or written by another compiler.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -151,18 +151,18 @@ def compile_from_torch(
     num_devices: int | None = None,
     **kwargs: Any,
 ) -> RBLNCompiledModel:
-    """Compile a module that takes one image and gives one image.
+    """Compile a module that maps one image to one image.
 
     Args:
         mod: The module; it is not changed.
         input_info: One input as `[(name, [N, C, H, W], dtype)]`.
-        npu: The NPU to compile for; changes nothing here.
-        num_devices: Devices that share the model; changes nothing here.
-        **kwargs: Other options of Rebellions' compiler; they change nothing here.
+        npu: The NPU to compile for; has no effect here.
+        num_devices: The number of devices that share the model; has no effect here.
+        **kwargs: Other options of Rebellions' compiler; they have no effect here.
 
     Raises:
-        RBLNCompileError: There is another number of inputs, or the module does something
-            that an `AutoencoderKL` does not.
+        RBLNCompileError: The number of inputs is not one, or the module has an operation that
+            an `AutoencoderKL` does not have.
     """
     if len(input_info) != 1 or len(input_info[0][1]) != 4 or input_info[0][2] not in _DTYPES:
         raise RBLNCompileError(
@@ -192,12 +192,12 @@ class Runtime:
     """A compiled model on a device, ready to run.
 
     Args:
-        compiled_model: The model, or the file that holds it.
-        tensor_type: `"pt"` gives and takes torch tensors, `"np"` NumPy arrays.
-        device: The number of an NPU, or one for each that shares the model; `None` is the
-            first.
-        activate_profiler: Keep the times of each run, in `profiles`.
-        timeout: Seconds that one run may take; `None` is no limit.
+        compiled_model: The model, or the path of its file.
+        tensor_type: `"pt"` for torch tensors, `"np"` (default) for NumPy arrays.
+        device: The number of the NPU, or the numbers of all that share the model; `None` is
+            the first.
+        activate_profiler: Whether to keep the times of each run in `profiles`, by default not.
+        timeout: The most seconds of a run; `None` is no limit.
 
     Raises:
         RBLNRuntimeError: There is no such device.
@@ -232,20 +232,20 @@ class Runtime:
 
     @property
     def profiles(self) -> list[RunProfile]:
-        """The latest runs, if the profiler is active."""
+        """The latest runs, if the profiler is active; else empty."""
         return self._runtime.profiles
 
     def run(self, image: Any) -> Any:
         """Run the model.
 
         Args:
-            image: Of the shape and dtype that the model was compiled for, with any strides.
+            image: An image of the compiled shape and dtype, with any strides.
 
         Returns:
             A new tensor or array.
 
         Raises:
-            RBLNRuntimeError: The shape or dtype is another one.
+            RBLNRuntimeError: The shape or dtype is not the compiled one.
             TimeoutError: The run took longer than the timeout.
         """
         tensor: Tensor = torch.from_numpy(image) if self._tensor_type == "np" else image

@@ -1,4 +1,4 @@
-"""`python -m rbln_vae.rebel SCRIPT`: run a script that imports `rebel`, without it."""
+"""`python -m rbln_vae.rebel SCRIPT`: runs a script that imports `rebel` on the stand-in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ USAGE = "usage: python -m rbln_vae.rebel SCRIPT [ARGUMENT...]\n       … -m MOD
 
 
 def main() -> None:
-    """Install the stand-in, then run a script or a module as Python itself does."""
+    """Install the stand-in, then run a script or a module like `python` does."""
     arguments = sys.argv[1:]
     if not arguments or arguments in (["-h"], ["--help"], ["-m"]):
         sys.exit(USAGE)

@@ -1,4 +1,4 @@
-"""The target `cuda`: the optimised graph on an NVIDIA GPU, by PyTorch's own kernels."""
+"""The target `cuda`: the optimised graph on an NVIDIA GPU, with PyTorch's kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CudaTarget(InterpreterTarget):
         return "cuda"
 
     def usable_memory(self, device: int | str) -> int:
-        """Bytes of the GPU."""
+        """The bytes of the GPU's memory."""
         self.require()
         return int(torch.cuda.get_device_properties(device).total_memory)
 

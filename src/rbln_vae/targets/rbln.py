@@ -1,8 +1,7 @@
-"""The target `rbln`: an RBLN NPU, by Rebellions' compiler.
+"""The target `rbln`: an RBLN NPU, through Rebellions' compiler.
 
-That compiler, the module `rebel`, takes a torch module and fixes every shape; it is given
-the part of the model itself, not our graph of it, since that is what it was made for. It is
-called as optimum-rbln 0.12 calls it.
+The compiler, the module `rebel`, compiles a torch module for fixed shapes. So this target
+passes it the torch module of a part, not a graph, in the same way as optimum-rbln 0.12.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from .watch import ShouldStop, Watch
 DTYPE = "float32"
 
 DEFAULT_TIMEOUT = 60.0
-"""Seconds that a run may take, as in optimum-rbln: an NPU that hangs gives no other sign."""
+"""The most seconds of a run, as in optimum-rbln: only a timeout detects an NPU that hangs."""
 
 _NO_COMPILER = (
     "Rebellions' compiler, the package rebel-compiler, is not installed. Install it as "
@@ -43,7 +42,7 @@ _NO_COMPILER = (
 
 
 def _rebel() -> Any:
-    """Rebellions' compiler."""
+    """Import Rebellions' compiler."""
     if importlib.util.find_spec("rebel") is None:
         raise RBLNTargetUnavailableError(f"The target 'rbln' can't compile here: {_NO_COMPILER}")
     return importlib.import_module("rebel")
@@ -85,7 +84,7 @@ class RblnTarget(Target):
                 **{_devices_keyword(rebel): options.num_devices},
             )
         except Exception as error:
-            # It runs the model's own Python code, so anything can be raised.
+            # The compiler runs the model's own Python code, which can raise anything.
             raise RBLNCompileError(
                 f"Rebellions' compiler can't compile the {options.part}: {error}"
             ) from error
@@ -127,7 +126,7 @@ class RblnTarget(Target):
 
 @dataclass(frozen=True)
 class RblnPart:
-    """One part of a model, as Rebellions' compiler gives it."""
+    """One part of a model, compiled by Rebellions' compiler."""
 
     compiled: Any
     part: str
@@ -137,7 +136,7 @@ class RblnPart:
 
     def save(self, path: Path) -> None:
         try:
-            # Under its own name in a directory beside: the compiler may look at the suffix.
+            # In a temporary directory under its own name, as the compiler may check the suffix.
             with TemporaryDirectory(dir=path.parent) as directory:
                 temporary = Path(directory) / path.name
                 self.compiled.save(temporary)
@@ -155,18 +154,18 @@ class RblnRuntime:
 
     @property
     def profiles(self) -> list[RunProfile]:
-        """None: Rebellions' profiler writes its own files."""
+        """Always empty: Rebellions' profiler writes its own files."""
         return []
 
     def memory_needed(self, shape: tuple[int, ...]) -> int:
-        """Nothing of this machine's: the NPU has its own, taken since the model was loaded."""
+        """Always 0: a run needs only memory of the NPU, which is taken when the model loads."""
         return 0
 
     def describe(self, shape: tuple[int, ...], *, steps: bool = False) -> str:
         return f"{format_size(shape)}: planned by the compiler, in the memory of the NPU"
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
-        """The compiler has chosen already."""
+        """Does nothing: the compiler has already chosen."""
 
     def run(
         self,
@@ -174,7 +173,7 @@ class RblnRuntime:
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
     ) -> Tensor:
-        """Run the part; what the NPU has begun can't be stopped, so it asks before that alone."""
+        """Run the part. A run on the NPU can't be stopped; `should_stop` is called only before."""
         with self._lock:
             Watch(should_stop=should_stop).check()
             result: Tensor = self._runtime(image.float().contiguous())
@@ -182,7 +181,7 @@ class RblnRuntime:
 
 
 def _devices_keyword(rebel: Any) -> str:
-    """What this version of the compiler calls the number of devices."""
+    """The keyword for the number of devices in this version of the compiler."""
     known = inspect.signature(rebel.compile).parameters
     return "num_devices" if "num_devices" in known else "tensor_parallel_size"
 

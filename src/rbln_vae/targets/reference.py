@@ -1,4 +1,4 @@
-"""The target `reference`: the interpreter, in plain torch on the CPU."""
+"""The target `reference`: the interpreter, with plain PyTorch on the CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PROFILES_KEPT = 100
 
 
 class InterpreterTarget(GraphTarget):
-    """A target that keeps the graph as it is and interprets it."""
+    """A target that stores the optimised graph and interprets it."""
 
     def unavailable_reason(self) -> str | None:
         return None
@@ -69,7 +69,7 @@ class InterpreterTarget(GraphTarget):
 
 
 class InterpreterRuntime:
-    """Runs an artifact in the interpreter, within a time and a memory limit."""
+    """Runs an artifact with the interpreter, within limits on time and memory."""
 
     def __init__(self, artifact: Artifact, device: str, options: RuntimeOptions) -> None:
         self._interpreter = Interpreter(artifact.graph, getattr(torch, artifact.dtype), device)
@@ -117,7 +117,7 @@ class InterpreterRuntime:
         return f"{text}\n{graph}" if steps else text
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
-        """A graph is run as it is: there is nothing to choose."""
+        """Does nothing: the interpreter has only one way to run a graph."""
 
     def _check_memory(self, shape: Shape) -> None:
         limit = self._options.memory_limit
@@ -130,7 +130,7 @@ class InterpreterRuntime:
 
 
 def peak_elements(graph: Graph, input_shape: Shape) -> int:
-    """The most elements of values that live at one time of a run."""
+    """The largest total number of elements of all live values during a run."""
     shapes = graph.infer_shapes(input_shape)
     last = graph.last_uses()
     live: dict[Value, int] = {graph.input: math.prod(input_shape)}
@@ -179,7 +179,7 @@ class _Stopwatch:
 
 @contextlib.contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """Run torch's operations of this thread on a number of threads."""
+    """Set the number of torch's threads during a block; `None` changes nothing."""
     before = torch.get_num_threads()
     if number is None or number == before:
         yield

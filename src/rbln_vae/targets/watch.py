@@ -1,4 +1,4 @@
-"""Decides whether a run goes on: its time may be over, or its caller may not want it any more."""
+"""Decides when a run must stop: at its timeout, or when its caller wants it to."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from collections.abc import Callable
 from ..errors import RBLNCancelledError
 
 _PATIENCE = 0.05
-"""Seconds that a caller isn't asked again."""
+"""The least seconds between two calls of `should_stop`."""
 
 ShouldStop = Callable[[], object]
-"""Asked during a run, on the thread that called it; a true answer ends the run."""
+"""Called during a run, on the calling thread; a true result stops the run."""
 
 
 class Watch:
-    """The time and the caller's wish of one run.
+    """The timeout and the `should_stop` function of one run.
 
     Args:
-        timeout: Seconds that the run may take; `None` is no limit.
-        should_stop: Asked at most every 50 ms; `None` asks nobody.
+        timeout: The most seconds of the run; `None` is no limit.
+        should_stop: Called at most every 50 ms; a true result stops the run. `None` never
+            stops it.
     """
 
     def __init__(self, timeout: float | None = None, should_stop: ShouldStop | None = None) -> None:
@@ -32,24 +33,24 @@ class Watch:
 
     @property
     def seconds_left(self) -> float:
-        """Until the time of the run is over; infinite where there is no limit."""
+        """The seconds until the timeout; infinite without one."""
         return max(0.0, self._end - time.monotonic())
 
     @property
     def needs_asking(self) -> bool:
-        """Whether anything but the time can end the run: the caller, or a signal.
+        """Whether the caller or a signal can end the run, and not only the timeout.
 
-        Python takes signals on its main thread alone.
+        Python handles signals only on its main thread.
         """
         main = threading.current_thread() is threading.main_thread()
         return self._should_stop is not None or main
 
     def ask(self) -> None:
-        """Ask the caller, unless that was done just now.
+        """Call `should_stop`, unless it was called less than 50 ms ago.
 
         Raises:
-            RBLNCancelledError: The caller wants the run to stop.
-            Exception: What the callback raised.
+            RBLNCancelledError: `should_stop` returned true.
+            Exception: `should_stop` raised it.
         """
         if self._should_stop is None or time.monotonic() < self._next:
             return
@@ -61,19 +62,19 @@ class Watch:
             )
 
     def check(self) -> None:
-        """Look at the time, and ask the caller.
+        """Check the timeout, and call `should_stop` as `ask` does.
 
         Raises:
             TimeoutError: The time is over.
-            RBLNCancelledError: The caller wants the run to stop.
-            Exception: What the callback raised.
+            RBLNCancelledError: `should_stop` returned true.
+            Exception: `should_stop` raised it.
         """
         if time.monotonic() > self._end:
             raise self.timed_out()
         self.ask()
 
     def timed_out(self) -> TimeoutError:
-        """The error of a run that took longer than it may."""
+        """The error of a run that exceeded its timeout."""
         return TimeoutError(
             f"A run took longer than timeout={self._timeout:g} seconds and was given up; the model "
             "can be used again. Give a longer timeout, or a smaller batch or image."

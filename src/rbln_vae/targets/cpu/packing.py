@@ -1,7 +1,7 @@
-"""Weights in the order in which the engine's kernels read them.
+"""Packs weights in the order in which the engine's kernels read them.
 
-Packing depends on the element type alone, not on the instruction set: a file that was
-compiled on one machine is mapped and used on any other.
+Packing depends only on the dtype, not on the instruction set. So a file that was compiled on
+one machine can be mapped and used on any other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from ...graph.ir import Conv2d, Graph
 
 BLOCK = 32
-"""Channels of a block: an image lies in memory as `[N][blocks][H][W][32]`."""
+"""Channels of a block: images have the memory layout `[N][blocks][H][W][32]`."""
 
 PANEL = 16
-"""Output channels that a kernel makes at once."""
+"""Output channels of a panel, which a kernel computes together."""
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,12 +26,12 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
     """Pack all weights of a graph.
 
     Args:
-        graph: What the passes made of it.
-        dtype: In what to compute, `"float32"` or `"bfloat16"`.
+        graph: The optimised graph.
+        dtype: The dtype of the computation, `"float32"` or `"bfloat16"`.
 
     Returns:
-        A tensor for each weight of the graph, under its name, and a bias for each
-        convolution that has none, under `bias_name`.
+        A tensor for each weight of the graph, under its name, and a bias of zeros for each
+        convolution without one, under `bias_name`.
     """
     packed: dict[str, Tensor] = {}
     for operation in graph.operations:
@@ -51,14 +51,14 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
 
 
 def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None:
-    """Raise a `ValueError` unless the tensors are just those that `pack` makes.
+    """Raise a `ValueError` unless the tensors have the names, shapes and dtypes of `pack`.
 
-    The engine reads them by address, so this is what keeps it within them.
+    The engine reads the tensors by address, so this check keeps it within their memory.
 
     Args:
-        graph: Whose weights were packed; their shapes alone are read.
-        packed: What is to be checked.
-        dtype: For what they were packed.
+        graph: The graph; only the shapes of its weights are read.
+        packed: The tensors to check.
+        dtype: The dtype of the computation.
     """
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: (tuple(graph.weights[name].shape), torch.float32)
@@ -86,20 +86,20 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
 
 
 def bias_name(operation: Conv2d) -> str:
-    """Under what name the padded bias of a convolution is packed."""
+    """The name of a convolution's padded bias."""
     return operation.bias if operation.bias is not None else f"{operation.weight}.no_bias"
 
 
 def pack_kernels(kernels: Tensor, dtype: torch.dtype) -> Tensor:
-    """The kernels of one convolution, `[panels][phases][input blocks][taps][512]`.
+    """Pack the kernels of one convolution as `[panels][phases][input blocks][taps][512]`.
 
-    The last axis holds 32 input by 16 output channels, as `[32][16]` in float32; in
-    bfloat16 pairs of input channels lie together, as `[16][16][2]`.
+    The last axis holds 32 input by 16 output channels: as `[32][16]` in float32, and as
+    `[16][16][2]`, with pairs of input channels together, in bfloat16.
 
     Args:
-        kernels: `(out, in, height, width)`, or with four phases
+        kernels: The kernels `(out, in, height, width)` or, with four phases,
             `(2, 2, out, in, 2, 2)`.
-        dtype: Of the result.
+        dtype: The dtype of the result.
     """
     outputs, inputs, height, width = kernels.shape[-4:]
     phases, taps = kernels.shape[:-4].numel(), height * width

@@ -1,4 +1,4 @@
-"""A part of a model on this machine's processor."""
+"""Runs a part of a model on the CPU, with the engine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .rules import CpuRules
 from .tiles import FASTEST, Choices, Machine
 
 EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
-"""What the engine reads and writes outside its arena."""
+"""The dtypes of callers' tensors that the engine reads and writes."""
 
 CACHED_PROGRAMS = 64
 KEPT_PROFILES = 16
@@ -43,12 +43,12 @@ KEPT_PROFILES = 16
 def usable_kernels() -> list[_engine.Kernels]:
     """The kernels that this machine can run and `RBLN_VAE_ISA` allows, the best last.
 
-    An instruction set may have them for both dtypes; then both are multiplied in float32, and
-    those of float32 come last.
+    If an instruction set has kernels for both dtypes, both multiply in float32, and those of
+    float32 come last.
 
     Raises:
-        ValueError: `RBLN_VAE_ISA` is no instruction set.
-        RBLNTargetUnavailableError: It is one that this machine doesn't have.
+        ValueError: `RBLN_VAE_ISA` does not name an instruction set.
+        RBLNTargetUnavailableError: This machine lacks that instruction set.
     """
     kernels = _engine.all_kernels()
     forced = os.environ.get("RBLN_VAE_ISA")
@@ -69,35 +69,35 @@ def usable_kernels() -> list[_engine.Kernels]:
 
 @functools.cache
 def measured_limit(isa: str, dtype: str, threads: int) -> float:
-    """Floating-point operations per second that so many threads can do; 0 if not known.
+    """The peak of a number of threads in floating-point operations per second; 0 if unknown.
 
-    Measured once in a process, for a tenth of a second, on random data.
+    It is measured once in a process, for a tenth of a second, with random data.
     """
     (kernels,) = (k for k in _engine.all_kernels() if (k.isa, k.dtype) == (isa, dtype))
     return kernels.measure_limit(threads, 0.1)
 
 
 def best_dtype() -> str:
-    """`"bfloat16"` where the machine multiplies it faster than float32."""
+    """`"bfloat16"` if the machine multiplies it faster than float32, else `"float32"`."""
     return usable_kernels()[-1].dtype
 
 
 def _chosen_kernels(dtype: str) -> _engine.Kernels:
-    """The best kernels for a dtype that the operating system lets this process run."""
+    """The best kernels for a dtype that the operating system permits."""
     return next(k for k in reversed(usable_kernels()) if k.dtype == dtype and k.prepare())
 
 
 def _aligned(weight: Tensor) -> Tensor:
-    """The weight, or a copy that begins on a line of the cache.
+    """The weight, or a copy of it that is aligned to a cache line.
 
-    Kernels read lines; a file that is mapped may have put them astride of two.
+    Kernels read whole cache lines, and a tensor in a mapped file may not be aligned.
     """
     return weight if weight.data_ptr() % 64 == 0 else weight.clone()
 
 
 @contextlib.contextmanager
 def _threads_start() -> Iterator[None]:
-    """Where the system has no more threads, an error that says what to do."""
+    """Turn a failure to start threads into an error that says what to do."""
     try:
         yield
     except _engine.ThreadsUnavailableError as error:
@@ -108,12 +108,12 @@ def _threads_start() -> Iterator[None]:
 
 
 def _check_apart(image: Tensor, out: Tensor) -> None:
-    """Raise where writing a result would change the image, or write some of it twice.
+    """Raise a `ValueError` if `out` overlaps the image, or if elements of `out` overlap.
 
-    The engine reads and writes at once, in no order that a caller could know.
+    The engine reads and writes at the same time, in no defined order.
     """
     axes = sorted((stride, size) for stride, size in zip(out.stride(), out.shape, strict=True))
-    end = 0  # of what the axes of smaller strides reach
+    end = 0  # the reach of all axes with smaller strides
     for stride, size in axes:
         if size > 1 and stride <= end:
             raise ValueError(
@@ -130,7 +130,7 @@ def _check_apart(image: Tensor, out: Tensor) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses between which the elements of a tensor lie."""
+    """The first address of a tensor's elements, and the one after the last."""
     reach = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -140,7 +140,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _torch_allocates() -> Iterator[None]:
-    """Where torch has no memory for an image, a `MemoryError` instead of its own."""
+    """Turn torch's error about a failed allocation into a `MemoryError`."""
     try:
         yield
     except RuntimeError as error:
@@ -155,7 +155,7 @@ def _torch_allocates() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A program with its weights, and the bytes that a run takes with its threads' scratch."""
+    """A program with its weights, and the bytes of a run, including the threads' scratch."""
 
     program: Program
     native: _engine.Plan
@@ -163,22 +163,21 @@ class _Bound:
 
 
 class CpuRuntime:
-    """Runs a graph with the native engine; any number of threads may share it.
+    """Runs a graph with the engine; any number of threads may share it.
 
     Args:
-        graph: What the passes made of it. With `packed` only the shapes of its weights
-            are read, so that they may be on the meta device.
-        packed: What `packing.pack` made of the weights for `dtype`.
-        dtype: In what to compute; `None` is what is fastest here.
-        num_threads: Threads of a run; `None` is one for each core that this process may
-            use.
-        memory_limit: The most bytes that a run may take besides the weights: activations,
-            scratch memory of its threads, and the result. `None` is the memory of the machine
-            or of the control group, whichever is less. Within it a run is as fast as can be,
-            and gives the same bits.
-        timeout: Seconds that a run may take; `None` is no limit.
-        activate_profiler: Whether to keep the times of the latest runs.
-        choices: What its programs may do to be faster.
+        graph: The optimised graph. With `packed`, only the shapes of its weights are read, so
+            they may be on the meta device.
+        packed: The result of `packing.pack` for `dtype`; `None` packs the graph's weights.
+        dtype: The dtype of the computation; `None` is the fastest on this machine.
+        num_threads: The threads of a run; `None` is one per core that this process may use.
+        memory_limit: The most bytes of a run besides the weights: activations, scratch memory
+            of its threads, and the result. `None` is the memory of the machine or of the
+            control group, whichever is less. A run is as fast as the limit allows, and the
+            limit does not change its bits.
+        timeout: The most seconds of a run; `None` is no limit.
+        activate_profiler: Whether to keep the times of the latest runs, by default not.
+        choices: What its programs may do to be faster; by default everything.
     """
 
     def __init__(
@@ -217,26 +216,26 @@ class CpuRuntime:
             self._limit = measured_limit(self._kernels.isa, dtype, self._executor.threads)
 
     def program(self, shape: Shape) -> Program:
-        """What a run on an input of that shape does; `print(program.describe())`.
+        """The program for an input shape; `print(program.describe())` shows it.
 
-        A batch that is too much for the limit is run in parts, and the program is that of one.
+        If the batch does not fit in the memory limit, the program is for a smaller batch.
         """
         return self._bound_for(tuple(shape), self._room(tuple(shape))).program
 
     def rules(self, shape: Shape) -> CpuRules:
-        """What the engine asks of a schedule for an input of that shape."""
+        """The engine's rules for schedules of an input shape."""
         return CpuRules(self.graph, shape, self.machine, self.choices)
 
     def search(self, shape: Shape) -> Search[CpuRules]:
-        """The schedules for an input of that shape."""
+        """The search over schedules for an input shape."""
         return Search(self.graph, shape, self.rules)
 
     def execute(self, program: Program, image: Tensor) -> Tensor:
-        """Run a program for this graph and machine, however much memory it takes.
+        """Run a program for this graph and machine, without a memory limit.
 
         Args:
-            program: As `lower` makes it, of a schedule of `search` or of your own.
-            image: `(N, C, H, W)` as the schedule says, float32, float16 or bfloat16.
+            program: A result of `lower`, for any schedule of this graph.
+            image: The input in the shape of the schedule, float32, float16 or bfloat16.
 
         Returns:
             A new tensor in float32.
@@ -246,18 +245,18 @@ class CpuRuntime:
         return result
 
     def memory_needed(self, shape: Shape) -> int:
-        """Bytes that a run on an input of that shape takes with its result, besides weights.
+        """The bytes of a run for an input shape, with its result and without weights.
 
         Raises:
-            ValueError: The part takes no such input.
-            MemoryError: It is more than the memory limit, however it is run.
+            ValueError: The shape is not valid for the part.
+            MemoryError: Every schedule exceeds the memory limit.
         """
         shape = tuple(shape)
         room = self._room(shape)
         return self._bound_for(shape, room).bytes + self.memory_limit - room
 
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
-        """The memory and the work of a run, and what other schedules would take."""
+        """The memory and the work of a run, and those of other schedules."""
         shape = tuple(shape)
         room = self._room(shape)
         result = self.memory_limit - room
@@ -287,7 +286,12 @@ class CpuRuntime:
         return "\n".join([*lines, "", bound.program.describe()] if steps else lines)
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
-        """Run batches one by one, or images too in the least memory, whatever the limit."""
+        """Use less memory than the limit allows.
+
+        Args:
+            slicing: Whether to run the images of a batch one by one.
+            tiling: Whether to run each image in the least memory possible.
+        """
         self._slicing, self._tiling = slicing, tiling
 
     def run(
@@ -299,18 +303,22 @@ class CpuRuntime:
         """Run the part.
 
         Args:
-            image: `(N, C, H, W)` on the CPU, of any floating dtype and strides.
-            out: Where to write the result: of its shape, float32, float16 or bfloat16, of
-                any strides. No two of its elements share memory, and none does with `image`.
-            should_stop: Asked at most every 50 ms, on the calling thread; true stops the run.
+            image: The input `(N, C, H, W)` on the CPU, of any floating dtype and strides.
+            out: The tensor to write to, in the shape of the result, in float32, float16 or
+                bfloat16, with any strides. Its elements must not overlap each other or
+                `image`. `None` makes a new tensor.
+            should_stop: Called at most every 50 ms, on the calling thread; a true result
+                stops the run, and an exception passes through. `None` never stops it.
 
         Returns:
             `out`, or a new contiguous tensor in the dtype of the input.
 
         Raises:
+            TypeError: The input is not a floating-point tensor.
+            ValueError: The shape of the input or `out` is not valid.
             TimeoutError: The run took longer than the timeout.
-            RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
-            MemoryError: It would need more than the memory limit, or than there is.
+            RBLNCancelledError: `should_stop` returned true.
+            MemoryError: The run needs more than the memory limit or the available memory.
         """
         watch = Watch(self.timeout, should_stop)
         watch.check()
@@ -358,11 +366,11 @@ class CpuRuntime:
 
     @property
     def profiles(self) -> list[RunProfile]:
-        """The latest runs, if the profiler is active."""
+        """The latest runs, if the profiler is active; else empty."""
         return list(self._profiles or ())
 
     def release_memory(self) -> None:
-        """Give the memory that is kept for the next run back to the system."""
+        """Return the memory that is kept for the next run to the system."""
         self._executor.release()
 
     def forget_programs(self) -> int:
@@ -376,7 +384,7 @@ class CpuRuntime:
         return kept
 
     def _room(self, shape: Shape) -> int:
-        """What the limit leaves for a run, beside its result in the widest dtype."""
+        """The bytes that the limit leaves for a run besides its result, counted as float32."""
         self._check_shape(shape)
         result = self.graph.infer_shapes(shape)[self.graph.output]
         return self.memory_limit - 4 * math.prod(result)
@@ -388,8 +396,8 @@ class CpuRuntime:
             )
 
     def _bound_for(self, shape: Shape, room: int) -> _Bound:
-        """The program of a run, or of a part of its batch, in so many bytes."""
-        # No lock, which a forked child might find held for ever: single calls of a dict are whole.
+        """The program of a run, or of a smaller batch, within `room` bytes."""
+        # No lock, which could stay held in a forked child: single operations of a dict are atomic.
         key = (shape, room, self._slicing, self._tiling)
         known = self._bound.get(key)
         if known is None:
@@ -399,7 +407,7 @@ class CpuRuntime:
         return known
 
     def _fit(self, shape: Shape, room: int, slicing: bool, tiling: bool) -> _Bound:
-        """The fastest program in so many bytes, those of the threads' scratch among them."""
+        """The fastest program within `room` bytes, including the threads' scratch."""
         self._check_shape(shape)
         search = self.search((1, *shape[1:]) if slicing or tiling else shape)
         free = search.keeping_all(search.input_shape[0])
@@ -407,7 +415,7 @@ class CpuRuntime:
         try:
             bound = self._lowered(free, search)
         except (ValueError, MemoryError):
-            # The engine can't count as far as Python can.
+            # The sizes may exceed the engine's integers.
             if free.arena_bytes <= room:
                 raise
         else:
@@ -418,16 +426,16 @@ class CpuRuntime:
             bound = self._lowered(schedule, search)
             if bound.bytes <= room:
                 return bound
-            # Strips have tiles of their own, which need more than those of a whole image.
+            # Strips have their own tiles, which may need more scratch than those of whole images.
             scratch = bound.bytes - schedule.arena_bytes
         return self._least(search, room, scratch)
 
     def _least(self, search: Search[CpuRules], room: int, scratch: int) -> _Bound:
-        """The program for one image that needs the least, if there is room for it."""
+        """The program for one image that needs the least memory, if it fits in `room`."""
         shape = search.shape(1)
         if search.is_hopeless(room):
-            # A guess, by the choice that needs the least at another size: quickly made, so that
-            # no request keeps anyone busy just to be refused.
+            # A quick estimate, from the choice that needs the least memory at another size, so
+            # that refusing a request costs little time.
             guess = search.recomputing(self._usual_choice, sketch=True)
             self._require_room(shape, guess.arena_bytes + scratch, room)
         found: list[_Bound] = []
@@ -440,7 +448,7 @@ class CpuRuntime:
         return least
 
     def _estimate(self, program: Program, runs: int = 1) -> str:
-        """About how long runs take, by the peak of this machine, as a text."""
+        """The estimated time of a number of runs, from the peak of this machine, as text."""
         kernels = self._kernels
         peak = measured_limit(kernels.isa, kernels.dtype, self._executor.threads)
         return f"about {format_seconds(runs * program.work / peak)}" if peak else "not known"

@@ -1,7 +1,7 @@
-"""The tiles that convolutions and attention work on, and by which algorithm.
+"""Chooses the tiles and the algorithms of convolutions and attention.
 
-They follow from sizes and from what the engine's table says of the kernels; neither from the
-number of threads nor from the memory that there is.
+Tiles and algorithms depend on sizes and on the engine's table of kernels. They do not depend
+on the memory limit, and those that affect bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from ... import _engine
 from .packing import BLOCK, PANEL
 
 WINOGRAD_TILES = 32
-"""Of 4x4 outputs, in a tile of the plan.
+"""The most 4x4 outputs of Winograd's algorithm in a tile of the plan.
 
-Enough that fetching kernels costs little beside multiplying by them; few enough that what
-128 channels are transformed to stays in the L2 cache.
+Enough that fetching weights costs little compared with the products; few enough that the
+transformed 128 channels stay in the L2 cache.
 """
 
 WINOGRAD_TILE = 4
-"""Rows and columns of outputs that Winograd's algorithm makes at once."""
+"""The rows and columns of outputs that Winograd's algorithm computes together."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs a program.
+    """The machine that runs a program.
 
     Attributes:
-        kernels: What its instruction set can do and costs, for one dtype.
-        threads: How many work on a run.
+        kernels: The row of the engine's table for one instruction set and dtype.
+        threads: The number of threads of a run.
     """
 
     kernels: _engine.Kernels
@@ -50,7 +50,7 @@ class Machine:
 
     @property
     def scratch_element_bytes(self) -> int:
-        """Of a tile's input, which is held as products take it."""
+        """Bytes of an element of a tile's input, which has the type that products need."""
         return 2 if self.kernels.multiplies_bfloat16 else 4
 
 
@@ -79,9 +79,9 @@ FASTEST = Choices()
 
 @dataclass(frozen=True)
 class Convolution:
-    """What matters for the tiles of a convolution.
+    """The properties of a convolution that determine its tiles.
 
-    With `upsample` the grid is that of the input, else that of the output.
+    The grid is the height and width of the input with `upsample`, else of the output.
     """
 
     inputs: int
@@ -95,16 +95,16 @@ class Convolution:
 
     @property
     def row_step(self) -> int:
-        """Rows and columns of the grid at whose multiples its tiles begin.
+        """The number of grid rows and columns at whose multiples tiles begin.
 
-        An output's last bits depend on where in so many rows and columns it lies, and on
-        nothing else of the plan.
+        The last bits of an output depend on its position modulo this number, and on nothing
+        else in the plan.
         """
         return WINOGRAD_TILE if self.winograd else 1
 
     @property
     def products(self) -> int:
-        """Of an input and an output channel, for a point of the grid or a 4x4 of them."""
+        """Products per input and output channel, for a grid point or for 4x4 points (Winograd)."""
         if self.winograd:
             return 100 if self.upsample else 36
         return math.prod(self.kernel) * (4 if self.upsample else 1)
@@ -115,16 +115,16 @@ class Convolution:
 
     @property
     def sums_bytes(self) -> int:
-        """Of the statistics of a tile: a mean and a sum of squares for each channel."""
+        """Bytes of the statistics of a tile: a mean and a sum of squares for each channel."""
         return 2 * self.panels * PANEL * 4
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of the output that aren't computed one without the other."""
+        """The number of output rows that can only be computed together."""
         return self.row_step * (2 if self.upsample else 1)
 
     def read(self, tile: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the input that a tile reads."""
+        """The rows and columns of the input that a tile reads."""
         if self.upsample:
             return tile[0] + 2, tile[1] + 2
         if self.winograd:
@@ -139,11 +139,11 @@ class Convolution:
         return math.prod(-(-size // part) for size, part in zip(self.grid, tile, strict=True))
 
     def costs(self, machine: Machine) -> _engine.Costs:
-        """What its parts cost; Winograd's algorithm multiplies in float32."""
+        """The costs of the parts of the convolution; Winograd's algorithm uses those of float32."""
         return _winograd_costs(machine).others if self.winograd else machine.kernels.costs
 
     def load_cost(self, tile: tuple[int, int], machine: Machine) -> float:
-        """Loading a tile's input, in the units of `product_cost`."""
+        """The cost of loading a tile's input, in the units of `product_cost`."""
         costs = self.costs(machine)
         return (
             math.prod(self.read(tile)) * self.inputs * (costs.norm if self.normed else costs.copy)
@@ -154,12 +154,12 @@ class Convolution:
         return points * self.products * self.inputs * self.outputs
 
     def tile(self, machine: Machine) -> tuple[int, int]:
-        """Height and width of the tiles: the least overhead that fits the cache."""
+        """The height and width of tiles: those with the least overhead that fit in the cache."""
         if self.winograd:
             return self.winograd_tile(machine)
         height, width = self.grid
         pixel = -(-self.inputs // BLOCK) * BLOCK * machine.scratch_element_bytes
-        # Tiles for some threads, whose number isn't known here; more are made by splits.
+        # Enough tiles for a few threads. Their number must not matter here; splits make more.
         enough = max(256, height * width // 8)
         best, best_cost = (1, 1), math.inf
         for wanted in (width, 512, 256, 192, 128, 96, 64, 48, 32, 16):
@@ -174,12 +174,12 @@ class Convolution:
             rows = max(1, min(height, rows, 32, max(1, enough // columns)))
             if rows > machine.kernels.rows:
                 rows -= rows % machine.kernels.rows
-            # As many tiles as that makes, but of even height.
+            # The same number of tiles, but with equal heights.
             down = -(-height // rows)
             even = -(-height // down)
             even = min(rows, -(-even // machine.kernels.rows) * machine.kernels.rows)
             tile = (even, columns)
-            # Products come in fixed shapes: what sticks out is computed for nothing.
+            # Products have fixed shapes: points beyond the tile are computed in vain.
             padded = (
                 -(-even // machine.kernels.rows) * machine.kernels.rows * -(-columns // 16) * 16
                 if machine.kernels.rows > 1
@@ -195,7 +195,7 @@ class Convolution:
         return best
 
     def winograd_tile(self, machine: Machine) -> tuple[int, int]:
-        """Tiles of at most `WINOGRAD_TILES` 4x4 outputs, those that read the least."""
+        """The tile of at most `WINOGRAD_TILES` 4x4 outputs that reads the least."""
         down, across = (-(-size // WINOGRAD_TILE) for size in self.grid)
         best, best_cost = (1, 1), math.inf
         for columns in range(min(across, WINOGRAD_TILES), 0, -1):
@@ -208,7 +208,7 @@ class Convolution:
         return min(best[0], self.grid[0]), min(best[1], self.grid[1])
 
     def splits(self, tile: tuple[int, int], batch: int, machine: Machine) -> int:
-        """Into how many parts to divide the output channels, so that all threads work."""
+        """The number of parts to divide the output channels into, so that all threads work."""
         groups = -(-self.outputs // (PANEL * machine.kernels.panels))
         tiles = batch * self.tiles(tile)
         best, best_cost = 1, math.inf
@@ -221,9 +221,9 @@ class Convolution:
         return best
 
     def together(self, tile: tuple[int, int], batch: int, splits: int, machine: Machine) -> int:
-        """Tiles that one item does in turn, loading the next during one.
+        """The number of tiles of one item, which loads each tile while it computes the previous.
 
-        There must be items enough for all threads to finish together.
+        It is limited so that there are enough items for all threads to finish together.
         """
         if not machine.kernels.overlaps:
             return 1
@@ -232,12 +232,12 @@ class Convolution:
 
 
 def convolution_work(conv: Convolution, tile: tuple[int, int], machine: Machine) -> float:
-    """What a convolution takes, in products that the machine makes as fast as it can.
+    """The work of a convolution, in products at the machine's peak.
 
     Args:
         conv: The convolution, or some rows of one.
-        tile: Its tiles.
-        machine: What runs it.
+        tile: The height and width of its tiles.
+        machine: The machine.
     """
     if conv.winograd:
         costs = _winograd_costs(machine)
@@ -247,7 +247,7 @@ def convolution_work(conv: Convolution, tile: tuple[int, int], machine: Machine)
 
 
 def kernels_work(conv: Convolution, machine: Machine) -> float:
-    """What transforming the kernels of a convolution takes, likewise."""
+    """The work of transforming the weights of a convolution, in products at the peak."""
     costs = _winograd_costs(machine)
     return costs.kernel * conv.product_cost((1, 1)) / machine.kernels.costs.product
 
@@ -259,18 +259,23 @@ def _winograd_costs(machine: Machine) -> _engine.WinogradCosts:
 
 
 def _winograd_transforms(conv: Convolution, costs: _engine.WinogradCosts) -> float:
-    """What transforming the images takes, in products of float32."""
+    """The work of transforming the images, in products of float32."""
     inputs, outputs = -(-conv.inputs // BLOCK) * BLOCK, conv.panels * PANEL
     phases = 4 if conv.upsample else 1
     return math.prod(conv.grid) * (costs.input * inputs + costs.output * outputs * phases)
 
 
 def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST.winograd) -> bool:
-    """Whether Winograd's algorithm takes at most so much of the definition's time.
+    """Whether Winograd's algorithm takes at most a share of the time of direct convolution.
 
-    Only a convolution of 3x3 has it. To gain, it needs channels enough to pay for the
-    transforms of images, and pixels enough to pay for that of its kernels, which is done in
-    each run: stored, they would take four times the space.
+    It needs enough channels to pay for transforming the images, and enough pixels to pay for
+    transforming the weights. The weights are transformed in each run, because stored they
+    would take four times the space.
+
+    Args:
+        conv: Of any kernel; only 3x3 has the algorithm.
+        machine: What runs it.
+        most: The share.
     """
     costs = machine.kernels.winograd
     if costs is None:
@@ -288,13 +293,13 @@ def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST
 
 
 def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
-    """Queries of an item, and keys that it works on at once.
+    """The number of queries of an item, and of keys that it works on at once.
 
-    The keys decide in what order sums are made, and so don't depend on the threads.
+    The number of keys determines the order of sums, so it does not depend on the threads.
     """
     together = machine.kernels.rows * machine.kernels.pixels
     queries = max(together, machine.kernels.most_queries // together * together)
-    # Smaller items where there would be too few of them.
+    # Make items smaller if there are too few of them.
     while queries > together and matrices * -(-pixels // queries) < 3 * machine.threads:
         queries -= together
     return min(queries, pixels), 256
