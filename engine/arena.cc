@@ -5,7 +5,7 @@
 
 #include "engine/fork.h"
 
-// AddressSanitizer watches what comes from the allocator, to its exact end.
+// AddressSanitizer checks the exact bounds of memory from the allocator.
 #if (defined(__unix__) || defined(__APPLE__)) && !defined(__SANITIZE_ADDRESS__)
 #define RBLN_VAE_MAPS_ARENAS
 #include <sys/mman.h>
@@ -27,8 +27,7 @@ constexpr std::size_t kPage = std::size_t{2} << 20;
 
 Arena::Arena(std::size_t bytes) {
   if (bytes > SIZE_MAX - 2 * kPage) refuse(bytes);
-  // Whole pages of the large kind, and one more to align them: far fewer misses of the
-  // address cache, and far fewer page faults.
+  // Whole huge pages, plus one to align them: far fewer TLB misses and page faults.
   capacity_ = std::max(kPage, (bytes + kPage - 1) / kPage * kPage);
   void* mapped = mmap(nullptr, capacity_ + kPage, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -63,7 +62,7 @@ std::unique_ptr<Arena> ArenaPool::take(std::size_t bytes) {
   std::unique_ptr<Arena> too_small;  // freed after the lock
   {
     const std::lock_guard lock(fork_guard());
-    // The smallest that is large enough.
+    // The smallest arena that is large enough.
     auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it) {
       if ((*it)->capacity() < bytes) continue;

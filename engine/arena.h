@@ -1,4 +1,4 @@
-// Blocks of memory for runs, kept for the next one.
+// Blocks of memory for runs, which are kept for later runs.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace rbln_vae {
 
-// Memory can't be had; the message says how much was wanted.
+// The system has not enough memory; the message says how much was requested.
 class OutOfMemory : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -30,9 +30,8 @@ class Arena {
   std::size_t capacity_;
 };
 
-// Thread-safe, in a forked child too. Gives each run an arena of its own; an arena that is too
-// large for what is asked is given too, one that is too small is freed before a larger one is
-// made.
+// Gives each run its own arena. Reuses the smallest kept arena that is large enough; if there is
+// none, frees a kept arena and makes a new one. Thread-safe, also in a forked child.
 class ArenaPool {
  public:
   ArenaPool() = default;
@@ -41,9 +40,9 @@ class ArenaPool {
 
   std::unique_ptr<Arena> take(std::size_t bytes);
   void give(std::unique_ptr<Arena> arena) noexcept;
-  // Frees what isn't in use.
+  // Frees all arenas that are not in use.
   void clear();
-  // Bytes of arenas that wait for a run.
+  // The bytes of arenas that are not in use.
   std::size_t idle_bytes() const;
 
  private:

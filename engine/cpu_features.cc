@@ -21,7 +21,7 @@ struct Registers {
   std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-// All zero where the processor doesn't have the leaf.
+// All zero if the processor does not have the leaf.
 Registers cpuid(std::uint32_t leaf, std::uint32_t subleaf) {
   Registers r;
   __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
@@ -30,7 +30,7 @@ Registers cpuid(std::uint32_t leaf, std::uint32_t subleaf) {
 
 constexpr bool bit(std::uint64_t word, int index) { return (word >> index) & 1; }
 
-// The register sets that the operating system saves. Only valid with OSXSAVE.
+// The register sets that the operating system saves. Valid only with OSXSAVE.
 std::uint64_t saved_registers() {
   std::uint32_t low, high;
   // The intrinsic would need the whole file compiled with -mxsave.
@@ -42,7 +42,7 @@ std::uint64_t saved_registers() {
 constexpr long kTileData = 18;  // the number of the tile registers among those that are saved
 #endif
 
-// Whether Linux would give a process the tile registers.
+// Whether Linux would permit a process to use the tile registers.
 bool offers_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr long arch_get_xcomp_supp = 0x1021;
@@ -57,7 +57,7 @@ CpuFeatures detect() {
   CpuFeatures f;
   const Registers basic = cpuid(1, 0);
   const Registers extended = cpuid(7, 0);
-  // Subleaf 1 exists only where subleaf 0 says so.
+  // Subleaf 1 exists only if subleaf 0 says so.
   const Registers more = extended.eax >= 1 ? cpuid(7, 1) : Registers{};
 
   f.sse4_2 = bit(basic.ecx, 20);

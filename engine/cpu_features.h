@@ -1,4 +1,4 @@
-// What the processor and the operating system together let a program use.
+// The processor features that the operating system supports.
 #pragma once
 
 #include <string>
@@ -6,8 +6,8 @@
 
 namespace rbln_vae {
 
-// Each flag is set only if the processor has the instructions and the operating system
-// keeps their registers over a task switch. On a processor that isn't x86 all are false.
+// A flag is set only if the processor has the instructions and the operating system saves their
+// registers at a task switch. On processors other than x86, all flags are false.
 struct CpuFeatures {
   bool sse4_2 = false;
   bool avx = false;
@@ -27,8 +27,8 @@ struct CpuFeatures {
 // The features of this machine.
 const CpuFeatures& cpu_features();
 
-// Asks Linux for the right to use the tiles of AMX, which holds for the whole process and its
-// children; false if it refuses. Only the first call asks.
+// Requests permission from Linux to use AMX tiles, for the process and its children. Returns
+// false if Linux refuses. Only the first call requests it.
 bool request_tiles();
 
 // The names of the features that are present, in the order of the struct.

@@ -13,14 +13,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Scratches begin in different sets of the caches, and on different pages.
+// Scratch areas begin in different sets of the caches, and on different pages.
 std::size_t scratch_stride(const Plan& plan) {
   constexpr std::size_t page = 4096;
   const auto bytes = static_cast<std::size_t>(plan.scratch_bytes());
   return (bytes + page - 1) / page * page + page;
 }
 
-// Gives the arena back on every way out.
+// Returns the arena to the pool when it goes out of scope.
 class Borrowed {
  public:
   Borrowed(ArenaPool& pool, std::size_t bytes) : pool_(pool), arena_(pool.take(bytes)) {}
@@ -32,8 +32,8 @@ class Borrowed {
   std::unique_ptr<Arena> arena_;
 };
 
-// Under AddressSanitizer each step may touch what the plan says that it touches, and each
-// thread its scratch: the rest of the arena is fenced off. It costs nothing elsewhere.
+// Under AddressSanitizer, a step may touch only the ranges in the plan, and a thread only its
+// scratch: the rest of the arena is poisoned. Otherwise this class does nothing.
 class Fence {
  public:
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,4 +1,4 @@
-// Runs a plan.
+// Runs plans.
 #pragma once
 
 #include <functional>
@@ -11,14 +11,14 @@
 
 namespace rbln_vae {
 
-// Seconds since the run began.
+// The start and the end of a step, in seconds since the start of the run.
 struct StepTime {
   double begin;
   double end;
 };
 
-// Runs plans on the threads that all models share, in memory that the runs of one model share.
-// Thread-safe, and whole in a forked child.
+// Runs plans on the threads that all models share, with arenas that the runs of one model share.
+// Thread-safe, and usable in a forked child.
 class Executor {
  public:
   // Throws ThreadsUnavailable.
@@ -27,15 +27,15 @@ class Executor {
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
-  // The caller's thread works along, and calls `ask` now and then, which may be empty and ends
-  // the run by an exception. `times`, if given, gets one entry for each step.
-  // Throws TimedOut after `timeout` seconds, what `ask` throws, OutOfMemory, and
-  // ThreadsUnavailable in a child that was forked.
+  // The calling thread works, too, and regularly calls `ask`, which may be empty; an exception
+  // from it ends the run. `times`, if not null, gets one entry per step.
+  // Throws TimedOut after `timeout` seconds, exceptions of `ask`, OutOfMemory and, in a forked
+  // child, ThreadsUnavailable.
   void run(const Plan& plan, const Tensor& input, const Tensor& output, double timeout,
            const std::function<void()>& ask, std::vector<StepTime>* times);
 
   int threads() const { return threads_; }
-  // What a run of the plan takes.
+  // The bytes of a run of the plan.
   std::size_t bytes(const Plan& plan) const;
   std::size_t idle_bytes() const { return arenas_.idle_bytes(); }
   void release() { arenas_.clear(); }

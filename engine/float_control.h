@@ -1,6 +1,6 @@
-// How a thread computes during a run, whatever its caller has set: rounded to the nearest,
-// without traps, and with denormals as zero. Arithmetic on those is a hundred times slower,
-// and none of it matters here. All threads of a run compute alike, so bits depend on none.
+// Sets the floating-point mode of a thread during a run: round to nearest, no traps, and
+// denormals as zero. Arithmetic on denormals is a hundred times slower, and irrelevant here. All
+// threads of a run have the same mode, so bits depend neither on the thread nor on its caller.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@
 
 namespace rbln_vae {
 
-// Sets the control register of the thread for as long as it lives.
+// Sets the control register of the thread during the lifetime of the object.
 class FloatControl {
  public:
 #if defined(__x86_64__)
   using Register = unsigned;
-  // Every exception masked, no flag raised, denormals flushed on both sides.
+  // All exceptions masked, no flags set, denormal inputs and results flushed to zero.
   static constexpr Register kRun = 0x1f80 | 0x8040;
   static Register get() { return _mm_getcsr(); }
   static void set(Register value) { _mm_setcsr(value); }
@@ -41,7 +41,7 @@ class FloatControl {
   FloatControl(const FloatControl&) = delete;
   FloatControl& operator=(const FloatControl&) = delete;
 
-  // Gives the thread back what its caller had set, for as long as it lives.
+  // Restores the caller's mode during the lifetime of the object.
   class Suspended {
    public:
     explicit Suspended(const FloatControl& control) { set(control.callers_); }

@@ -1,16 +1,16 @@
-// What survives a fork. A child has the memory of its parent and none of its threads, and a
-// mutex that another thread held stays locked there for ever.
+// Support for forked processes. A child has its parent's memory but none of its threads, so a
+// mutex that another thread held stays locked in the child forever.
 #pragma once
 
 #include <mutex>
 
 namespace rbln_vae {
 
-// Held while the process forks: what is changed under it alone is whole in the child, and the
-// mutex is free there.
+// Held while the process forks. So data that is only changed under this mutex is consistent in
+// the child, where the mutex is free.
 std::mutex& fork_guard();
 
-// How many forks led from the start of the program to this process.
+// The number of forks between the start of the program and this process.
 int forks();
 
 }  // namespace rbln_vae

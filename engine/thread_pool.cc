@@ -12,11 +12,11 @@
 namespace rbln_vae {
 namespace {
 
-// In place of an item's number while the leader prepares a phase.
+// Replaces the number of the next item while the leader prepares a phase.
 constexpr std::uint32_t kClosed = 0xffffffffu;
 
-// How often a thread looks before it sleeps: some tens of microseconds, longer than most
-// phases take to follow each other.
+// How often a thread polls before it sleeps. That takes some tens of microseconds, longer than
+// the time between most phases.
 constexpr int kLooks = 2000;
 
 void pause() {
@@ -91,8 +91,8 @@ bool ThreadPool::Run::take(std::uint32_t& phase, std::int64_t& item) {
 void ThreadPool::Run::do_item(std::uint32_t phase, std::int64_t item, int slot) {
   // Phases count from one; zero is the time before the first.
   work_(phase - 1, item, slot);
-  // items_ can't change before the last item of the phase is counted, and the leader doesn't
-  // leave before a helper that holds its mutex has.
+  // items_ can't change before the last item of the phase is counted, and the leader does not
+  // leave while a helper holds its mutex.
   const std::int64_t items = items_.load();
   if (done_.fetch_add(1) + 1 == items && asleep_.load()) {
     const std::lock_guard lock(mutex_);
@@ -100,7 +100,7 @@ void ThreadPool::Run::do_item(std::uint32_t phase, std::int64_t item, int slot) 
   }
 }
 
-// Asks the watch, and lets another leader work that waits for a turn.
+// Checks the watch, and passes the turn to another leader if one waits for it.
 bool ThreadPool::Run::goes_on() {
   if (watch_.check()) return false;
   if (pool_.wanted()) {
@@ -119,7 +119,7 @@ void ThreadPool::Run::wait_for(std::int64_t items) {
   std::unique_lock lock(mutex_);
   asleep_ = true;
   while (!done_all_.wait_for(lock, Watch::kPatience, [&] { return done_.load() >= items; })) {
-    // An item may take long: the run can be stopped within it, and others have their turns.
+    // An item may take long: meanwhile the run can be stopped, and other leaders get turns.
     lock.unlock();
     if (!goes_on() && pool_.lost()) break;
     lock.lock();
@@ -143,16 +143,16 @@ bool ThreadPool::Run::phase(std::int64_t items) {
     on = goes_on();
   }
   if (!on) {
-    // Nobody takes another item; those that were taken are waited for.
+    // Close the phase, and wait for the items that were taken.
     const std::uint64_t seen = next_.exchange(packed(phase_, kClosed));
     items = std::min<std::int64_t>(items, static_cast<std::uint32_t>(seen));
   }
   wait_for(items);
-  // Items may have been left half done.
+  // If stopped, items may be unfinished.
   return !watch_.stopped();
 }
 
-// Whether it still has its turn when it leaves.
+// Returns whether the thread still has its turn when it leaves.
 bool ThreadPool::Run::help(int slot) {
   int looks = 0;
   while (!finished_.load()) {
@@ -183,7 +183,7 @@ std::shared_ptr<ThreadPool> ThreadPool::shared(int threads) {
   std::weak_ptr<ThreadPool>& known = pools()[threads];
   std::shared_ptr<ThreadPool> pool = known.lock();
   if (pool == nullptr || pool->lost()) {
-    // A pool of the parent's is left as it is: nothing in it may be touched.
+    // A pool of the parent is never destroyed: nothing in it may be touched.
     pool.reset(new ThreadPool(threads), [](ThreadPool* each) {
       if (!each->lost()) delete each;
     });
@@ -256,7 +256,7 @@ void ThreadPool::work() {
   }
 }
 
-// A turn that nobody has and nobody waits for.
+// Takes a free turn, if there is one.
 bool ThreadPool::try_turn() {
   const std::lock_guard lock(mutex_);
   if (turns_ == 0) return false;
@@ -264,7 +264,7 @@ bool ThreadPool::try_turn() {
   return true;
 }
 
-// Waits until it is this leader's turn; false if the watch stopped its run before.
+// Waits for a turn of this leader; false if the watch stops its run first.
 bool ThreadPool::wait_turn(std::unique_lock<std::mutex>& lock, Watch& watch) {
   if (turns_ > 0) {
     --turns_;
@@ -286,7 +286,7 @@ bool ThreadPool::wait_turn(std::unique_lock<std::mutex>& lock, Watch& watch) {
   return true;
 }
 
-// To the leader that has waited longest, or to whoever comes.
+// Passes the turn to the leader that has waited longest, or frees it.
 void ThreadPool::give_turn() {
   if (queue_.empty()) {
     ++turns_;

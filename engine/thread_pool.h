@@ -1,12 +1,12 @@
-// Threads that help with runs.
+// A pool of threads that help with runs.
 //
-// A run is led by the thread that asked for it: it opens one phase after another, works
-// on items of the phase itself, and waits until the last is done. Idle threads of the
-// pool join any run that has room. So a run never waits for a thread to become free, and
-// several runs share the threads without knowing of each other.
+// The thread that asks for a run leads it: it opens one phase after another, works on items
+// of the phase, and waits until the last item is done. Idle threads of the pool join any run
+// that has room. So a run never waits for a free thread, and several runs share the threads
+// without knowing of each other.
 //
-// As many threads work at once as the pool has, those that lead runs included. Where more
-// runs are led than that, they take turns, an item at a time.
+// The pool limits how many threads work at the same time, including leaders. If there are
+// more runs than that, their leaders take turns, one item at a time.
 #pragma once
 
 #include <atomic>
@@ -24,25 +24,25 @@
 
 namespace rbln_vae {
 
-// The system has fewer threads than were wanted; the message says how many.
+// The system could not start enough threads; the message says how many it started.
 class ThreadsUnavailable : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-// Starts threads that do the same work. Where the system has not so many, `stop` tells those
-// that were started to end, they are waited for, and ThreadsUnavailable is thrown.
+// Starts threads that do the same work. If the system can't start all of them, it calls `stop`
+// to end the started ones, joins them, and throws ThreadsUnavailable.
 std::vector<std::thread> start_threads(int count, const std::function<void()>& work,
                                        const std::function<void()>& stop);
 
 class ThreadPool {
  public:
-  // The pool of this process for so many threads: all that ask for as many share it, and it
-  // ends with the last of them.
+  // The process's pool for a number of threads. All callers with the same number share it, and
+  // it ends with the last of them.
   static std::shared_ptr<ThreadPool> shared(int threads);
 
-  // The pool that `kept` holds. In a forked child, where its threads don't exist, it is
-  // replaced by one of the child's own first.
+  // Returns the pool in `kept`. In a forked child, where the threads of that pool do not exist,
+  // first replaces it by a new pool.
   static std::shared_ptr<ThreadPool> present(std::shared_ptr<ThreadPool>& kept);
 
   ThreadPool(const ThreadPool&) = delete;
@@ -50,8 +50,8 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
-  // One run: phases with items, each item given to `work` once. `slot` is different for
-  // each thread that works at the same time, below threads(), and 0 for the leader.
+  // One run: a sequence of phases with items. `work` is called once for each item. `slot` is
+  // less than threads(), different for threads that work at the same time, and 0 for the leader.
   class Run {
    public:
     using Work = std::function<void(std::size_t phase, std::int64_t item, int slot)>;
@@ -61,26 +61,26 @@ class ThreadPool {
     Run(const Run&) = delete;
     Run& operator=(const Run&) = delete;
 
-    // Does all items of the next phase; false if the watch stopped the run before. Nobody
+    // Does all items of the next phase. Returns false if the watch stopped the run; no thread
     // works on an item any more then.
     bool phase(std::int64_t items);
 
    private:
     friend class ThreadPool;
 
-    // The phase in the upper half, the next item in the lower: taken together, so that a
-    // late thread never takes an item of a phase that it hasn't seen begin.
+    // The phase in the upper half and the next item in the lower half, in one atomic, so that a
+    // late thread never takes an item of a phase whose start it has not seen.
     std::atomic<std::uint64_t> next_{0};
     std::atomic<std::int64_t> items_{0};  // of the current phase
     std::atomic<std::int64_t> done_{0};
     std::atomic<bool> finished_{false};
-    std::atomic<bool> asleep_{false};  // the leader, until the last item is done
-    std::mutex mutex_;                 // of its sleep
+    std::atomic<bool> asleep_{false};  // whether the leader sleeps until the last item is done
+    std::mutex mutex_;                 // for the leader's sleep
     std::condition_variable done_all_;
     int helpers_ = 0;           // guarded by the pool's mutex
-    std::vector<bool> in_use_;  // slots, guarded likewise
-    std::uint32_t phase_ = 0;   // of the leader alone
-    bool leading_ = false;      // whether the leader has its turn; its alone
+    std::vector<bool> in_use_;  // for each slot; guarded by the pool's mutex
+    std::uint32_t phase_ = 0;   // used only by the leader
+    bool leading_ = false;      // whether the leader has its turn; used only by the leader
 
     bool take(std::uint32_t& phase, std::int64_t& item);
     void do_item(std::uint32_t phase, std::int64_t item, int slot);
@@ -103,7 +103,8 @@ class ThreadPool {
   explicit ThreadPool(int threads);
   ~ThreadPool();
 
-  // Whether the process was forked since: the threads, and who holds the mutex, are elsewhere.
+  // Whether the process was forked since: then the threads and the holder of the mutex exist
+  // only in the parent.
   bool lost() const;
 
   void work();
@@ -120,7 +121,7 @@ class ThreadPool {
   std::condition_variable wake_;
   std::condition_variable left_;
   std::vector<Run*> runs_;
-  int turns_;  // that nobody has
+  int turns_;  // free turns
   std::deque<Waiting*> queue_;
   std::atomic<int> waiters_{0};  // the length of the queue
   bool stopping_ = false;

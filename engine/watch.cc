@@ -9,7 +9,7 @@ namespace rbln_vae {
 namespace {
 
 Watch::Clock::time_point after(double seconds) {
-  // Thirty years stand for no limit: the clock's units don't hold infinity.
+  // Thirty years mean no limit, because the clock's type has no infinity.
   const double bounded = seconds >= 0 && seconds < 1e9 ? seconds : 1e9;
   return Watch::Clock::now() + std::chrono::duration_cast<Watch::Clock::duration>(
                                    std::chrono::duration<double>(bounded));

@@ -1,4 +1,4 @@
-// Decides whether a run goes on: its time may be over, or its caller may not want it any more.
+// Decides when a run must stop: at its timeout, or when its caller wants it to.
 #pragma once
 
 #include <atomic>
@@ -14,23 +14,23 @@ class TimedOut : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// One thread leads a run: it looks at the clock and asks the caller. The others see what it
-// found. Both do so between items of work, and within long ones.
+// The leader of a run checks the clock and asks the caller; the other threads see the result.
+// Both happen between items of work, and within long ones.
 class Watch {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // How long the caller isn't asked again.
+  // The least time between two calls of `ask`.
   static constexpr std::chrono::milliseconds kPatience{50};
 
-  // `ask`, which may be empty, ends the run by an exception.
+  // An exception from `ask`, which may be empty, ends the run.
   Watch(double timeout, std::function<void()> ask);
 
-  // Whether the run must end. The leader's question, who may call `ask` for it.
+  // Whether the run must end. Only for the leader; may call `ask`.
   bool check() noexcept;
-  // The question of all others.
+  // Whether the run must end. For all other threads.
   bool stopped() const noexcept { return stopped_.load(std::memory_order_relaxed); }
-  // Throws what ended the run.
+  // Throws the exception that ended the run.
   [[noreturn]] void raise() const { std::rethrow_exception(reason_); }
 
  private:

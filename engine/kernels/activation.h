@@ -1,4 +1,5 @@
-// The activation functions that are rare enough to be computed one value at a time.
+// Scalar activation functions, for pointwise steps and for all but SiLU in convolutions: the
+// others are too rare to be vectorised.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,7 @@ namespace rbln_vae {
     case Activation::kMish:
       return x * std::tanh(x > 20.0f ? x : std::log1p(std::exp(x)));
     case Activation::kRelu:
-      return x < 0.0f ? 0.0f : x;  // a NaN stays one
+      return x < 0.0f ? 0.0f : x;  // a NaN stays a NaN
     case Activation::kNone:
       break;
   }

@@ -1,7 +1,7 @@
 // The element types of stored images, and their conversions.
 //
-// Everything here has internal linkage: each kernel file is compiled for another
-// instruction set, and the linker must never let one file's copy serve another.
+// Everything here has internal linkage: each kernel file is compiled for a different instruction
+// set, and the linker must never use one file's copy for another file.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@ namespace rbln_vae {
 
 using Index = std::int64_t;
 
-// Channels are stored in blocks: an image is [N][ceil(C / 32)][H][W][32].
+// Channels are stored in blocks: the layout of an image is [N][ceil(C / 32)][H][W][32].
 constexpr Index kBlock = 32;
-// Kernels make output channels in panels of 16.
+// Kernels compute output channels in panels of 16.
 constexpr Index kPanel = 16;
 
 struct BFloat16 {
@@ -55,7 +55,7 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 [[maybe_unused]] static inline void from_float(float x, float& out) { out = x; }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 [[maybe_unused]] static inline void from_float(float x, BFloat16& out) {
   std::uint32_t word;
   std::memcpy(&word, &x, sizeof word);

@@ -1,5 +1,5 @@
-// The most products that an instruction set does in a second: what kernels are measured
-// against. On random data, since the clock falls with the power that the data costs.
+// Measures the peak of an instruction set, in products per second, with which kernels are
+// compared. It uses random data, since the clock speed falls as the power consumption rises.
 #pragma once
 
 #include <chrono>
@@ -9,8 +9,8 @@
 
 namespace rbln_vae {
 
-// Floating-point operations per second of one thread that does `work`, which returns how
-// many it did, for at least so many seconds.
+// The floating-point operations per second of one thread that calls `work`, which returns the
+// number of its operations, for at least `seconds`.
 template <class Work>
 double operations_per_second(double seconds, Work&& work) {
   using Clock = std::chrono::steady_clock;
@@ -23,7 +23,7 @@ double operations_per_second(double seconds, Work&& work) {
   }
 }
 
-// Elements that fit in the L1 cache, from -1 to 1.
+// Random elements from -1 to 1; few enough to fit in the L1 cache.
 template <class T, Index kCount>
 struct RandomElements {
   alignas(64) T values[kCount];
@@ -36,7 +36,8 @@ struct RandomElements {
   }
 };
 
-// Of products that sum in registers: as many independent sums as hide their latency.
+// The peak of products that are summed in registers, with enough independent sums to hide their
+// latency.
 template <class Weights, int kSums>
 double limit_of_products(double seconds) {
   using T = typename Weights::T;
@@ -46,13 +47,13 @@ double limit_of_products(double seconds) {
   constexpr Index kTurns = 32;
   static_assert(kSums <= 24);  // as the loops below are unrolled
   const RandomElements<T, 2 * kTurns * kStep> data;
-  // Where the sums go: what nobody reads, the compiler leaves out.
+  // Sums are stored here; without that, the compiler would remove them.
   alignas(64) float kept[kSums * kLanes] = {};
   return operations_per_second(seconds, [&] {
     constexpr int kRepeats = 1000;
     Vector sums[kSums];
 #pragma GCC unroll 24
-    for (int i = 0; i < kSums; ++i) {  // all different, or the compiler makes one of them
+    for (int i = 0; i < kSums; ++i) {  // all different, or the compiler merges them
       sums[i] = Weights::dot(Weights::spread(data.values + i * Weights::kChannels),
                               Weights::weights(data.values + i * kStep, 0), Weights::zero());
     }
@@ -66,7 +67,7 @@ double limit_of_products(double seconds) {
     }
 #pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) Weights::store(kept + i * kLanes, sums[i]);
-    __asm__ volatile("" : : "r"(kept) : "memory");  // somebody may read them all
+    __asm__ volatile("" : : "r"(kept) : "memory");  // all of them may be read
     return 2.0 * kRepeats * kTurns * kSums * kStep;
   });
 }

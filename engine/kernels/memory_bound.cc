@@ -1,4 +1,4 @@
-// The steps that are bound by memory, in plain C++ for any machine.
+// Kernels for the steps that are bound by memory, in plain C++ for any machine.
 #include <cmath>
 #include <cstring>
 
@@ -66,7 +66,7 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
           : at<const T>(context, s.residual.offset) + s.residual.at(n, block, y);
   float scale[kBlock], shift[kBlock];
   for (Index c = 0; c < kBlock; ++c) {
-    // Channels that only fill the block stay zero.
+    // Padding channels of the last block stay zero.
     scale[c] = block * kBlock + c < s.output.channels ? 1.0f : 0.0f;
     shift[c] = 0.0f;
   }
@@ -149,8 +149,8 @@ void statistics(DType dtype, const StatisticsStep& s, const Context& context, In
   }
 }
 
-// Means of tiles are weighted with their pixels, in the order of the tiles: the result is
-// the same however many threads there were.
+// Means of tiles are weighted by their pixels and summed in the order of the tiles, so the result
+// does not depend on the number of threads.
 void norm(const NormStep& s, const Context& context, Index item) {
   const Index n = item / s.parts();
   const Index part = item % s.parts();
@@ -165,7 +165,7 @@ void norm(const NormStep& s, const Context& context, Index item) {
   float* scale = at<float>(context, s.coefficients) + n * 2 * width;
   float* shift = scale + width;
 
-  // A few groups at a time: tiles are read in lines that the cache holds.
+  // One group at a time, so that the lines that are read of all tiles stay in the cache.
   for (Index group = begin; group < end; ++group) {
     const Index first = group * size;
     const auto each_tile = [&](auto&& use) {

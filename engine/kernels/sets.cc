@@ -8,8 +8,8 @@
 namespace rbln_vae {
 namespace {
 
-// Where both element types are multiplied in float32, that is float32: bfloat16 saves memory
-// there, and rounds for it.
+// The best kernels come last. Where both element types multiply in float32, those of float32 are
+// better: bfloat16 only saves memory, and rounds.
 const std::vector<Kernels>& table() {
   static const std::vector<Kernels> list = {
       generic::bfloat16,     generic::float32,

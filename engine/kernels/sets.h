@@ -1,11 +1,11 @@
-// The rows that each file of an instruction set gives to the table of kernels in sets.cc.
+// The rows of the table of kernels in sets.cc, one file of sets/ per instruction set.
 #pragma once
 
 #include "engine/kernels/kernels.h"
 
 namespace rbln_vae {
 
-// What rows have in common; each gives its own where it differs.
+// Common values of rows; a row may have its own.
 constexpr Index kTileBytes = 560'000;
 constexpr Index kMostQueries = 112;
 

@@ -1,8 +1,8 @@
-// Attention of every pixel to every other for one instruction set.
+// Attention between all pixels of an image, for one instruction set.
 //
-// Keys and values are first packed like the weights of a convolution; an item is then a
-// block of queries of one head. It goes over the keys in blocks with the online softmax:
-// a running maximum and sum for each query, so that the matrix is never held.
+// Keys and values are first packed like the weights of a convolution. An item is a block of
+// queries of one head. It goes over the keys in blocks with the online softmax: a running
+// maximum and sum for each query, so that the whole matrix is never in memory.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,7 @@ class AttentionPack {
     const Index count = smaller(kBlock, s.key.pixels() - first);
     const T* none = nullptr;
 
-    // Keys: an output of the product is a key, what is summed over are channels.
+    // Keys: the outputs of the product are keys, and it sums over channels.
     const Index channels = s.key_channels();
     const Index channel_blocks = ceil_div(channels, kBlock);
     const T* key = reinterpret_cast<const T*>(context.arena + s.key.offset);
@@ -40,7 +40,7 @@ class AttentionPack {
               (head_item * s.key_blocks() + block) * 2 * channel_blocks * kPanelBlock;
     clear(keys, 2 * channel_blocks * kPanelBlock);
     for (Index begin = 0; begin < channels;) {
-      // Channels that lie side by side in the image and in the panel.
+      // Channels that are contiguous in the image and in the panel.
       const Index channel = head * channels + begin;
       const Index together = smaller(smaller(channels - begin, kBlock - channel % kBlock),
                                      kBlock - begin % kBlock);
@@ -54,7 +54,7 @@ class AttentionPack {
       begin += together;
     }
 
-    // Values: an output is a channel, what is summed over are keys.
+    // Values: the outputs of the product are channels, and it sums over keys.
     const Index outputs = s.value_channels();
     const Index panels = ceil_div(outputs, kPanel);
     const T* value = reinterpret_cast<const T*>(context.arena + s.value.offset);
@@ -90,10 +90,10 @@ class Attention {
   using Scratch = typename Simd::Scratch;
   using Vector = typename Simd::Vector;
 
-  // Queries of one product, and what the scratch is padded to.
+  // Queries of one product; the scratch is padded to a multiple.
   static constexpr Index kTogether = Simd::kMaxRows * Simd::kMaxPixels;
 
-  // What an item keeps in the scratch.
+  // The layout of an item's scratch.
   struct Layout {
     Index rows;    // queries, padded
     Index blocks;  // of channels
@@ -172,7 +172,7 @@ class Attention {
     Scratch* to = elements(layout_.query);
     const Index begin = head_ * channels;
     if (begin % kBlock == 0 && (channels % kBlock == 0 || s_.heads == 1)) {
-      // Whole blocks; channels beyond the last are zero already.
+      // Whole blocks, in which padding channels are already zero.
       for (Index block = 0; block < layout_.blocks; ++block) {
         const T* from = query + element_at<T>(s_.query, n_, begin + block * kBlock, first_);
         Scratch* line = to + block * layout_.rows * kBlock;
@@ -213,7 +213,7 @@ class Attention {
       g.b = b + panel * panel_step;
       g.panels = smaller(Simd::kMaxPanels, panels - panel);
       for (Index chunk = 0; chunk < chunks; ++chunk) {
-        // Divided evenly, or into as many whole tiles as there are.
+        // Even parts, or whole tiles and a rest.
         const Index begin =
             Simd::kWholeTiles ? chunk * kTogether : count_ * chunk / chunks;
         const Index end = Simd::kWholeTiles ? smaller(begin + kTogether, count_)
@@ -246,8 +246,8 @@ class Attention {
              });
   }
 
-  // Turns logits into weights relative to the running maximum, and scales what has been
-  // summed relative to the last one.
+  // Turns logits into weights relative to the running maximum, and rescales the earlier sums if
+  // the maximum has changed.
   void soften(Index keys, bool first) {
     const Index padded = ceil_div(keys, kBlock) * kBlock;
     Scratch* weights = elements(layout_.weights);
@@ -266,8 +266,8 @@ class Attention {
       const Vector origin = Simd::set(maximum);
       Vector total = Simd::set(0.0f);
       for (Index k = 0; k < padded; k += kPanel) {
-        // Subtracted first: a product of the maximum alone would be rounded differently
-        // in each block of keys.
+        // Subtract first: the rounded product of the maximum and the factor would differ between
+        // blocks of keys.
         const Vector x = Simd::exp2(
             Simd::multiply(Simd::subtract(Simd::load(logits + k), origin), factor));
         total = Simd::add(total, x);
@@ -343,7 +343,7 @@ class Attention {
       }
     }
     if (head_ + 1 < s_.heads) return;
-    // The rest of the last block has no channels, and must read as zero.
+    // Padding channels of the last block must read as zero.
     for (Index c = s_.output.channels; c < s_.output.blocks() * kBlock; ++c) {
       T* to = output + element_at<T>(s_.output, n_, c, first_);
       for (Index i = 0; i < count_; ++i) from_float(0.0f, to[i * kBlock]);

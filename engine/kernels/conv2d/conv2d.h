@@ -1,10 +1,10 @@
-// A convolution for one instruction set: an item of the step is one tile of the image,
-// for some of the output channels.
+// Direct convolution for one instruction set. An item of the step is one tile of the image, for
+// some of the output channels.
 //
-// The tile's input is copied into the thread's scratch, with its halo and the zeros
-// around the image, while the norm and the activation are applied: so each is computed
-// once for a tile, and the product reads aligned memory that stays in the L2 cache.
-// Sums are finished in registers; bias, residual and statistics follow at once.
+// The tile's input is copied into the thread's scratch, with its halo and the zeros around the
+// image, and norm and activation are applied on the way. So each is computed once per tile, and
+// products read aligned memory that stays in the L2 cache. Sums are completed in registers; bias,
+// residual and statistics follow immediately.
 #pragma once
 
 #include <cstring>
@@ -39,7 +39,7 @@ class Conv2d {
   }
 
   static Index tile_elements(const ConvStep& s) {
-    // Kernels may read, and throw away, a row of pixels beyond the last.
+    // Products may read, and discard, a row of pixels beyond the last.
     const Index slack = (Simd::kMaxPixels + 1) * s.stride;
     return (s.input.blocks() * s.rows_read() * s.columns_read() + slack) * kBlock;
   }
@@ -55,7 +55,7 @@ class Conv2d {
     const Index begin = item / s_.splits * s_.together;
     const Index end = smaller(begin + s_.together, s_.tiles());
     const Index panels = s_.panels();
-    // Whole groups of panels, divided evenly.
+    // Whole groups of panels, in even parts.
     const Index groups = ceil_div(panels, Simd::kMaxPanels);
     const Index first = groups * split / s_.splits;
     const Index last = groups * (split + 1) / s_.splits;
@@ -77,7 +77,7 @@ class Conv2d {
       Epilogue<Simd> epilogue(s_, partials, current.height * current.width * s_.phases());
       for (Index group = first; group < last && !stopped(context_); ++group) {
         const Index panel = group * Simd::kMaxPanels;
-        // What is to be loaded is shared out over the groups.
+        // The loading of the next tile is distributed over the groups.
         const Index share = ceil_div(loader.left(), last - group);
         convolve(current, here, panel, smaller(Simd::kMaxPanels, panels - panel), epilogue,
                  loader, share);
@@ -97,7 +97,7 @@ class Conv2d {
     const Index blocks = s_.input.blocks();
     const Index taps = s_.taps();
     const Index panel_step = phases * blocks * taps * kPanelBlock;
-    // Strides that no kernel is made for are done pixel by pixel.
+    // Strides above 2 have no product of several pixels.
     const Index most = s_.stride <= 2 ? Simd::kMaxPixels : 1;
     const Index chunks = ceil_div(tile.width, most);
     const Index together = Simd::rows_at_once(smaller(tile.width, most));
@@ -122,7 +122,7 @@ class Conv2d {
     job.block_step = s_.output.plane * kBlock;
     job.residual_block_step = s_.residual.plane * kBlock;
 
-    // How often there is time to load a part of the next tile.
+    // How many times a part of the next tile can be loaded.
     [[maybe_unused]] const Index turns =
         phases * ceil_div(tile.height, together) * chunks * blocks * taps;
     [[maybe_unused]] Index credit = 0;
@@ -140,7 +140,7 @@ class Conv2d {
       for (Index row = 0; row < tile.height; row += together) {
         g.rows = smaller(together, tile.height - row);
         for (Index chunk = 0; chunk < chunks; ++chunk) {
-          // Divided evenly, or into as many whole tiles as there are.
+          // Even parts, or whole tiles and a rest.
           const Index column = Simd::kWholeTiles ? chunk * most : tile.width * chunk / chunks;
           const Index end = Simd::kWholeTiles ? smaller(column + most, tile.width)
                                               : tile.width * (chunk + 1) / chunks;
@@ -160,12 +160,12 @@ class Conv2d {
           job.first = phase == 0 && row == 0 && chunk == 0;
           job.last = phase + 1 == phases && row + g.rows == tile.height && chunk + 1 == chunks;
           if constexpr (Simd::kOverlaps) {
-            // The sums of the product before are stored while this one runs, and the
-            // next tile is loaded.
+            // While this product runs, the sums of the previous one are stored and the next tile
+            // is loaded.
             const Index share = ceil_div(epilogue.left(), blocks * taps);
             Simd::gemm(g, [&] {
               epilogue.advance(share);
-              // A few pixels at a time: fewer would cost more to begin than to do.
+              // A few pixels at a time, since each call has a fixed cost.
               credit += to_load;
               if (credit >= kLoadedAtOnce * turns) {
                 credit -= kLoadedAtOnce * turns;
@@ -189,7 +189,7 @@ class Conv2d {
   const Context& context_;
   Index pitch_;
   Index plane_;
-  // Two where the sums of one product are stored during the next.
+  // Two buffers if the sums of one product are stored during the next.
   Index turn_ = 0;
   alignas(64) float sums_[Simd::kOverlaps ? 2 : 1]
                          [Simd::kMaxPanels * Simd::kMaxRows * Simd::kMaxPixels * kPanel];

@@ -1,6 +1,6 @@
-// What is done with the sums of a product: bias and residual are added, the result is
-// stored, and the statistics of its channels are kept. It can be done a few pixels at a
-// time, so that an instruction set whose products run beside its vectors overlaps them.
+// Processes the sums of a product: adds bias and residual, stores the result, and accumulates the
+// statistics of its channels. It can process a few pixels at a time: an instruction set whose
+// products run in parallel to its vector units overlaps the two.
 #pragma once
 
 #include "engine/kernels/simd/instruction_set.h"
@@ -23,7 +23,7 @@ class Epilogue {
     Index rows;
     Index pixels;
     T* output;          // of the first pixel, in the block of the first panel
-    const T* residual;  // likewise, or null
+    const T* residual;  // the same for the residual, or null
     Index pixel_step;   // elements from one output pixel to the next
     Index row_step;
     Index block_step;
@@ -35,7 +35,7 @@ class Epilogue {
   Epilogue(const ConvStep& s, float* partials, Index points)
       : s_(s), partials_(partials), points_(points) {}
 
-  // The job before must be finished.
+  // The previous job must be finished.
   void start(const Job& job) {
     job_ = job;
     p_ = row_ = pixel_ = 0;
@@ -64,8 +64,8 @@ class Epilogue {
   void finish() { advance(left_); }
 
  private:
-  // Statistics of a panel. Values are taken relative to the tile's first pixel, so that a
-  // mean far from zero costs no precision.
+  // Statistics of a panel. Values are relative to the tile's first pixel, so that a mean far from
+  // zero loses no precision.
   struct Statistics {
     alignas(64) float shift[kPanel];
     alignas(64) float row_sum[kPanel];
@@ -86,7 +86,7 @@ class Epilogue {
         job_.residual == nullptr ? nullptr
                                  : job_.residual + block * job_.residual_block_step + at;
     const Vector bias = Simd::load(s_.bias + panel * kPanel);
-    // The rest of a block that has no channels must read as zero.
+    // Padding channels of the last block must read as zero.
     const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();
     const bool count_in = partials_ != nullptr;
     Statistics& statistics = statistics_[p_];
@@ -125,7 +125,7 @@ class Epilogue {
     }
   }
 
-  // Sums of a row are added up in double precision.
+  // Sums of rows are accumulated in double precision.
   void end_row() {
     if (partials_ == nullptr) return;
     Statistics& statistics = statistics_[p_];
@@ -135,7 +135,7 @@ class Epilogue {
     }
   }
 
-  // The mean of each channel over the tile, and the sum of squared distances from it.
+  // Stores the mean of each channel over the tile, and the sum of squared distances from it.
   void end_panel() {
     const Statistics& statistics = statistics_[p_];
     float* means = partials_ + (job_.panel + p_) * kPanel;

@@ -1,7 +1,7 @@
-// Copies what a tile reads into a thread's scratch: with its halo, zeros around the image,
-// norm and activation applied, in the scratch's own type. It can be done a few pixels at a
-// time, so that an instruction set whose products run beside its vectors loads one tile during
-// another.
+// Copies the input of a tile into a thread's scratch: with its halo and the zeros around the
+// image, with norm and activation applied, in the type of the scratch. It can load a few pixels
+// at a time: an instruction set whose products run in parallel to its vector units loads one tile
+// during the products of another.
 #pragma once
 
 #include <cstring>
@@ -40,7 +40,7 @@ class Loader {
  public:
   Loader(const ConvStep& s, const Context& context) : s_(s), context_(context) {}
 
-  // The tile before must be finished. Blocks lie `plane` elements apart in the scratch.
+  // The previous tile must be finished. Blocks are `plane` elements apart in the scratch.
   void start(const ConvTile& tile, Scratch* scratch, Index plane) {
     scratch_ = scratch;
     plane_ = plane;
@@ -48,7 +48,7 @@ class Loader {
     left_ = tile.x * s_.stride - s_.left;
     rows_ = s_.upsample ? tile.height + 2 : (tile.height - 1) * s_.stride + s_.kernel_height;
     columns_ = s_.upsample ? tile.width + 2 : (tile.width - 1) * s_.stride + s_.kernel_width;
-    // The part of the columns that lies in the image.
+    // The columns inside the image.
     begin_ = smaller(columns_, larger(0, -left_));
     end_ = larger(begin_, smaller(columns_, s_.input.width - left_));
     const Index blocks = s_.input.blocks();
@@ -63,7 +63,7 @@ class Loader {
     left_over_ = blocks * rows_ * columns_;
   }
 
-  // Pixels of blocks that are still to be loaded.
+  // The pixels that remain to be loaded, counted in each block.
   Index left() const { return left_over_; }
 
   void advance(Index pixels) {
@@ -148,8 +148,8 @@ class Loader {
     }
   }
 
-  // Applies a function of 16 channels to all pixels of a block. The row below is fetched
-  // meanwhile: the hardware fetches what follows in a row, and a tile's rows are short.
+  // Applies a function of 16 channels to all pixels of a block, and prefetches the row below: the
+  // hardware only prefetches along a row, and the rows of a tile are short.
   template <class Function>
   void each_half(const T* from, Scratch* to, Index pixels, Function&& function) const {
     const Index below = row_ + 1 < rows_ ? s_.input.width * kBlock : 0;
@@ -167,7 +167,7 @@ class Loader {
   const Context& context_;
   Scratch* scratch_ = nullptr;
   Index plane_ = 0;
-  Index top_ = 0;  // of the tile, in the input; less than zero where zeros come first
+  Index top_ = 0;  // the tile's first row in the input; negative if zeros come first
   Index left_ = 0;
   Index rows_ = 0;
   Index columns_ = 0;

@@ -1,24 +1,25 @@
-// Convolutions of 3x3, and those that double an image, with fewer products: Winograd's
-// minimal filtering F(4x4, 3x3).
+// Convolutions of 3x3, and those that double an image, with fewer products, by Winograd's minimal
+// filtering F(4x4, 3x3).
 //
-// A polynomial is known by its values at as many points as it has coefficients, and values
-// are multiplied one by one. So 4x4 outputs take 6x6 products instead of 4x4x9, at the
-// points 0, a, -a, b, -b and infinity of either direction. The kernels are transformed
-// once for a run; what a tile of the plan reads is transformed in the thread's scratch,
+// The values of a polynomial at as many points as it has coefficients determine it, and the
+// product of two polynomials is the product of their values. So 4x4 outputs need 6x6 products
+// instead of 4x4x9, at the points 0, a, -a, b, -b and infinity in each direction. The weights are
+// transformed once per run. The input of a tile is transformed in the thread's scratch,
 // multiplied position by position, and transformed back.
 //
-// After doubling, each of the four outputs of a point has a 2x2 kernel: 3x3 with a row and
-// a column of zeros. These make the products at infinity or at zero vanish, and 5x5 are left.
+// After doubling, each of the four outputs of a point has a 2x2 kernel, which is a 3x3 kernel with
+// a row and a column of zeros. The zeros eliminate the products at infinity or at zero, and 5x5
+// products remain.
 //
-// Images may be stored in bfloat16; everything in between is float32, which products in
-// bfloat16 are not enough faster than to make up for taking four times as many.
+// Images may be stored in bfloat16, but everything in between is float32: products in bfloat16
+// are not fast enough to make direct convolution, with four times the products, faster.
 //
-// How outputs are rounded depends on where in its 4x4 an output lies, and NaN and infinity
-// spread over them as NaN.
+// The rounding of an output depends on its position in its 4x4 tile, and a NaN or an infinity in
+// the input makes the whole tile NaN.
 //
-// The algorithm: "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308. How
-// the points decide its error: "Error Analysis and Improving the Accuracy of Winograd
-// Convolution for Deep Neural Networks", arXiv 1803.10986.
+// The algorithm: "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308. The error
+// as a function of the points: "Error Analysis and Improving the Accuracy of Winograd Convolution
+// for Deep Neural Networks", arXiv 1803.10986.
 #pragma once
 
 #include <concepts>
@@ -31,7 +32,7 @@
 
 namespace rbln_vae {
 
-// `Images` reads and stores images, `Simd` multiplies in float32.
+// `Images` loads and stores images, `Simd` multiplies in float32.
 template <InstructionSet Images, InstructionSet Simd = Images>
   requires std::same_as<typename Simd::T, float>
 class Winograd {
@@ -41,11 +42,12 @@ class Winograd {
   static constexpr Index kTile = kWinogradTile;
   static constexpr Index kSide = kTile + 2;
   static constexpr Index kPositions = kSide * kSide;
-  static_assert(kSide == 6);  // as the transforms are written and unrolled
-  // Products that wait to be transformed back stay in the L2 cache beside their factors.
+  static_assert(kSide == 6);  // the transforms are written for it
+  // The most bytes of sums that wait to be transformed back, so that they fit in the L2 cache
+  // together with the factors.
   static constexpr Index kSumsBytes = 320 * 1024;
 
-  // Rounding grows with the spread of the points' powers; 1 and 2 would double it.
+  // The rounding error grows with the spread of the points' powers; 1 and 2 would double it.
   static constexpr double kA = 0.625;
   static constexpr double kB = 1.5;
 
@@ -60,8 +62,8 @@ class Winograd {
     Winograd(s, context).run(item);
   }
 
-  // Of one panel and block: [phases][taps][512] to [phases][positions][512], each phase
-  // and position blocks apart.
+  // Transforms the weights of one panel and block: [phases][taps][512] to
+  // [phases][positions][512], where consecutive positions are `blocks` apart.
   static void transform(const WinogradStep& s, const Context& context, Index item) {
     const Index panel = item / s.blocks;
     const Index block = item % s.blocks;
@@ -79,9 +81,9 @@ class Winograd {
   }
 
  private:
-  // The points of both directions that a phase has products at.
+  // The points in both directions at which a phase has products.
   struct Range {
-    Index down, right;  // the first
+    Index down, right;  // the first point
     Index count;
 
     Range(bool upsample, Index phase)
@@ -93,16 +95,16 @@ class Winograd {
     }
   };
 
-  // Of the scratch, in floats.
+  // The sizes of the parts of the scratch, in floats.
   struct Sizes {
     Index tiles;    // of 4x4, in a tile of the plan
-    Index chunks;   // that they are multiplied in
-    Index chunk;    // tiles of each but the last
-    Index groups;   // of panels that are multiplied before they are transformed back
-    Index input;    // a block of what is read: [rows][columns][32]
-    Index values;   // from one position to the next: [blocks][tiles][32]
-    Index sums;     // likewise: [groups][chunks][panels][pixels][16]
-    Index outputs;  // a row of tiles transformed back: [panels][4][columns][16]
+    Index chunks;   // groups of tiles that are multiplied together
+    Index chunk;    // tiles of each chunk except the last
+    Index groups;   // groups of panels that are multiplied before they are transformed back
+    Index input;    // a block of the input: [rows][columns][32]
+    Index values;   // distance of positions of transformed inputs: [blocks][tiles][32]
+    Index sums;     // distance of positions of sums: [groups][chunks][panels][pixels][16]
+    Index outputs;  // a row of output tiles: [panels][4][columns][16]
 
     explicit Sizes(const ConvStep& s) {
       const Index across = ceil_div(s.tile_width, kTile);
@@ -120,8 +122,8 @@ class Winograd {
       outputs = Simd::kMaxPanels * kTile * across * kTile * kPanel;
     }
 
-    // Positions are written and read side by side: whole pages and a little apart, so that
-    // they don't meet in one set of the L1 cache.
+    // All positions are accessed together, so they are whole pages and a bit apart, to lie in
+    // different sets of the L1 cache.
     static Index apart(Index floats) {
       constexpr Index page = 1024;
       return ceil_div(floats, page) * page + kBlock;
@@ -163,7 +165,7 @@ class Winograd {
     }
   }
 
-  // Reads what the tile needs and transforms it, block by block.
+  // Loads the input of the tile and transforms it, block by block.
   void load(const ConvTile& tile) {
     ConvTile whole = tile;
     whole.height = ceil_div(tile.height, kTile) * kTile;
@@ -187,8 +189,8 @@ class Winograd {
     }
   }
 
-  // The products of all positions for some groups of panels. Weights come from afar, so the
-  // next ones are fetched meanwhile: a panel during each chunk.
+  // The products of all positions for some groups of panels. The next weights are prefetched, one
+  // panel during each chunk.
   void multiply(Index first, Index last, Index phase) {
     const Index blocks = s_.input.blocks();
     const Range range(s_.upsample, phase);
@@ -249,7 +251,7 @@ class Winograd {
     const float* sums = sums_ + place * sizes_.chunks * kGroup;
     for (Index row = 0; row < down_; ++row) {
       job.rows = smaller(kTile, tile.height - row * kTile);
-      // Rows too many are written over by the next panel, or lie in the buffer's slack.
+      // Surplus rows are overwritten by the next panel, or lie in the buffer's slack.
       for (Index each = 0; each < job.panels; ++each) {
         for (Index x = 0; x < across_; ++x) {
           const Index at = row * across_ + x;
@@ -285,7 +287,7 @@ class Winograd {
     return Simd::multiply_add(Simd::set(static_cast<float>(factor)), x, sum);
   }
 
-  // Six inputs, in one direction: the transpose of what makes coefficients of values.
+  // Transforms six inputs in one direction: the transpose of interpolation.
   [[gnu::always_inline]] static void forward(const Vector (&d)[kSide], Vector (&v)[kSide]) {
     constexpr double aa = kA * kA, bb = kB * kB;
     const Vector even_a = times(-bb, d[2], d[4]);
@@ -300,7 +302,7 @@ class Winograd {
     v[5] = times(aa * bb, d[1], times(-aa - bb, d[3], d[5]));
   }
 
-  // Four outputs of the products at six points: the powers of the points.
+  // Computes four outputs from the products at six points, with the powers of the points.
   [[gnu::always_inline]] static void backward(const Vector (&m)[kSide], Vector (&y)[kTile]) {
     constexpr double aa = kA * kA, bb = kB * kB;
     const Vector even_a = Simd::add(m[1], m[2]);
@@ -313,7 +315,7 @@ class Winograd {
     y[3] = times(aa * kA, odd_a, times(bb * kB, odd_b, m[5]));
   }
 
-  // 6x6 pixels of 16 channels.
+  // Transforms 6x6 pixels of 16 channels.
   static void transform_input(const float* from, Index row_step, float* to, Index step) {
     Vector columns[kSide][kSide];
 #pragma GCC unroll 6
@@ -334,7 +336,8 @@ class Winograd {
     }
   }
 
-  // 4x4 pixels of a panel. With kAll there are products at all points, not only in the range.
+  // Computes 4x4 pixels of a panel. With kAll there are products at all points, not only in the
+  // range.
   template <bool kAll>
   static void transform_output(const Range& range, const float* from, Index step, float* to,
                                Index row_step) {
@@ -360,7 +363,8 @@ class Winograd {
     }
   }
 
-  // Three taps at the points, divided by the product of each one's distances from the others.
+  // Evaluates three taps at the points, each divided by the product of its distances from the
+  // other points.
   [[gnu::always_inline]] static void values(const Vector (&g)[3], Vector (&v)[kSide]) {
     constexpr double aa = kA * kA, bb = kB * kB;
     constexpr double share_a = 1 / (2 * aa * (aa - bb)), share_b = 1 / (2 * bb * (bb - aa));
@@ -374,7 +378,7 @@ class Winograd {
     v[5] = g[2];
   }
 
-  // A tap of 16 output channels, for an input channel of a block.
+  // The weights of a tap for 16 output channels and one input channel of a block.
   static Vector tap(const T* block, Index channel) {
     if constexpr (std::is_same_v<T, float>) {
       return Simd::load(block + panel_index(block, channel, 0));
@@ -385,7 +389,7 @@ class Winograd {
     }
   }
 
-  // 16 kernels.
+  // Transforms the kernels of 16 output channels for one input channel.
   static void transform_kernels(const Range& range, bool upsample, const T* from, Index channel,
                                 float* to, Index step) {
     const Index side = upsample ? 2 : 3;
@@ -416,7 +420,7 @@ class Winograd {
   float* values_;
   float* sums_;
   float* outputs_;
-  // Of the tile that was loaded.
+  // The 4x4 tiles of the loaded tile.
   Index down_ = 0;
   Index across_ = 0;
   Index tiles_ = 0;

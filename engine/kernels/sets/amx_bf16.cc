@@ -17,7 +17,7 @@ using Tiles = Joined<avx512_bf16::BFloat16Images, Products>;
 #endif
 static_assert(InstructionSet<Tiles>);
 
-// Six sums, each product with a tile of the image from the L1 cache, as in convolutions.
+// Six sums, with tiles of the image from the L1 cache, as in convolutions.
 static double limit(double seconds) {
   constexpr Index kElements = kTileRows * kTileBytes / 2;
   constexpr int kTurns = 8;
@@ -50,8 +50,8 @@ static double limit(double seconds) {
   return result;
 }
 
-// Two tiles of the plan are held, in a cache of 2 MiB. Products are so fast that everything
-// else is dear, and Winograd's algorithm no gain.
+// Two tiles of the plan are in the L2 cache of 2 MiB. Products are so fast that everything else
+// is expensive in comparison, and Winograd's algorithm is no gain.
 constexpr Kernels bfloat16 = make_kernels<Tiles>(
     {Isa::kAmxBf16, 700'000, 192, {.product = 0.5, .norm = 256, .copy = 64, .weights = 100}, limit});
 

@@ -1,4 +1,4 @@
-// From an instruction set to its row of the table of kernels.
+// Makes the row of an instruction set in the table of kernels.
 #pragma once
 
 #include "engine/kernels/attention/attention.h"
@@ -8,7 +8,7 @@
 
 namespace rbln_vae {
 
-// What else stands in the row.
+// The facts in the row that do not follow from the instruction set's types.
 struct Facts {
   Isa isa;
   Index tile_bytes;
@@ -20,7 +20,7 @@ struct Facts {
 template <class T>
 constexpr DType kDType = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
 
-// Convolutions by their definition alone.
+// Only direct convolutions.
 template <InstructionSet Simd>
 constexpr Kernels make_kernels(const Facts& facts) {
   return {facts.isa,
@@ -42,7 +42,7 @@ constexpr Kernels make_kernels(const Facts& facts) {
           facts.limit};
 }
 
-// By Winograd's algorithm where the step says so, with the products of `Float32`.
+// Convolutions with Winograd's algorithm if the step asks for it, with the products of `Float32`.
 template <InstructionSet Simd, InstructionSet Float32 = Simd>
 constexpr Kernels make_winograd_kernels(const Facts& facts) {
   using Other = Winograd<Simd, Float32>;

@@ -1,9 +1,9 @@
 // AMX: products of 16 pixels by 16 channels over 32 input channels, in tile registers.
 //
-// Six tiles hold sums: three rows of 32 pixels, or six of 16, for one panel of channels.
-// So a tile of weights is used six times, and rows of the image are shared by the taps
-// while they are in the L1 cache. The next weights are fetched ahead, and the vector
-// units do the epilogue of the product before meanwhile.
+// Six tiles hold sums: three rows of 32 pixels, or six rows of 16, for one panel of channels. So
+// each tile of weights is used six times, and the taps share rows of the image while these are in
+// the L1 cache. Later weights are prefetched, and the vector units process the epilogue of the
+// previous product meanwhile.
 #pragma once
 
 #include "engine/kernels/simd/gemm.h"
@@ -55,7 +55,7 @@ struct Products {
  private:
   static constexpr int kWeights = 6;
   static constexpr int kImage = 7;
-  // Bytes of a tile of weights, and how many of them to fetch ahead.
+  // Bytes of a tile of weights, and the number of tiles to prefetch ahead.
   static constexpr Index kWeightBytes = kTileRows * kTileBytes;
   static constexpr Index kAhead = 3;
 
@@ -65,8 +65,8 @@ struct Products {
     if constexpr (kTile + 1 < kRows * kAcross) clear<kRows, kAcross, kTile + 1>();
   }
 
-  // Products of one tile of weights with all tiles of the image; with each, a part of the
-  // weights of a later turn is fetched.
+  // Multiplies one tile of weights with all tiles of the image. Each product also prefetches a
+  // part of later weights.
   template <int kRows, int kAcross, int kTile = 0>
   static void multiply_all(const T* a, Index row_step, Index pixel_step, const char* ahead) {
     constexpr int kSums = kRows * kAcross;

@@ -1,5 +1,5 @@
-// AVX2 with fused multiply-add: a vector of 16 floats is two registers. Products are made in
-// float32, of weights in float32 or bfloat16.
+// AVX2 with fused multiply-add: a vector of 16 floats is two registers. Products are computed in
+// float32, with weights in float32 or bfloat16.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +15,7 @@ struct Vectors {
   using Vector = Pair;
 
   static __m256 exp2(__m256 x) {
-    // The bound comes first: where an operand is a NaN the instruction gives the second.
+    // The bound is the first operand: with a NaN, the instruction returns the second operand.
     x = _mm256_max_ps(_mm256_set1_ps(-126.0f), x);
     x = _mm256_min_ps(_mm256_set1_ps(126.0f), x);
     const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -82,13 +82,13 @@ struct Float32Images : Vectors {
   static void store_elements(T* p, const Pair& v) { store(p, v); }
 };
 
-// Images in bfloat16, which are the upper halves of floats.
+// Images in bfloat16, which is the upper half of float32.
 struct BFloat16Images : Vectors {
   using T = BFloat16;
 
   static Pair load_elements(const T* p) { return {widened(p), widened(p + 8)}; }
   static void store_elements(T* p, const Pair& v) {
-    // Packing goes by halves of the registers.
+    // Packing works on each half of the registers separately.
     const __m256i packed = _mm256_packus_epi32(rounded(v.low), rounded(v.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
   }
@@ -98,7 +98,7 @@ struct BFloat16Images : Vectors {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  // To the nearest, ties to even, in the lower half of each lane; a NaN stays one.
+  // Rounds to nearest, ties to even, in the lower half of each lane; a NaN stays a NaN.
   static __m256i rounded(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i upper = _mm256_srli_epi32(bits, 16);
@@ -111,7 +111,7 @@ struct BFloat16Images : Vectors {
   }
 };
 
-// For Broadcast, of weights in either type.
+// The registers for Broadcast, with weights of either type.
 struct Registers {
   using Scratch = float;
   using Vector = __m256;
@@ -133,7 +133,7 @@ struct Float32Weights : Registers {
 
 struct BFloat16Weights : Registers {
   using T = BFloat16;
-  // Pairs of input channels, the first of them below.
+  // Weights are in pairs of input channels, the first one in the lower half.
   static Weights weights(const T* p, int channel) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm256_castsi256_ps(channel == 0

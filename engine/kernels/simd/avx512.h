@@ -1,4 +1,4 @@
-// AVX-512: vectors of 16 floats. Products are made in float32, of weights in float32 or
+// AVX-512: vectors of 16 floats. Products are computed in float32, with weights in float32 or
 // bfloat16.
 #pragma once
 
@@ -22,15 +22,15 @@ struct Vectors {
   static float largest(Vector v) { return _mm512_reduce_max_ps(v); }
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 
-  // Within the range in which the result is a normal number. The bound comes first: where
-  // an operand is a NaN the instruction gives the second one.
+  // Clamps to the range in which the result is a normal number. The bound is the first operand:
+  // with a NaN, the instruction returns the second operand.
   static Vector bounded(Vector x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
     return _mm512_min_ps(_mm512_set1_ps(126.0f), x);
   }
 
-  // 2 to the power of x, to float32's precision: the fraction in [-1/2, 1/2] through a
-  // polynomial (Taylor's), the whole part into the exponent.
+  // 2 to the power of x, to float32's precision: a Taylor polynomial of the fraction in
+  // [-1/2, 1/2]; the integer part goes into the exponent.
   static Vector exp2(Vector x) {
     x = bounded(x);
     const Vector whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -58,7 +58,7 @@ struct Float32Images : Vectors {
   }
 };
 
-// Images stored in bfloat16, which are the upper halves of floats; worked on in float32.
+// Images in bfloat16, which is the upper half of float32; arithmetic is in float32.
 struct BFloat16Images : Vectors {
   using T = BFloat16;
 
@@ -66,7 +66,7 @@ struct BFloat16Images : Vectors {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  // To the nearest, ties to even; a NaN stays one.
+  // Rounds to nearest, ties to even; a NaN stays a NaN.
   static void store_elements(T* p, Vector v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i upper = _mm512_srli_epi32(bits, 16);
@@ -78,8 +78,8 @@ struct BFloat16Images : Vectors {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(all));
   }
 
-  // 2 to the power of x, to 1e-4: bfloat16 keeps 4e-3. A minimax fit of what follows the
-  // point; the whole part, rounded down, goes into the exponent.
+  // 2 to the power of x, to 1e-4, since bfloat16 has a precision of 4e-3: a minimax polynomial of
+  // the fraction; the integer part, rounded down, goes into the exponent.
   static Vector exp2(Vector x) {
     const Vector f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     Vector p = _mm512_set1_ps(7.80245222e-02f);
@@ -91,12 +91,12 @@ struct BFloat16Images : Vectors {
 
   static Vector silu(Vector x) {
     const Vector e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)));
-    // The reciprocal is good to 14 bits, of which bfloat16 keeps 8.
+    // The reciprocal has 14 correct bits, and bfloat16 keeps 8.
     return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), e)));
   }
 };
 
-// For Broadcast, of weights in either type.
+// The registers for Broadcast, with weights of either type.
 struct Registers {
   using Scratch = float;
   using Vector = __m512;
@@ -118,7 +118,7 @@ struct Float32Weights : Registers {
 
 struct BFloat16Weights : Registers {
   using T = BFloat16;
-  // Pairs of input channels, the first of them below.
+  // Weights are in pairs of input channels, the first one in the lower half.
   static Weights weights(const T* p, int channel) {
     const __m512i pairs = _mm512_loadu_si512(p);
     return _mm512_castsi512_ps(channel == 0

@@ -1,4 +1,4 @@
-// AVX-512 with bfloat16 products: pairs of input channels, summed in float32.
+// AVX-512 with bfloat16 products of pairs of input channels, summed in float32.
 #pragma once
 
 #include <cstring>
@@ -14,7 +14,7 @@ struct BFloat16Images : avx512::BFloat16Images {
   }
 };
 
-// For Broadcast.
+// The registers for Broadcast.
 struct BFloat16Weights {
   using T = BFloat16;
   using Scratch = T;
@@ -35,8 +35,8 @@ struct BFloat16Weights {
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
 };
 
-// Of float32, beside images in bfloat16. A type of its own, since each file's products are
-// compiled for its own instruction set.
+// Float32 weights for images in bfloat16. It has its own type, because each file compiles its
+// products for its own instruction set.
 struct Float32Weights : avx512::Float32Weights {};
 
 }  // namespace rbln_vae::avx512_bf16

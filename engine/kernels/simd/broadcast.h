@@ -1,5 +1,5 @@
-// Products for instruction sets whose registers are rows of output channels: one input
-// value is spread over a register and multiplied with many weights.
+// Products for instruction sets whose registers hold rows of output channels: one input value is
+// broadcast to a register and multiplied with many weights.
 #pragma once
 
 #include <utility>
@@ -10,9 +10,9 @@ namespace rbln_vae {
 
 // `Set` gives the element types T of weights and Scratch of pixels, a register type Vector, and:
 //   kPerPanel     registers that hold a panel of 16 channels
-//   kMaxPixels    pixels that are summed at once, by kMaxPanels panels: all in registers
+//   kMaxPixels    pixels whose sums, for kMaxPanels panels, all fit in registers
 //   kChannels     input channels of one product: 1, or 2 in bfloat16
-//   Weights, weights(p, k)   a register of weights at p: of input channel k, of those side by side
+//   Weights, weights(p, k)   a register of weights at p, for input channel k of adjacent ones
 //   spread(p)                the input channels at p, in every lane
 //   dot(x, w, sum)           the product, added to a sum
 //   zero(), store(p, v)
@@ -24,17 +24,17 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
 
  private:
   using Operands = Gemm<T, Scratch>;
-  // Input channels whose weights lie side by side.
+  // The number of input channels whose weights are adjacent.
   static constexpr int kSideBySide = panel_index(static_cast<const T*>(nullptr), 0, 1);
   static constexpr int kLanes = kPanel / Set::kPerPanel;
 
-  // Pixels, panels and the distance of two pixels are known to the compiler: so the sums
-  // stay in registers, and addresses are constants.
+  // Pixels, panels and the distance of pixels are template parameters, so that sums stay in
+  // registers and addresses are constants.
   template <int kPixels, int kPanels, int kDistance>
   static void product(const Operands& g) {
     constexpr int kColumns = kPanels * Set::kPerPanel;
     constexpr Index kRow = kPanel * kSideBySide;
-    // A loop that isn't unrolled whole keeps its sums in memory.
+    // A loop that is not fully unrolled would keep its sums in memory.
     static_assert(kPixels <= 16 && kColumns <= 4 && kSideBySide <= 2 * Set::kChannels);
     typename Set::Vector sums[kPixels][kColumns];
 #pragma GCC unroll 16
@@ -105,8 +105,8 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
   }
 
  public:
-  // The distance of pixels is one block, two with a stride of two, or of no account
-  // because there is one pixel.
+  // The distance of pixels is one block, or two with stride 2. With larger strides there is only
+  // one pixel, and the distance does not matter.
   static void gemm(const Operands& g) {
     if (g.pixel_step == 2 * kBlock) {
       dispatch<2 * kBlock>(g);

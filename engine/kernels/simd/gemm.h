@@ -1,4 +1,4 @@
-// The one product that every kernel is made of, and how its operands lie in memory.
+// The matrix product that every kernel uses, and the memory layout of its operands.
 #pragma once
 
 #include "engine/kernels/element.h"
@@ -8,8 +8,8 @@ namespace rbln_vae {
 // Elements of a weight panel for one block of 32 channels and one tap.
 constexpr Index kPanelBlock = kBlock * kPanel;
 
-// Where input channel `k` (0 to 31) and output channel `n` (0 to 15) lie in it: bfloat16
-// products take two input channels at once.
+// The index of input channel `k` (0 to 31) and output channel `n` (0 to 15) in a weight panel.
+// Products of bfloat16 take two input channels at once.
 [[maybe_unused]] static constexpr Index panel_index(const float*, Index k, Index n) {
   return k * kPanel + n;
 }
@@ -17,8 +17,8 @@ constexpr Index kPanelBlock = kBlock * kPanel;
   return (k / 2) * 2 * kPanel + n * 2 + k % 2;
 }
 
-// The shape of products that make a row of up to `kPixels` pixels, for up to `kPanels` panels,
-// in the registers of vectors.
+// The shape of products in vector registers, which compute a row of up to `kPixels` pixels for up
+// to `kPanels` panels.
 template <Index kPixels, Index kPanels>
 struct RowProducts {
   static constexpr Index kMaxRows = 1;
@@ -39,9 +39,9 @@ struct RowProducts {
 //       a[block * plane + taps[tap] + row * row_step + pixel * pixel_step + k]
 //     * b[panel * panel_step + (block * tap_count + tap) * 512 + (k, n)]
 //
-// Rows of c are sums_pitch(pixels) of the instruction set apart, panels `rows` of them.
-// All steps count elements. Only the first `last_channels` of the last block are summed: the others
-// are zero. Pixels lie in the scratch, in float32 where weights of bfloat16 are multiplied in it.
+// In c, rows are sums_pitch(pixels) pixels apart, and panels are `rows` rows apart. All steps count
+// elements. Only the first `last_channels` of the last block are summed: the others are zero.
+// Pixels are in the scratch, as float32 if weights of bfloat16 are multiplied in float32.
 template <class T, class Scratch = T>
 struct Gemm {
   const Scratch* a;
@@ -58,7 +58,7 @@ struct Gemm {
   Index rows;
   Index pixels;
   Index panels;
-  // What is to be fetched meanwhile, as much as one panel of weights; may be null.
+  // Memory to prefetch meanwhile, of the size of one panel of weights; may be null.
   const T* ahead = nullptr;
 };
 

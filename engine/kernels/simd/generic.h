@@ -1,4 +1,4 @@
-// Plain C++ for any machine: the measure of every other instruction set.
+// Plain C++ for any machine, with which all other instruction sets are compared in tests.
 #pragma once
 
 #include <cmath>
@@ -74,7 +74,7 @@ struct Images : Vectors {
   }
 };
 
-// Made in float32, whatever the type of the weights.
+// Products in float32, for weights of any type.
 template <class Element>
 struct Products : RowProducts<4, 1> {
   using T = Element;

@@ -1,7 +1,7 @@
-// What the drivers of convolutions and attention ask of an instruction set.
+// The requirements of convolutions and attention for an instruction set.
 //
-// It has two pieces that know nothing of each other: how images are stored and worked on, 16
-// floats at a time, and how products are made. `Joined` puts one of each together.
+// An instruction set has two independent parts: how images are stored and processed, 16 floats at
+// a time, and how products are computed. `Joined` combines one of each.
 #pragma once
 
 #include <concepts>
@@ -11,7 +11,7 @@
 
 namespace rbln_vae {
 
-// Images of elements of type T, and arithmetic on vectors of 16 floats, a panel of channels.
+// Images with elements of type T, and arithmetic on vectors of 16 floats, one panel of channels.
 template <class S>
 concept StoresImages = requires(const typename S::Vector& v, const float* floats, float* sums,
                                 const typename S::T* from, typename S::T* to) {
@@ -27,12 +27,12 @@ concept StoresImages = requires(const typename S::Vector& v, const float* floats
   { S::maximum(v, v) } -> std::same_as<typename S::Vector>;
   { S::largest(v) } -> std::same_as<float>;
   { S::sum(v) } -> std::same_as<float>;
-  // As precise as the type in which images are stored needs them.
+  // As precise as the type of stored images requires.
   { S::exp2(v) } -> std::same_as<typename S::Vector>;
   { S::silu(v) } -> std::same_as<typename S::Vector>;
 };
 
-// Products of pixels of type Scratch by packed weights of type T. One product makes up to
+// Products of pixels of type Scratch and packed weights of type T. One product computes up to
 // kMaxRows x kMaxPixels outputs for up to kMaxPanels panels of 16 channels.
 template <class S>
 concept MakesProducts = requires(const Gemm<typename S::T, typename S::Scratch>& operands) {
@@ -41,19 +41,19 @@ concept MakesProducts = requires(const Gemm<typename S::T, typename S::Scratch>&
   requires std::same_as<decltype(S::kMaxRows), const Index>;
   requires std::same_as<decltype(S::kMaxPixels), const Index>;
   requires std::same_as<decltype(S::kMaxPanels), const Index>;
-  // Whether the next tile is loaded, and the sums before stored, during a product; and whether
-  // products come in whole tiles of registers.
+  // Whether a product overlaps with loading the next tile and storing the previous sums; and
+  // whether products are computed in whole tile registers.
   requires std::same_as<decltype(S::kOverlaps), const bool>;
   requires std::same_as<decltype(S::kWholeTiles), const bool>;
-  // Sums of a row of pixels lie this far apart.
+  // The distance of rows of sums, in pixels.
   { S::sums_pitch(Index{}) } -> std::same_as<Index>;
-  // Rows of a product on rows of so many pixels.
+  // The number of rows of a product, for rows with a number of pixels.
   { S::rows_at_once(Index{}) } -> std::same_as<Index>;
-  // What a thread does before and after a step.
+  // Called by a thread before and after an item.
   S::enter();
   S::leave();
   S::gemm(operands);
-  // What is to be done during a product, a part for each block and tap.
+  // With overlap, a function to call during a product, once for each block and tap.
   requires !S::kOverlaps || requires { S::gemm(operands, [] {}); };
 };
 
@@ -66,8 +66,8 @@ struct Joined : Images, Products {
   using T = typename Images::T;
 };
 
-// Writes 16 channels into the thread's scratch: as they are where products take float32,
-// else in the type of stored images.
+// Writes 16 channels to the thread's scratch: as float32 if products take float32, else in the
+// type of stored images.
 template <StoresImages Simd, class Scratch>
 static inline void put(Scratch* to, const typename Simd::Vector& v) {
   if constexpr (std::is_same_v<Scratch, float>) {

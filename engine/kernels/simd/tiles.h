@@ -1,7 +1,6 @@
 // AMX tiles: eight registers of 16 rows of 64 bytes.
 //
-// With RBLN_VAE_EMULATE_TILES they are plain memory, so that what is built on them can be
-// tested on any machine.
+// With RBLN_VAE_EMULATE_TILES they are plain memory, so that kernels can be tested on any machine.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +73,7 @@ static inline void multiply_tiles() {
 
 #else
 
-// The layout that the instruction LDTILECFG reads.
+// The memory layout that the instruction LDTILECFG reads.
 struct TileConfig {
   std::uint8_t palette = 1;
   std::uint8_t start_row = 0;
@@ -83,8 +82,8 @@ struct TileConfig {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The number of a tile is part of the instruction: an operand of the assembler, because
-// the compiler's intrinsics don't take template parameters.
+// The number of a tile is part of the instruction. It is passed through inline assembly, because
+// the compiler's intrinsics do not accept template parameters.
 
 static inline void begin_tiles() {
   alignas(64) static constexpr TileConfig config;
@@ -92,8 +91,8 @@ static inline void begin_tiles() {
 }
 static inline void end_tiles() { __asm__ volatile("tilerelease"); }
 
-// The loads below don't tell the compiler what they read, so that it needn't write all it
-// holds before each of them. This does, once.
+// The loads below do not tell the compiler that they read memory, so that it need not write out
+// all values before each of them. This function does so once.
 static inline void tiles_read_memory() { __asm__ volatile("" : : : "memory"); }
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
