@@ -114,7 +114,7 @@ class LatentDataset(Dataset[Item]):
             path = self.directory / shard.file
             if not path.exists() or checksum(path) != shard.sha256:
                 raise RBLNDatasetError(
-                    f"{path} is missing or damaged: its checksum isn't that of the manifest. "
+                    f"{path} is missing or damaged: its checksum differs from the manifest. "
                     "Remove it, and run the command that wrote it again."
                 )
 

@@ -201,7 +201,7 @@ def encode_dataset(
         raise TooManyRejectedError(
             f"rejected: {totals.rejected}, more than max_rejected, {max_rejected}; "
             f"{directory / REJECTED} says why. The other {totals.samples} are encoded and the "
-            "output is complete; the same command with a higher max_rejected accepts that.",
+            "output is complete; the same command with a higher max_rejected accepts it.",
             summary,
         )
     return summary

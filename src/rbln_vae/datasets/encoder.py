@@ -86,8 +86,8 @@ class LatentEncoder:
             sizes != (config.sample_size,) or options.batch_size not in (None, config.batch_size)
         ):
             raise ValueError(
-                f"the target {config.target!r} takes the shape that the model was compiled for "
-                f"alone: size {config.sample_size}, batch {config.batch_size}"
+                f"the target {config.target!r} takes only the shape that the model was compiled "
+                f"for: size {config.sample_size}, batch {config.batch_size}"
             )
         self._scaling = vae.latent_scaling
         self._dtype: torch.dtype = getattr(torch, options.latent_dtype)

@@ -98,7 +98,7 @@ class Entry:
                 [Rejected(**each) for each in stored["rejected"]],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"it is no entry of a journal: {error!r}") from None
+            raise ValueError(f"it is not an entry of a journal: {error!r}") from None
 
 
 class Job:
@@ -124,7 +124,7 @@ class Job:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise RBLNDatasetError(f"{file} is damaged: {error}. Remove it, and go on.") from None
+            raise RBLNDatasetError(f"{file} is damaged: {error}. Remove it to resume.") from None
         if entry.shard is not None:
             try:
                 if (self.directory / entry.shard.file).stat().st_size != entry.shard.bytes:
@@ -243,8 +243,8 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
     # A Path has only one slash.
     if re.match(r"[A-Za-z][\w+.-]*:/", os.fspath(name)):
         raise ValueError(
-            f"{os.fspath(name)} is an address, and encoded data sets lie on file systems of this "
-            "machine: name a directory, and copy it when it is complete"
+            f"{os.fspath(name)} is an address, and encoded data sets are written to file "
+            "systems of this machine: name a directory, and copy it when it is complete"
         )
     return Path(name)
 
@@ -278,7 +278,7 @@ def open_job(
             others = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
             if others:
                 raise RBLNDatasetError(
-                    f"{directory} holds no encoded data set, but {', '.join(others[:3])}; name an "
+                    f"{directory} has no encoded data set, but {', '.join(others[:3])}; name an "
                     "empty directory"
                 )
             _write(directory / JOB, [json.dumps(wanted, indent=1) + "\n"])
@@ -309,8 +309,8 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], directory: 
     if names:
         listed = "; ".join(f"{n} {stored.get(n)!r}, not {wanted.get(n)!r}" for n in names)
         raise RBLNDatasetError(
-            f"{directory} was begun with {listed}. Give the same again to go on, or name another "
-            "directory."
+            f"{directory} was started with {listed}. Give the same values to resume, or name "
+            "another directory."
         )
 
 
@@ -323,9 +323,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not (directory / MANIFEST).exists():
         begun = (directory / JOB).exists()
         raise RBLNDatasetError(
-            f"{directory} is not complete; run the command that began it again"
+            f"{directory} is not complete; run the command that started it again"
             if begun
-            else f"{directory} holds no encoded data set: there is no {MANIFEST}"
+            else f"{directory} has no encoded data set: there is no {MANIFEST}"
         )
     return read_record(directory / MANIFEST)
 
@@ -350,12 +350,12 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RBLNDatasetError(f"{path} is damaged: {error}. Encode again elsewhere.") from None
+        raise RBLNDatasetError(f"{path} is damaged: {error}. Encode to a new directory.") from None
     record: dict[str, Any] = found if isinstance(found, dict) else {}
     name, version = record.get("format"), record.get("format_version")
     if (name, version) != (FORMAT_NAME, FORMAT_VERSION):
         raise RBLNDatasetError(
-            f"{path} is not of an encoded data set that this version reads: expected "
+            f"{path} does not belong to an encoded data set that this version can read: expected "
             f"{FORMAT_NAME} {FORMAT_VERSION}, found {name} {version}"
         )
     return record

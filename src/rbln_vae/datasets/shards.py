@@ -88,8 +88,8 @@ def unwritable(path: Path, error: Exception) -> RBLNDatasetError:
     )
     what = "the disk is full" if full else str(error)
     return RBLNDatasetError(
-        f"{path} can't be written: {what}. All shards before it are whole; make room and run the "
-        "same command again, and it goes on from there."
+        f"{path} can't be written: {what}. All earlier shards are complete; free some space and "
+        "run the same command again to resume."
     )
 
 

@@ -85,7 +85,7 @@ def install(npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu") -> No
             "Another module rebel is imported already. Call install() before anything imports it."
         )
     if get_target(target).name == "rbln":
-        raise ValueError("target='rbln' is what is imitated. Name another, such as 'cpu'.")
+        raise ValueError("target='rbln' can't simulate itself. Name another, such as 'cpu'.")
     _machine.npu, _machine.devices, _machine.target = npu, devices, target
     sys.modules["rebel"] = this
 

@@ -86,8 +86,8 @@ def too_long(most: int) -> RefusedError:
     return RefusedError(
         413,
         "too_large",
-        f"The body has more than the {format_bytes(most)} that this server takes. Send a smaller "
-        "image or batch.",
+        f"The body exceeds the limit of this server, {format_bytes(most)}. Send a smaller image or "
+        "batch.",
     )
 
 
@@ -121,7 +121,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytearray:
         raise RefusedError(
             408,
             "slow_client",
-            f"Of the body {len(body):,} bytes came in {seconds:g} seconds, and then time was up.",
+            f"The body was not complete after {seconds:g} seconds, with {len(body):,} bytes.",
         ) from None
     return body
 
@@ -150,4 +150,4 @@ async def _left(request: Request) -> None:
 
 
 def _gone() -> RefusedError:
-    return RefusedError(CLIENT_GONE, "client_gone", "The client has gone.")
+    return RefusedError(CLIENT_GONE, "client_gone", "The client disconnected.")

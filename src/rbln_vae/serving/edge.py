@@ -111,7 +111,7 @@ class Edge:
             raise RefusedError(
                 401,
                 "unauthorized",
-                "This server wants its key, as 'Authorization: Bearer KEY' or as the password of "
+                "This server requires a key, as 'Authorization: Bearer KEY' or as the password in "
                 "the address: https://:KEY@host/decode.",
             )
 

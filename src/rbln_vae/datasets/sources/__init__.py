@@ -80,7 +80,7 @@ def _kind_of(name: str) -> Kind:
                 f"there is no {name}; a data set on the hub needs kind huggingface"
             )
         raise ValueError(
-            f"{name} is no source that is known: expected a folder of images, .tar or .parquet "
+            f"{name} is not a known source: expected a folder of images, .tar or .parquet "
             "files, or a data set that datasets saved; or name its kind"
         )
     top = [str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]
