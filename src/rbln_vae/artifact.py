@@ -1,7 +1,7 @@
 """The `.rbln` file: a graph and its weights in a safetensors file (see docs/artifact.md).
 
-It holds only data, no code. A checksum covers every byte and is checked before anything
-else in the file is used.
+The file contains only data, no code. A checksum covers every byte, and is verified before
+anything else in the file is used.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SUFFIX = ".rbln"
 
 _NO_CHECKSUM = "0" * 32
 _LARGEST_HEADER = 100_000_000  # the limit that safetensors itself sets
-_LINE = 64  # bytes of a line of the cache, at which tensors begin
+_LINE = 64  # bytes of a cache line, to which tensors are aligned
 
-# What safetensors calls a dtype, and the integers of its size in little-endian order.
+# The name of each dtype in safetensors, and integers of its size, also in little-endian order.
 _STORED = {
     torch.float32: ("F32", torch.int32, "<i4"),
     torch.bfloat16: ("BF16", torch.int16, "<i2"),
@@ -46,16 +46,16 @@ class Artifact:
     """One compiled part of a model, in memory or mapped from a file.
 
     Attributes:
-        graph: What it computes. Its weights are float32; beside `packed` they are shapes
-            alone, on the meta device.
+        graph: The graph. Its weights are float32 or, with `packed`, only shapes on the meta
+            device.
         target: The name of the target that it was compiled for.
-        dtype: In what it computes: `"float32"` or `"bfloat16"`.
-        source: What it was compiled from: the model's id or class, and `sha256` of the
+        dtype: The dtype of the computation: `"float32"` or `"bfloat16"`.
+        source: The source of the part: the model's id or class, and the `sha256` of its
             weights.
         version: The version of the package that compiled it.
         path: The file, if it was loaded from one.
-        packed: The weights in the order in which the target reads them, for a target that
-            has an order of its own.
+        packed: The weights in the order in which the target reads them, if the target has its
+            own order.
     """
 
     graph: Graph
@@ -73,17 +73,17 @@ class Artifact:
 
     @property
     def in_channels(self) -> int:
-        """Channels of the input."""
+        """The number of channels of the input."""
         return self.graph.input_channels
 
     def save(self, path: Path) -> None:
-        """Write the file, atomically: a crash leaves the old one or none.
+        """Write the file atomically: a crash leaves the old file or none.
 
         Args:
-            path: Where to; its directory must exist.
+            path: The file to write; its directory must exist.
 
         Raises:
-            RBLNArtifactError: It can't be written, for example on a full disk.
+            RBLNArtifactError: The file can't be written, for example because the disk is full.
         """
         description = {
             "format_version": FORMAT_VERSION,
@@ -102,7 +102,7 @@ class Artifact:
                 _write(temporary, header, weights.values())
         except OSError as error:
             raise RBLNArtifactError(
-                f"{path} can't be written: {error}. Nothing was left half-written; make room or "
+                f"{path} can't be written: {error}. No partial file was left; free some space or "
                 "choose another directory."
             ) from error
 
@@ -113,10 +113,10 @@ class Artifact:
 
 
 def _in_order(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as they follow each other in the file.
+    """The tensors in the order of the file.
 
-    Those of whole lines come first, and so each begins on a line; of the others the largest
-    elements come first, and so each begins on a multiple of its element.
+    Tensors of whole cache lines come first, so each of them begins on a line. The others follow
+    by decreasing element size, so each of them is aligned to its elements.
     """
 
     def place(item: tuple[str, torch.Tensor]) -> tuple[bool, int, str]:
@@ -127,8 +127,8 @@ def _in_order(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _header_of(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> bytes:
-    """The header of safetensors with its length before it; whole lines."""
-    # One key, since readers don't keep the order of several.
+    """The header of safetensors after its length, padded to whole cache lines."""
+    # A single key, because readers do not keep the order of several keys.
     text = json.dumps(description, separators=(",", ":"))
     entries: dict[str, Any] = {"__metadata__": {FORMAT: text}}
     end = 0
@@ -145,7 +145,7 @@ def _header_of(description: Mapping[str, Any], weights: Mapping[str, torch.Tenso
 
 
 def _write(path: Path, header: bytes, weights: Iterable[torch.Tensor]) -> None:
-    """Write a file whose checksum is zeros, then put in the right one."""
+    """Write a file with zeros as its checksum, then overwrite them with the checksum."""
     digest = xxhash.xxh3_128(header)
     with path.open("wb") as file:
         file.write(header)
@@ -164,7 +164,7 @@ def _little_endian(weight: torch.Tensor) -> memoryview:
 
 
 def read_artifact(path: Path) -> Artifact:
-    """Map a `.rbln` file, after checking every byte of it.
+    """Map a `.rbln` file after verifying every byte of it.
 
     Args:
         path: The file.
@@ -173,8 +173,8 @@ def read_artifact(path: Path) -> Artifact:
         The artifact; its weights are views of the file.
 
     Raises:
-        RBLNArtifactError: The file is missing, is no `.rbln` file, is of a newer format, is
-            damaged, or its graph is not valid; nothing of it has been used then.
+        RBLNArtifactError: The file is missing, damaged, not a `.rbln` file or of another
+            version, or its graph is not valid. Nothing in it has been used then.
     """
     description = _checked_description(path)
     try:
@@ -217,7 +217,7 @@ def _the_graph(graphs: Any) -> Any:
 
 
 def _of_shapes(shapes: Any) -> dict[str, torch.Tensor]:
-    """Tensors that have shapes and no data, as the graph of packed weights wants them."""
+    """Tensors with shapes and no data, for the graph of packed weights."""
     if not isinstance(shapes, dict):
         raise GraphError("shapes must be an object")
     for shape in shapes.values():
@@ -229,7 +229,7 @@ def _of_shapes(shapes: Any) -> dict[str, torch.Tensor]:
 
 
 def _checked_description(path: Path) -> dict[str, Any]:
-    """The description in the header, once version and checksum are right."""
+    """The description in the header, after version and checksum have been verified."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _header(data, path)
@@ -284,14 +284,14 @@ def _check_sum(data: mmap.mmap, header: bytes, description: Mapping[str, Any], p
 
 
 def _place_of_digits(header: bytes, checksum: str) -> int:
-    """Where the digits of the checksum begin, which is JSON within JSON; negative if nowhere."""
+    """The position of the checksum's digits, which are JSON within JSON; -1 if there are none."""
     name = b'\\"checksum\\":\\"'
     place = header.find(name + checksum.encode(errors="replace") + b'\\"')
     return place + len(name) if place >= 0 else -1
 
 
 def _digest(data: mmap.mmap, start: int) -> str:
-    """XXH3-128 of the file, with zeros where the digits of the checksum stand."""
+    """The XXH3-128 of the file, with zeros in place of the checksum's digits."""
     with memoryview(data) as view:
         digest = xxhash.xxh3_128(view[:start])
         digest.update(_NO_CHECKSUM.encode())

@@ -8,12 +8,11 @@ from pathlib import Path
 def demo_model() -> Path:
     """The directory of a small trained `AutoencoderKL` in diffusers' format.
 
-    It has all the parts of the large ones (f8, 16 latent channels, attention, quant convs)
-    and is good for trials and tests, not for art; README.md beside it says what it was
-    trained on.
+    It has all features of large models (f8, 16 latent channels, attention, quant convs), and
+    is meant for trials and tests. The README.md in the directory describes its training.
 
     Returns:
-        A directory with `config.json` and the weights, to be read and not written to.
+        A directory with `config.json` and the weights; treat it as read-only.
 
     Example:
         >>> demo_model().joinpath("config.json").exists()

@@ -1,8 +1,7 @@
 """The exceptions of the package.
 
-Wrong arguments raise `ValueError` or `TypeError`; everything else that can go wrong
-raises one of these. All of them are `RuntimeError`, which code written for
-optimum-rbln catches.
+Wrong arguments raise `ValueError` or `TypeError`; all other errors are one of these classes.
+They derive from `RuntimeError`, because code written for optimum-rbln catches that.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ class RBLNError(RuntimeError):
 
 
 class RBLNCompileError(RBLNError):
-    """A model can't be compiled; the message names the operation and where it stands."""
+    """A model can't be compiled; the message names the operation and its submodule."""
 
 
 class RBLNArtifactError(RBLNError):
-    """A compiled file is damaged, incomplete, foreign, or of a newer format."""
+    """A compiled file is damaged, incomplete, or has another format or version."""
 
 
 class RBLNRuntimeError(RBLNError):
-    """A compiled model can't run as it was loaded."""
+    """A compiled model can't run in the way it was loaded."""
 
 
 class RBLNCancelledError(RBLNError):
-    """A run was stopped because its caller asked for that; the model can be used again."""
+    """A run was stopped at its caller's request; the model can be used again."""
 
 
 class RBLNTargetUnavailableError(RBLNError):
@@ -33,4 +32,4 @@ class RBLNTargetUnavailableError(RBLNError):
 
 
 class RBLNDatasetError(RBLNError):
-    """A data set can't be encoded or read as asked; what was written stays whole."""
+    """A data set can't be encoded or read; all written files stay complete."""

@@ -1,8 +1,8 @@
-"""Pictures in files, as the tensors that a VAE takes and gives.
+"""Converts picture files to the tensors of a VAE and back.
 
-A model wants RGB in `[-1, 1]` with sides that are multiples of its scale factor; a file
-holds anything. `load_image` makes the colours right, `Fitting` the size, and each
-remembers or says what it did, so that a result can be given the size of the original.
+A model needs RGB in `[-1, 1]` with sides that are multiples of its scale factor. `load_image`
+converts the colours of any file, and `Fitting` changes the size and can undo that, so that a
+result gets the size of the original.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ FitMode: TypeAlias = Literal["pad", "resize", "crop"]
 FIT_MODES: tuple[FitMode, ...] = ("pad", "resize", "crop")
 
 _BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, KeyError)
-"""What Pillow's decoders raise on damaged files, beside its own exceptions."""
+"""Exceptions of Pillow's decoders for damaged files, besides Pillow's own."""
 
 
 def load_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Read a picture as upright RGB, 8 bits a channel.
 
-    What is transparent is laid on white; of an animation the first frame is taken; the
-    orientation that EXIF gives is applied. Grey levels of 16 bits are scaled to 8; those
-    in floating point are taken as 0 to 1, or as 0 to 255 if one of them exceeds 1. Colour
-    profiles are not applied.
+    Transparent pixels are composited on white, only the first frame of an animation is read,
+    and the EXIF orientation is applied. Grey levels of 16 bits are scaled to 8 bits. Grey
+    levels in floating point range from 0 to 1, or from 0 to 255 if any exceeds 1. Colour
+    profiles are ignored.
 
     Args:
         source: A path, or a file open for reading bytes.
@@ -50,7 +50,7 @@ def load_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         >>> pixels = to_tensor(load_image("photo.jpg"))
     """
     with warnings.catch_warnings():
-        # About large pictures, which are welcome here, and about odd metadata.
+        # Warnings about large pictures, which are welcome here, and about odd metadata.
         warnings.simplefilter("ignore")
         with open_image(source) as image:
             return upright_rgb(image)
@@ -60,16 +60,16 @@ def load_image(source: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
 def open_image(
     source: str | os.PathLike[str] | IO[bytes], formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
-    """Open a picture without decoding it, so that its size can be looked at first.
+    """Open a picture without decoding it, so that its size can be checked first.
 
     Args:
         source: A path, or a file open for reading bytes.
         formats: Names of the formats that are read. By default all that Pillow knows.
 
     Yields:
-        The picture as Pillow opens it. What the block raises because the file is damaged
-        becomes an `UnidentifiedImageError`. Pillow's warnings are the caller's to filter,
-        which is done for a whole process and so not in each of several threads.
+        The picture as Pillow opens it. If the block raises because the file is damaged, the
+        exception becomes an `UnidentifiedImageError`. Pillow's warnings are not filtered,
+        because filters apply to the whole process and are not thread-safe.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -95,7 +95,7 @@ def open_image(
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """What `load_image` makes of an open picture: upright RGB, 8 bits a channel."""
+    """Convert an open picture as `load_image` does: upright RGB, 8 bits per channel."""
     image.load()
     return _to_rgb(ImageOps.exif_transpose(image))
 
@@ -111,21 +111,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """Eight bits from whole numbers of 16 bits, or from floating point."""
+    """Convert 16-bit integers or floating point to 8-bit grey levels."""
     levels = np.asarray(image, dtype=np.float64)
     low, high = float(levels.min()), float(levels.max())
     white = 65535.0 if image.mode != "F" else 255.0 if high > 1 else 1.0
-    # Written so that nan fails too.
+    # Written so that NaN fails, too.
     if not (low >= 0 and high <= white):
         raise ValueError(f"its levels go from {low:g} to {high:g}, expected 0 to {white:g}")
     return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB picture, float32 `(1, 3, H, W)` in `[-1, 1]`.
+    """The pixels of an RGB picture as float32 `(1, 3, H, W)` in `[-1, 1]`.
 
     Raises:
-        ValueError: The picture isn't RGB.
+        ValueError: The picture is not RGB.
     """
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, found {image.mode}; load_image makes one")
@@ -134,13 +134,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_image(sample: torch.Tensor) -> Image.Image:
-    """The picture that a sample shows; what lies outside `[-1, 1]` is clipped.
+    """Convert a sample to a picture; values outside `[-1, 1]` are clipped.
 
     Args:
-        sample: `(3, H, W)` or `(1, 3, H, W)`, floating point, -1 black and 1 white.
+        sample: `(3, H, W)` or `(1, 3, H, W)`, floating point; -1 is black and 1 is white.
 
     Raises:
-        ValueError: Another shape, or values that aren't finite.
+        ValueError: The shape is another one, or a value is not finite.
     """
     shape = tuple(sample.shape)
     if sample.ndim == 4 and shape[0] == 1:
@@ -156,12 +156,12 @@ def to_image(sample: torch.Tensor) -> Image.Image:
 
 @dataclass(frozen=True)
 class Fitting(Placement):
-    """How a picture is given a size that a model takes, and how that is undone.
+    """Fits a picture to a size that a model accepts, and undoes it.
 
-    Where the scaled picture is too small, it is continued with its last row and column.
+    Where the scaled picture is too small, it is padded with copies of its last row and column.
 
     Attributes:
-        mode: What was asked for.
+        mode: The requested mode.
 
     Example:
         >>> fitting = Fitting.plan((333, 500), multiple=8)
@@ -177,19 +177,19 @@ class Fitting(Placement):
     def plan(
         cls, original: Size, *, multiple: int, mode: FitMode = "pad", size: Size | None = None
     ) -> Fitting:
-        """Choose how a picture is fitted.
+        """Choose how to fit a picture.
 
         Args:
             original: The size of the picture.
-            multiple: What both sides must be a multiple of: the model's scale factor.
-            mode: `"pad"` keeps all of the picture and its proportions, `"crop"` keeps the
-                proportions and cuts off what is too much, `"resize"` keeps all and
-                stretches.
-            size: The size to reach; by default the nearest to the picture's own, so that
+            multiple: The number of which both sides must be a multiple: the model's scale
+                factor.
+            mode: `"pad"` (default) keeps the whole picture and its proportions, `"crop"` keeps
+                the proportions and crops, `"resize"` keeps the whole picture and stretches it.
+            size: The size to reach; by default the nearest to that of the picture, so that
                 only `"resize"` scales it.
 
         Raises:
-            ValueError: `size` isn't made of multiples, the mode is unknown, or the picture
+            ValueError: `size` is not a multiple, the mode is unknown, or the picture
                 is too small to be cropped.
         """
         if mode not in FIT_MODES:
@@ -204,10 +204,10 @@ class Fitting(Placement):
         return cls(original, scaled, (height, width), size, mode)
 
     def apply(self, image: Image.Image) -> Image.Image:
-        """The picture at the size that the model takes.
+        """The picture in the size for the model.
 
         Raises:
-            ValueError: The picture hasn't the size that was planned for.
+            ValueError: The picture does not have the size `original`.
         """
         _require_size(image, self.original)
         image = _resize(image, self.scaled)
@@ -220,22 +220,22 @@ class Fitting(Placement):
 
     @property
     def content(self) -> Size:
-        """The part of `size`, from its upper left, that is picture and not padding."""
+        """The size of the picture without padding, from the upper left corner of `size`."""
         height, width = (min(a, b) for a, b in zip(self.scaled, self.size, strict=True))
         return height, width
 
     def undo(self, image: Image.Image) -> Image.Image:
         """A result of the model at the scale of the original, without padding.
 
-        What was cropped is gone, so the result of a crop shows only what was kept.
+        Cropped parts are lost, so the result shows only the part that was kept.
 
         Raises:
-            ValueError: The picture hasn't the size that the model was given.
+            ValueError: The picture does not have the size `size`.
         """
         _require_size(image, self.size)
         height, width = self.content
         image = image.crop((0, 0, width, height))
-        # Each side goes back by the factor that it came.
+        # Undo the scaling of each side.
         back = (
             round(height * self.original[0] / self.scaled[0]),
             round(width * self.original[1] / self.scaled[1]),
@@ -243,15 +243,15 @@ class Fitting(Placement):
         return _resize(image, (max(1, back[0]), max(1, back[1])))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fitting as JSON can hold it."""
+        """The fitting as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Fitting:
-        """What `to_dict` gave, once more.
+        """Read the result of `to_dict`.
 
         Raises:
-            ValueError: It isn't the description of a fitting.
+            ValueError: `stored` does not describe a fitting.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         if set(stored) != set(names) or stored["mode"] not in FIT_MODES:
@@ -306,7 +306,7 @@ def _resize(image: Image.Image, size: Size) -> Image.Image:
 
 
 def error_image(image: Image.Image, other: Image.Image, gain: float = 8) -> Image.Image:
-    """How far apart two RGB pictures of one size are: `gain` times the difference.
+    """A picture of the absolute difference of two RGB pictures, times `gain` (default 8).
 
     Raises:
         ValueError: Their sizes differ.
@@ -317,7 +317,7 @@ def error_image(image: Image.Image, other: Image.Image, gain: float = 8) -> Imag
 
 
 def side_by_side(panels: Mapping[str, Image.Image]) -> Image.Image:
-    """RGB pictures in a row on white, each under its label."""
+    """A row of RGB pictures on white, each under its label."""
     tallest = max(panel.height for panel in panels.values())
     letters = max(14, min(tallest // 24, 40))
     gap, bar = letters // 2, 2 * letters

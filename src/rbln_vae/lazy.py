@@ -1,4 +1,4 @@
-"""Packages whose names are imported when first used."""
+"""Imports the names of a package at their first use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 def lazy_names(
     package: str, modules: Mapping[str, tuple[str, ...]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and the `__dir__` of a package that loads some names when first used.
+    """Make the `__getattr__` and `__dir__` of a package that imports names at their first use.
 
     Args:
-        package: Its name; its `__all__` is what `dir` lists.
-        modules: The names that each of its modules gives, by `".module"`.
+        package: The name of the package; `dir` lists its `__all__`.
+        modules: The names from each module, by `".module"`.
 
     Example:
         >>> __getattr__, __dir__ = lazy_names(__name__, {".model": ("RBLNModel",)})

@@ -11,15 +11,15 @@ Size: TypeAlias = tuple[int, int]
 
 
 def format_size(size: Sequence[int]) -> str:
-    """A size or a shape as people write it, height before width: `"512x768"`."""
+    """Format a size or a shape, height before width: `"512x768"`."""
     return "x".join(map(str, size))
 
 
 def parse_size(text: str) -> Size:
-    """A size as people write it: `"512"` for both sides, or `"512x768"`, height first.
+    """Parse a size: `"512"` for both sides, or `"512x768"`, height first.
 
     Raises:
-        ValueError: It isn't one or two positive numbers.
+        ValueError: The text is not one or two positive integers.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):

@@ -1,4 +1,4 @@
-"""Where a graph can run: one folder or module a target, all of the shape in `base`."""
+"""The targets that run compiled models: one module or folder each; `base` has the interface."""
 
 TARGETS = ("cpu", "cuda", "rbln", "reference")
-"""The names of all targets; each is the module of that name here, which has its `TARGET`."""
+"""The names of all targets. Each is a module here, whose `TARGET` it is."""

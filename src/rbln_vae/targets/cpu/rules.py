@@ -1,4 +1,4 @@
-"""What the engine's kernels ask of a schedule: tiles, layouts, and what is prepared for them."""
+"""The engine's rules for schedules: tiles, layouts, and prepared buffers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .packing import BLOCK, PANEL
 from .tiles import FASTEST, Choices, Convolution, Machine, gains_by_winograd
 
 MAX_TAPS = 64
-"""Of a convolution kernel that the engine takes."""
+"""The most taps of a convolution kernel."""
 
 
 class CpuRules:
-    """The engine's answers about a graph on one shape of its input.
+    """The engine's `Rules` for a graph and one input shape.
 
     Args:
-        graph: Whose weights may be on the meta device.
+        graph: The graph; its weights may be on the meta device.
         input_shape: `(N, C, H, W)`.
-        machine: What will run it.
-        choices: What they may choose.
+        machine: The machine that will run it.
+        choices: What the rules may choose; by default everything that is faster.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class CpuRules:
         conv = self.convolution(operation)
         if not summed:
             return conv.rows_at_once
-        # Sums are made by tiles of the whole image.
+        # Sums are made per tile of the whole image.
         return self.tile(conv)[0] * (2 if operation.upsample else 1)
 
     def strip_rows(self, sweep: Sweep) -> int:
@@ -128,13 +128,13 @@ class CpuRules:
             and self.splits(conv, self.tile(conv)) == 1
         )
 
-    # What lowering asks, too.
+    # Lowering uses these, too.
 
     def convolution(self, operation: Conv2d) -> Convolution:
-        """What matters of a convolution for its tiles.
+        """The properties of a convolution that determine its tiles.
 
         Raises:
-            RBLNCompileError: The engine has no kernel for it.
+            RBLNCompileError: The engine has no kernel for the convolution.
         """
         if operation.output not in self._convolutions:
             self._convolutions[operation.output] = self._convolution(operation)
@@ -157,18 +157,18 @@ class CpuRules:
             grid=(grid[0], grid[1]),
             normed=operation.norm is not None or operation.activation is not None,
         )
-        # By the size of the whole image, so that the bits of a result depend on it alone.
+        # Decided by the size of the whole image, so that strips do not change the bits.
         gains = gains_by_winograd(conv, self.machine, self.choices.winograd)
         return dataclasses.replace(conv, winograd=gains)
 
     def tile(self, conv: Convolution) -> tuple[int, int]:
-        """The tiles of a convolution; many strips ask for the same."""
+        """The height and width of a convolution's tiles, cached for its strips."""
         if conv not in self._tiles:
             self._tiles[conv] = conv.tile(self.machine)
         return self._tiles[conv]
 
     def splits(self, conv: Convolution, tile: tuple[int, int]) -> int:
-        """Into how many parts its output channels are divided, likewise."""
+        """The number of parts of a convolution's output channels, cached for its strips."""
         if not self.choices.splits:
             return 1
         if (conv, tile) not in self._splits:
@@ -176,14 +176,14 @@ class CpuRules:
         return self._splits[conv, tile]
 
     def together(self, conv: Convolution, tile: tuple[int, int], splits: int) -> int:
-        """Tiles that one item does in turn."""
+        """The number of tiles that one item of work computes."""
         if not self.choices.together:
             return 1
         return conv.together(tile, self.batch, splits, self.machine)
 
 
 def statistics_tile(shape: Shape) -> tuple[int, int]:
-    """The tiles in which an image is summed that no convolution has summed."""
+    """The height and width of tiles for summing an image that no convolution has summed."""
     height, width = shape[2], shape[3]
     return max(1, min(height, 4096 // width)), min(width, 4096)
 
