@@ -178,11 +178,11 @@ def find_compiled(model_id: str, subfolder: str = "", **download: Any) -> Path |
 
 
 def find_class_name(model_id: str, subfolder: str = "", **download: Any) -> str | None:
-    """The diffusers class that the `config.json` of a model names, if there is one.
+    """The diffusers class named in the `config.json` of a model; `None` if there is none.
 
     Args:
         model_id: A local path or a hub id.
-        subfolder: Where in it the model is.
+        subfolder: The subfolder of the model, by default the top.
         **download: Arguments of `huggingface_hub.hf_hub_download`.
     """
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""

@@ -176,12 +176,12 @@ def load_model(
 
 
 def sizing_for(vae: RBLNAutoencoderKL, options: Options) -> Sizing:
-    """What chooses the size of an image for a model.
+    """The sizes that images can be given for a model.
 
-    Its sides are multiples of a latent cell, or of a patch of cells where latents are scaled.
+    Their sides are multiples of a latent cell or, if latents are scaled, of a patch of cells.
 
     Raises:
-        ValueError: A size in the options is no such multiple.
+        ValueError: A size in the options is not such a multiple.
     """
     patch = vae.latent_scaling.patch_size if options.scale else 1
     return options.sizing(patch * vae.resolved_config.vae_scale_factor)

@@ -225,7 +225,7 @@ def prepare_latent(
 
 
 def _scaling(query: DecodeQuery, model: ModelInfo) -> LatentScaling:
-    """By which a latent is to be unscaled: that of the model, if the query asks for it."""
+    """The scaling to undo: the constants of the query, or with `do_scaling` those of the model."""
     return _asked_for(query, model.scaling if query.do_scaling else LatentScaling())
 
 
