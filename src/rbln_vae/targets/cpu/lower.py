@@ -8,8 +8,11 @@ import math
 from ... import _engine
 from ...graph.ir import (
     Activation,
+    Add,
     Attention,
     Conv2d,
+    GroupNorm,
+    Identity,
     Operation,
     Pad,
     Scale,
@@ -295,6 +298,10 @@ class _Lowering:
                 factor = operation.factor
             case Pad(padding=(above, _, left, _)):
                 pass
+            case GroupNorm() | Add() | Identity() | Upsample():
+                pass
+            case _:
+                raise NotImplementedError(f"no step for {operation.kind}")
         source, *residual = task.inputs
         native = _engine.PointwiseStep(
             batch=self.batch,
