@@ -37,7 +37,6 @@ from rbln_vae import (
     RBLNRuntimeError,
 )
 from rbln_vae.metrics import relative_l2
-from rbln_vae.targets import base
 from rbln_vae.targets.reference import InterpreterTarget
 from rbln_vae.units import byte_count
 
@@ -609,16 +608,7 @@ class StaticTarget(InterpreterTarget):
 
 @pytest.fixture
 def static(monkeypatch) -> RBLNAutoencoderKL:
-    find = base.get_target
-    for module in (
-        "rbln_vae.targets.base",
-        "rbln_vae.models.base",
-        "rbln_vae.models.compiling",
-        "rbln_vae.models.storage",
-    ):
-        monkeypatch.setattr(
-            f"{module}.get_target", lambda name: StaticTarget() if name == "rbln" else find(name)
-        )
+    monkeypatch.setattr("rbln_vae.targets.rbln.TARGET", StaticTarget())
     return compile_vae(default_vae(), target="rbln", batch_size=2, sample_size=(16, 24))
 
 

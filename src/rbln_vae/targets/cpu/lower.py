@@ -21,7 +21,7 @@ from ...graph.ir import (
 )
 from ...schedule.arena import Buffer, View
 from ...schedule.schedule import Kind, Schedule, Task
-from ...schedule.sweep import top_row
+from ...schedule.sweep import Keep, top_row
 from ...units import format_bytes
 from .packing import BLOCK, PANEL, bias_name
 from .program import Native, Program, Step
@@ -298,7 +298,7 @@ class _Lowering:
                 factor = operation.factor
             case Pad(padding=(above, _, left, _)):
                 pass
-            case GroupNorm() | Add() | Identity() | Upsample():
+            case GroupNorm() | Add() | Identity() | Upsample() | Keep():
                 pass
             case _:
                 raise NotImplementedError(f"no step for {operation.kind}")
