@@ -21,11 +21,12 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from .errors import RBLNArtifactError
 from .files import atomic_path
-from .targets import TARGETS
 from .units import optional_byte_count, positive_int, positive_number
 from .version import __version__
 
 CONFIG_NAME = "rbln_config.json"
+TARGETS = ("cpu", "cuda", "rbln", "reference")
+"""The names of all targets; each is the `TARGET` of the module of that name in `targets`."""
 DTYPES = ("float32", "bfloat16")
 """In what models compute."""
 MAX_THREADS = 1024

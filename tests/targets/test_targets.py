@@ -10,9 +10,9 @@ import torch
 from vaes import assert_same_model, default_compiled, default_vae
 
 from rbln_vae import RBLNAutoencoderKL, RBLNModelConfig, RBLNTargetUnavailableError
+from rbln_vae.config import TARGETS
 from rbln_vae.host import usable_memory
 from rbln_vae.models.autoencoder_kl import AutoencoderKLFamily
-from rbln_vae.targets import TARGETS
 from rbln_vae.targets.base import Target, all_targets, default_target, get_target
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from ..config import DTYPES
+from ..config import DTYPES, TARGETS
 from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
@@ -23,7 +23,6 @@ from ..host import usable_memory
 from ..profiler import RunProfile
 from ..sizes import format_size
 from ..units import format_bytes
-from . import TARGETS
 from .watch import ShouldStop
 
 
