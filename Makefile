@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 # needs for a VAE is named here; the rest of what it asks for is left out.
 OPTIMUM_VENV := .venv-optimum-rbln
 OPTIMUM_INSTALLED := $(OPTIMUM_VENV)/.installed
-OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.22.1 accelerate pytest
+OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.22.1 accelerate pytest xxhash
 OPTIMUM_RBLN := optimum-rbln==0.12.0
 TEST_ENGINE := PYTHON=$(RUN)/python tools/test_engine/run.sh
 ENGINE := $(shell find engine -type f)
