@@ -117,6 +117,11 @@ def test_help_names_every_command_and_loads_no_torch() -> None:
         assert command in shown.stdout
 
 
+def test_help_shows_a_default_of_zero() -> None:
+    shown = " ".join(run("encode-dataset", "--help").output.split())
+    assert re.search(r"--seed .*?\[default: 0\].*?--latent-dtype", shown)
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

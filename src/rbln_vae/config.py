@@ -206,7 +206,9 @@ class RBLNModelConfig:
         of_run=True,
     )
     dtype = Option[str | None](
-        _dtype, f"{' or '.join(DTYPES)}, or a torch dtype. By default what is best on the target."
+        _dtype,
+        f"In what the model computes: {' or '.join(DTYPES)}; in Python, a torch dtype is as good. "
+        "By default what is best on the target.",
     )
     target = Option[str | None](
         _target,
@@ -446,7 +448,7 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
     )
     sample_size = Option[tuple[int, int] | None](
         _image_size,
-        "The size of the image in pixels that the model is compiled for, as `batch_size`: one "
+        "The size of the image in pixels that the model is compiled for, as its batch is: one "
         "side, or height and width. By default the model's own.",
     )
     uses_encoder = Option[bool | None](

@@ -36,6 +36,7 @@ def option_of(
     kind: Any = str,
     flag: str | None = None,
     read: Callable[[Any], object] = lambda value: value,
+    metavar: str | None = None,
 ) -> inspect.Parameter:
     """The command line's form of an option of a configuration.
 
@@ -45,6 +46,7 @@ def option_of(
         kind: How it is written: text, or a number.
         flag: By default made of the name.
         read: What makes of the text what the option takes, if it doesn't take the text.
+        metavar: What stands for the value in the help. By default the type.
     """
     option = config.options()[name]
 
@@ -55,7 +57,9 @@ def option_of(
             raise typer.BadParameter(f"{value!r}: {error}") from None
 
     flags = [] if flag is None else [flag]
-    shown = typer.Option(*flags, help=option.meaning, show_default=False, callback=checked)
+    shown = typer.Option(
+        *flags, help=option.meaning, metavar=metavar, show_default=False, callback=checked
+    )
     return parameter(name, kind | None, None, shown)
 
 
@@ -81,9 +85,8 @@ def options_of(
         flag = flags.get(field.name, "--" + field.name.replace("_", "-"))
         if kind is bool and default:
             flag += f"/--no-{flag.removeprefix('--')}"
-        shown = typer.Option(
-            flag, help=field.metadata["meaning"], show_default=default not in (None, False)
-        )
+        shows = default is not None and default is not False  # 0 is a default to show
+        shown = typer.Option(flag, help=field.metadata["meaning"], show_default=shows)
         group.append(parameter(field.name, kind, default, shown))
     return group
 

@@ -103,6 +103,6 @@ RUNNING: Group = [
     option_of(RBLNAutoencoderKLConfig, "memory_limit"),
 ]
 TUNING: Group = [
-    option_of(RBLNAutoencoderKLConfig, "sample_size", read=parse_size),
+    option_of(RBLNAutoencoderKLConfig, "sample_size", read=parse_size, metavar="N|HxW"),
     option_of(RBLNAutoencoderKLConfig, "batch_size", int),
 ]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..artifact import Artifact, read_artifact
 from ..errors import RBLNArtifactError, RBLNCompileError, RBLNRuntimeError
 from ..profiler import RunProfile
-from ..targets.base import CompileOptions, RuntimeOptions, get_target
+from ..targets.base import CompileOptions, GraphTarget, RuntimeOptions, get_target
 
 __all__ = [
     "RBLNCompiledModel",
@@ -84,8 +84,8 @@ def install(npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu") -> No
         raise RuntimeError(
             "Another module rebel is imported already. Call install() before anything imports it."
         )
-    if get_target(target).name == "rbln":
-        raise ValueError("target='rbln' can't simulate itself. Name another, such as 'cpu'.")
+    if not isinstance(get_target(target), GraphTarget):
+        raise ValueError(f"target={target!r} can't simulate itself. Name another, such as 'cpu'.")
     _machine.npu, _machine.devices, _machine.target = npu, devices, target
     sys.modules["rebel"] = this
 

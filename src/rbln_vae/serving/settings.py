@@ -24,6 +24,12 @@ class Address:
         120.0, "Seconds that admitted requests get to finish after SIGTERM, 0 or more."
     )
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}, expected 0 to 65535.")
+        if not 0 <= self.grace < math.inf:
+            raise ValueError(f"grace is {self.grace}, expected seconds, 0 or more.")
+
 
 @dataclass(frozen=True)
 class BatcherOptions:
