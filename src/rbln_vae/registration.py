@@ -2,7 +2,9 @@
 
 A pipeline saves and loads its components according to tables in a module of diffusers. The
 entry is added when that module is imported, so `import rbln_vae` stays fast and may come
-before or after `import diffusers`.
+before or after `import diffusers`. Registering when a class of ours is first used would be
+too late: diffusers refuses a pipeline of the hub whose library is not in the tables before it
+looks at any class.
 """
 
 from __future__ import annotations
