@@ -295,8 +295,10 @@ class RBLNModel(ModuleMembers):
 
     def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
         """Raise if the target takes only another shape."""
+        if not self._target.static_shapes:
+            return
         compiled_shape = self.resolved_config.input_shapes()[part]
-        if self._target.static_shapes and shape != compiled_shape:
+        if shape != compiled_shape:
             raise ValueError(
                 f"The {part} was compiled for the shape {compiled_shape}, and got "
                 f"{shape}. The target {self._target.name!r} takes no other: compile "
