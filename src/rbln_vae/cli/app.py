@@ -16,7 +16,9 @@ from ..serving.settings import RUN_TIMEOUT, Address, BatcherOptions, Limits
 from .groups import grouped, options_of
 from .options import (
     COMPILING,
+    MEMORY_LIMIT,
     RUNNING,
+    THREADS,
     TUNING,
     WHERE,
     Compiled,
@@ -174,7 +176,7 @@ def decode(
 @app.command("encode-dataset")
 @grouped(
     kept=options_of(Options, leave=["sizes"]),
-    settings=[*COMPILING, RUNNING[1]],
+    settings=[*COMPILING, MEMORY_LIMIT],
     where=WHERE,
 )
 def encode_dataset(
@@ -383,7 +385,7 @@ def plan(
     address=options_of(Address),
     batching=options_of(BatcherOptions, leave=["max_wait"], texts=["memory_limit"]),
     limits=options_of(Limits, leave=["api_key"], texts=["max_body"]),
-    settings=[*COMPILING, RUNNING[0]],
+    settings=[*COMPILING, THREADS],
     where=WHERE,
 )
 def serve(

@@ -64,7 +64,7 @@ def option_of(
 
 
 def options_of(
-    settings: type[Any], *, leave: Sequence[str] = (), texts: Sequence[str] = (), **flags: str
+    settings: type[Any], *, leave: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> Group:
     """The command line's form of a dataclass of settings.
 
@@ -72,7 +72,6 @@ def options_of(
         settings: Its fields are made by `config.setting`.
         leave: Fields to leave out.
         texts: Fields that are written as text, which the command converts.
-        **flags: The flags of fields that have others than their name.
     """
     hints = typing.get_type_hints(settings)
     group = []
@@ -82,7 +81,7 @@ def options_of(
         kind, default = hints[field.name], field.default
         if field.name in texts:
             kind, default = str | None, None
-        flag = flags.get(field.name, "--" + field.name.replace("_", "-"))
+        flag = "--" + field.name.replace("_", "-")
         if kind is bool and default:
             flag += f"/--no-{flag.removeprefix('--')}"
         shows = default is not None and default is not False  # 0 is a default to show

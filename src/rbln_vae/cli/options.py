@@ -98,10 +98,9 @@ COMPILING: Group = [
     option_of(RBLNAutoencoderKLConfig, "target"),
     option_of(RBLNAutoencoderKLConfig, "dtype"),
 ]
-RUNNING: Group = [
-    option_of(RBLNAutoencoderKLConfig, "num_threads", int, "--threads"),
-    option_of(RBLNAutoencoderKLConfig, "memory_limit"),
-]
+THREADS = option_of(RBLNAutoencoderKLConfig, "num_threads", int, "--threads")
+MEMORY_LIMIT = option_of(RBLNAutoencoderKLConfig, "memory_limit")
+RUNNING: Group = [THREADS, MEMORY_LIMIT]
 TUNING: Group = [
     option_of(RBLNAutoencoderKLConfig, "sample_size", read=parse_size, metavar="N|HxW"),
     option_of(RBLNAutoencoderKLConfig, "batch_size", int),
