@@ -18,7 +18,7 @@ from rbln_vae import (
     RBLNModelConfig,
     __version__,
 )
-from rbln_vae.config import CONFIG_NAME, nearest_multiples
+from rbln_vae.config import CONFIG_NAME
 
 MODEL_OPTIONS: dict[str, tuple[Any, Any, Any]] = {
     # option: its default, a value that may be given, what is then read
@@ -163,13 +163,6 @@ def test_a_remainder_is_found_whichever_of_the_two_is_set_last():
     assert config.vae_scale_factor is None  # what was refused leaves no trace
     config.vae_scale_factor = 4
     assert config.latent_sample_size == (9, 9)
-
-
-@given(size=st.integers(1, 5000), factor=st.integers(1, 64))
-def test_the_nearest_sizes_are_multiples_on_both_sides(size, factor):
-    near = nearest_multiples(size, factor)
-    assert all(n > 0 and n % factor == 0 and abs(n - size) < factor for n in near)
-    assert near == [size] if size % factor == 0 else max(near) > size
 
 
 # Wrong values

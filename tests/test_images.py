@@ -23,7 +23,6 @@ from rbln_vae.images import (
     to_image,
     to_tensor,
 )
-from rbln_vae.sizes import format_size, parse_size
 
 SIDES = st.integers(1, 90)
 
@@ -313,20 +312,6 @@ def test_what_is_not_a_fitting_is_an_error(change) -> None:
     stored = Fitting.plan((30, 50), multiple=8).to_dict() | change
     with pytest.raises(ValueError, match="expected a"):
         Fitting.from_dict(stored)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("512", (512, 512)), ("512x768", (512, 768)), ("8X16", (8, 16))]
-)
-def test_a_size_is_written_height_first(text, size) -> None:
-    assert parse_size(text) == size
-    assert parse_size(format_size(size)) == size
-
-
-@pytest.mark.parametrize("text", ["", "x", "0", "8x0", "-8", "8.5", "8x8x8", "big"])
-def test_what_is_no_size_is_an_error(text) -> None:
-    with pytest.raises(ValueError, match="such as 512 or 512x768"):
-        parse_size(text)
 
 
 # Pictures of results

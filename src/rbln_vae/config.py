@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from .errors import RBLNArtifactError
 from .files import atomic_path
+from .sizes import check_image_size
 from .units import optional_byte_count, positive_int, positive_number
 from .version import __version__
 
@@ -551,28 +552,6 @@ def reject_unknown(
             near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
             advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
             raise error(f"{name!r} is no {what}; {advice}")
-
-
-def nearest_multiples(size: int, factor: int) -> list[int]:
-    """The multiples of `factor` next to `size`, below and above; never 0."""
-    below = size // factor * factor
-    near = {below, size if below == size else below + factor}
-    return sorted(near - {0})
-
-
-def check_image_size(size: tuple[int, int], factor: int) -> None:
-    """Raise a `ValueError` that names the nearest valid sizes, if there is a remainder.
-
-    Args:
-        size: Height and width in pixels.
-        factor: Pixels per latent cell in a direction.
-    """
-    if any(side % factor for side in size):
-        height, width = (" or ".join(map(str, nearest_multiples(side, factor))) for side in size)
-        raise ValueError(
-            f"{size[0]}x{size[1]} is no image size of this model: height and width must be "
-            f"multiples of {factor}. The nearest are height {height} and width {width}."
-        )
 
 
 def _config_file(path: str | os.PathLike[str]) -> Path:

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from .config import check_image_size
-from .sizes import Placement, Size, format_size
+from .sizes import Placement, Size, check_image_size, format_size
 
 FitMode: TypeAlias = Literal["pad", "resize", "crop"]
 FIT_MODES: tuple[FitMode, ...] = ("pad", "resize", "crop")

@@ -27,6 +27,28 @@ def parse_size(text: str) -> Size:
     return int(sides[0]), int(sides[-1])
 
 
+def nearest_multiples(size: int, factor: int) -> list[int]:
+    """The multiples of `factor` next to `size`, below and above; never 0."""
+    below = size // factor * factor
+    near = {below, size if below == size else below + factor}
+    return sorted(near - {0})
+
+
+def check_image_size(size: tuple[int, int], factor: int) -> None:
+    """Raise a `ValueError` that names the nearest valid sizes, if there is a remainder.
+
+    Args:
+        size: Height and width in pixels.
+        factor: Pixels per latent cell in a direction.
+    """
+    if any(side % factor for side in size):
+        height, width = (" or ".join(map(str, nearest_multiples(side, factor))) for side in size)
+        raise ValueError(
+            f"{size[0]}x{size[1]} is no image size of this model: height and width must be "
+            f"multiples of {factor}. The nearest are height {height} and width {width}."
+        )
+
+
 @dataclass(frozen=True)
 class Placement:
     """How a picture comes to a size: scaled, then cut.

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rbln_vae.datasets.sizes import Sizing
-from rbln_vae.sizes import Placement
 
 sides = st.integers(1, 5000)
 sizings = st.builds(
@@ -87,11 +86,6 @@ def test_a_random_crop_depends_on_seed_and_key_alone() -> None:
     assert offsets(0) == offsets(0) != offsets(1)
     lefts = [left for _, left in offsets(0)]
     assert min(lefts) < 60 and max(lefts) > 516 and len(set(lefts)) > 80
-
-
-def test_the_offset_of_the_mirrored_image_is_that_from_the_other_side() -> None:
-    place = Placement((100, 200), (64, 128), (0, 10), (64, 64))
-    assert place.mirrored_offset == (0, 54)
 
 
 @pytest.mark.parametrize(

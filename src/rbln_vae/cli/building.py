@@ -13,13 +13,12 @@ import typer
 from .. import RBLNAutoencoder, RBLNAutoencoderKL
 from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
-from ..config import check_image_size
 from ..hub import find_pipeline
 from ..images import Fitting, load_image, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
 from ..models.auto import class_of
 from ..models.family import ResolvedConfig
-from ..sizes import Size, format_size, parse_size
+from ..sizes import Size, check_image_size, format_size, parse_size
 from ..targets.base import all_targets
 from .models import decoded, encoded, open_model, open_reference
 from .terminal import err, out, table, working

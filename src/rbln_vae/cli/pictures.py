@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import RBLNAutoencoderKL
-from ..config import check_image_size
 from ..files import atomic_path
 from ..images import (
     FitMode,
@@ -26,7 +25,7 @@ from ..images import (
     to_tensor,
 )
 from ..metrics import SSIM_WINDOW, psnr, ssim
-from ..sizes import format_size, parse_size
+from ..sizes import check_image_size, format_size, parse_size
 from .models import decoded, encoded, open_model
 from .terminal import for_each, out, table
 

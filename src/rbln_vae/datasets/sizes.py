@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..config import check_image_size
-from ..sizes import Placement, Size
+from ..sizes import Placement, Size, check_image_size
 from .seeds import seed_of
 
 Crop: TypeAlias = Literal["center", "random"]

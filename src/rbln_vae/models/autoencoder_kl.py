@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import RBLNAutoencoderKLConfig, check_image_size, reject_unknown
+from ..config import RBLNAutoencoderKLConfig, reject_unknown
 from ..errors import RBLNRuntimeError
 from ..graph.capture import replica
+from ..sizes import check_image_size
 from ..targets.watch import ShouldStop
 from .base import RBLNModel
 from .family import DECODER, ENCODER, Family

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from .. import hub
-from ..config import check_image_size
 from ..errors import RBLNCompileError
+from ..sizes import check_image_size
 from .latents import LatentScaling
 
 ENCODER, DECODER = "encoder", "decoder"

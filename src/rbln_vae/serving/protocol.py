@@ -22,9 +22,9 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..config import check_image_size
 from ..images import load_image, open_image
 from ..models.latents import LatentScaling
+from ..sizes import check_image_size
 from .errors import RefusedError
 from .models import LONGEST_NAME, ModelInfo, Shape
 from .png import encode_png
