@@ -18,10 +18,10 @@ from ..models.autoencoder_kl import RBLNAutoencoderKL
 from ..models.family import ENCODER
 from ..models.latents import LatentScaling
 from ..models.opening import open_found
+from .buckets import Sizing
 from .options import Options
 from .pictures import Prepared
 from .seeds import seed_of
-from .sizes import Sizing
 
 MIRRORED = "_flipped"
 """The suffix of the names of tensors of a mirrored image."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..config import reject_unknown, setting
 from ..sizes import Size
-from .sizes import Crop, Sizing
+from .buckets import Crop, Sizing
 
 Format: TypeAlias = Literal["safetensors", "webdataset", "parquet"]
 Dtype: TypeAlias = Literal["float16", "bfloat16", "float32"]

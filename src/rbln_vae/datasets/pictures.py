@@ -16,8 +16,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from ..images import open_image, upright_rgb
 from ..sizes import Placement, format_size
+from .buckets import Sizing
 from .options import Options
-from .sizes import Sizing
 from .sources import Sample
 from .sources.files import read_file, read_sidecars
 

@@ -18,10 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ..errors import RBLNDatasetError
+from .buckets import Sizing
 from .encoder import Encoded, Encoder
 from .job import Entry, Job, Part
 from .pictures import Prepared, Rejected, prepare, quiet
-from .sizes import Sizing
 from .sources import Split
 
 NOT_FINITE = "its latent holds values that aren't finite in latent_dtype"

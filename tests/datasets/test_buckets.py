@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbln_vae.datasets.sizes import Sizing
+from rbln_vae.datasets.buckets import Sizing
 
 sides = st.integers(1, 5000)
 sizings = st.builds(
