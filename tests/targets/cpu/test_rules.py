@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from vaes import capture_part, make_vae
 
 from rbln_vae import _engine
-from rbln_vae.graph.ir import Conv2d, Graph
+from rbln_vae.graph.ir import Conv2d, Graph, Operation, Shapes, Weights
 from rbln_vae.graph.passes import optimise
 from rbln_vae.targets.cpu.program import Program
 from rbln_vae.targets.cpu.rules import CpuRules
@@ -72,3 +74,16 @@ def test_programs_that_are_forgotten_are_made_again(decoder: Graph) -> None:
     assert runtime.forget_programs() == 1
     assert runtime.program(SHAPE) is not first
     assert runtime.forget_programs() == 1
+
+
+def test_an_operation_that_lowering_does_not_know_is_refused_not_taken_for_another() -> None:
+    @dataclass(frozen=True)
+    class Unknown(Operation):
+        input: str = field(metadata={"role": "value"})
+
+        def infer(self, shapes: Shapes, weights: Weights) -> tuple[int, ...]:
+            return shapes[self.input]
+
+    graph = Graph("part", "x", 4, "y", (Unknown("y", "x"),), {})
+    with pytest.raises(NotImplementedError, match="no step for Unknown"):
+        CpuRuntime(graph).program(SHAPE)
