@@ -138,7 +138,7 @@ def test_scaling_is_applied_if_asked_for_and_always_recorded(
 
 
 def test_scaled_latents_of_flux_2_are_in_patches(images: Path, tmp_path: Path) -> None:
-    vae = RBLNAutoencoder.from_model(make_flux2(), rbln_target="cpu", rbln_dtype="float32")
+    vae: Any = RBLNAutoencoder.from_model(make_flux2(), rbln_target="cpu", rbln_dtype="float32")
     for scale in (False, True):
         options = dataclasses.replace(OPTIONS, scale=scale, latent_dtype="float32")
         encode_dataset(images, tmp_path / str(scale), vae, options)
@@ -146,6 +146,9 @@ def test_scaled_latents_of_flux_2_are_in_patches(images: Path, tmp_path: Path) -
     torch.testing.assert_close(scaled["mean"], vae.latent_scaling.scale(plain["mean"]))
     channels, height, width = plain["mean"].shape
     assert scaled["mean"].shape == (4 * channels, height // 2, width // 2)
+    recorded = LatentDataset(tmp_path / "True").manifest["model"]
+    assert recorded["patch_size"] == 2
+    assert recorded["latents_mean"] == vae.bn.running_mean.tolist()
 
 
 def test_sides_of_scaled_latents_of_flux_2_are_whole_patches(images: Path, tmp_path: Path) -> None:

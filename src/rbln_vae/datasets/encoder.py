@@ -16,7 +16,6 @@ from torch import Tensor
 from ..artifact import SUFFIX
 from ..models.autoencoder_kl import RBLNAutoencoderKL
 from ..models.family import ENCODER
-from ..models.latents import LatentScaling
 from ..models.opening import open_found
 from .buckets import Sizing
 from .options import Options
@@ -207,5 +206,8 @@ def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any
         "dtype": config.dtype,
         "vae_scale_factor": config.vae_scale_factor,
         "latent_channels": config.latent_channels,
-        **{f.name: vae.config.get(f.name) for f in dataclasses.fields(LatentScaling)},
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(vae.latent_scaling).items()
+        },
     }
