@@ -48,6 +48,8 @@ def check_loader_options(loader: Mapping[str, Any]) -> None:
 
 _PATIENCE = 8.0
 """The most seconds that the hub may take to say whether it has a model."""
+_GRACE = 10.0
+"""How many more seconds an abandoned request lives."""
 _BUSY = (408, 429, 500, 502, 503, 504)
 """HTTP statuses of a hub that is busy; downloads retry after these."""
 
@@ -102,7 +104,8 @@ def _asked(model_id: str, loader: Mapping[str, Any]) -> Exception | None:
     """Ask the hub about a model; returns the error, or `None` if the hub has the model.
 
     The thread is abandoned when the time is over, because no timeout covers name resolution and
-    attempts to connect to several addresses.
+    attempts to connect to several addresses. The request has more time than this waits, so that
+    the error of a hub that doesn't answer is always the one that names the time.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -112,7 +115,7 @@ def _asked(model_id: str, loader: Mapping[str, Any]) -> Exception | None:
     def ask() -> None:
         try:
             url = hf_hub_url(model_id, CONFIG_NAME, revision=loader.get("revision"))
-            get_hf_file_metadata(url, token=loader.get("token"), timeout=patience)
+            get_hf_file_metadata(url, token=loader.get("token"), timeout=patience + _GRACE)
         except Exception as error:  # lost connections raise other types in each library version
             answers.put(error)
         else:
