@@ -15,6 +15,7 @@ import json
 import os
 import re
 import textwrap
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, overload
@@ -99,6 +100,13 @@ def _scale_factor(value: object) -> int:
     if not isinstance(factor, int):
         raise ValueError("expected a positive whole number")
     return factor
+
+
+def _one_frame(value: object) -> int:
+    frames = positive_int(value)
+    if frames != 1:
+        raise ValueError("expected 1: this version runs images of one frame")
+    return frames
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -232,6 +240,8 @@ class RBLNModelConfig:
     )
 
     _ALIASES: ClassVar[dict[str, str]] = {"tensor_parallel_size": "num_devices"}
+    _FACTS: ClassVar[Mapping[str, str]] = {}
+    """The options that hold facts of the model under other names than `ResolvedConfig` has."""
     _given: set[str]
 
     def __init__(
@@ -254,6 +264,7 @@ class RBLNModelConfig:
                 raise TypeError(f"{name} is given twice")
             options[name] = value
         reject_unknown(options, self._names(), f"option of {type(self).__name__}", ValueError)
+        options = self._expanded(options)
         for alias, name in self._ALIASES.items():
             value = options.pop(alias, None)
             if value is None:
@@ -271,6 +282,33 @@ class RBLNModelConfig:
 
     def __init_subclass__(cls) -> None:
         _document(cls)
+
+    @classmethod
+    def _expanded(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of the constructor, with those that stand for several replaced by them."""
+        return options
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """`(height, width)` of the image in pixels; `None` if it is not chosen."""
+        return None
+
+    def fact(self, name: str) -> Any:
+        """The value that the caller chose for a fact of the model, or `None`.
+
+        Args:
+            name: The name of the fact in `ResolvedConfig`.
+        """
+        return getattr(self, self._FACTS.get(name, name), None)
+
+    def with_facts(self: ConfigType, facts: Mapping[str, Any]) -> ConfigType:
+        """A copy in which the options that hold facts of the model have their values.
+
+        Args:
+            facts: Facts by their names in `ResolvedConfig`; those without an option are left out.
+        """
+        named = self._expanded({self._FACTS.get(name, name): v for name, v in facts.items()})
+        return self.copy(**{k: v for k, v in named.items() if k in self.compiled_options()})
 
     @classmethod
     def options(cls) -> dict[str, Option[Any]]:
@@ -496,6 +534,104 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
 
 class RBLNAutoencoderKLFlux2Config(RBLNAutoencoderKLConfig):
     """What an `RBLNAutoencoderKLFlux2` is compiled for; see `RBLNAutoencoderKLConfig`."""
+
+
+class RBLNAutoencoderTinyConfig(RBLNAutoencoderKLConfig):
+    """What an `RBLNAutoencoderTiny` is compiled for; see `RBLNAutoencoderKLConfig`."""
+
+
+class RBLNAutoencoderKLHunyuanImageConfig(RBLNAutoencoderKLConfig):
+    """What an `RBLNAutoencoderKLHunyuanImage` is compiled for; see `RBLNAutoencoderKLConfig`."""
+
+
+class RBLNAutoencoderKLWanConfig(RBLNModelConfig):
+    """What an `RBLNAutoencoderKLWan` is compiled for.
+
+    The options have the names and the order of optimum-rbln.
+
+    Args:
+        {options}
+        sample_size: One side, or `(height, width)`: another way to give `height` and `width`.
+        **kwargs: The options of `RBLNModelConfig`.
+
+    Raises:
+        ValueError: As of `RBLNModelConfig`; or only one of `height` and `width` is given.
+
+    Example:
+        >>> RBLNAutoencoderKLWanConfig(height=480, width=832).image_size
+        (480, 832)
+    """
+
+    _FACTS = types.MappingProxyType(
+        {
+            "latent_channels": "num_channels_latents",
+            "vae_scale_factor": "vae_scale_factor_spatial",
+        }
+    )
+
+    batch_size = Option[int](
+        positive_int,
+        "The batch that the model is compiled for. Targets that take every shape (cpu, cuda, "
+        "reference) are tuned for it, others take no other. By default 1.",
+        default=1,
+    )
+    uses_encoder = Option[bool | None](
+        boolean,
+        "Whether the encoder is compiled too. `False` compiles the decoder alone. By default "
+        "`True`.",
+    )
+    num_frames = Option[int | None](
+        _one_frame, "Frames of an image or a latent. By default 1; this version runs no others."
+    )
+    height = Option[int | None](
+        positive_int,
+        "Rows of the image in pixels that the model is compiled for, as its batch is. By default "
+        "what pipelines of the model make.",
+    )
+    width = Option[int | None](positive_int, "Columns of the image; as `height`.")
+    num_channels_latents = Option[int | None](
+        positive_int, "Channels of the latent. By default the model's own."
+    )
+    vae_scale_factor_temporal = Option[int | None](
+        _scale_factor, "Frames per frame of the latent. By default the model's own."
+    )
+    vae_scale_factor_spatial = Option[int | None](
+        _scale_factor, "Pixels per latent cell in a direction. By default the model's own."
+    )
+
+    @classmethod
+    def _expanded(cls, options: dict[str, Any]) -> dict[str, Any]:
+        options = dict(options)
+        size = options.pop("sample_size", None)
+        if size is None:
+            return options
+        height, width = _image_size(size)
+        for name, side in (("height", height), ("width", width)):
+            if options.get(name) not in (None, side):
+                raise ValueError(
+                    f"sample_size={size} and {name}={options[name]} differ. Give one of them."
+                )
+            options[name] = side
+        return options
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [*super()._names(), "sample_size"]
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """`(height, width)` of the image in pixels; `None` unless both are chosen."""
+        if self.height is None or self.width is None:
+            return None
+        return self.height, self.width
+
+
+class RBLNAutoencoderKLQwenImageConfig(RBLNAutoencoderKLWanConfig):
+    """What an `RBLNAutoencoderKLQwenImage` is compiled for; see `RBLNAutoencoderKLWanConfig`."""
+
+
+class RBLNAutoencoderKLQwenImage21Config(RBLNAutoencoderKLWanConfig):
+    """What an `RBLNAutoencoderKLQwenImage21` is compiled for; see `RBLNAutoencoderKLWanConfig`."""
 
 
 class RBLNAutoConfig:

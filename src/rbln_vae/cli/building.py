@@ -10,17 +10,18 @@ from typing import Any
 import torch
 import typer
 
-from .. import RBLNAutoencoder, RBLNAutoencoderKL
+from .. import RBLNAutoencoder
 from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
 from ..hub import find_pipeline
 from ..images import Fitting, load_image, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
 from ..models.auto import class_of
+from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ResolvedConfig
 from ..sizes import Size, check_image_size, format_size, parse_size
 from ..targets.base import all_targets
-from .models import decoded, encoded, open_model, open_reference
+from .models import open_model, open_reference, original_moments, original_pixels
 from .terminal import err, out, table, working
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
@@ -172,20 +173,23 @@ def _sample(config: ResolvedConfig, size: str | None, image: Path | None) -> tor
 
 
 def _outcomes(
-    compiled: RBLNAutoencoderKL, reference: torch.nn.Module, sample: torch.Tensor
+    compiled: RBLNAutoencoderModel, reference: torch.nn.Module, sample: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """What each part gives and what it should; both decode the same latents."""
     with working("Encoding in diffusers …"):
-        expected = encoded(reference, sample)
+        expected = original_moments(reference, sample, frames=compiled.frames)
     if compiled.resolved_config.uses_encoder:
         with working("Encoding …"):
-            found = encoded(compiled, sample)
-        yield "moments", found.parameters, expected.parameters
-    latents = expected.mode()
+            encoded = compiled.encode_images(sample)
+        if isinstance(encoded, torch.Tensor):
+            yield "latents", encoded, expected
+        else:
+            yield "moments", encoded.parameters, expected
+    latents = expected.chunk(2, dim=1)[0] if compiled.draws else expected
     with working("Decoding in diffusers …"):
-        pixels = decoded(reference, latents)
+        pixels = original_pixels(reference, latents, frames=compiled.frames)
     with working("Decoding …"):
-        result = decoded(compiled, latents)
+        result = compiled.decode_latents(latents)
     yield "pixels", result, pixels
 
 

@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from .. import RBLNAutoencoderKL
 from ..hub import find_vae
 from ..models import opening
 from ..models.auto import class_of
+from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ImageShape
 from ..sizes import parse_size
 from .terminal import working
 
 
-def open_model(name: str | None, settings: Mapping[str, Any], **loading: Any) -> RBLNAutoencoderKL:
+def open_model(
+    name: str | None, settings: Mapping[str, Any], **loading: Any
+) -> RBLNAutoencoderModel:
     """As `opening.open_model`, and say so meanwhile."""
     with working(f"Loading {name or 'the shipped model'} …"):
         return opening.open_model(name, settings, **loading)
@@ -36,22 +37,30 @@ def open_reference(name: str, **loading: Any) -> torch.nn.Module:
     return cast(torch.nn.Module, model).float().eval()
 
 
-def encoded(
-    vae: RBLNAutoencoderKL | torch.nn.Module, sample: torch.Tensor
-) -> DiagonalGaussianDistribution:
-    """The distribution of latents of a sample, by a model of either kind."""
-    with torch.no_grad():
-        return cast(DiagonalGaussianDistribution, cast(Any, vae).encode(sample).latent_dist)
+@torch.no_grad()
+def original_moments(vae: torch.nn.Module, sample: torch.Tensor, *, frames: bool) -> torch.Tensor:
+    """The result of the encoder of a diffusers model: moments, or latents.
+
+    Args:
+        vae: The model.
+        sample: Images `(N, C, H, W)`.
+        frames: Whether the model takes an axis of frames.
+    """
+    output = cast(Any, vae).encode(sample.unsqueeze(2) if frames else sample)
+    distribution = getattr(output, "latent_dist", None)
+    found = output.latents if distribution is None else distribution.parameters
+    return cast(torch.Tensor, found.squeeze(2) if frames else found)
 
 
-def decoded(vae: RBLNAutoencoderKL | torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """The sample that latents stand for, by a model of either kind."""
-    with torch.no_grad():
-        return cast(torch.Tensor, cast(Any, vae).decode(latents).sample)
+@torch.no_grad()
+def original_pixels(vae: torch.nn.Module, latents: torch.Tensor, *, frames: bool) -> torch.Tensor:
+    """The images `(N, C, H, W)` that a diffusers model decodes from latents `(N, C, h, w)`."""
+    found = cast(Any, vae).decode(latents.unsqueeze(2) if frames else latents).sample
+    return cast(torch.Tensor, found.squeeze(2) if frames else found)
 
 
 def input_shapes(
-    vae: RBLNAutoencoderKL, size: str | None, batch_size: int | None
+    vae: RBLNAutoencoderModel, size: str | None, batch_size: int | None
 ) -> dict[str, ImageShape]:
     """The shape of the input of each compiled part, by its name.
 

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .. import RBLNAutoencoderKL
 from ..files import atomic_path
 from ..images import (
     FitMode,
@@ -25,8 +24,10 @@ from ..images import (
     to_tensor,
 )
 from ..metrics import SSIM_WINDOW, psnr, ssim
+from ..models.autoencoder import RBLNAutoencoderModel
+from ..models.latents import mode
 from ..sizes import check_image_size, format_size, parse_size
-from .models import decoded, encoded, open_model
+from .models import open_model
 from .terminal import for_each, out, table
 
 LATENTS = "latents"
@@ -52,9 +53,9 @@ def reconstruct(
         original, fitting = fitted(path)
         sample = to_tensor(original)
         start = time.perf_counter()
-        latents = encoded(model, sample).mode()
+        latents = mode(model.encode_images(sample))
         middle = time.perf_counter()
-        result = decoded(model, latents).clamp(-1, 1)
+        result = model.decode_latents(latents).clamp(-1, 1)
         end = time.perf_counter()
 
         # Padding is easy to reconstruct, and nobody's picture.
@@ -95,11 +96,11 @@ def encode(
     def work(path: Path) -> tuple[str, ...]:
         original, fitting = fitted(path)
         start = time.perf_counter()
-        distribution = encoded(model, to_tensor(original))
-        if seed is None:
-            latents = distribution.mode()
+        encoded = model.encode_images(to_tensor(original))
+        if seed is None or isinstance(encoded, torch.Tensor):
+            latents = mode(encoded)
         else:
-            latents = distribution.sample(torch.Generator().manual_seed(seed))
+            latents = encoded.sample(torch.Generator().manual_seed(seed))
         end = time.perf_counter()
         metadata = {
             "format": _FORMAT,
@@ -107,7 +108,7 @@ def encode(
             "dtype": model.resolved_config.dtype,
             "scaling_factor": json.dumps(model.config.get("scaling_factor")),
             "shift_factor": json.dumps(model.config.get("shift_factor")),
-            "drawn": "mean" if seed is None else f"sample, seed {seed}",
+            "drawn": f"sample, seed {seed}" if model.draws and seed is not None else "mean",
             "fitting": json.dumps(fitting.to_dict()),
         }
         with atomic_path(written[path]) as temporary:
@@ -137,7 +138,7 @@ def decode(
     def work(path: Path) -> tuple[str, ...]:
         latents, fitting = read_latents(path)
         start = time.perf_counter()
-        image = to_image(decoded(model, latents))
+        image = to_image(model.decode_latents(latents))
         end = time.perf_counter()
         if fitting is not None:
             image = fitting.undo(image)
@@ -187,7 +188,7 @@ def _open_for_images(
     fit: FitMode,
     settings: Mapping[str, Any],
     loading: Mapping[str, Any],
-) -> tuple[RBLNAutoencoderKL, Callable[[Path], tuple[Image.Image, Fitting]]]:
+) -> tuple[RBLNAutoencoderModel, Callable[[Path], tuple[Image.Image, Fitting]]]:
     """The model, and what loads a picture as it takes it."""
     wanted = None if size is None else parse_size(size)
     model = open_model(name, settings, **loading)

@@ -43,8 +43,8 @@ def profile_model(
     with working("Running …"):
         for _ in range(WARM_UPS + 1):
             if ENCODER in noise:
-                model.encode(noise[ENCODER])
-            model.decode(noise[DECODER])
+                model.encode_images(noise[ENCODER])
+            model.decode_latents(noise[DECODER])
     latest = {run.part: run for run in model.profile().runs}
     profile = Profile(list(latest.values()))
     out().print(str(profile))

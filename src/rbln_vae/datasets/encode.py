@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import RBLNDatasetError
 from ..host import usable_processors
 from ..hub import find_compiled, find_vae
-from ..models.autoencoder_kl import RBLNAutoencoderKL
+from ..models.autoencoder import RBLNAutoencoderModel
 from ..sizes import Placement, Size, format_size
 from .encoder import LatentEncoder, identity_of, load_model, sizing_for
 from .job import (
@@ -84,7 +84,7 @@ class TooManyRejectedError(RBLNDatasetError):
 def encode_dataset(
     source: str | os.PathLike[str] | Source | Any,
     out: str | os.PathLike[str],
-    model: str | os.PathLike[str] | RBLNAutoencoderKL,
+    model: str | os.PathLike[str] | RBLNAutoencoderModel,
     options: Options | None = None,
     *,
     subfolder: str | None = None,
@@ -142,7 +142,7 @@ def encode_dataset(
     directory = local_directory(out)
     if max_rejected < 0 or min(workers or 1, threads or 1) < 1:
         raise ValueError("expected max_rejected of 0 or more, workers and threads of 1 or more")
-    if ray is not None and isinstance(model, RBLNAutoencoderKL):
+    if ray is not None and isinstance(model, RBLNAutoencoderModel):
         raise ValueError("with ray, model must be a directory or an id that each worker can load")
     opened = open_source(source, **reading)
     _check_apart(source, directory)
@@ -222,13 +222,13 @@ def _drain(
 
 def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, Any]:
     """The loader arguments that find the model."""
-    if isinstance(model, RBLNAutoencoderKL):
+    if isinstance(model, RBLNAutoencoderModel):
         return {}
     return find_vae(os.fspath(model), subfolder=subfolder, revision=revision)
 
 
-def _identity(vae: RBLNAutoencoderKL, model: Any, loading: Mapping[str, Any]) -> dict[str, Any]:
-    given = isinstance(model, RBLNAutoencoderKL)
+def _identity(vae: RBLNAutoencoderModel, model: Any, loading: Mapping[str, Any]) -> dict[str, Any]:
+    given = isinstance(model, RBLNAutoencoderModel)
     return identity_of(vae, None if given else find_compiled(os.fspath(model), **loading))
 
 
@@ -295,7 +295,7 @@ class Estimate:
 def estimate(
     source: Any,
     out: str | os.PathLike[str],
-    model: str | os.PathLike[str] | RBLNAutoencoderKL,
+    model: str | os.PathLike[str] | RBLNAutoencoderModel,
     options: Options | None = None,
     *,
     subfolder: str | None = None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import SUFFIX
-from ..models.autoencoder_kl import RBLNAutoencoderKL
+from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ENCODER
 from ..models.opening import open_found
 from .buckets import Sizing
@@ -68,7 +68,7 @@ class LatentEncoder:
         torch.Size([4, 64, 64])
     """
 
-    def __init__(self, vae: RBLNAutoencoderKL, options: Options) -> None:
+    def __init__(self, vae: RBLNAutoencoderModel, options: Options) -> None:
         config = vae.resolved_config
         if not config.uses_encoder:
             raise ValueError(
@@ -120,18 +120,20 @@ class LatentEncoder:
             sample = torch.cat(
                 [sample, sample.new_zeros(self.batch_size - count, *sample.shape[1:])]
             )
-        distribution: Any = self._vae.encode(sample, return_dict=False)[0]
+        encoded = self._vae.encode_images(sample)
         result = []
         for i, key in enumerate(keys):
-            mean, logvar = distribution.mean[i], distribution.logvar[i]
-            if self._options.sample:
+            if isinstance(encoded, Tensor):
+                tensors = {"latent": encoded[i]}
+            elif self._options.sample:
+                mean, logvar = encoded.mean[i], encoded.logvar[i]
                 generator = torch.Generator().manual_seed(
                     seed_of(self._options.seed, "sample" + suffix, key)
                 )
                 noise = torch.randn(mean.shape, generator=generator)
                 tensors = {"latent": mean + torch.exp(0.5 * logvar) * noise}
             else:
-                tensors = {"mean": mean, "logvar": logvar}
+                tensors = {"mean": encoded.mean[i], "logvar": encoded.logvar[i]}
             if self._options.scale:
                 tensors = {
                     name: self._scaling.scale_log_variance(tensor)
@@ -158,10 +160,10 @@ class LatentEncoder:
 
 
 def load_model(
-    model: str | os.PathLike[str] | RBLNAutoencoderKL,
+    model: str | os.PathLike[str] | RBLNAutoencoderModel,
     settings: Mapping[str, Any],
     loading: Mapping[str, Any],
-) -> RBLNAutoencoderKL:
+) -> RBLNAutoencoderModel:
     """Load a model, unless it is loaded already.
 
     Args:
@@ -169,12 +171,12 @@ def load_model(
         settings: Options of the model, for `rbln_config`.
         loading: The result of `hub.find_vae` for the name.
     """
-    if isinstance(model, RBLNAutoencoderKL):
+    if isinstance(model, RBLNAutoencoderModel):
         return model
     return open_found(model, settings, loading)
 
 
-def sizing_for(vae: RBLNAutoencoderKL, options: Options) -> Sizing:
+def sizing_for(vae: RBLNAutoencoderModel, options: Options) -> Sizing:
     """The sizes that images can be given for a model.
 
     Their sides are multiples of a latent cell or, if latents are scaled, of a patch of cells.
@@ -186,7 +188,7 @@ def sizing_for(vae: RBLNAutoencoderKL, options: Options) -> Sizing:
     return options.sizing(patch * vae.resolved_config.vae_scale_factor)
 
 
-def identity_of(vae: RBLNAutoencoderKL, directory: Path | None) -> dict[str, Any]:
+def identity_of(vae: RBLNAutoencoderModel, directory: Path | None) -> dict[str, Any]:
     """The identity of a compiled model in the record of a job.
 
     Args:

@@ -10,11 +10,12 @@ import torch
 
 from .. import hub
 from ..errors import RBLNCompileError
+from .autoencoder import RBLNAutoencoderModel
 from .autoencoder_kl import RBLNAutoencoderKL
 from .autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
 from .base import Config
 
-CLASSES: dict[str, type[RBLNAutoencoderKL]] = {
+CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
     found.family.original_class_name: found for found in (RBLNAutoencoderKL, RBLNAutoencoderKLFlux2)
 }
 """The class for each class of diffusers."""
@@ -29,7 +30,7 @@ class RBLNAutoencoder:
         export: bool | None = False,
         rbln_config: Config = None,
         **kwargs: Any,
-    ) -> RBLNAutoencoderKL:
+    ) -> RBLNAutoencoderModel:
         """Load a compiled model, or compile one of diffusers, by the class in its `config.json`.
 
         Args:
@@ -61,7 +62,7 @@ class RBLNAutoencoder:
     @staticmethod
     def from_model(
         model: torch.nn.Module, *, rbln_config: Config = None, **kwargs: Any
-    ) -> RBLNAutoencoderKL:
+    ) -> RBLNAutoencoderModel:
         """Compile a loaded model, by its class.
 
         Args:
@@ -77,7 +78,7 @@ class RBLNAutoencoder:
         return found.from_model(model, rbln_config=rbln_config, **kwargs)
 
 
-def class_of(name: str, loader: Mapping[str, Any]) -> type[RBLNAutoencoderKL]:
+def class_of(name: str, loader: Mapping[str, Any]) -> type[RBLNAutoencoderModel]:
     """The class for a model that isn't loaded yet, by its `config.json`.
 
     Args:
@@ -92,7 +93,7 @@ def class_of(name: str, loader: Mapping[str, Any]) -> type[RBLNAutoencoderKL]:
     return class_for(original, name)
 
 
-def class_for(original: str, what: str) -> type[RBLNAutoencoderKL]:
+def class_for(original: str, what: str) -> type[RBLNAutoencoderModel]:
     """The class that compiles a class of diffusers.
 
     Args:

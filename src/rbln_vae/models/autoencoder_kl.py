@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from ..config import RBLNAutoencoderKLConfig, reject_unknown
-from ..errors import RBLNRuntimeError
 from ..graph.capture import replica
-from ..sizes import check_image_size
 from ..targets.watch import ShouldStop
-from .base import RBLNModel
-from .family import DECODER, ENCODER, Family
+from .autoencoder import RBLNAutoencoderModel
+from .family import ENCODER, Family
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,7 +43,7 @@ class AutoencoderKLFamily(Family):
         return module
 
 
-class RBLNAutoencoderKL(RBLNModel):
+class RBLNAutoencoderKL(RBLNAutoencoderModel):
     """A compiled `AutoencoderKL`, which stands wherever that of diffusers stands.
 
     The *encoder* turns an image into a distribution of latents, the *decoder* a latent into
@@ -102,14 +100,8 @@ class RBLNAutoencoderKL(RBLNModel):
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
         reject_unknown(kwargs, ["generator"], "argument of encode")
-        if not self.resolved_config.uses_encoder:
-            raise RBLNRuntimeError(
-                "This model has a decoder only (uses_encoder=False), so it can't encode. Compile "
-                "it again with rbln_uses_encoder=True."
-            )
-        _check_input(x, "x", self.resolved_config.in_channels)
-        check_image_size((x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor)
-        posterior = DiagonalGaussianDistribution(self._run(ENCODER, x, should_stop=should_stop))
+        posterior = self.encode_images(x, should_stop=should_stop)
+        assert isinstance(posterior, DiagonalGaussianDistribution)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
@@ -158,10 +150,7 @@ class RBLNAutoencoderKL(RBLNModel):
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         reject_unknown(kwargs, ["generator"], "argument of decode")
-        _check_input(z, "z", self.resolved_config.latent_channels)
-        image_shape = self.resolved_config.image_shape(tuple(z.shape))
-        to = None if out is None else _writable(out, image_shape)
-        sample = self._run(DECODER, z, to, should_stop)
+        sample = self.decode_latents(z, out=out, should_stop=should_stop)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -191,82 +180,10 @@ class RBLNAutoencoderKL(RBLNModel):
 
     __call__ = forward
 
-    # What pipelines and their users read, besides the members of every model
-
-    use_tiling = use_slicing = False
-
-    def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Run each image in the least memory that it can; the pixels stay the same.
-
-        Nothing is tiled: the target `cpu` computes some of the image twice instead of
-        keeping all of it. A decode of 512² took 43% more time by that, one of 2048² 30%.
-        """
-        self.use_tiling = use_tiling
-        self._save_memory()
-
-    def disable_tiling(self) -> None:
-        """Be as fast as `memory_limit` allows again."""
-        self.enable_tiling(False)
-
-    def enable_slicing(self) -> None:
-        """Run the images of a batch one by one; the pixels stay the same."""
-        self.use_slicing = True
-        self._save_memory()
-
-    def disable_slicing(self) -> None:
-        """Run batches together again, as far as `memory_limit` allows."""
-        self.use_slicing = False
-        self._save_memory()
-
-    def _save_memory(self) -> None:
-        for runtime in self._runtimes.values():
-            runtime.save_memory(slicing=self.use_slicing, tiling=self.use_tiling)
-
     @property
     def post_quant_conv(self) -> _PostQuantConv:
         """A stand-in on which pipelines look up the dtype of the decoder."""
         return _PostQuantConv(self.dtype)
-
-
-def _check_input(tensor: Tensor, name: str, channels: int | None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch tensor, and is a {type(tensor).__name__}.")
-    if not tensor.is_floating_point():
-        raise TypeError(
-            f"{name} must be a floating tensor, and is {tensor.dtype}. Convert it, for images "
-            "in 0…255 by x / 127.5 - 1."
-        )
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        raise ValueError(
-            f"{name} must be a dense tensor with data, and is {tensor.layout} on {tensor.device}."
-        )
-    shape = tuple(tensor.shape)
-    if len(shape) != 4 or shape[1] != channels or 0 in shape:
-        raise ValueError(
-            f"{name} must have the shape (N, {channels}, H, W) with no empty axis, and has {shape}."
-        )
-
-
-def _writable(out: Tensor | npt.NDArray[Any], shape: tuple[int, ...]) -> Tensor:
-    """The tensor that a caller gave to write to, or that shares the memory of an array."""
-    if not isinstance(out, Tensor):
-        import numpy as np
-
-        if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a tensor or an array, and is a {type(out).__name__}.")
-        if not out.flags.writeable:
-            raise ValueError("out can't be written to. Open a memory map with mode 'r+' or 'w+'.")
-        if out.dtype.kind != "f" or out.dtype.itemsize > 4:
-            raise TypeError(f"out must hold float32 or float16, and holds {out.dtype}.")
-        out = torch.from_numpy(out)
-    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"out must hold float32, float16 or bfloat16, and holds {out.dtype}.")
-    if tuple(out.shape) != shape or out.device.type != "cpu":
-        raise ValueError(
-            f"out must have the shape {shape} and be on the CPU, and has {tuple(out.shape)} on "
-            f"{out.device}."
-        )
-    return out.detach()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,19 +92,19 @@ def resolve(
     """
     facts = family.facts(config)
     for name, value in facts.items():
-        chosen = getattr(rbln_config, name, None)
+        chosen = rbln_config.fact(name)
         if chosen not in (None, value):
             raise ValueError(
                 f"{name}={chosen} is in conflict with the model, which has {value}. Leave it out."
             )
-    facts["sample_size"] = getattr(rbln_config, "sample_size", None) or config.get("sample_size")
-    facts["uses_encoder"] = getattr(rbln_config, "uses_encoder", None) is not False
-    options = rbln_config.compiled_options()
-    checked = rbln_config.copy(**{k: v for k, v in facts.items() if k in options})
+    facts["sample_size"] = rbln_config.image_size or family.sample_size(config)
+    facts["uses_encoder"] = rbln_config.fact("uses_encoder") is not False
+    checked = rbln_config.with_facts(facts)
     found: dict[str, Any] = {
         field.name: getattr(checked, field.name, facts.get(field.name))
         for field in dataclasses.fields(ResolvedConfig)
     }
+    found["sample_size"] = checked.image_size
     for name, value in found.items():
         if value is None:
             raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
@@ -113,10 +113,7 @@ def resolve(
 
 def settled(rbln_config: RBLNModelConfig, resolved: ResolvedConfig) -> RBLNModelConfig:
     """The configuration of a compiled model: everything is filled in, and it is frozen."""
-    options = rbln_config.compiled_options()
-    found = rbln_config.copy(
-        **{k: v for k, v in dataclasses.asdict(resolved).items() if k in options}
-    )
+    found = rbln_config.with_facts(dataclasses.asdict(resolved))
     found.freeze()
     return found
 

@@ -122,6 +122,28 @@ class Family(ABC):
             A copy that shares the model's weights, so that a target may change it.
         """
 
+    def sample_size(self, config: Mapping[str, Any]) -> Any:
+        """The image that a model is compiled for unless an option says another.
+
+        Args:
+            config: Of the diffusers model.
+
+        Returns:
+            One side or `(height, width)`, in pixels; `None` if it isn't known.
+        """
+        return config.get("sample_size")
+
+    def check_image_size(self, size: tuple[int, int], factor: int) -> None:
+        """Raise a `ValueError` if the encoder takes no images of this size.
+
+        By default both sides must be multiples of the scale factor.
+
+        Args:
+            size: Height and width in pixels.
+            factor: Pixels per latent cell in a direction.
+        """
+        check_image_size(size, factor)
+
     def buffers(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The small buffers that no part holds, but pipelines read; by default none.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,14 @@ class LatentScaling:
         if self.shift_factor is not None:
             latent = latent + self.shift_factor
         return latent if self.patch_size == 1 else F.pixel_shuffle(latent, self.patch_size)
+
+
+def mode(encoded: DiagonalGaussianDistribution | Tensor) -> Tensor:
+    """The most likely latents: those of a distribution, or those that the encoder gave."""
+    if isinstance(encoded, Tensor):
+        return encoded
+    found: Tensor = encoded.mode()
+    return found
 
 
 def _numbers(values: Iterable[float] | None) -> tuple[float, ...] | None:

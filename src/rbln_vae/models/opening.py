@@ -9,7 +9,7 @@ from typing import Any
 from ..demo import demo_model
 from ..hub import find_vae
 from .auto import RBLNAutoencoder
-from .autoencoder_kl import RBLNAutoencoderKL
+from .autoencoder import RBLNAutoencoderModel
 
 
 def open_model(
@@ -18,7 +18,7 @@ def open_model(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
-) -> RBLNAutoencoderKL:
+) -> RBLNAutoencoderModel:
     """Load a compiled model, or compile one of diffusers in memory.
 
     Args:
@@ -33,7 +33,7 @@ def open_model(
 
     Raises:
         OSError: There is no such model.
-        ValueError, RBLNError: As `RBLNAutoencoderKL.from_pretrained`.
+        ValueError, RBLNError: As `RBLNAutoencoder.from_pretrained`.
 
     Example:
         >>> open_model(None, {"dtype": "float32"}).rbln_config.vae_scale_factor
@@ -45,7 +45,7 @@ def open_model(
 
 def open_found(
     name: str | os.PathLike[str], settings: Mapping[str, Any], found: Mapping[str, Any]
-) -> RBLNAutoencoderKL:
+) -> RBLNAutoencoderModel:
     """As `open_model`, where it is known already where the VAE is.
 
     Args:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..models.autoencoder_kl import RBLNAutoencoderKL
+from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import DECODER, ENCODER
-from ..models.latents import LatentScaling
+from ..models.latents import LatentScaling, mode
 from ..models.opening import open_model
 from ..targets.base import get_target
 from ..targets.watch import ShouldStop
@@ -50,7 +50,7 @@ class ModelInfo:
     target: str
 
     @classmethod
-    def of(cls, name: str, vae: RBLNAutoencoderKL) -> ModelInfo:
+    def of(cls, name: str, vae: RBLNAutoencoderModel) -> ModelInfo:
         """The facts about a compiled model."""
         resolved = vae.resolved_config
         return cls(
@@ -147,7 +147,7 @@ class Runner(Protocol):
 class ServedModel:
     """A compiled model with a name, shared by all requests."""
 
-    def __init__(self, name: str, vae: RBLNAutoencoderKL) -> None:
+    def __init__(self, name: str, vae: RBLNAutoencoderModel) -> None:
         self.info = ModelInfo.of(name, vae)
         self._vae = vae
 
@@ -167,13 +167,9 @@ class ServedModel:
         return self.info.pixels(part, shape) / (height * width)
 
     def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
-        vae: Any = self._vae
-        latent_or_image: Tensor = (
-            vae.decode(tensor, should_stop=should_stop).sample
-            if part == DECODER
-            else vae.encode(tensor, should_stop=should_stop).latent_dist.mode()
-        )
-        return latent_or_image
+        if part == DECODER:
+            return self._vae.decode_latents(tensor, should_stop=should_stop)
+        return mode(self._vae.encode_images(tensor, should_stop=should_stop))
 
 
 def open_models(
