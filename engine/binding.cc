@@ -34,10 +34,12 @@ class BoundPlan {
   BoundPlan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output)
       : plan(kernels, arena_bytes, input, output) {}
 
-  void add(ConvStep step, const Weights& bias, const std::optional<Weights>& weights) {
+  void add(ConvStep step, const Weights& bias, const std::optional<Weights>& weights,
+           const std::optional<Weights>& gamma) {
     step.bias = keep_floats(bias);
     step.weights = weights ? keep(*weights) : nullptr;
-    plan.add(step, weights ? bytes(*weights) : 0, bytes(bias));
+    step.gamma = gamma ? keep_floats(*gamma) : nullptr;
+    plan.add(step, weights ? bytes(*weights) : 0, bytes(bias), gamma ? bytes(*gamma) : 0);
   }
   void add(WinogradStep step, const Weights& weights) {
     step.weights = keep(weights);
@@ -100,7 +102,8 @@ void bind_steps(nb::module_& m) {
       .value("silu", Activation::kSilu)
       .value("gelu", Activation::kGelu)
       .value("mish", Activation::kMish)
-      .value("relu", Activation::kRelu);
+      .value("relu", Activation::kRelu)
+      .value("tanh", Activation::kTanh);
   bind_struct(m, "Image", "An image in the arena, or some rows of one.",
               Field{"offset", &Image::offset}, Field{"channels", &Image::channels},
               Field{"height", &Image::height}, Field{"width", &Image::width},
@@ -117,7 +120,8 @@ void bind_steps(nb::module_& m) {
   bind_struct(m, "ConvStep", "A convolution over tiles of an image.",
               Field{"batch", &ConvStep::batch}, Field{"input", &ConvStep::input},
               Field{"output", &ConvStep::output}, Field{"reading", &ConvStep::reading},
-              Field{"residual", &ConvStep::residual},
+              Field{"eps", &ConvStep::eps}, Field{"residual", &ConvStep::residual},
+              Field{"output_activation", &ConvStep::output_activation},
               Field{"kernel_height", &ConvStep::kernel_height},
               Field{"kernel_width", &ConvStep::kernel_width},
               Field{"stride", &ConvStep::stride}, Field{"above", &ConvStep::above},
@@ -316,9 +320,9 @@ void bind_engine(nb::module_& m) {
           "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a)
       .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
       .def("add",
-           nb::overload_cast<ConvStep, const Weights&, const std::optional<Weights>&>(
-               &BoundPlan::add),
-           "step"_a, "bias"_a, "weights"_a = nb::none(),
+           nb::overload_cast<ConvStep, const Weights&, const std::optional<Weights>&,
+                             const std::optional<Weights>&>(&BoundPlan::add),
+           "step"_a, "bias"_a, "weights"_a = nb::none(), "gamma"_a = nb::none(),
            "Adds a step; weights are as `packing.pack` makes them, and kept by the plan.")
       .def("add", nb::overload_cast<WinogradStep, const Weights&>(&BoundPlan::add), "step"_a,
            "weights"_a)

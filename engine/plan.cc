@@ -88,9 +88,13 @@ void Plan::check_residual(Index batch, const Image& residual, const Image& outpu
           "a residual of another size than the output");
 }
 
-void Plan::check_reading(Index batch, const Image& image, const Reading& reading) const {
-  require(reading.activation >= Activation::kNone && reading.activation <= Activation::kRelu,
+void Plan::check_activation(Activation activation) {
+  require(activation >= Activation::kNone && activation <= kLastActivation,
           "unknown activation");
+}
+
+void Plan::check_reading(Index batch, const Image& image, const Reading& reading) const {
+  check_activation(reading.activation);
   if (reading.coefficients == kNone) return;
   check_range("coefficients", reading.coefficients,
               product("coefficients", {batch, 2, image.blocks(), kBlock, 4}));
@@ -108,11 +112,17 @@ void Plan::add(const ExportStep& s) {
   append(s, product("export", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
-void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes) {
+void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index gamma_bytes) {
   check_image("convolution input", s.batch, s.input);
   check_image("convolution output", s.batch, s.output);
   check_reading(s.batch, s.input, s.reading);
+  check_activation(s.output_activation);
   check_residual(s.batch, s.residual, s.output);
+  if (s.gamma != nullptr) {
+    require(s.reading.coefficients == kNone, "two norms before one convolution");
+    require(gamma_bytes == s.input.blocks() * kBlock * 4, "norm weights of another size");
+    require(static_cast<float>(s.eps) > 0, "an RMS norm needs an eps above zero");
+  }
   constexpr Index far = 1 << 20;
   require(s.kernel_height > 0 && s.kernel_width > 0 && s.kernel_height < far &&
               s.kernel_width < far && s.taps() <= kMaxTaps,

@@ -32,7 +32,7 @@ class Plan {
   // std::invalid_argument if not. Sizes of weights count bytes.
   void add(const ImportStep& step);
   void add(const ExportStep& step);
-  void add(const ConvStep& step, Index weight_bytes, Index bias_bytes);
+  void add(const ConvStep& step, Index weight_bytes, Index bias_bytes, Index gamma_bytes);
   void add(const WinogradStep& step, Index weight_bytes);
   void add(const StatisticsStep& step);
   void add(const NormStep& step, Index weight_bytes, Index bias_bytes);
@@ -61,6 +61,7 @@ class Plan {
   void check_image(const char* what, Index batch, const Image& image) const;
   // A residual may be left out.
   void check_residual(Index batch, const Image& residual, const Image& output) const;
+  static void check_activation(Activation activation);
   void check_reading(Index batch, const Image& image, const Reading& reading) const;
 
   const Kernels& kernels_;

@@ -16,7 +16,8 @@ constexpr Index kMaxTaps = 64;
 // Rows and columns of outputs that Winograd's algorithm makes at once.
 constexpr Index kWinogradTile = 4;
 
-enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kMish = 3, kRelu = 4 };
+enum class Activation : int { kNone = 0, kSilu, kGelu, kMish, kRelu, kTanh };
+constexpr Activation kLastActivation = Activation::kTanh;
 
 // An image in the arena, or some rows of one.
 struct Image {
@@ -35,7 +36,7 @@ struct Image {
   }
 };
 
-// What a group norm does on reading: x * scale + shift by channel, then an activation.
+// What is done on reading: for a group norm x * scale + shift by channel, then an activation.
 // The coefficients are floats [N][2][blocks * 32], written by a NormStep.
 struct Reading {
   Index coefficients = kNone;
@@ -50,7 +51,10 @@ struct ConvStep {
   Image input;
   Image output;
   Reading reading;
-  Image residual;  // without channels where there is none
+  const float* gamma = nullptr;  // [input blocks * 32], where an RMS norm comes first
+  double eps = 0;                // of that norm, added to the mean square of a pixel
+  Image residual;                // without channels where there is none
+  Activation output_activation = Activation::kNone;  // after the residual is added
   Index kernel_height = 1;
   Index kernel_width = 1;
   Index stride = 1;
@@ -83,6 +87,10 @@ struct ConvStep {
   }
   Index tiles() const { return batch * tiles_down() * tiles_across(); }
   Index items() const { return ceil_div(tiles(), together) * splits; }
+  // Bytes of scratch for the factors of an RMS norm: a float for each pixel that a tile reads.
+  Index norm_bytes() const {
+    return gamma == nullptr ? 0 : ceil_div(rows_read() * columns_read() * 4, 64) * 64;
+  }
 };
 
 // Transforms the packed kernels of a convolution for Winograd's algorithm.

@@ -18,6 +18,8 @@ namespace rbln_vae {
       return x * std::tanh(x > 20.0f ? x : std::log1p(std::exp(x)));
     case Activation::kRelu:
       return x < 0.0f ? 0.0f : x;  // a NaN stays a NaN
+    case Activation::kTanh:
+      return std::tanh(x);
     case Activation::kNone:
       break;
   }

@@ -8,6 +8,8 @@ from .config import (
     RBLNAutoConfig,
     RBLNAutoencoderKLConfig,
     RBLNAutoencoderKLFlux2Config,
+    RBLNAutoencoderKLQwenImageConfig,
+    RBLNAutoencoderKLWanConfig,
     RBLNModelConfig,
 )
 from .demo import demo_model
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .models.auto import RBLNAutoencoder
     from .models.autoencoder_kl import RBLNAutoencoderKL
     from .models.autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
+    from .models.autoencoder_kl_qwenimage import RBLNAutoencoderKLQwenImage
+    from .models.autoencoder_kl_wan import RBLNAutoencoderKLWan
     from .models.base import RBLNModel
 
 __all__ = [
@@ -38,6 +42,10 @@ __all__ = [
     "RBLNAutoencoderKLConfig",
     "RBLNAutoencoderKLFlux2",
     "RBLNAutoencoderKLFlux2Config",
+    "RBLNAutoencoderKLQwenImage",
+    "RBLNAutoencoderKLQwenImageConfig",
+    "RBLNAutoencoderKLWan",
+    "RBLNAutoencoderKLWanConfig",
     "RBLNCancelledError",
     "RBLNCompileError",
     "RBLNDatasetError",
@@ -59,6 +67,8 @@ __getattr__, __dir__ = lazy_names(
         ".models.auto": ("RBLNAutoencoder",),
         ".models.autoencoder_kl": ("RBLNAutoencoderKL",),
         ".models.autoencoder_kl_flux2": ("RBLNAutoencoderKLFlux2",),
+        ".models.autoencoder_kl_qwenimage": ("RBLNAutoencoderKLQwenImage",),
+        ".models.autoencoder_kl_wan": ("RBLNAutoencoderKLWan",),
         ".models.base": ("RBLNModel",),
     },
 )

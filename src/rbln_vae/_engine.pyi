@@ -146,6 +146,8 @@ class Activation(enum.Enum):
 
     relu = 4
 
+    tanh = 5
+
 class Image:
     """An image in the arena, or some rows of one."""
 
@@ -243,7 +245,9 @@ class ConvStep:
         input: Image = ...,
         output: Image = ...,
         reading: Reading = ...,
+        eps: float = 0.0,
         residual: Image = ...,
+        output_activation: Activation = Activation.none,
         kernel_height: int = 1,
         kernel_width: int = 1,
         stride: int = 1,
@@ -274,9 +278,17 @@ class ConvStep:
     @reading.setter
     def reading(self, arg: Reading, /) -> None: ...
     @property
+    def eps(self) -> float: ...
+    @eps.setter
+    def eps(self, arg: float, /) -> None: ...
+    @property
     def residual(self) -> Image: ...
     @residual.setter
     def residual(self, arg: Image, /) -> None: ...
+    @property
+    def output_activation(self) -> Activation: ...
+    @output_activation.setter
+    def output_activation(self, arg: Activation, /) -> None: ...
     @property
     def kernel_height(self) -> int: ...
     @kernel_height.setter
@@ -641,6 +653,7 @@ class Plan:
         bias: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
         weights: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)]
         | None = None,
+        gamma: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)] | None = None,
     ) -> None:
         """
         Adds a step; weights are as `packing.pack` makes them, and kept by the plan.

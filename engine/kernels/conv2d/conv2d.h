@@ -25,7 +25,7 @@ class Conv2d {
 
  public:
   static Index scratch_bytes(const ConvStep& s) {
-    return (s.together > 1 ? 2 : 1) * tile_elements(s) * static_cast<Index>(sizeof(Scratch));
+    return tiles_bytes(s) + s.norm_bytes();
   }
 
   static void run(const ConvStep& s, const Context& context, Index item) {
@@ -36,6 +36,10 @@ class Conv2d {
   Conv2d(const ConvStep& s, const Context& context) : s_(s), context_(context) {
     pitch_ = s.columns_read();
     plane_ = s.rows_read() * pitch_ * kBlock;
+  }
+
+  static Index tiles_bytes(const ConvStep& s) {
+    return (s.together > 1 ? 2 : 1) * tile_elements(s) * static_cast<Index>(sizeof(Scratch));
   }
 
   static Index tile_elements(const ConvStep& s) {
@@ -61,7 +65,8 @@ class Conv2d {
     const Index last = groups * (split + 1) / s_.splits;
     Scratch* here = reinterpret_cast<Scratch*>(context_.scratch);
     Scratch* there = here + (s_.together > 1 ? tile_elements(s_) : 0);
-    Loader<Simd> loader(s_, context_);
+    Loader<Simd> loader(s_, context_,
+                        reinterpret_cast<float*>(context_.scratch + tiles_bytes(s_)));
     for (Index tile = begin; tile < end; ++tile) {
       const ConvTile current(s_, tile);
       if (tile == begin) {

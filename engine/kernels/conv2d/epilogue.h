@@ -1,5 +1,5 @@
-// Processes the sums of a product: adds bias and residual, stores the result, and accumulates the
-// statistics of its channels. It can process a few pixels at a time: an instruction set whose
+// Processes the sums of a product: adds bias and residual, applies an activation, stores the
+// result, and accumulates the statistics of its channels. It can process a few pixels at a time: an instruction set whose
 // products run in parallel to its vector units overlaps the two.
 #pragma once
 
@@ -93,9 +93,7 @@ class Epilogue {
     Vector shift = bias, sum = bias, square = bias;
     if (count_in) {
       if (job_.first && row_ == 0 && pixel_ == 0) {
-        Vector v = Simd::add(Simd::load(sums), bias);
-        if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual));
-        Simd::store(statistics.shift, v);
+        Simd::store(statistics.shift, output(sums, bias, residual));
         for (Index i = 0; i < kPanel; ++i) statistics.sum[i] = statistics.square[i] = 0.0;
       }
       if (pixel_ == 0) {
@@ -107,10 +105,8 @@ class Epilogue {
       square = Simd::load(statistics.row_square);
     }
     for (Index i = 0; i < count; ++i) {
-      Vector v = Simd::add(Simd::load(sums + i * kPanel), bias);
-      if (residual != nullptr) {
-        v = Simd::add(v, Simd::load_elements(residual + i * job_.pixel_step));
-      }
+      const Vector v = output(sums + i * kPanel, bias,
+                              residual == nullptr ? nullptr : residual + i * job_.pixel_step);
       Simd::store_elements(to + i * job_.pixel_step, v);
       if (pad) Simd::store_elements(to + i * job_.pixel_step + kPanel, Simd::set(0.0f));
       if (count_in) {
@@ -122,6 +118,22 @@ class Epilogue {
     if (count_in) {
       Simd::store(statistics.row_sum, sum);
       Simd::store(statistics.row_square, square);
+    }
+  }
+
+  // The output of one pixel for 16 channels.
+  Vector output(const float* sums, const Vector& bias, const T* residual) const {
+    Vector v = Simd::add(Simd::load(sums), bias);
+    if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual));
+    switch (s_.output_activation) {
+      case Activation::kNone:
+        return v;
+      case Activation::kRelu:
+        return Simd::maximum(Simd::set(0.0f), v);  // a NaN stays a NaN
+      case Activation::kSilu:
+        return Simd::silu(v);
+      default:
+        return activated_lanes<Simd>(s_.output_activation, v);
     }
   }
 

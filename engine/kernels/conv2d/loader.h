@@ -4,6 +4,7 @@
 // during the products of another.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -38,7 +39,9 @@ class Loader {
   using Vector = typename Simd::Vector;
 
  public:
-  Loader(const ConvStep& s, const Context& context) : s_(s), context_(context) {}
+  // `norms` is scratch for the step's `norm_bytes`.
+  Loader(const ConvStep& s, const Context& context, float* norms)
+      : s_(s), context_(context), norms_(norms) {}
 
   // The previous tile must be finished. Blocks are `plane` elements apart in the scratch.
   void start(const ConvTile& tile, Scratch* scratch, Index plane) {
@@ -61,6 +64,7 @@ class Loader {
     }
     block_ = row_ = column_ = 0;
     left_over_ = blocks * rows_ * columns_;
+    if (s_.gamma != nullptr) measure();
   }
 
   // The pixels that remain to be loaded, counted in each block.
@@ -84,6 +88,40 @@ class Loader {
   void finish() { advance(left_over_); }
 
  private:
+  // The factor of each pixel of the tile for an RMS norm: one over the root of its mean square.
+  void measure() {
+    for (Index row = 0; row < rows_; ++row) {
+      const Index y = top_ + row;
+      if (y < 0 || y >= s_.input.height) continue;
+      float* const norms = norms_ + row * columns_;
+      Index column = begin_;
+      for (; column + kMeasured <= end_; column += kMeasured) {
+        measure_pixels<kMeasured>(y, column, norms);
+      }
+      for (; column < end_; ++column) measure_pixels<1>(y, column, norms);
+    }
+  }
+
+  template <Index kPixels>
+  void measure_pixels(Index y, Index column, float* norms) const {
+    const Index blocks = s_.input.blocks();
+    Vector squares[kPixels];
+    for (Index i = 0; i < kPixels; ++i) squares[i] = Simd::set(0.0f);
+    for (Index block = 0; block < blocks; ++block) {
+      const T* from = source_ + s_.input.at(n_, block, y) + (left_ + column) * kBlock;
+      for (Index i = 0; i < kPixels; ++i, from += kBlock) {
+        const Vector low = Simd::load_elements(from);
+        const Vector high = Simd::load_elements(from + kPanel);
+        squares[i] = Simd::multiply_add(high, high, Simd::multiply_add(low, low, squares[i]));
+      }
+    }
+    const float share = 1.0f / static_cast<float>(s_.input.channels);
+    const float eps = static_cast<float>(s_.eps);
+    for (Index i = 0; i < kPixels; ++i) {
+      norms[column + i] = 1.0f / std::sqrt(Simd::sum(squares[i]) * share + eps);
+    }
+  }
+
   // Some pixels of the current row.
   void load(Index pixels) {
     const Index pitch = s_.columns_read();
@@ -100,7 +138,7 @@ class Loader {
     zero(to + (end - column_) * kBlock, last - end);
     if (begin == end) return;
     const T* from = source_ + s_.input.at(n_, block_, y) + (left_ + begin) * kBlock;
-    read(from, to + (begin - column_) * kBlock, end - begin);
+    read(from, to + (begin - column_) * kBlock, end - begin, begin);
   }
 
   static void zero(Scratch* to, Index pixels) {
@@ -108,10 +146,19 @@ class Loader {
                 static_cast<std::size_t>(pixels * kBlock) * sizeof(Scratch));
   }
 
-  void read(const T* from, Scratch* to, Index pixels) const {
+  void read(const T* from, Scratch* to, Index pixels, Index column) const {
+    if (s_.gamma != nullptr) {
+      const Vector gamma[2] = {Simd::load(s_.gamma + block_ * kBlock),
+                               Simd::load(s_.gamma + block_ * kBlock + kPanel)};
+      const float* norms = norms_ + row_ * columns_ + column;
+      activated(from, to, pixels, [&](const Vector& x, Index half, Index i) {
+        return Simd::multiply(Simd::multiply(x, Simd::set(norms[i])), gamma[half]);
+      });
+      return;
+    }
     if (coefficients_ == nullptr && s_.reading.activation == Activation::kNone) {
       if constexpr (kConverts) {
-        each_half(from, to, pixels, [](const Vector& x, Index) { return x; });
+        each_half(from, to, pixels, [](const Vector& x, Index, Index) { return x; });
       } else {
         std::memcpy(static_cast<void*>(to), from,
                     static_cast<std::size_t>(pixels * kBlock) * sizeof(T));
@@ -127,29 +174,33 @@ class Loader {
         shift[half] = Simd::load(from + s_.input.blocks() * kBlock);
       }
     }
+    activated(from, to, pixels, [&](const Vector& x, Index half, Index) {
+      return Simd::multiply_add(x, scale[half], shift[half]);
+    });
+  }
+
+  // Applies a norm, and then the activation.
+  template <class Norm>
+  void activated(const T* from, Scratch* to, Index pixels, Norm&& norm) const {
     switch (s_.reading.activation) {
       case Activation::kSilu:
-        each_half(from, to, pixels, [&](const Vector& x, Index half) {
-          return Simd::silu(Simd::multiply_add(x, scale[half], shift[half]));
+        each_half(from, to, pixels, [&](const Vector& x, Index half, Index i) {
+          return Simd::silu(norm(x, half, i));
         });
         break;
       case Activation::kNone:
-        each_half(from, to, pixels, [&](const Vector& x, Index half) {
-          return Simd::multiply_add(x, scale[half], shift[half]);
-        });
+        each_half(from, to, pixels, norm);
         break;
       default:
-        each_half(from, to, pixels, [&](const Vector& x, Index half) {
-          alignas(64) float lanes[kPanel];
-          Simd::store(lanes, Simd::multiply_add(x, scale[half], shift[half]));
-          for (float& lane : lanes) lane = activate(s_.reading.activation, lane);
-          return Simd::load(lanes);
+        each_half(from, to, pixels, [&](const Vector& x, Index half, Index i) {
+          return activated_lanes<Simd>(s_.reading.activation, norm(x, half, i));
         });
     }
   }
 
-  // Applies a function of 16 channels to all pixels of a block, and prefetches the row below: the
-  // hardware only prefetches along a row, and the rows of a tile are short.
+  // Applies a function of 16 channels, their half of the block and the pixel's number to all
+  // pixels of a block, and prefetches the row below: the hardware only prefetches along a row, and
+  // the rows of a tile are short.
   template <class Function>
   void each_half(const T* from, Scratch* to, Index pixels, Function&& function) const {
     const Index below = row_ + 1 < rows_ ? s_.input.width * kBlock : 0;
@@ -158,13 +209,16 @@ class Loader {
         __builtin_prefetch(from + below);
         __builtin_prefetch(from + below + kPanel);
       }
-      put<Simd>(to, function(Simd::load_elements(from), 0));
-      put<Simd>(to + kPanel, function(Simd::load_elements(from + kPanel), 1));
+      put<Simd>(to, function(Simd::load_elements(from), 0, i));
+      put<Simd>(to + kPanel, function(Simd::load_elements(from + kPanel), 1, i));
     }
   }
 
+  static constexpr Index kMeasured = 8;
+
   const ConvStep& s_;
   const Context& context_;
+  float* const norms_;
   Scratch* scratch_ = nullptr;
   Index plane_ = 0;
   Index top_ = 0;  // the tile's first row in the input; negative if zeros come first

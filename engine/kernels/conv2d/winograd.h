@@ -55,7 +55,8 @@ class Winograd {
   static Index scratch_bytes(const ConvStep& s) {
     const Sizes sizes(s);
     return (sizes.input + sizes.values * kPositions + sizes.sums * kPositions + sizes.outputs) *
-           static_cast<Index>(sizeof(float));
+               static_cast<Index>(sizeof(float)) +
+           s.norm_bytes();
   }
 
   static void run(const ConvStep& s, const Context& context, Index item) {
@@ -138,6 +139,7 @@ class Winograd {
     values_ = input_ + sizes_.input;
     sums_ = values_ + sizes_.values * kPositions;
     outputs_ = sums_ + sizes_.sums * kPositions;
+    norms_ = outputs_ + sizes_.outputs;
   }
 
   void run(Index item) {
@@ -173,7 +175,7 @@ class Winograd {
     down_ = whole.height / kTile;
     across_ = whole.width / kTile;
     tiles_ = down_ * across_;
-    Loader<Images, float> loader(s_, context_);
+    Loader<Images, float> loader(s_, context_, norms_);
     loader.start(whole, input_, 0);
     const Index pitch = s_.columns_read();
     for (Index block = 0; block < s_.input.blocks(); ++block) {
@@ -420,6 +422,7 @@ class Winograd {
   float* values_;
   float* sums_;
   float* outputs_;
+  float* norms_;
   // The 4x4 tiles of the loaded tile.
   Index down_ = 0;
   Index across_ = 0;

@@ -7,6 +7,7 @@
 #include <concepts>
 #include <type_traits>
 
+#include "engine/kernels/activation.h"
 #include "engine/kernels/simd/gemm.h"
 
 namespace rbln_vae {
@@ -65,6 +66,16 @@ template <StoresImages Images, MakesProducts Products>
 struct Joined : Images, Products {
   using T = typename Images::T;
 };
+
+// Applies an activation for which there is no function of vectors, to each of 16 channels.
+template <StoresImages Simd>
+static inline typename Simd::Vector activated_lanes(Activation function,
+                                                    const typename Simd::Vector& v) {
+  alignas(64) float lanes[kPanel];
+  Simd::store(lanes, v);
+  for (float& lane : lanes) lane = activate(function, lane);
+  return Simd::load(lanes);
+}
 
 // Writes 16 channels to the thread's scratch: as float32 if products take float32, else in the
 // type of stored images.

@@ -32,6 +32,8 @@ from .ir import (
     Norm,
     Operation,
     Pad,
+    PixelNorm,
+    RMSNorm,
     Scale,
     Upsample,
     Value,
@@ -378,6 +380,16 @@ def _group_norm(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any
     return GroupNorm(value, c.image(a["input"], _IMAGE, _CHANNELS_FIRST), norm)
 
 
+def _rms_norm(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+    source = c.arranged(a["input"])
+    _expect(
+        source.axes[-1] == "c" and list(a["normalized_shape"]) == [source.channels],
+        f"an RMS norm over the last of axes ({', '.join(source.axes)}), only channels are supported",
+    )
+    _expect(a["eps"] is not None, "an RMS norm without eps")
+    return PixelNorm(value, source.image, RMSNorm(float(a["eps"]), c.weight(a["weight"])))
+
+
 def _activation(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
     _expect(a.get("approximate", "none") == "none", "only the exact gelu is supported")
     return Activation(value, c.arranged(a.get("self", a.get("input"))).image, _name_of(node))
@@ -480,10 +492,12 @@ _CHECKS = frozenset({"_assert_tensor_metadata", "sym_constrain_range_for_size"})
 _TRANSLATIONS: dict[str, _Translate] = {
     "conv2d": _conv2d,
     "group_norm": _group_norm,
+    "rms_norm": _rms_norm,
     "silu": _activation,
     "gelu": _activation,
     "mish": _activation,
     "relu": _activation,
+    "tanh": _activation,
     "add": _add,
     "mul": _multiply,
     "div": _divide,
@@ -495,6 +509,7 @@ _TRANSLATIONS: dict[str, _Translate] = {
     "_to_copy": _same,
     "dropout": _dropout,
     "upsample_nearest2d": _upsample,
+    "_upsample_nearest_exact2d": _upsample,
     "pad": _pad,
     "constant_pad_nd": _pad,
     "linear": _linear,

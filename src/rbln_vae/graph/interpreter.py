@@ -20,6 +20,8 @@ from .ir import (
     Norm,
     Operation,
     Pad,
+    PixelNorm,
+    RMSNorm,
     Scale,
     Upsample,
     Value,
@@ -32,6 +34,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "mish": F.mish,
     "relu": F.relu,
+    "tanh": torch.tanh,
 }
 
 
@@ -113,7 +116,15 @@ class Interpreter:
             else:
                 padded = F.pad(image, (left, right, above, below))
                 result = F.conv2d(padded, weight, bias, operation.stride)
-        return result if operation.residual is None else result + values[operation.residual]
+        if operation.residual is not None:
+            result = result + values[operation.residual]
+        if operation.output_activation is not None:
+            result = _ACTIVATIONS[operation.output_activation](result)
+        return result
+
+    @_evaluate.register
+    def _(self, operation: PixelNorm, values: Mapping[Value, Tensor]) -> Tensor:
+        return self._normalise(values[operation.input], operation.norm).to(self.dtype)
 
     @_evaluate.register
     def _(self, operation: GroupNorm, values: Mapping[Value, Tensor]) -> Tensor:
@@ -154,8 +165,12 @@ class Interpreter:
         image = result.transpose(2, 3).reshape(values[operation.value].shape)
         return image if operation.residual is None else image + values[operation.residual]
 
-    def _normalise(self, image: Tensor, norm: Norm) -> Tensor:
+    def _normalise(self, image: Tensor, norm: Norm | RMSNorm) -> Tensor:
         """Normalise an image, in float32."""
+        if isinstance(norm, RMSNorm):
+            weight = self._weights[norm.weight].float()
+            pixels = image.float().movedim(1, 3)
+            return F.rms_norm(pixels, weight.shape, weight, norm.eps).movedim(3, 1)
         weight, bias = self._weights[norm.weight].float(), self._weights[norm.bias].float()
         return F.group_norm(image.float(), norm.groups, weight, bias, norm.eps)
 

@@ -27,8 +27,8 @@ Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[Value, Shape]
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 
-ACTIVATIONS = ("silu", "gelu", "mish", "relu")
-"""The activation functions that diffusers allows in an AutoencoderKL."""
+ACTIVATIONS = ("silu", "gelu", "mish", "relu", "tanh")
+"""The activation functions of diffusers' autoencoders."""
 
 PROBE_SHAPE = (3, 4096, 5120)
 """Batch, height and width of the input on which `Graph.verify` infers shapes."""
@@ -82,6 +82,25 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class RMSNorm:
+    """Normalisation of each pixel by the root mean square of its channels, with weights.
+
+    It needs no statistics of the image: `x / sqrt(mean(x²) + eps) * weight`, as
+    `torch.nn.functional.rms_norm` over the channels.
+    """
+
+    eps: float
+    weight: str = field(metadata=_WEIGHT)
+
+    def check(self, channels: int, weights: Weights) -> None:
+        _require(0 < self.eps < math.inf, f"an RMS norm with eps {self.eps}")
+        _require_weight(weights, self.weight, (channels,))
+
+    def __str__(self) -> str:
+        return "of each pixel"
+
+
+@dataclass(frozen=True)
 class Operation:
     """The base of all operations: one output value, its input values, and its weights."""
 
@@ -113,6 +132,12 @@ class Operation:
         """The names of the operation's weights, in the order of its fields."""
         return tuple(_names(self, "weight"))
 
+    @property
+    def group_norm(self) -> Norm | None:
+        """The norm of the input that needs statistics of the image, if there is one."""
+        norm = getattr(self, "norm", None)
+        return norm if isinstance(norm, Norm) else None
+
     def __str__(self) -> str:
         return f"%{self.output} = {self.kind}({', '.join('%' + i for i in self.inputs)})"
 
@@ -120,7 +145,7 @@ class Operation:
 def _names(node: Any, role: str) -> Iterator[str]:
     for f in dataclasses.fields(node):
         item = getattr(node, f.name)
-        if isinstance(item, Norm):
+        if isinstance(item, (Norm, RMSNorm)):
             yield from _names(item, role)
         elif f.metadata.get("role") == role and item is not None:
             yield item
@@ -131,7 +156,7 @@ class Conv2d(Operation):
     """A convolution with zero padding, and the operations that passes fuse into it.
 
     `norm` and then `activation` are applied to the input; the result is padded with zeros
-    and convolved; then `residual` is added. With `upsample` the input is first doubled in
+    and convolved; then `residual` is added, and `output_activation` applied. With `upsample` the input is first doubled in
     each direction by nearest neighbour, and `weight` holds four 2x2 kernels
     `(row phase, column phase, out, in, 2, 2)` instead of one `(out, in, height, width)`.
     """
@@ -143,10 +168,12 @@ class Conv2d(Operation):
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Zeros above, below, left and right."""
     upsample: bool = False
-    norm: Norm | None = None
+    norm: Norm | RMSNorm | None = None
     activation: str | None = None
     """One of `ACTIVATIONS`."""
     residual: Value | None = field(default=None, metadata=_VALUE)
+    output_activation: str | None = None
+    """One of `ACTIVATIONS`."""
 
     def kernel(self, weights: Weights) -> Shape:
         """The shape `(out, in, height, width)` of one kernel."""
@@ -170,8 +197,9 @@ class Conv2d(Operation):
             _require_weight(weights, self.bias, (out,))
         if self.norm is not None:
             self.norm.check(channels, weights)
-        if self.activation is not None:
-            _require_activation(self.activation)
+        for function in (self.activation, self.output_activation):
+            if function is not None:
+                _require_activation(function)
         _require(self.stride >= 1, f"stride {self.stride}")
         _require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
         result: Shape
@@ -209,7 +237,8 @@ class Conv2d(Operation):
             text += ", upsample"
         if self.norm is not None:
             text += f", norm {self.norm}"
-        return text + (f", {self.activation}" if self.activation else "")
+        text += f", {self.activation}" if self.activation else ""
+        return text + (f", then {self.output_activation}" if self.output_activation else "")
 
 
 @dataclass(frozen=True)
@@ -226,6 +255,19 @@ class GroupNorm(Operation):
 
     def __str__(self) -> str:
         return f"{super().__str__()} {self.norm}"
+
+
+@dataclass(frozen=True)
+class PixelNorm(Operation):
+    """RMS normalisation of the pixels of an image."""
+
+    input: Value = field(metadata=_VALUE)
+    norm: RMSNorm
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        shape = shapes[self.input]
+        self.norm.check(shape[1], weights)
+        return shape
 
 
 @dataclass(frozen=True)
@@ -560,12 +602,20 @@ def _build(cls: type[Any], stored: Any) -> Any:
     return cls(**{name: _decode(hints[name], stored[name], name) for name in names})
 
 
+def _alternative(hint: Any, item: Any) -> Any:
+    """The type of a union that an item can have: the one with its fields, if there are several."""
+    types_of = [each for each in typing.get_args(hint) if each is not type(None)]
+    for each in types_of[1:]:
+        if isinstance(item, dict) and item.keys() == {f.name for f in dataclasses.fields(each)}:
+            return each
+    return types_of[0]
+
+
 def _decode(hint: Any, item: Any, name: str) -> Any:
     if typing.get_origin(hint) is types.UnionType:
         if item is None:
             return None
-        (other,) = (a for a in typing.get_args(hint) if a is not type(None))
-        return _decode(other, item, name)
+        return _decode(_alternative(hint, item), item, name)
     if hint is Any:
         return item
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):

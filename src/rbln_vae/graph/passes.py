@@ -21,6 +21,7 @@ from .ir import (
     GroupNorm,
     Operation,
     Pad,
+    PixelNorm,
     Upsample,
     Value,
 )
@@ -180,7 +181,7 @@ def fold_pad(graph: Graph) -> Graph:
 
 
 def fuse_norm(graph: Graph) -> Graph:
-    """Fuse group norms and activations into the convolutions that read them.
+    """Fuse norms and activations into the convolutions that read them.
 
     A convolution can take a norm, an activation, or a norm and then an activation. A value
     that another operation also reads is not fused, since it must be computed anyway.
@@ -188,7 +189,10 @@ def fuse_norm(graph: Graph) -> Graph:
     operations = graph.producers()
     # In reverse order, so that a convolution takes the activation before the norm.
     for source in reversed(graph.operations):
-        if not isinstance(source, (GroupNorm, Activation)) or source.output == graph.output:
+        if (
+            not isinstance(source, (GroupNorm, PixelNorm, Activation))
+            or source.output == graph.output
+        ):
             continue
         readers = [o for o in operations.values() if source.output in o.inputs]
         fused = [conv for reader in readers if (conv := _applying(source, reader)) is not None]
@@ -198,7 +202,7 @@ def fuse_norm(graph: Graph) -> Graph:
     return _rebuild(graph, operations.values())
 
 
-def _applying(source: GroupNorm | Activation, reader: Operation) -> Conv2d | None:
+def _applying(source: GroupNorm | PixelNorm | Activation, reader: Operation) -> Conv2d | None:
     """The reader with a norm or an activation fused into it, or `None` if it can't take it."""
     if (
         not isinstance(reader, Conv2d)
@@ -206,7 +210,7 @@ def _applying(source: GroupNorm | Activation, reader: Operation) -> Conv2d | Non
         or reader.residual == source.output
     ):
         return None
-    if isinstance(source, GroupNorm):
+    if isinstance(source, (GroupNorm, PixelNorm)):
         return dataclasses.replace(reader, input=source.input, norm=source.norm)
     if reader.activation is not None:
         return None
@@ -241,6 +245,28 @@ def fuse_residual(graph: Graph) -> Graph:
     return _rebuild(graph, operations)
 
 
+def fuse_output_activation(graph: Graph) -> Graph:
+    """Fuse an activation into the convolution before it, where no convolution after it took it."""
+    made = graph.producers()
+    consumers = graph.consumers()
+    operations: dict[Value, Operation] = dict(made)
+    for activation in graph.operations:
+        if not isinstance(activation, Activation):
+            continue
+        producer = operations.get(activation.input)
+        if (
+            isinstance(producer, Conv2d)
+            and producer.output_activation is None
+            and consumers[activation.input] == [activation]
+            and activation.input != graph.output
+        ):
+            del operations[activation.input]
+            operations[activation.output] = dataclasses.replace(
+                producer, output=activation.output, output_activation=activation.function
+            )
+    return _rebuild(graph, operations.values())
+
+
 def _taps(operation: Operation, graph: Graph) -> int:
     if not isinstance(operation, Conv2d):
         return 1
@@ -272,5 +298,6 @@ PASSES: tuple[Pass, ...] = (
     fold_pad,
     fuse_norm,
     fuse_residual,
+    fuse_output_activation,
 )
 """The passes in the order in which `optimise` runs them."""

@@ -13,10 +13,18 @@ from ..errors import RBLNCompileError
 from .autoencoder import RBLNAutoencoderModel
 from .autoencoder_kl import RBLNAutoencoderKL
 from .autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
+from .autoencoder_kl_qwenimage import RBLNAutoencoderKLQwenImage
+from .autoencoder_kl_wan import RBLNAutoencoderKLWan
 from .base import Config
 
 CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
-    found.family.original_class_name: found for found in (RBLNAutoencoderKL, RBLNAutoencoderKLFlux2)
+    found.family.original_class_name: found
+    for found in (
+        RBLNAutoencoderKL,
+        RBLNAutoencoderKLFlux2,
+        RBLNAutoencoderKLQwenImage,
+        RBLNAutoencoderKLWan,
+    )
 }
 """The class for each class of diffusers."""
 

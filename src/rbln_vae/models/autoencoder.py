@@ -92,9 +92,8 @@ class RBLNAutoencoderModel(RBLNModel):
                 "it again with rbln_uses_encoder=True."
             )
         check_tensor(x, "x", self.resolved_config.in_channels)
-        self.family.check_image_size(
-            (x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor
-        )
+        size, factor = (x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor
+        self.family.check_image_size(size, factor, self.config)
         return self._run(ENCODER, x, should_stop=should_stop)
 
     # What pipelines and their users read, besides the members of every model

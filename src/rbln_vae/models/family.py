@@ -133,7 +133,9 @@ class Family(ABC):
         """
         return config.get("sample_size")
 
-    def check_image_size(self, size: tuple[int, int], factor: int) -> None:
+    def check_image_size(
+        self, size: tuple[int, int], factor: int, config: Mapping[str, Any]
+    ) -> None:
         """Raise a `ValueError` if the encoder takes no images of this size.
 
         By default both sides must be multiples of the scale factor.
@@ -141,6 +143,7 @@ class Family(ABC):
         Args:
             size: Height and width in pixels.
             factor: Pixels per latent cell in a direction.
+            config: Of the diffusers model.
         """
         check_image_size(size, factor)
 

@@ -72,7 +72,7 @@ def droppable(graph: Graph) -> frozenset[Value]:
         and not (
             isinstance(maker, Import)
             and any(
-                getattr(r, "norm", None) and r.inputs[0] == maker.output
+                r.group_norm is not None and r.inputs[0] == maker.output
                 for r in readers[maker.output]
             )
         )

@@ -42,7 +42,7 @@ class TaskList:
         self.sweep = 0
         self._coefficients: dict[tuple[Value, Norm], Buffer] = {}
         for operation in graph.operations:
-            norm = getattr(operation, "norm", None)
+            norm = operation.group_norm
             if norm is not None:
                 norms = self.norms.setdefault(operation.inputs[0], [])
                 if norm not in norms:
@@ -165,7 +165,7 @@ class TaskList:
         buffers = dict(prepared)
         if sums is not None:
             buffers["sums"] = sums
-        norm = getattr(operation, "norm", None)
+        norm = operation.group_norm
         if norm is not None:
             buffers["coefficients"] = self._coefficients[operation.inputs[0], norm]
         self.add(

@@ -15,6 +15,7 @@ from ...graph.ir import (
     Identity,
     Operation,
     Pad,
+    RMSNorm,
     Scale,
     Shape,
     Upsample,
@@ -88,7 +89,7 @@ class _Lowering:
         self,
         task: Task,
         native: Native,
-        *weights: str,
+        *weights: str | None,
         kind: str | None = None,
         work: float | None = None,
         extra_bytes: int = 0,
@@ -145,7 +146,7 @@ class _Lowering:
         """What is done with the input while it is read."""
         return _engine.Reading(
             coefficients=_offset(task.buffers.get("coefficients")),
-            activation=_engine.Activation[activation or "none"],
+            activation=_activation(activation),
         )
 
     # Convolutions.
@@ -175,10 +176,12 @@ class _Lowering:
         partials = _offset(sums)
         if sums is not None:
             partials += begin // tall * -(-whole.grid[1] // wide) * whole.sums_bytes
-        weights = [bias_name(operation)]
-        weight_bytes = 0
+        weights: list[str | None] = [bias_name(operation), None, None]
+        weight_bytes, eps = 0, 0.0
+        if isinstance(operation.norm, RMSNorm):
+            weights[2], eps = operation.norm.weight, operation.norm.eps
         if kernels is None:
-            weights.append(operation.weight)
+            weights[1] = operation.weight
             phases = 4 if operation.upsample else 1
             elements = math.prod(conv.kernel) * conv.inputs * conv.outputs * phases
             weight_bytes = elements * machine.element_bytes
@@ -193,7 +196,9 @@ class _Lowering:
             input=self.image(source),
             output=self.image(task.output),
             reading=self.reading(task, operation.activation),
+            eps=eps,
             residual=self.image(*residual),
+            output_activation=_activation(operation.output_activation),
             kernel_height=conv.kernel[0],
             kernel_width=conv.kernel[1],
             stride=operation.stride,
@@ -315,6 +320,10 @@ class _Lowering:
             residual=self.image(*residual),
         )
         return self.make(task, native, kind=operation.kind)
+
+
+def _activation(function: str | None) -> _engine.Activation:
+    return _engine.Activation[function or "none"]
 
 
 def _offset(buffer: Buffer | None) -> int:

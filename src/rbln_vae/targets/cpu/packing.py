@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...graph.ir import Conv2d, Graph
+from ...graph.ir import Conv2d, Graph, RMSNorm
 
 BLOCK = 32
 """Channels of a block: images have the memory layout `[N][blocks][H][W][32]`."""
@@ -30,7 +31,8 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
         dtype: The dtype of the computation, `"float32"` or `"bfloat16"`.
 
     Returns:
-        A tensor for each weight of the graph, under its name, and a bias of zeros for each
+        A tensor for each weight of the graph, under its name (that of an RMS norm padded with
+        zeros to whole blocks of channels), and a bias of zeros for each
         convolution without one, under `bias_name`.
     """
     packed: dict[str, Tensor] = {}
@@ -47,6 +49,9 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
             if operation.bias is not None:
                 bias[:outputs] = graph.weights[operation.bias].detach()
             packed[bias_name(operation)] = bias
+            if isinstance(operation.norm, RMSNorm):
+                name = operation.norm.weight
+                packed[name] = F.pad(packed[name], (0, -len(packed[name]) % BLOCK))
     return packed
 
 
@@ -73,6 +78,8 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
             size = panels * PANEL * phases * blocks * BLOCK * height * width
             expected[operation.weight] = ((size,), DTYPES[dtype])
             expected[bias_name(operation)] = ((panels * PANEL,), torch.float32)
+            if isinstance(operation.norm, RMSNorm):
+                expected[operation.norm.weight] = ((blocks * BLOCK,), torch.float32)
     if packed.keys() != expected.keys():
         odd = sorted(packed.keys() ^ expected.keys())
         raise ValueError(f"the packed weights are not those of the graph: {', '.join(odd)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -41,7 +41,8 @@ class Step:
         bytes: What it reads and writes at the least.
         sweep: The number of the sweep that it is a strip of, from 1; else 0.
         native: What the engine does.
-        weights: Names of the packed weights that it takes, in the order of `_engine.Plan.add`.
+        weights: Names of the packed weights that it takes, in the order of `_engine.Plan.add`;
+            `None` for one that it doesn't need.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Step:
     bytes: int
     sweep: int
     native: Native
-    weights: tuple[str, ...]
+    weights: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class Program:
             self.machine.kernels, schedule.arena_bytes, schedule.input_shape, schedule.output_shape
         )
         for step in self.steps:
-            bound.add(step.native, *(packed[name] for name in step.weights))
+            # Which steps take `None` for weights, the engine's signatures say.
+            weights: list[Any] = [name and packed[name] for name in step.weights]
+            bound.add(step.native, *weights)
         return bound
 
     def describe(self) -> str:

@@ -11,6 +11,7 @@ from ...graph.ir import (
     Conv2d,
     Graph,
     Operation,
+    PixelNorm,
     Shape,
 )
 from ...schedule.sweep import Sweep
@@ -55,6 +56,11 @@ class CpuRules:
                 raise RBLNCompileError(
                     f"The target 'cpu' needs a scale above zero in attention, "
                     f"{operation.output!r} has {operation.scale}."
+                )
+            case PixelNorm():
+                raise RBLNCompileError(
+                    f"The target 'cpu' takes an RMS norm only before convolutions, and "
+                    f"{operation.output!r} is read by other operations."
                 )
 
     def row_bytes(self, channels: int, width: int) -> int:
