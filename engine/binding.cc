@@ -51,6 +51,11 @@ class BoundPlan {
     plan.add(step, bytes(weight), bytes(bias));
   }
 
+  void add(ShuffleStep step, const Weights& order) {
+    step.order = static_cast<const std::int32_t*>(keep(order, nb::dtype<std::int32_t>()));
+    plan.add(step, bytes(order));
+  }
+
   Plan plan;
 
  private:
@@ -132,7 +137,7 @@ void bind_steps(nb::module_& m) {
               Field{"together", &ConvStep::together}, Field{"partials", &ConvStep::partials});
   bind_struct(m, "WinogradStep", "Transforms kernels for Winograd's algorithm.",
               Field{"panels", &WinogradStep::panels}, Field{"blocks", &WinogradStep::blocks},
-              Field{"upsample", &WinogradStep::upsample},
+              Field{"upsample", &WinogradStep::upsample}, Field{"side", &WinogradStep::side},
               Field{"kernels", &WinogradStep::kernels});
   bind_struct(m, "StatisticsStep", "Sums of an image that no convolution summed.",
               Field{"batch", &StatisticsStep::batch}, Field{"input", &StatisticsStep::input},
@@ -168,9 +173,13 @@ void bind_steps(nb::module_& m) {
               Field{"output", &PointwiseStep::output},
               Field{"reading", &PointwiseStep::reading},
               Field{"factor", &PointwiseStep::factor},
+              Field{"offset", &PointwiseStep::offset},
               Field{"upsample", &PointwiseStep::upsample},
               Field{"above", &PointwiseStep::above}, Field{"left", &PointwiseStep::left},
               Field{"residual", &PointwiseStep::residual});
+  bind_struct(m, "ShuffleStep", "Moves channels, or pixels between channels and cells.",
+              Field{"batch", &ShuffleStep::batch}, Field{"input", &ShuffleStep::input},
+              Field{"output", &ShuffleStep::output});
   bind_struct(m, "MoveRowsStep", "Moves rows of an image to its first.",
               Field{"batch", &MoveRowsStep::batch}, Field{"image", &MoveRowsStep::image},
               Field{"from_row", &MoveRowsStep::from_row}, Field{"rows", &MoveRowsStep::rows});
@@ -327,7 +336,9 @@ void bind_engine(nb::module_& m) {
       .def("add", nb::overload_cast<WinogradStep, const Weights&>(&BoundPlan::add), "step"_a,
            "weights"_a)
       .def("add", nb::overload_cast<NormStep, const Weights&, const Weights&>(&BoundPlan::add),
-           "step"_a, "weight"_a, "bias"_a);
+           "step"_a, "weight"_a, "bias"_a)
+      .def("add", nb::overload_cast<ShuffleStep, const Weights&>(&BoundPlan::add), "step"_a,
+           "order"_a);
   bind_add<ImportStep, ExportStep, StatisticsStep, AttentionPackStep, AttentionStep,
            PointwiseStep, MoveRowsStep>(plan);
 

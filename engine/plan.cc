@@ -133,21 +133,22 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   check_tiles(s.tile_height, s.tile_width, s.grid_height(), s.grid_width());
   require(s.splits > 0 && s.splits <= s.panels(), "more splits than panels");
   if (s.upsample) {
-    require(s.kernel_height == 2 && s.kernel_width == 2 && s.stride == 1,
-            "upsampling needs kernels of 2x2 and stride 1");
+    require((s.kernel_height == 2 || s.kernel_height == 3) &&
+                s.kernel_width == s.kernel_height && s.stride == 1,
+            "upsampling needs kernels of 2x2 or 3x3 and stride 1");
     require(s.output.height % 2 == 0 && s.output.height / 2 <= s.input.height &&
                 s.output.width == 2 * s.input.width,
             "the output of upsampling isn't twice its input");
   }
   if (s.winograd()) {
     require(kernels_.winograd_kernels != nullptr && s.stride == 1 &&
-                (s.upsample || (s.kernel_height == 3 && s.kernel_width == 3)),
+                (s.doubles() || (s.kernel_height == 3 && s.kernel_width == 3)),
             "Winograd's algorithm needs kernels of 3x3 with stride 1, and not AMX");
     require(s.together == 1, "one tile for each item");
     require((s.tile_height % kWinogradTile == 0 || s.tiles_down() == 1) &&
                 (s.tile_width % kWinogradTile == 0 || s.tiles_across() == 1),
             "tiles that don't begin where those of Winograd's algorithm do");
-    const Index positions = WinogradStep{.upsample = s.upsample}.positions();
+    const Index positions = WinogradStep{.side = s.kernel_height}.positions();
     check_range("kernels", s.kernels,
                 product("kernels", {s.panels(), s.phases(), positions, s.input.blocks(), kBlock,
                                     kPanel, 4}));
@@ -157,7 +158,9 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
                                               kBlock, kPanel, element_bytes()});
     require(s.weights != nullptr && weights == weight_bytes, "packed weights of another size");
   }
-  require(s.bias != nullptr && bias_bytes == s.panels() * kPanel * 4, "a bias of another size");
+  const Index biases = s.bias_step() == 0 ? 1 : s.phases();
+  require(s.bias != nullptr && bias_bytes == biases * s.panels() * kPanel * 4,
+          "a bias of another size");
   if (s.partials != kNone) {
     check_range("statistics", s.partials,
                 product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2, s.panels(),
@@ -172,6 +175,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
 
 void Plan::add(const WinogradStep& s, Index weight_bytes) {
   require(kernels_.winograd_kernels != nullptr, "AMX has no Winograd's algorithm");
+  require(s.side == 3 || (s.side == 2 && s.upsample), "kernels that aren't of 3x3");
   const Index weights = product(
       "weights", {s.panels, s.phases(), s.blocks, s.taps(), kBlock, kPanel, element_bytes()});
   require(s.weights != nullptr && weights > 0 && weights == weight_bytes,
@@ -261,6 +265,23 @@ void Plan::add(const PointwiseStep& s) {
   append(s, product("items", {s.batch, s.output.blocks(), s.output.height}), 0);
 }
 
+void Plan::add(const ShuffleStep& s, Index order_bytes) {
+  check_image("input", s.batch, s.input);
+  check_image("output", s.batch, s.output);
+  const Index up = s.up(), down = s.down();
+  require(s.output.height * down == s.input.height * up &&
+              s.output.width * down == s.input.width * up,
+          "a shuffle that neither keeps, doubles nor halves an image");
+  const Index elements = product("order", {s.output.channels, up, up});
+  require(s.order != nullptr && order_bytes == product("order", {elements, 4}),
+          "an order of another size");
+  const Index most = product("cells", {s.input.channels, down, down});
+  for (Index i = 0; i < elements; ++i) {
+    require(s.order[i] >= 0 && s.order[i] < most, "an order of channels that aren't there");
+  }
+  append(s, product("items", {s.batch, s.output.blocks(), s.output.height}), 0);
+}
+
 void Plan::add(const MoveRowsStep& s) {
   check_image("rows", s.batch, s.image);
   require(s.from_row >= 0 && s.rows > 0 && s.rows <= s.image.height - s.from_row,
@@ -283,6 +304,7 @@ void Plan::run_item(std::size_t step, const Context& context, Index item) const 
     void operator()(const AttentionPackStep& s) { kernels.attention_pack(s, context, item); }
     void operator()(const AttentionStep& s) { kernels.attention(s, context, item); }
     void operator()(const PointwiseStep& s) { pointwise(kernels.dtype, s, context, item); }
+    void operator()(const ShuffleStep& s) { shuffle(kernels.dtype, s, context, item); }
     void operator()(const MoveRowsStep& s) { move_rows(kernels.dtype, s, context, item); }
   };
   std::visit(Runner{kernels_, context, item}, steps_[step]);

@@ -12,7 +12,7 @@ namespace rbln_vae {
 
 using Step =
     std::variant<ImportStep, ExportStep, ConvStep, WinogradStep, StatisticsStep, NormStep,
-                 AttentionPackStep, AttentionStep, PointwiseStep, MoveRowsStep>;
+                 AttentionPackStep, AttentionStep, PointwiseStep, ShuffleStep, MoveRowsStep>;
 
 using Shape = std::array<Index, 4>;
 
@@ -39,6 +39,7 @@ class Plan {
   void add(const AttentionPackStep& step);
   void add(const AttentionStep& step);
   void add(const PointwiseStep& step);
+  void add(const ShuffleStep& step, Index order_bytes);
   void add(const MoveRowsStep& step);
 
   const Kernels& kernels() const { return kernels_; }

@@ -45,7 +45,8 @@ struct Reading {
 
 // A convolution over tiles of an image. With `upsample` each point of the grid makes 2x2
 // outputs with a kernel each; else the grid is the output. The input may have more rows
-// than the outputs read.
+// than the outputs read. Kernels of 2x2 begin a row above and a column to the left of the
+// point, or at it, by their phase; those of 3x3 are all centred, and have a bias each.
 struct ConvStep {
   Index batch = 1;
   Image input;
@@ -63,7 +64,7 @@ struct ConvStep {
   bool upsample = false;
   const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
   Index kernels = kNone;          // made of them by a WinogradStep, where one did
-  const float* bias = nullptr;    // [panels * 16]
+  const float* bias = nullptr;    // [panels * 16], or [phases][panels * 16]
   Index tile_height = 1;          // of the grid
   Index tile_width = 1;
   Index splits = 1;        // parts that the output panels are divided into
@@ -71,6 +72,9 @@ struct ConvStep {
   Index partials = kNone;  // floats [N][tiles][2][panels * 16]: means, sums of squares
 
   Index phases() const { return upsample ? 4 : 1; }
+  // Whether the input of a phase's kernel depends on the phase.
+  bool doubles() const { return upsample && kernel_height == 2; }
+  Index bias_step() const { return upsample && !doubles() ? panels() * kPanel : 0; }
   Index grid_height() const { return output.height / (upsample ? 2 : 1); }
   Index grid_width() const { return output.width / (upsample ? 2 : 1); }
   Index tiles_down() const { return ceil_div(grid_height(), tile_height); }
@@ -99,12 +103,13 @@ struct WinogradStep {
   Index panels = 1;
   Index blocks = 1;
   bool upsample = false;
+  Index side = 3;     // of a kernel: 3, or 2 with `upsample`
   Index kernels = 0;  // floats [panels][phases][positions][input blocks][512]
 
   Index phases() const { return upsample ? 4 : 1; }
-  Index taps() const { return upsample ? 4 : 9; }
+  Index taps() const { return side * side; }
   // A row and a column of zeros in a 3x3 kernel leave 5x5 products of 6x6.
-  Index positions() const { return upsample ? 25 : 36; }
+  Index positions() const { return side == 2 ? 25 : 36; }
   Index items() const { return panels * blocks; }
 };
 
@@ -182,19 +187,37 @@ struct NormStep {
   Index items() const { return batch * parts(); }
 };
 
-// The rare operations that no convolution took in: norm, activation, a factor, doubling,
-// zeros around, and a sum, in this order.
+// The rare operations that no convolution took in: norm, activation, a factor and an offset,
+// doubling, zeros around, and a sum, in this order.
 struct PointwiseStep {
   Index batch = 1;
   Image input;
   Image output;
   Reading reading;
   double factor = 1;
+  double offset = 0;
   bool upsample = false;
   Index above = 0;
   Index left = 0;
   Image residual;
 
+  Index items() const { return batch * output.blocks() * output.height; }
+};
+
+// Moves channels to others, or between channels and the pixels of cells of 2x2.
+struct ShuffleStep {
+  Index batch = 1;
+  Image input;
+  Image output;
+  // Where each channel of the output (of a cell of the output, when the image doubles) comes
+  // from: a channel of the input, or when the image halves of a cell of the input. The elements
+  // of a cell are in the order channel, row, column.
+  const std::int32_t* order = nullptr;
+
+  // Rows and columns of a cell of the output, and of the input.
+  Index up() const { return output.width > input.width ? 2 : 1; }
+  Index down() const { return output.width < input.width ? 2 : 1; }
+  Index elements() const { return output.channels * up() * up(); }
   Index items() const { return batch * output.blocks() * output.height; }
 };
 

@@ -91,6 +91,7 @@ std::span<const Kernels* const> all_kernels();
 void statistics(DType dtype, const StatisticsStep&, const Context&, Index item);
 void norm(const NormStep&, const Context&, Index item);
 void pointwise(DType dtype, const PointwiseStep&, const Context&, Index item);
+void shuffle(DType dtype, const ShuffleStep&, const Context&, Index item);
 void move_rows(DType dtype, const MoveRowsStep&, const Context&, Index item);
 void import_image(DType dtype, const ImportStep&, const Context&, Index item);
 void export_image(DType dtype, const ExportStep&, const Context&, Index item);

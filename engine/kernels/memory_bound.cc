@@ -81,6 +81,10 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
   const Index width = s.upsample ? 2 * s.input.width : s.input.width;
   const Index down = y - s.above;
   const float factor = static_cast<float>(s.factor);
+  float offset[kBlock];
+  for (Index c = 0; c < kBlock; ++c) {
+    offset[c] = block * kBlock + c < s.output.channels ? static_cast<float>(s.offset) : 0.0f;
+  }
   for (Index x = 0; x < s.output.width; ++x) {
     const Index right = x - s.left;
     const bool inside = down >= 0 && down < height && right >= 0 && right < width;
@@ -96,10 +100,65 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
       if (s.reading.activation != Activation::kNone) {
         for (float& value : values) value = activate(s.reading.activation, value);
       }
+      for (Index c = 0; c < kBlock; ++c) values[c] = values[c] * factor + offset[c];
     }
     for (Index c = 0; c < kBlock; ++c) {
       const float add = residual == nullptr ? 0.0f : to_float(residual[x * kBlock + c]);
-      from_float(values[c] * factor + add, to[x * kBlock + c]);
+      from_float(values[c] + add, to[x * kBlock + c]);
+    }
+  }
+}
+
+// Consecutive channels that come from consecutive channels of the same pixels move together.
+struct Run {
+  Index channel;  // of the output's block
+  Index count;
+  Index from;     // of a block of the input
+  Index right;    // the column in a cell of the input
+};
+
+template <class T>
+void shuffle_of(const ShuffleStep& s, const Context& context, Index item) {
+  const Index y = item % s.output.height;
+  const Index block = item / s.output.height % s.output.blocks();
+  const Index n = item / s.output.height / s.output.blocks();
+  const Index up = s.up(), down = s.down();
+  const Index channels = smaller(kBlock, s.output.channels - block * kBlock);
+  T* to = at<T>(context, s.output.offset) + s.output.at(n, block, y);
+  const T* input = at<const T>(context, s.input.offset);
+  if (channels < kBlock) {
+    std::memset(static_cast<void*>(to), 0,
+                static_cast<std::size_t>(s.output.width * kBlock) * sizeof(T));
+  }
+  for (Index column = 0; column < up; ++column) {
+    Run runs[kBlock];
+    const T* rows[kBlock];
+    Index count = 0;
+    for (Index c = 0; c < channels; ++c) {
+      const Index element = ((block * kBlock + c) * up + y % up) * up + column;
+      const Index source = s.order[element];
+      const Index cell = source % (down * down);
+      const Index channel = source / (down * down);
+      const T* row = input + s.input.at(n, channel / kBlock, y / up * down + cell / down);
+      const Run next{c, 1, channel % kBlock, cell % down};
+      if (count > 0) {
+        Run& last = runs[count - 1];
+        if (rows[count - 1] == row && last.right == next.right &&
+            last.from + last.count == next.from) {
+          ++last.count;
+          continue;
+        }
+      }
+      rows[count] = row;
+      runs[count++] = next;
+    }
+    for (Index x = column; x < s.output.width; x += up) {
+      for (Index i = 0; i < count; ++i) {
+        const Run& run = runs[i];
+        const T* from = rows[i] + (x / up * down + run.right) * kBlock + run.from;
+        std::memcpy(to + x * kBlock + run.channel, from,
+                    static_cast<std::size_t>(run.count) * sizeof(T));
+      }
     }
   }
 }
@@ -215,6 +274,14 @@ void pointwise(DType dtype, const PointwiseStep& s, const Context& context, Inde
     pointwise_of<BFloat16>(s, context, item);
   } else {
     pointwise_of<float>(s, context, item);
+  }
+}
+
+void shuffle(DType dtype, const ShuffleStep& s, const Context& context, Index item) {
+  if (dtype == DType::kBFloat16) {
+    shuffle_of<BFloat16>(s, context, item);
+  } else {
+    shuffle_of<float>(s, context, item);
   }
 }
 

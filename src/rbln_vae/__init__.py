@@ -8,8 +8,11 @@ from .config import (
     RBLNAutoConfig,
     RBLNAutoencoderKLConfig,
     RBLNAutoencoderKLFlux2Config,
+    RBLNAutoencoderKLHunyuanImageConfig,
+    RBLNAutoencoderKLQwenImage21Config,
     RBLNAutoencoderKLQwenImageConfig,
     RBLNAutoencoderKLWanConfig,
+    RBLNAutoencoderTinyConfig,
     RBLNModelConfig,
 )
 from .demo import demo_model
@@ -30,8 +33,11 @@ if TYPE_CHECKING:
     from .models.auto import RBLNAutoencoder
     from .models.autoencoder_kl import RBLNAutoencoderKL
     from .models.autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
+    from .models.autoencoder_kl_hunyuan_image import RBLNAutoencoderKLHunyuanImage
     from .models.autoencoder_kl_qwenimage import RBLNAutoencoderKLQwenImage
+    from .models.autoencoder_kl_qwenimage21 import RBLNAutoencoderKLQwenImage21
     from .models.autoencoder_kl_wan import RBLNAutoencoderKLWan
+    from .models.autoencoder_tiny import RBLNAutoencoderTiny
     from .models.base import RBLNModel
 
 __all__ = [
@@ -42,10 +48,16 @@ __all__ = [
     "RBLNAutoencoderKLConfig",
     "RBLNAutoencoderKLFlux2",
     "RBLNAutoencoderKLFlux2Config",
+    "RBLNAutoencoderKLHunyuanImage",
+    "RBLNAutoencoderKLHunyuanImageConfig",
     "RBLNAutoencoderKLQwenImage",
+    "RBLNAutoencoderKLQwenImage21",
+    "RBLNAutoencoderKLQwenImage21Config",
     "RBLNAutoencoderKLQwenImageConfig",
     "RBLNAutoencoderKLWan",
     "RBLNAutoencoderKLWanConfig",
+    "RBLNAutoencoderTiny",
+    "RBLNAutoencoderTinyConfig",
     "RBLNCancelledError",
     "RBLNCompileError",
     "RBLNDatasetError",
@@ -69,6 +81,9 @@ __getattr__, __dir__ = lazy_names(
         ".models.autoencoder_kl_flux2": ("RBLNAutoencoderKLFlux2",),
         ".models.autoencoder_kl_qwenimage": ("RBLNAutoencoderKLQwenImage",),
         ".models.autoencoder_kl_wan": ("RBLNAutoencoderKLWan",),
+        ".models.autoencoder_kl_hunyuan_image": ("RBLNAutoencoderKLHunyuanImage",),
+        ".models.autoencoder_kl_qwenimage21": ("RBLNAutoencoderKLQwenImage21",),
+        ".models.autoencoder_tiny": ("RBLNAutoencoderTiny",),
         ".models.base": ("RBLNModel",),
     },
 )

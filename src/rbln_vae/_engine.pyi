@@ -342,7 +342,13 @@ class WinogradStep:
     """Transforms kernels for Winograd's algorithm."""
 
     def __init__(
-        self, *, panels: int = 1, blocks: int = 1, upsample: bool = False, kernels: int = 0
+        self,
+        *,
+        panels: int = 1,
+        blocks: int = 1,
+        upsample: bool = False,
+        side: int = 3,
+        kernels: int = 0,
     ) -> None: ...
     @property
     def panels(self) -> int: ...
@@ -356,6 +362,10 @@ class WinogradStep:
     def upsample(self) -> bool: ...
     @upsample.setter
     def upsample(self, arg: bool, /) -> None: ...
+    @property
+    def side(self) -> int: ...
+    @side.setter
+    def side(self, arg: int, /) -> None: ...
     @property
     def kernels(self) -> int: ...
     @kernels.setter
@@ -569,6 +579,7 @@ class PointwiseStep:
         output: Image = ...,
         reading: Reading = ...,
         factor: float = 1.0,
+        offset: float = 0.0,
         upsample: bool = False,
         above: int = 0,
         left: int = 0,
@@ -595,6 +606,10 @@ class PointwiseStep:
     @factor.setter
     def factor(self, arg: float, /) -> None: ...
     @property
+    def offset(self) -> float: ...
+    @offset.setter
+    def offset(self, arg: float, /) -> None: ...
+    @property
     def upsample(self) -> bool: ...
     @upsample.setter
     def upsample(self, arg: bool, /) -> None: ...
@@ -610,6 +625,23 @@ class PointwiseStep:
     def residual(self) -> Image: ...
     @residual.setter
     def residual(self, arg: Image, /) -> None: ...
+
+class ShuffleStep:
+    """Moves channels, or pixels between channels and cells."""
+
+    def __init__(self, *, batch: int = 1, input: Image = ..., output: Image = ...) -> None: ...
+    @property
+    def batch(self) -> int: ...
+    @batch.setter
+    def batch(self, arg: int, /) -> None: ...
+    @property
+    def input(self) -> Image: ...
+    @input.setter
+    def input(self, arg: Image, /) -> None: ...
+    @property
+    def output(self) -> Image: ...
+    @output.setter
+    def output(self, arg: Image, /) -> None: ...
 
 class MoveRowsStep:
     """Moves rows of an image to its first."""
@@ -671,6 +703,12 @@ class Plan:
         step: NormStep,
         weight: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
         bias: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
+    ) -> None: ...
+    @overload
+    def add(
+        self,
+        step: ShuffleStep,
+        order: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
     ) -> None: ...
     @overload
     def add(self, step: ImportStep) -> None: ...

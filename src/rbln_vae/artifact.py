@@ -37,6 +37,7 @@ _LINE = 64  # bytes of a cache line, to which tensors are aligned
 # The name of each dtype in safetensors, and integers of its size, also in little-endian order.
 _STORED = {
     torch.float32: ("F32", torch.int32, "<i4"),
+    torch.int32: ("I32", torch.int32, "<i4"),
     torch.bfloat16: ("BF16", torch.int16, "<i2"),
 }
 

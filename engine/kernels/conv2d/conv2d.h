@@ -136,10 +136,11 @@ class Conv2d {
       const Index down = phase / 2;
       const Index right = phase % 2;
       for (Index tap = 0; tap < taps; ++tap) {
-        const Index dy = tap / s_.kernel_width + down;
-        const Index dx = tap % s_.kernel_width + right;
+        const Index dy = tap / s_.kernel_width + (s_.doubles() ? down : 0);
+        const Index dx = tap % s_.kernel_width + (s_.doubles() ? right : 0);
         offsets[tap] = (dy * pitch_ + dx) * kBlock;
       }
+      job.bias = s_.bias + phase * s_.bias_step();
       g.b = static_cast<const T*>(s_.weights) + panel * panel_step +
             phase * blocks * taps * kPanelBlock;
       for (Index row = 0; row < tile.height; row += together) {

@@ -18,6 +18,7 @@ class Epilogue {
   struct Job {
     const float* sums;  // [panels][rows][pitch][16]
     Index pitch;
+    const float* bias;  // of all panels
     Index panel;
     Index panels;
     Index rows;
@@ -85,7 +86,7 @@ class Epilogue {
     const T* residual =
         job_.residual == nullptr ? nullptr
                                  : job_.residual + block * job_.residual_block_step + at;
-    const Vector bias = Simd::load(s_.bias + panel * kPanel);
+    const Vector bias = Simd::load(job_.bias + panel * kPanel);
     // Padding channels of the last block must read as zero.
     const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();
     const bool count_in = partials_ != nullptr;

@@ -72,11 +72,11 @@ class Winograd {
       const Index at = panel * s.phases() + phase;
       const T* from =
           static_cast<const T*>(s.weights) + (at * s.blocks + block) * s.taps() * kPanelBlock;
-      const Range range(s.upsample, phase);
+      const Range range(s.side, phase);
       float* to = reinterpret_cast<float*>(context.arena + s.kernels) +
                   (at * s.positions() * s.blocks + block) * kPanelBlock;
       for (Index k = 0; k < kBlock; ++k) {
-        transform_kernels(range, s.upsample, from, k, to + k * kPanel, s.blocks * kPanelBlock);
+        transform_kernels(range, s.side, from, k, to + k * kPanel, s.blocks * kPanelBlock);
       }
     }
   }
@@ -87,9 +87,9 @@ class Winograd {
     Index down, right;  // the first point
     Index count;
 
-    Range(bool upsample, Index phase)
-        : down(upsample ? phase / 2 : 0), right(upsample ? phase % 2 : 0),
-          count(upsample ? kSide - 1 : kSide) {}
+    Range(Index side, Index phase)
+        : down(side == 2 ? phase / 2 : 0), right(side == 2 ? phase % 2 : 0),
+          count(side == 2 ? kSide - 1 : kSide) {}
 
     bool has(Index y, Index x) const {
       return y >= down && y < down + count && x >= right && x < right + count;
@@ -195,7 +195,7 @@ class Winograd {
   // panel during each chunk.
   void multiply(Index first, Index last, Index phase) {
     const Index blocks = s_.input.blocks();
-    const Range range(s_.upsample, phase);
+    const Range range(s_.kernel_height, phase);
     const Index kernels = range.count * range.count * blocks * kPanelBlock;
     const Index tap = 0;
     Gemm<float> g;
@@ -239,9 +239,10 @@ class Winograd {
              Epilogue<Images>& epilogue) {
     const Index panel = group * Simd::kMaxPanels;
     const Index scale = s_.upsample ? 2 : 1;
-    const Range range(s_.upsample, phase);
+    const Range range(s_.kernel_height, phase);
     typename Epilogue<Images>::Job job;
     job.sums = outputs_;
+    job.bias = s_.bias + phase * s_.bias_step();
     job.pitch = across_ * kTile;
     job.panel = panel;
     job.panels = smaller(Simd::kMaxPanels, s_.panels() - panel);
@@ -260,7 +261,7 @@ class Winograd {
           const float* from = sums + at / sizes_.chunk * kGroup +
                               (each * Simd::kMaxPixels + at % sizes_.chunk) * kPanel;
           float* to = outputs_ + (each * job.rows * job.pitch + x * kTile) * kPanel;
-          const auto transform = s_.upsample ? transform_output<false> : transform_output<true>;
+          const auto transform = s_.doubles() ? transform_output<false> : transform_output<true>;
           transform(range, from, sizes_.sums, to, job.pitch * kPanel);
         }
       }
@@ -392,9 +393,8 @@ class Winograd {
   }
 
   // Transforms the kernels of 16 output channels for one input channel.
-  static void transform_kernels(const Range& range, bool upsample, const T* from, Index channel,
+  static void transform_kernels(const Range& range, Index side, const T* from, Index channel,
                                 float* to, Index step) {
-    const Index side = upsample ? 2 : 3;
     Vector rows[kSide][3];
     for (Index x = 0; x < 3; ++x) {
       Vector g[3], v[kSide];

@@ -35,6 +35,7 @@ from .ir import (
     PixelNorm,
     RMSNorm,
     Scale,
+    Shuffle,
     Upsample,
     Value,
 )
@@ -287,18 +288,30 @@ class _Capture:
             axes: The least number of axes of the float32 copy; missing axes are added with size
                 1. By default, none are added.
         """
-        if not isinstance(node, torch.fx.Node) or node.name not in self.weight_names:
-            raise GraphError(f"expected a weight of the model, found {node}")
-        name = str(self.weight_names[node.name])
+        name, source = self._stored(node)
         if name not in self.weights:
-            source = self.program.state_dict.get(name, self.program.constants.get(name))
-            if not isinstance(source, torch.Tensor):
-                raise GraphError(f"weight {name!r} is not stored in the model")
             copied = source.detach().to(
                 "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
             )
             self.weights[name] = copied.reshape(*copied.shape, *[1] * (axes - copied.dim()))
         return name
+
+    def constant(self, node: Any) -> list[int]:
+        """The whole numbers of an argument that must be a buffer of the model."""
+        name, source = self._stored(node)
+        if source.is_floating_point() or source.dim() != 1:
+            raise GraphError(f"expected a list of whole numbers, found {name!r}")
+        return list(source.tolist())
+
+    def _stored(self, node: Any) -> tuple[str, torch.Tensor]:
+        """The name and the tensor of an argument that must be stored in the model."""
+        if not isinstance(node, torch.fx.Node) or node.name not in self.weight_names:
+            raise GraphError(f"expected a weight of the model, found {node}")
+        name = str(self.weight_names[node.name])
+        source = self.program.state_dict.get(name, self.program.constants.get(name))
+        if not isinstance(source, torch.Tensor):
+            raise GraphError(f"weight {name!r} is not stored in the model")
+        return name, source
 
     def optional_weight(self, node: Any) -> str | None:
         return None if node is None else self.weight(node)
@@ -384,7 +397,7 @@ def _rms_norm(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any])
     source = c.arranged(a["input"])
     _expect(
         source.axes[-1] == "c" and list(a["normalized_shape"]) == [source.channels],
-        f"an RMS norm over the last of axes ({', '.join(source.axes)}), only channels are supported",
+        f"over the last of axes ({', '.join(source.axes)}), only channels are supported",
     )
     _expect(a["eps"] is not None, "an RMS norm without eps")
     return PixelNorm(value, source.image, RMSNorm(float(a["eps"]), c.weight(a["weight"])))
@@ -395,14 +408,29 @@ def _activation(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any
     return Activation(value, c.arranged(a.get("self", a.get("input"))).image, _name_of(node))
 
 
-def _add(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+def _add(
+    c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]
+) -> Operation | _Arranged:
     _expect(a["alpha"] == 1, f"alpha {a['alpha']}, only 1 is supported")
+    if isinstance(a["other"], (int, float)):
+        return _scaled(c.arranged(a["self"]), value, 1.0, float(a["other"]))
     left, right = c.arranged(a["self"]), c.arranged(a["other"])
     _expect(
         (left.axes, left.shape) == (right.axes, right.shape),
         f"a sum of {left.shape} and {right.shape}",
     )
     return Add(value, left.image, right.image)
+
+
+def _subtract(
+    c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]
+) -> Operation | _Arranged:
+    other = a["other"]
+    _expect(
+        isinstance(other, (int, float)) and a["alpha"] == 1,
+        "only subtraction of a number is supported",
+    )
+    return _scaled(c.arranged(a["self"]), value, 1.0, -float(other))
 
 
 def _multiply(
@@ -421,9 +449,14 @@ def _divide(
     return _scaled(c.arranged(a["self"]), value, 1.0 / float(other))
 
 
-def _scaled(source: _Arranged, value: Value, factor: float) -> Operation | _Arranged:
+def _scaled(
+    source: _Arranged, value: Value, factor: float, offset: float = 0.0
+) -> Operation | _Arranged:
     _expect(math.isfinite(factor), f"multiplication by {factor}")
-    return source if factor == 1.0 else Scale(value, source.image, factor)
+    _expect(math.isfinite(offset), f"addition of {offset}")
+    if factor == 1.0 and offset == 0.0:
+        return source
+    return Scale(value, source.image, factor, offset)
 
 
 def _same(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> _Arranged:
@@ -445,6 +478,21 @@ def _upsample(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any])
         "only doubling of height and width is supported",
     )
     return Upsample(value, c.image(source))
+
+
+def _take(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+    _expect(a["dim"] == 1, f"elements taken along axis {a['dim']}, only channels are supported")
+    image, order = c.image(a["self"]), c.constant(a["index"])
+    return Shuffle(value, image, "channels", tuple(map(int, order)))
+
+
+def _shuffle(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+    factor = a.get("upscale_factor", a.get("downscale_factor"))
+    _expect(factor == 2, f"a shuffle by {factor}, only by 2 is supported")
+    source = c.arranged(a["self"])
+    up = "upscale_factor" in a
+    channels = source.channels if up else 4 * source.channels
+    return Shuffle(value, c.image(a["self"]), "up" if up else "down", tuple(range(channels)))
 
 
 def _pad(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
@@ -499,6 +547,7 @@ _TRANSLATIONS: dict[str, _Translate] = {
     "relu": _activation,
     "tanh": _activation,
     "add": _add,
+    "sub": _subtract,
     "mul": _multiply,
     "div": _divide,
     "clone": _same,
@@ -510,6 +559,9 @@ _TRANSLATIONS: dict[str, _Translate] = {
     "dropout": _dropout,
     "upsample_nearest2d": _upsample,
     "_upsample_nearest_exact2d": _upsample,
+    "index_select": _take,
+    "pixel_shuffle": _shuffle,
+    "pixel_unshuffle": _shuffle,
     "pad": _pad,
     "constant_pad_nd": _pad,
     "linear": _linear,

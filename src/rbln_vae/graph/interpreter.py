@@ -23,6 +23,7 @@ from .ir import (
     PixelNorm,
     RMSNorm,
     Scale,
+    Shuffle,
     Upsample,
     Value,
 )
@@ -140,7 +141,7 @@ class Interpreter:
 
     @_evaluate.register
     def _(self, operation: Scale, values: Mapping[Value, Tensor]) -> Tensor:
-        return values[operation.input] * operation.factor
+        return values[operation.input] * operation.factor + operation.offset
 
     @_evaluate.register
     def _(self, operation: Identity, values: Mapping[Value, Tensor]) -> Tensor:
@@ -149,6 +150,14 @@ class Interpreter:
     @_evaluate.register
     def _(self, operation: Upsample, values: Mapping[Value, Tensor]) -> Tensor:
         return F.interpolate(values[operation.input], scale_factor=2.0, mode="nearest")
+
+    @_evaluate.register
+    def _(self, operation: Shuffle, values: Mapping[Value, Tensor]) -> Tensor:
+        image = values[operation.input]
+        if operation.way == "down":
+            image = F.pixel_unshuffle(image, 2)
+        image = image[:, list(operation.order)]
+        return F.pixel_shuffle(image, 2) if operation.way == "up" else image
 
     @_evaluate.register
     def _(self, operation: Pad, values: Mapping[Value, Tensor]) -> Tensor:
@@ -186,14 +195,16 @@ def _pixels_by_head(image: Tensor, heads: int) -> Tensor:
 
 
 def _upsampled_convolution(image: Tensor, phases: Tensor, bias: Tensor | None) -> Tensor:
-    """Nearest doubling and a 3x3 convolution, as four 2x2 convolutions of the small image."""
+    """A convolution of a small image by a kernel for each of 2x2 phases of the result."""
     batch, _, height, width = image.shape
+    centred = phases.shape[4] == 3
     result = image.new_empty((batch, phases.shape[2], 2 * height, 2 * width)).contiguous(
         memory_format=torch.channels_last
     )
     for row in (0, 1):
         for column in (0, 1):
-            padded = F.pad(image, (1 - column, column, 1 - row, row))
+            padding = (1, 1, 1, 1) if centred else (1 - column, column, 1 - row, row)
             weight = _fast_layout(phases[row, column])
-            result[:, :, row::2, column::2] = F.conv2d(padded, weight, bias)
+            own = bias[row, column] if centred and bias is not None else bias
+            result[:, :, row::2, column::2] = F.conv2d(F.pad(image, padding), weight, own)
     return result

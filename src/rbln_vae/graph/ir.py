@@ -156,9 +156,14 @@ class Conv2d(Operation):
     """A convolution with zero padding, and the operations that passes fuse into it.
 
     `norm` and then `activation` are applied to the input; the result is padded with zeros
-    and convolved; then `residual` is added, and `output_activation` applied. With `upsample` the input is first doubled in
-    each direction by nearest neighbour, and `weight` holds four 2x2 kernels
-    `(row phase, column phase, out, in, 2, 2)` instead of one `(out, in, height, width)`.
+    and convolved; then `residual` is added, and `output_activation` applied.
+
+    With `upsample` each pixel makes 2x2 pixels of the output, by four kernels `(row phase, column
+    phase, out, in, n, n)` instead of one `(out, in, height, width)`. Kernels of 2x2 are those of
+    a 3x3 convolution after nearest-neighbour doubling: that of a phase begins at the pixel above
+    for phase 0, at the pixel itself for phase 1, and likewise to the left. Kernels of 3x3 are
+    those of a convolution before a pixel shuffle: all are centred on the pixel, and each phase
+    has a bias of its own `(row phase, column phase, out)`.
     """
 
     input: Value = field(metadata=_VALUE)
@@ -184,17 +189,22 @@ class Conv2d(Operation):
             _require(len(shape) == 4, f"weight {self.weight!r} has shape {shape}, not four axes")
             return shape
         _require(
-            len(shape) == 6 and shape[:2] == shape[4:] == (2, 2),
-            f"weight {self.weight!r} has shape {shape}, not four 2x2 phases",
+            len(shape) == 6 and shape[:2] == (2, 2) and shape[4:] in ((2, 2), (3, 3)),
+            f"weight {self.weight!r} has shape {shape}, not four phases of 2x2 or 3x3",
         )
         return shape[2:]
+
+    def has_bias_of_phases(self, weights: Weights) -> bool:
+        """Whether each phase of an upsampling convolution has a bias of its own."""
+        return self.upsample and self.kernel(weights)[2:] == (3, 3)
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         batch, channels, height, width = shapes[self.input]
         out, into, rows, columns = self.kernel(weights)
         _require(into == channels, f"{channels} channels meet a kernel for {into}")
         if self.bias is not None:
-            _require_weight(weights, self.bias, (out,))
+            phases = (2, 2) if self.has_bias_of_phases(weights) else ()
+            _require_weight(weights, self.bias, (*phases, out))
         if self.norm is not None:
             self.norm.check(channels, weights)
         for function in (self.activation, self.output_activation):
@@ -300,17 +310,20 @@ class Add(Operation):
 
 @dataclass(frozen=True)
 class Scale(Operation):
-    """Multiplication by a constant."""
+    """Multiplication by a constant, and then addition of another."""
 
     input: Value = field(metadata=_VALUE)
     factor: float
+    offset: float = 0.0
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        _require(math.isfinite(self.factor), f"a factor {self.factor}")
+        for number in (self.factor, self.offset):
+            _require(math.isfinite(number), f"a factor or offset {number}")
         return shapes[self.input]
 
     def __str__(self) -> str:
-        return f"{super().__str__()} by {self.factor}"
+        offset = f", plus {self.offset}" if self.offset else ""
+        return f"{super().__str__()} by {self.factor}{offset}"
 
 
 @dataclass(frozen=True)
@@ -332,6 +345,44 @@ class Upsample(Operation):
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         batch, channels, height, width = shapes[self.input]
         return (batch, channels, 2 * height, 2 * width)
+
+
+@dataclass(frozen=True)
+class Shuffle(Operation):
+    """Moves channels: to other channels, or between channels and the 2x2 pixels of a cell.
+
+    Attributes:
+        way: `"channels"` keeps the size of the image; `"up"` doubles height and width, and
+            `"down"` halves them.
+        order: For each element of an output pixel, or for `"up"` of a 2x2 cell of the output,
+            where it comes from. The elements of a cell have the order of
+            `torch.nn.functional.pixel_unshuffle`: channel, row, column. Elements may be taken
+            several times, or never.
+    """
+
+    input: Value = field(metadata=_VALUE)
+    way: str
+    order: tuple[int, ...]
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        batch, channels, height, width = shapes[self.input]
+        _require(self.way in ("channels", "up", "down"), f"a shuffle {self.way!r}")
+        if self.way == "down":
+            _require(
+                height % 2 == width % 2 == 0, f"{height}x{width} pixels don't make cells of 2x2"
+            )
+            channels, height, width = 4 * channels, height // 2, width // 2
+        _require(
+            bool(self.order) and min(self.order) >= 0 and max(self.order) < channels,
+            f"a shuffle takes channels that are not among {channels}",
+        )
+        if self.way != "up":
+            return (batch, len(self.order), height, width)
+        _require(len(self.order) % 4 == 0, f"{len(self.order)} channels don't make cells of 2x2")
+        return (batch, len(self.order) // 4, 2 * height, 2 * width)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.way}"
 
 
 @dataclass(frozen=True)

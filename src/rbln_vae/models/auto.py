@@ -13,8 +13,11 @@ from ..errors import RBLNCompileError
 from .autoencoder import RBLNAutoencoderModel
 from .autoencoder_kl import RBLNAutoencoderKL
 from .autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
+from .autoencoder_kl_hunyuan_image import RBLNAutoencoderKLHunyuanImage
 from .autoencoder_kl_qwenimage import RBLNAutoencoderKLQwenImage
+from .autoencoder_kl_qwenimage21 import RBLNAutoencoderKLQwenImage21
 from .autoencoder_kl_wan import RBLNAutoencoderKLWan
+from .autoencoder_tiny import RBLNAutoencoderTiny
 from .base import Config
 
 CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
@@ -22,8 +25,11 @@ CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
     for found in (
         RBLNAutoencoderKL,
         RBLNAutoencoderKLFlux2,
+        RBLNAutoencoderKLHunyuanImage,
         RBLNAutoencoderKLQwenImage,
+        RBLNAutoencoderKLQwenImage21,
         RBLNAutoencoderKLWan,
+        RBLNAutoencoderTiny,
     )
 }
 """The class for each class of diffusers."""

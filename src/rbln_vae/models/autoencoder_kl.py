@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
     """
 
     config_class = RBLNAutoencoderKLConfig
-    family = AutoencoderKLFamily()
+    family: ClassVar[Family] = AutoencoderKLFamily()
 
     rbln_config: RBLNAutoencoderKLConfig
 

@@ -8,7 +8,7 @@ results with a third of the multiplications.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..config import RBLNAutoencoderKLWanConfig
 from ..errors import RBLNCompileError
-from ..graph.capture import replica
 from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, check_tensor
 from .family import ENCODER, Family
+from .networks import Attention, Layers, Shuffled, conv2d, converted, means
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,6 +40,8 @@ class AutoencoderKLWanFamily(Family):
                 "the blocks of this autoencoder. Leave it empty."
             )
         patch = config.get("patch_size") or 1
+        if patch not in (1, 2):
+            raise ValueError(f"patch_size={patch!r} of the model: only patches of 2x2 are known.")
         levels = len(config["dim_mult"])
         frames = 2 ** sum(map(bool, config["temperal_downsample"]))
         return {
@@ -199,7 +201,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
 
     __call__ = forward
 
-    def enable_tiling(  # type: ignore[override]  # diffusers' classes differ in this, too
+    def enable_tiling(
         self,
         tile_sample_min_height: int | None = None,
         tile_sample_min_width: int | None = None,
@@ -246,12 +248,12 @@ class _Encoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.patch = vae.config.get("patch_size") or 1
-        self.encoder = _on_images(vae.encoder)
-        self.quant_conv = _on_images(vae.quant_conv)
+        self.patchify = _patches(vae.config, up=False)
+        self.encoder = converted(vae.encoder, _LAYERS)
+        self.quant_conv = converted(vae.quant_conv, _LAYERS)
 
     def forward(self, x: Tensor) -> Tensor:
-        moments: Tensor = self.quant_conv(self.encoder(x))
+        moments: Tensor = self.quant_conv(self.encoder(self.patchify(x)))
         return moments
 
 
@@ -260,50 +262,31 @@ class _Decoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.patch = vae.config.get("patch_size") or 1
-        self.post_quant_conv = _on_images(vae.post_quant_conv)
-        self.decoder = _on_images(vae.decoder)
+        self.post_quant_conv = converted(vae.post_quant_conv, _LAYERS)
+        self.decoder = converted(vae.decoder, _LAYERS)
+        self.unpatchify = _patches(vae.config, up=True)
 
     def forward(self, z: Tensor) -> Tensor:
-        image: Tensor = self.decoder(self.post_quant_conv(z))
+        image: Tensor = self.unpatchify(self.decoder(self.post_quant_conv(z)))
         return image
 
 
-def _on_images(module: nn.Module) -> nn.Module:
-    """A copy of a module that runs on images `(N, C, H, W)` instead of one frame of a video.
+def _patches(config: Mapping[str, Any], *, up: bool) -> nn.Module:
+    """Puts patches of 2x2 pixels into channels, or takes them out, if the model has patches.
 
-    Layers are recognised by the names of their classes, which are the same in Wan and in
-    Qwen-Image but for a prefix. The modules that contain them pass on what they are given, and
-    run without caches.
+    The order of the channels is channel, column, row.
     """
-    return _converted(replica(module))
-
-
-def _converted(module: nn.Module) -> nn.Module:
-    for suffix, convert in _LAYERS.items():
-        if type(module).__name__.endswith(suffix):
-            return convert(module)
-    for name, child in module.named_children():
-        setattr(module, name, _converted(child))
-    return module
+    if (config.get("patch_size") or 1) == 1:
+        return nn.Identity()
+    channels = torch.arange(config["out_channels" if up else "in_channels"])
+    return Shuffled(channels.view(-1, 2, 2).transpose(1, 2).flatten(), up=up)
 
 
 def _convolution(layer: Any) -> nn.Conv2d:
     """The 2-D convolution that a causal one is on a frame with zeros before it."""
     weight = layer.weight if layer.weight.dim() == 4 else layer.weight[:, :, -1]
     left, _, above, *_ = layer._padding
-    return _conv2d(weight, layer.bias, stride=layer.stride[-1], padding=(above, left))
-
-
-def _conv2d(weight: Tensor, bias: Tensor | None, **options: Any) -> nn.Conv2d:
-    outputs, inputs, *kernel = weight.shape
-    conv = nn.Conv2d(
-        inputs, outputs, tuple(kernel), bias=bias is not None, device="meta", **options
-    )
-    conv.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        conv.bias = nn.Parameter(bias, requires_grad=False)
-    return conv
+    return conv2d(weight, layer.bias, stride=layer.stride[-1], padding=(above, left))
 
 
 class _RMSNorm(nn.Module):
@@ -316,7 +299,7 @@ class _RMSNorm(nn.Module):
                 f"A {type(layer).__name__} has a bias, and no model of diffusers has. Check that "
                 "the model is one of diffusers' own classes."
             )
-        self.gamma = nn.Parameter(layer.gamma.flatten(), requires_grad=False)
+        self.gamma = nn.Parameter(layer.gamma.detach().flatten(), requires_grad=False)
         # The norm is at least 1e-12 there: such an eps changes no other pixel's result.
         self.eps = 1e-24 / len(self.gamma)
 
@@ -325,27 +308,10 @@ class _RMSNorm(nn.Module):
         return pixels.permute(0, 3, 1, 2)
 
 
-class _Attention(nn.Module):
-    """Attention between the pixels of a frame, with one head."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.norm = _RMSNorm(layer.norm)
-        weights, biases = layer.to_qkv.weight.chunk(3), layer.to_qkv.bias.chunk(3)
-        self.to_q, self.to_k, self.to_v = map(_conv2d, weights, biases)
-        self.proj = layer.proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        normalised, pixels = self.norm(x), (batch, height * width, 1, channels)
-        query, key, value = (
-            layer(normalised).flatten(2).transpose(1, 2).reshape(pixels).transpose(1, 2)
-            for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        image = mixed.reshape(batch, height * width, channels).transpose(1, 2).reshape(x.shape)
-        found: Tensor = self.proj(image) + x
-        return found
+def _attention(layer: Any) -> Attention:
+    weights, biases = layer.to_qkv.weight.chunk(3), layer.to_qkv.bias.chunk(3)
+    query, key, value = map(conv2d, weights, biases)
+    return Attention(_RMSNorm(layer.norm), query, key, value, layer.proj)
 
 
 class _Resample(nn.Module):
@@ -362,10 +328,38 @@ class _Resample(nn.Module):
         return resampled
 
 
-_LAYERS: dict[str, Callable[[Any], nn.Module]] = {
+def _average(layer: Any) -> nn.Conv2d:
+    """The convolution that the averaging shortcut is: means of groups of channels and pixels.
+
+    A frame before the only one, which is zeros, counts in the mean.
+    """
+    frames, side, inputs = layer.factor_t, layer.factor_s, layer.in_channels
+    matrix = means(layer.out_channels, inputs * layer.factor)
+    kernels = matrix.view(-1, inputs, frames, side, side)[:, :, -1]
+    return conv2d(kernels.contiguous(), stride=side)
+
+
+class _Repeat(Shuffled):
+    """The repeating shortcut: channels, each several times, as the pixels of cells."""
+
+    def __init__(self, layer: Any) -> None:
+        elements = torch.arange(layer.out_channels * layer.factor) // layer.repeats
+        frames = elements.view(layer.out_channels, layer.factor_t, -1)
+        super().__init__(frames[:, -1].flatten(), up=True)
+
+    def forward(self, x: Tensor, first_chunk: bool = True) -> Tensor:
+        return super().forward(x)
+
+
+_LAYERS: Layers = {
     "CausalConv3d": _convolution,
     "RMS_norm": _RMSNorm,
-    "AttentionBlock": _Attention,
+    "AttentionBlock": _attention,
     "Resample": _Resample,
+    "AvgDown3D": _average,
+    "DupUp3D": _Repeat,
 }
-"""The layers with an axis of frames, by the ends of their classes' names."""
+"""The layers with an axis of frames; their classes in Wan and Qwen-Image differ by a prefix.
+
+Modules that contain them pass on what they are given, and run without caches.
+"""

@@ -18,13 +18,14 @@ from ...graph.ir import (
     RMSNorm,
     Scale,
     Shape,
+    Shuffle,
     Upsample,
 )
 from ...schedule.arena import Buffer, View
 from ...schedule.schedule import Kind, Schedule, Task
 from ...schedule.sweep import Keep, top_row
 from ...units import format_bytes
-from .packing import BLOCK, PANEL, bias_name
+from .packing import BLOCK, PANEL, bias_name, order_name
 from .program import Native, Program, Step
 from .rules import CpuRules, statistics_tile
 from .tiles import attention_blocks, convolution_work, kernels_work
@@ -82,6 +83,8 @@ class _Lowering:
                 return self.convolution(task, task.operation)
             case Kind.COMPUTE if isinstance(task.operation, Attention):
                 return self.attention(task, task.operation)
+            case Kind.COMPUTE if isinstance(task.operation, Shuffle):
+                return self.shuffle(task, task.operation)
             case Kind.COMPUTE:
                 return self.pointwise(task)
 
@@ -157,6 +160,7 @@ class _Lowering:
             panels=conv.panels,
             blocks=-(-conv.inputs // BLOCK),
             upsample=conv.upsample,
+            side=conv.kernel[0],
             kernels=_offset(task.buffers["kernels"]),
         )
         work = 2 * kernels_work(conv, self.machine)
@@ -292,15 +296,22 @@ class _Lowering:
         )
         return self.make(task, native, kind=operation.kind)
 
+    def shuffle(self, task: Task, operation: Shuffle) -> Step:
+        (source,) = task.inputs
+        native = _engine.ShuffleStep(
+            batch=self.batch, input=self.image(source), output=self.image(task.output)
+        )
+        return self.make(task, native, order_name(operation), kind=operation.kind)
+
     def pointwise(self, task: Task) -> Step:
         operation: Operation = task.operation
         activation: str | None = None
-        factor, above, left = 1.0, 0, 0
+        factor, offset, above, left = 1.0, 0.0, 0, 0
         match operation:
             case Activation(function=activation):
                 pass
-            case Scale():
-                factor = operation.factor
+            case Scale(factor=factor, offset=offset):
+                pass
             case Pad(padding=(above, _, left, _)):
                 pass
             case GroupNorm() | Add() | Identity() | Upsample() | Keep():
@@ -314,6 +325,7 @@ class _Lowering:
             output=self.image(task.output),
             reading=self.reading(task, activation),
             factor=factor,
+            offset=offset,
             upsample=isinstance(operation, Upsample),
             above=above,
             left=left,

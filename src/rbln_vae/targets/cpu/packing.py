@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...graph.ir import Conv2d, Graph, RMSNorm
+from ...graph.ir import Conv2d, Graph, RMSNorm, Shuffle
 
 BLOCK = 32
 """Channels of a block: images have the memory layout `[N][blocks][H][W][32]`."""
@@ -45,13 +45,16 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
             kernels = graph.weights[operation.weight]
             packed[operation.weight] = pack_kernels(kernels, DTYPES[dtype])
             outputs = operation.kernel(graph.weights)[0]
-            bias = torch.zeros(-(-outputs // PANEL) * PANEL)
+            phases = 4 if operation.has_bias_of_phases(graph.weights) else 1
+            bias = torch.zeros(phases, -(-outputs // PANEL) * PANEL)
             if operation.bias is not None:
-                bias[:outputs] = graph.weights[operation.bias].detach()
-            packed[bias_name(operation)] = bias
+                bias[:, :outputs] = graph.weights[operation.bias].detach().view(phases, outputs)
+            packed[bias_name(operation)] = bias.flatten()
             if isinstance(operation.norm, RMSNorm):
                 name = operation.norm.weight
                 packed[name] = F.pad(packed[name], (0, -len(packed[name]) % BLOCK))
+        elif isinstance(operation, Shuffle):
+            packed[order_name(operation)] = torch.tensor(operation.order, dtype=torch.int32)
     return packed
 
 
@@ -77,9 +80,12 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
             phases = 4 if operation.upsample else 1
             size = panels * PANEL * phases * blocks * BLOCK * height * width
             expected[operation.weight] = ((size,), DTYPES[dtype])
-            expected[bias_name(operation)] = ((panels * PANEL,), torch.float32)
+            biases = 4 if operation.has_bias_of_phases(graph.weights) else 1
+            expected[bias_name(operation)] = ((biases * panels * PANEL,), torch.float32)
             if isinstance(operation.norm, RMSNorm):
                 expected[operation.norm.weight] = ((blocks * BLOCK,), torch.float32)
+        elif isinstance(operation, Shuffle):
+            expected[order_name(operation)] = ((len(operation.order),), torch.int32)
     if packed.keys() != expected.keys():
         odd = sorted(packed.keys() ^ expected.keys())
         raise ValueError(f"the packed weights are not those of the graph: {', '.join(odd)}")
@@ -95,6 +101,11 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
 def bias_name(operation: Conv2d) -> str:
     """The name of a convolution's padded bias."""
     return operation.bias if operation.bias is not None else f"{operation.weight}.no_bias"
+
+
+def order_name(operation: Shuffle) -> str:
+    """The name of the order of a shuffle's channels."""
+    return f"{operation.output}.order"
 
 
 def pack_kernels(kernels: Tensor, dtype: torch.dtype) -> Tensor:

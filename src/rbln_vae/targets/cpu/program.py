@@ -24,6 +24,7 @@ Native: TypeAlias = (
     | _engine.AttentionPackStep
     | _engine.AttentionStep
     | _engine.PointwiseStep
+    | _engine.ShuffleStep
     | _engine.MoveRowsStep
 )
 """A step as the engine has it."""

@@ -106,7 +106,7 @@ class Convolution:
     def products(self) -> int:
         """Products per input and output channel, for a grid point or for 4x4 points (Winograd)."""
         if self.winograd:
-            return 100 if self.upsample else 36
+            return (25 if self.kernel == (2, 2) else 36) * (4 if self.upsample else 1)
         return math.prod(self.kernel) * (4 if self.upsample else 1)
 
     @property
@@ -280,7 +280,8 @@ def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST
     costs = machine.kernels.winograd
     if costs is None:
         return False
-    if not conv.upsample and (conv.kernel, conv.stride) != ((3, 3), 1):
+    doubles = conv.upsample and conv.kernel == (2, 2)
+    if not doubles and (conv.kernel, conv.stride) != ((3, 3), 1):
         return False
     padded = dataclasses.replace(conv, outputs=conv.panels * PANEL)
     winograd = dataclasses.replace(padded, winograd=True)
