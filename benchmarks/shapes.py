@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from rbln_vae.graph.ir import Attention, Conv2d, Graph, Norm, Operation, Value
+from rbln_vae.graph.ir import Attention, Conv2d, Graph, Norm, Operation, RMSNorm, Value
 
 
 @dataclass(frozen=True)
 class ConvCase:
     """A convolution, with what is fused into it.
 
-    `groups` norms the input first, `activation` is then applied to it, `residual` adds a second
-    convolution of the input, and `normed_after` norms the output, from the statistics that were
-    summed while writing.
+    `groups` norms the input first, or `rms` each of its pixels; `activation` is then applied to
+    it; `residual` adds a second convolution of the input; `output_activation` is applied to the
+    sum; and `normed_after` norms the output, from the statistics that were summed while writing.
     """
 
     inputs: int
@@ -28,8 +28,10 @@ class ConvCase:
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)
     upsample: bool = False
     groups: int = 0
+    rms: bool = False
     activation: str | None = None
     residual: bool = False
+    output_activation: str | None = None
     normed_after: int = 0
 
     def graph(self) -> Graph:
@@ -39,14 +41,20 @@ class ConvCase:
         operations: list[Operation] = []
 
         def conv(
-            output: Value, norm: Norm | None, activation: str | None, residual: Value | None
+            output: Value,
+            norm: Norm | RMSNorm | None = None,
+            activation: str | None = None,
+            residual: Value | None = None,
+            output_activation: str | None = None,
         ) -> None:
             shape: tuple[int, ...] = (self.outputs, self.inputs, rows, columns)
+            biases: tuple[int, ...] = (self.outputs,)
             if self.upsample:
-                shape = (2, 2, self.outputs, self.inputs, 2, 2)
+                shape = (2, 2, *shape)
+                biases = biases if self.kernel == (2, 2) else (2, 2, *biases)
             spread = (self.inputs * rows * columns) ** -0.5
             weights[f"{output}.weight"] = torch.randn(shape) * spread
-            weights[f"{output}.bias"] = torch.randn(self.outputs)
+            weights[f"{output}.bias"] = torch.randn(biases)
             operations.append(
                 Conv2d(
                     output,
@@ -59,6 +67,7 @@ class ConvCase:
                     norm,
                     activation,
                     residual,
+                    output_activation,
                 )
             )
 
@@ -67,12 +76,16 @@ class ConvCase:
             weights[f"{name}.bias"] = 0.2 * torch.randn(channels)
             return Norm(groups, 1e-6, f"{name}.weight", f"{name}.bias")
 
-        before = None
+        before: Norm | RMSNorm | None = None
         if self.groups:
             before = norm("norm", self.groups, self.inputs)
+        if self.rms:
+            weights["gamma"] = 1 + 0.2 * torch.randn(self.inputs)
+            before = RMSNorm(1e-24, "gamma")
         if self.residual:
-            conv("r", None, None, None)
-        conv("y", before, self.activation, "r" if self.residual else None)
+            conv("r")
+        residual = "r" if self.residual else None
+        conv("y", before, self.activation, residual, self.output_activation)
         if self.normed_after:
             after = norm("after", self.normed_after, self.outputs)
             weights["z.weight"] = torch.randn(5, self.outputs, 1, 1) * self.outputs**-0.5
@@ -86,7 +99,8 @@ class ConvCase:
 
     @property
     def suits_winograd(self) -> bool:
-        return self.upsample or (self.kernel == (3, 3) and self.stride == 1)
+        doubles = self.upsample and self.kernel == (2, 2)
+        return doubles or (self.kernel == (3, 3) and self.stride == 1)
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,20 @@ CONVOLUTIONS = (
     ConvCase(24, 40, 5, 7, kernel=(2, 2), upsample=True, normed_after=8),
     ConvCase(64, 64, 1, 1, kernel=(2, 2), upsample=True),
     ConvCase(32, 96, 9, 40, kernel=(2, 2), upsample=True, batch=2, normed_after=32),
+    # A pixel shuffle within the convolution.
+    ConvCase(24, 40, 5, 7, upsample=True, normed_after=8),
+    ConvCase(40, 3, 13, 22, upsample=True, rms=True, activation="silu"),
+    ConvCase(64, 64, 17, 9, upsample=True, residual=True, batch=2),
+    # Norms of pixels.
+    ConvCase(24, 40, 9, 14, rms=True, activation="silu"),
+    ConvCase(96, 96, 23, 37, rms=True, activation="silu", residual=True, batch=2),
+    ConvCase(33, 48, 6, 5, kernel=(1, 1), padding=_NONE, rms=True),
+    ConvCase(40, 24, 17, 18, stride=2, padding=(0, 1, 0, 1), rms=True, activation="gelu"),
+    # Activations of the output.
+    ConvCase(24, 40, 9, 14, output_activation="relu"),
+    ConvCase(64, 64, 19, 23, residual=True, output_activation="relu", normed_after=4),
+    ConvCase(40, 33, 8, 9, output_activation="silu", activation="relu"),
+    ConvCase(40, 24, 8, 9, kernel=(2, 2), upsample=True, output_activation="tanh"),
     # Padding that is none, and more than a kernel reaches.
     ConvCase(72, 40, 21, 45, padding=_NONE, groups=8, activation="silu"),
     ConvCase(33, 65, 18, 7, padding=(2, 3, 0, 1), normed_after=5),
@@ -188,5 +216,11 @@ LAYERS = (
     ConvCase(128, 128, 128, 128, groups=32, residual=True),
     ConvCase(128, 128, 128, 128, stride=2, padding=(0, 1, 0, 1)),
     ConvCase(128, 3, 128, 128, groups=32),
+    # Of Qwen-Image's and Wan's, and of HunyuanImage's.
+    ConvCase(96, 96, 128, 128, rms=True, activation="silu", residual=True),
+    ConvCase(384, 384, 32, 32, rms=True, activation="silu"),
+    ConvCase(512, 512, 32, 32, upsample=True),
+    # Of TAESD.
+    ConvCase(64, 64, 128, 128, residual=True, output_activation="relu"),
     AttentionCase(512, 32, 32),
 )

@@ -164,8 +164,9 @@ def test_the_model_is_not_changed_when_capture_fails() -> None:
     vae = make_vae()
     processor = SlicedAttnProcessor(2)
     vae.set_attn_processor(processor)
-    vae.decoder.conv_out = nn.Sequential(vae.decoder.conv_out, nn.Tanh())
-    with pytest.raises(RBLNCompileError, match=r"'tanh' in 'decoder\.conv_out\.1' of the decoder"):
+    vae.decoder.conv_out = nn.Sequential(vae.decoder.conv_out, nn.Sigmoid())
+    where = r"'sigmoid' in 'decoder\.conv_out\.1' of the decoder"
+    with pytest.raises(RBLNCompileError, match=where):
         capture_part(vae, "decoder")
     assert all(p is processor for p in vae.attn_processors.values())
 
@@ -263,6 +264,32 @@ class Within(nn.Module):
         return self.inside(self.before(x))
 
 
+class PixelNorms(nn.Module):
+    """An RMS norm over the channels of each pixel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1)
+        return F.rms_norm(pixels, self.weight.shape, self.weight, 1e-6).permute(0, 3, 1, 2)
+
+
+class Ordered(nn.Module):
+    """Channels in another order."""
+
+    order: Tensor
+
+    def __init__(self, order: tuple[int, ...], axis: int = 1) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("order", torch.tensor(order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.axis, self.order)
+
+
 class Attends(nn.Module):
     """A fair copy of attention, with what a processor may ask of torch besides."""
 
@@ -278,7 +305,7 @@ class Attends(nn.Module):
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "another activation": (nn.Tanh(), "'tanh'"),
+    "another activation": (nn.Sigmoid(), "'sigmoid'"),
     "an activation in place": (nn.SiLU(inplace=True), "'silu_'"),
     "gelu by an approximation": (nn.GELU("tanh"), "exact gelu"),
     "a transposed convolution": (nn.ConvTranspose2d(4, 4, 2), "conv_transpose2d"),
@@ -301,8 +328,23 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "average pooling": (nn.AvgPool2d(2), "avg_pool2d"),
     "concatenation": (Call(lambda x: torch.cat([x, x], 1)), "'cat'"),
     "a slice": (Call(lambda x: x[:, :2]), "'slice'"),
-    "addition of a number": (Call(lambda x: x + 1), "expected a computed tensor"),
     "addition of a weight": (
+        Call(lambda x, norm: x + norm.weight[:, None, None], nn.GroupNorm(1, 4)),
+        "'unsqueeze'",
+    ),
+    "addition of infinity": (Call(lambda x: x + float("inf")), "addition of inf"),
+    "subtraction of an image": (Call(lambda x: x - x), "only subtraction of a number"),
+    "an RMS norm over columns": (
+        Call(lambda x, norm: norm(x), nn.RMSNorm(64 * 251)),
+        "over the last of axes (n, c, h, w)",
+    ),
+    "an RMS norm without weights": (
+        Call(lambda x: F.rms_norm(x.permute(0, 2, 3, 1), (4,), eps=1e-6).permute(0, 3, 1, 2)),
+        "expected a weight",
+    ),
+    "a shuffle of cells of 4x4": (Call(lambda x: F.pixel_unshuffle(x, 4)), "a shuffle by 4"),
+    "rows in another order": (Ordered((1, 0), axis=2), "along axis 2"),
+    "a weighted addition": (
         Call(lambda x: torch.add(x, x, alpha=2)),
         "alpha 2",
     ),
@@ -359,8 +401,8 @@ def test_what_cannot_be_expressed_is_named_with_its_place(name: str) -> None:
 
 
 def test_an_operation_at_the_top_is_in_the_module_itself() -> None:
-    with pytest.raises(RBLNCompileError, match="'tanh' in 'the module itself' of the thing"):
-        capture(Call(torch.tanh), "thing", 4)
+    with pytest.raises(RBLNCompileError, match="'sigmoid' in 'the module itself' of the thing"):
+        capture(Call(torch.sigmoid), "thing", 4)
 
 
 WHOLE: dict[str, tuple[nn.Module, str]] = {
@@ -445,6 +487,12 @@ EXPRESSED: dict[str, tuple[nn.Module, list[str]]] = {
     "an oblong kernel": (nn.Conv2d(4, 6, (1, 3), padding=(2, 1), bias=False), ["Conv2d"]),
     "a stride": (nn.Conv2d(4, 6, 2, stride=2), ["Conv2d"]),
     "group norm": (nn.GroupNorm(2, 4, eps=1e-3), ["GroupNorm"]),
+    "an affine function": (Call(lambda x: (x + 1) / 2 - 3), ["Scale", "Scale", "Scale"]),
+    "tanh": (nn.Tanh(), ["Activation"]),
+    "an RMS norm of pixels": (PixelNorms(4), ["PixelNorm"]),
+    "cells to channels": (nn.PixelUnshuffle(2), ["Shuffle"]),
+    "channels to cells": (nn.PixelShuffle(2), ["Shuffle"]),
+    "channels in another order": (Ordered((2, 0, 0, 3, 1)), ["Shuffle"]),
     "attention scaled by hand": (Attends(scale=0.1), ["Attention"]),
     "attention with two heads": (Attends(heads=2), ["Attention"]),
     "what is not used": (Call(lambda x: (torch.tanh, F.silu(x))[1]), ["Activation"]),
@@ -456,7 +504,7 @@ def test_modules_of_other_kinds_are_captured(name: str) -> None:
     module, expected = EXPRESSED[name]
     graph = capture(module, "part", 4)
     assert kinds(graph) == expected
-    image = noise(2, 4, 6, 9)
+    image = noise(2, 4, 6, 10)
     with torch.no_grad():
         assert relative_l2(evaluate(graph, image), module(image)) < 1e-6
 

@@ -28,7 +28,10 @@ from rbln_vae.graph.ir import (
     Norm,
     Operation,
     Pad,
+    PixelNorm,
+    RMSNorm,
     Scale,
+    Shuffle,
     Upsample,
 )
 from rbln_vae.graph.passes import optimise
@@ -36,6 +39,7 @@ from rbln_vae.metrics import relative_l2
 
 Weights = dict[str, Tensor]
 NORM = Norm(2, 1e-3, "scale", "shift")
+RMS = RMSNorm(1e-24, "scale")
 CONV = {"w": (6, 4, 3, 2), "b": (6,)}
 SQUARE = {"w": (4, 4, 3, 3)}
 NORMED = {"scale": (4,), "shift": (4,)}
@@ -56,6 +60,17 @@ def phases_of_one_kernel(x: Tensor, w: Weights) -> Tensor:
             window = padded[:, :, row : row + 2, column : column + 2]
             result[:, :, i, j] = torch.einsum("nckl,ockl->no", window, w["p"][i % 2, j % 2])
     return result
+
+
+def normal_pixels(x: Tensor, w: Weights) -> Tensor:
+    """As diffusers writes it for Wan."""
+    return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * w["scale"][:, None, None]
+
+
+def shuffled_convolution(x: Tensor, w: Weights) -> Tensor:
+    """One convolution of all phases, and torch's shuffle."""
+    kernels = w["p"].permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
+    return F.pixel_shuffle(F.conv2d(x, kernels, w["pb"].permute(2, 0, 1).flatten(), padding=1), 2)
 
 
 def heads_by_hand(x: Tensor, heads: int, scale: float) -> Tensor:
@@ -96,13 +111,41 @@ TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weigh
         {"p": (2, 2, 3, 4, 2, 2)},
         phases_of_one_kernel,
     ),
+    (
+        Conv2d("y", "x", "p", "pb", padding=ONES, upsample=True),
+        {"p": (2, 2, 3, 4, 3, 3), "pb": (2, 2, 3)},
+        shuffled_convolution,
+    ),
+    (
+        Conv2d("y", "x", "w", None, padding=ONES, norm=RMS, activation="silu"),
+        SQUARE | {"scale": (4,)},
+        lambda x, w: F.conv2d(F.silu(normal_pixels(x, w)), w["w"], padding=1),
+    ),
+    (
+        Conv2d("y", "x", "w", None, padding=ONES, residual="x", output_activation="relu"),
+        SQUARE,
+        lambda x, w: F.relu(x + F.conv2d(x, w["w"], padding=1)),
+    ),
     (GroupNorm("y", "x", NORM), NORMED, normal),
+    (PixelNorm("y", "x", RMS), {"scale": (4,)}, normal_pixels),
     *(
         (Activation("y", "x", name), {}, lambda x, w, name=name: getattr(F, name)(x))
         for name in ACTIVATIONS
     ),
+    (Shuffle("y", "x", "channels", (3, 1, 1)), {}, lambda x, w: x[:, [3, 1, 1]]),
+    (
+        Shuffle("y", "x", "up", (0, 1, 2, 3)),
+        {},
+        lambda x, w: F.pixel_shuffle(x, 2),
+    ),
+    (
+        Shuffle("y", "x", "up", (0, 0, 0, 0, 3, 2, 1, 3)),
+        {},
+        lambda x, w: F.pixel_shuffle(x[:, [0, 0, 0, 0, 3, 2, 1, 3]], 2),
+    ),
     (Add("y", "x", "x"), {}, lambda x, w: 2 * x),
     (Scale("y", "x", -0.3), {}, lambda x, w: -0.3 * x),
+    (Scale("y", "x", 2.0, -1.0), {}, lambda x, w: 2 * x - 1),
     (Identity("y", "x"), {}, lambda x, w: x),
     (Upsample("y", "x"), {}, lambda x, w: x.repeat_interleave(2, 2).repeat_interleave(2, 3)),
     (Pad("y", "x", (1, 2, 3, 4)), {}, lambda x, w: F.pad(x, (3, 4, 1, 2))),

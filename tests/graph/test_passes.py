@@ -23,16 +23,22 @@ from rbln_vae.graph.ir import (
     Norm,
     Operation,
     Pad,
+    PixelNorm,
+    RMSNorm,
     Scale,
+    Shuffle,
     Upsample,
 )
 from rbln_vae.graph.passes import (
     PASSES,
     Pass,
     fold_pad,
+    fold_scale,
+    fold_shuffle,
     fold_upsample,
     fold_value_projection,
     fuse_norm,
+    fuse_output_activation,
     fuse_residual,
     optimise,
 )
@@ -85,6 +91,16 @@ def graph(*operations: Operation, **shapes: tuple[int, ...]) -> Graph:
 
 # Every pass
 
+ABSENT: dict[Pass, tuple[str, ...]] = {
+    fold_upsample: ("encoder",),
+    fold_pad: ("decoder",),
+    # Other families have these.
+    fold_scale: PARTS,
+    fold_shuffle: PARTS,
+    fuse_output_activation: PARTS,
+}
+"""The parts of an `AutoencoderKL` that have nothing for a pass."""
+
 
 @by_name
 @pytest.mark.parametrize("part", PARTS)
@@ -105,8 +121,7 @@ def test_a_pass_is_idempotent(rewrite: Pass, part: str) -> None:
 def test_a_pass_finds_something_to_do_and_never_adds_work(rewrite: Pass, part: str) -> None:
     original = before(rewrite, part)
     result = rewrite(original)
-    absent = {fold_upsample: "encoder", fold_pad: "decoder"}.get(rewrite)
-    assert (result == original) is (part == absent)
+    assert (result == original) is (part in ABSENT.get(rewrite, ()))
     assert len(result.operations) <= len(original.operations)
     assert result.flops((1, original.input_channels, 16, 16)) <= original.flops(
         (1, original.input_channels, 16, 16)
@@ -679,3 +694,128 @@ def test_every_pass_on_any_graph_computes_the_same(original: Graph) -> None:
             difference = (evaluate(result, image, torch.float64) - expected).norm()
             assert difference <= 1e-6 * expected.norm() + 1e-9
         rewritten = result
+
+
+# Scales
+
+
+def test_scales_become_one_and_then_a_part_of_the_convolution_before_them() -> None:
+    original = graph(conv("c", "x", bias="bias"), Scale("s", "c", 2.0, 1.0), Scale("y", "s", 3.0))
+    folded = fold_scale(original)
+    assert kinds(folded) == ["Conv2d"]
+    assert_same(original, folded)
+    alone = fold_scale(graph(Scale("s", "x", 2.0, 1.0), Scale("y", "s", 3.0, -1.0)))
+    assert alone.operations == (Scale("y", "x", 6.0, 2.0),)
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        (conv("c", "x", residual="x"), Scale("y", "c", 2.0)),
+        (conv("c", "x", output_activation="relu"), Scale("y", "c", 2.0)),
+        (conv("c", "x"), Scale("s", "c", 2.0), Add("y", "c", "s")),
+        (Scale("s", "x", 2.0), conv("y", "s")),
+    ],
+    ids=["a sum", "an activation", "another reader", "before a convolution"],
+)
+def test_a_scale_of_what_is_no_mere_convolution_stays(operations: tuple[Operation, ...]) -> None:
+    original = graph(*operations)
+    assert fold_scale(original).operations == original.operations
+
+
+# Shuffles
+
+ORDER = (2, 0, 3, 1, 1, 1, 0, 2)
+"""Of two channels of a doubled image, from four."""
+
+
+def test_a_convolution_writes_the_pixels_of_a_shuffle() -> None:
+    original = graph(conv("c", "x", bias="bias"), Shuffle("y", "c", "up", ORDER))
+    folded = fold_shuffle(original)
+    assert kinds(folded) == ["Conv2d"]
+    assert_same(original, folded)
+
+
+def test_an_order_of_channels_joins_the_shuffle_after_it() -> None:
+    original = graph(
+        conv("c", "x", bias="bias"),
+        Shuffle("o", "c", "channels", (3, 1, 2, 0)),
+        Shuffle("y", "o", "up", ORDER),
+    )
+    folded = fold_shuffle(original)
+    assert kinds(folded) == ["Conv2d"]
+    assert_same(original, folded)
+
+
+def test_a_convolution_reads_the_pixels_of_cells() -> None:
+    original = graph(
+        Shuffle("s", "x", "down", tuple(range(16))),
+        Shuffle("o", "s", "channels", (5, 15, 0, 5)),
+        conv("y", "o", bias="bias", padding=(1, 0, 2, 1)),
+    )
+    folded = fold_shuffle(original)
+    assert kinds(folded) == ["Conv2d"]
+    assert folded.operations[0].flops(folded.probe_shapes(), folded.weights) > 0
+    assert_same(original, folded, size=(8, 12))
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        (conv("c", "x", weight="w1"), Shuffle("y", "c", "up", ORDER)),
+        (conv("c", "x", stride=2), Shuffle("y", "c", "up", ORDER)),
+        (conv("c", "x", residual="x"), Shuffle("y", "c", "up", ORDER)),
+        (Shuffle("s", "x", "up", ORDER * 2), conv("y", "s")),
+        (Shuffle("s", "x", "down", ORDER[:4]), conv("y", "s", norm=norm())),
+    ],
+    ids=["1x1", "a stride", "a sum", "doubled before", "a norm between"],
+)
+def test_a_shuffle_that_no_convolution_can_take_in_stays(
+    operations: tuple[Operation, ...],
+) -> None:
+    original = graph(*operations)
+    assert fold_shuffle(original).operations == original.operations
+
+
+def test_cells_of_many_channels_are_not_read_by_one_kernel() -> None:
+    original = graph(
+        conv("c", "x", weight="wide"),
+        Shuffle("s", "c", "down", tuple(range(36))),
+        conv("y", "s", weight="w36"),
+        wide=(9, 4, 3, 3),
+        w36=(4, 36, 3, 3),
+    )
+    assert fold_shuffle(original).operations == original.operations
+
+
+# Norms of pixels, and activations of outputs
+
+
+def test_a_norm_of_pixels_is_fused_into_every_convolution_that_reads_it() -> None:
+    original = graph(
+        PixelNorm("n", "x", RMSNorm(1e-6, "scale")),
+        conv("a", "n"),
+        conv("b", "n"),
+        Add("y", "a", "b"),
+    )
+    fused = fuse_norm(original)
+    assert kinds(fused) == ["Conv2d", "Conv2d", "Add"]
+    assert_same(original, fused)
+
+
+def test_an_activation_after_a_sum_is_fused_into_the_convolution_that_adds() -> None:
+    original = graph(
+        conv("c", "x"), Add("s", "c", "x"), Activation("a", "s", "relu"), conv("d", "a"),
+        Add("y", "d", "a"),
+    )  # fmt: skip
+    result = fuse_output_activation(fuse_residual(fuse_norm(original)))
+    assert kinds(result) == ["Conv2d", "Conv2d"]
+    first, second = result.operations
+    assert isinstance(first, Conv2d) and first.output_activation == "relu"
+    assert isinstance(second, Conv2d) and second.residual == "a"
+    assert_same(original, result)
+
+
+def test_an_activation_of_a_value_that_others_read_stays() -> None:
+    original = graph(conv("c", "x"), Activation("a", "c", "relu"), Add("y", "a", "c"))
+    assert fuse_output_activation(original).operations == original.operations

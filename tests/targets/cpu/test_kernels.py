@@ -167,20 +167,27 @@ dtypes = st.sampled_from(["float32", "bfloat16"])
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes, sizes, sizes, sizes, st.integers(1, 3), st.booleans(), dtypes, st.data())
+@given(sizes, sizes, sizes, sizes, st.integers(1, 3), st.sampled_from([0, 2, 3]), dtypes, st.data())
 def test_winograd_takes_any_shape_and_tiles(
     inputs: int,
     outputs: int,
     height: int,
     width: int,
     batch: int,
-    upsample: bool,
+    upsample: int,
     dtype: str,
     data: st.DataObject,
 ) -> None:
-    kernel = (2, 2) if upsample else (3, 3)
     case = ConvCase(
-        inputs, outputs, height, width, batch=batch, kernel=kernel, upsample=upsample, residual=True
+        inputs,
+        outputs,
+        height,
+        width,
+        batch=batch,
+        kernel=(upsample, upsample) if upsample else (3, 3),
+        upsample=bool(upsample),
+        rms=data.draw(st.booleans()),
+        residual=True,
     )
     if (BEST[dtype], dtype) not in WINOGRAD:
         dtype = "float32"

@@ -152,7 +152,7 @@ def rare_operations() -> Graph:
         Conv2d("a", "i", "w", None),
         GroupNorm("b", "a", norm),
         Activation("c", "b", "gelu"),
-        Scale("d", "c", 0.7),
+        Scale("d", "c", 0.7, -0.2),
         Pad("e", "d", (0, 1, 2, 3)),
         Upsample("f", "e"),
         Add("y", "f", "f"),
