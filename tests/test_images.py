@@ -22,6 +22,7 @@ from rbln_vae.images import (
     side_by_side,
     to_image,
     to_tensor,
+    with_opacity,
 )
 
 SIDES = st.integers(1, 90)
@@ -203,10 +204,24 @@ def test_low_precision_samples_are_shown() -> None:
     assert pixel(to_image(torch.ones(1, 3, 2, 2, dtype=torch.bfloat16))) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2), (4, 2, 2), (2, 3, 2, 2), (2, 2)])
-def test_only_one_rgb_sample_makes_a_picture(shape) -> None:
-    with pytest.raises(ValueError, match="expected one RGB sample"):
+@pytest.mark.parametrize("shape", [(1, 2, 2), (5, 2, 2), (2, 3, 2, 2), (2, 2)])
+def test_only_one_sample_makes_a_picture(shape) -> None:
+    with pytest.raises(ValueError, match="expected one sample"):
         to_image(torch.zeros(shape))
+
+
+def test_a_fourth_channel_is_the_opacity_of_a_picture() -> None:
+    sample = with_opacity(-torch.ones(1, 3, 2, 2), 4)
+    assert pixel(to_image(sample)) == (0, 0, 0, 255)
+    assert to_image(sample).mode == "RGBA"
+
+
+def test_samples_get_an_opacity_only_for_models_that_take_one() -> None:
+    sample = torch.zeros(2, 3, 4, 5)
+    assert with_opacity(sample, 3) is sample
+    assert with_opacity(sample, 4).shape == (2, 4, 4, 5)
+    with pytest.raises(ValueError, match="this model takes 2"):
+        with_opacity(sample, 2)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

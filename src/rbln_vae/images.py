@@ -132,11 +132,32 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return (pixels.float() / 127.5 - 1).unsqueeze(0).contiguous()
 
 
+def with_opacity(sample: torch.Tensor, channels: int) -> torch.Tensor:
+    """RGB samples as a model takes them: with an opaque fourth channel if it has one.
+
+    Args:
+        sample: `(N, 3, H, W)`, in `[-1, 1]`.
+        channels: The channels that the model takes.
+
+    Raises:
+        ValueError: The model takes neither 3 nor 4.
+    """
+    if channels == 3:
+        return sample
+    if channels == 4:
+        return torch.cat([sample, torch.ones_like(sample[:, :1])], dim=1)
+    raise ValueError(
+        f"pictures have 3 channels, or 4 with their opacity, and this model takes {channels}; use "
+        "it from Python, with tensors"
+    )
+
+
 def to_image(sample: torch.Tensor) -> Image.Image:
     """Convert a sample to a picture; values outside `[-1, 1]` are clipped.
 
     Args:
-        sample: `(3, H, W)` or `(1, 3, H, W)`, floating point; -1 is black and 1 is white.
+        sample: `(3, H, W)` or `(1, 3, H, W)`, floating point; -1 is black and 1 is white. A
+            fourth channel is the opacity.
 
     Raises:
         ValueError: The shape is another one, or a value is not finite.
@@ -144,8 +165,10 @@ def to_image(sample: torch.Tensor) -> Image.Image:
     shape = tuple(sample.shape)
     if sample.ndim == 4 and shape[0] == 1:
         sample = sample[0]
-    if sample.ndim != 3 or sample.shape[0] != 3:
-        raise ValueError(f"expected one RGB sample (3, H, W) or (1, 3, H, W), found {shape}")
+    if sample.ndim != 3 or sample.shape[0] not in (3, 4):
+        raise ValueError(
+            f"expected one sample (3, H, W) or (1, 3, H, W), or of 4 channels, found {shape}"
+        )
     sample = sample.detach().to("cpu", torch.float32)
     if not torch.isfinite(sample).all():
         raise ValueError("the sample holds values that aren't finite")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline, FluxPipeline
+from diffusers import Flux2Pipeline, FluxPipeline, QwenImagePipeline
 from PIL import Image
 from services import raw
 from vaes import noise
@@ -22,6 +22,8 @@ from rbln_vae.serving.protocol import DecodeQuery, EncodeQuery
 def model(**changes: Any) -> ModelInfo:
     facts: dict[str, Any] = {
         "name": "m",
+        "class_name": "AutoencoderKL",
+        "frames": False,
         "parts": ("encoder", "decoder"),
         "in_channels": 3,
         "latent_channels": 4,
@@ -164,12 +166,89 @@ def test_a_result_that_isnt_finite_is_no_picture_but_can_be_had() -> None:
     assert protocol.decode_reply(sample, tensor, "").body == raw(sample)
 
 
-def test_one_channel_is_a_grey_picture_and_four_are_none() -> None:
+def test_one_channel_is_a_grey_picture_and_a_fourth_is_the_opacity() -> None:
     query = DecodeQuery(shape=[1, 4, 1, 1], dtype="float32", image_format="png")
-    reply = protocol.decode_reply(torch.ones(1, 1, 8, 8), query, "")
-    assert Image.open(io.BytesIO(reply.body)).mode == "L"
+    for channels, mode in ((1, "L"), (4, "RGBA")):
+        sample = noise(1, channels, 8, 8)
+        shown = Image.open(io.BytesIO(protocol.decode_reply(sample, query, "").body))
+        levels = ((sample[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels = torch.tensor(list(shown.tobytes()), dtype=torch.uint8)
+        assert shown.mode == mode
+        assert torch.equal(pixels, levels.permute(1, 2, 0).flatten())
     with refused("wrong_shape"):
-        protocol.decode_reply(torch.ones(1, 4, 8, 8), query, "")
+        protocol.decode_reply(torch.ones(1, 2, 8, 8), query, "")
+    jpeg = query.model_copy(update={"image_format": "jpg"})
+    with pytest.raises(RefusedError, match="image_format=png"):
+        protocol.decode_reply(torch.ones(1, 4, 8, 8), jpeg, "")
+
+
+# Models whose latents and images have an axis of frames
+
+
+def video(**changes: Any) -> ModelInfo:
+    return model(class_name="AutoencoderKLQwenImage", frames=True, **changes)
+
+
+def test_a_latent_of_one_frame_arrives_without_its_axis_and_unscaled_by_the_model() -> None:
+    statistics = LatentScaling(latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(0.5,) * 4)
+    latent = noise(2, 4, 1, 3, 5)
+    found = prepared(latent, video(scaling=statistics), do_scaling=True)
+    expected = latent * 0.5 + torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1, 1)
+    torch.testing.assert_close(found, expected.squeeze(2))
+    assert torch.equal(prepared(latent.squeeze(2), video()), latent.squeeze(2))
+
+
+def test_packed_latents_are_unpacked_as_qwen_image_does() -> None:
+    latent = noise(2, 4, 6, 4)
+    packed = QwenImagePipeline._pack_latents(latent, 2, 4, 6, 4)
+    found = prepared(packed, video(), height=48, width=32)
+    assert torch.equal(found, latent)
+
+
+def test_the_result_has_an_axis_of_frames_if_the_latent_had() -> None:
+    sample = noise(1, 3, 8, 8)
+    for shape, expected in (([1, 4, 1, 1, 1], "[1, 3, 1, 8, 8]"), ([1, 4, 1, 1], "[1, 3, 8, 8]")):
+        query = DecodeQuery(shape=shape, dtype="float32", output_type="pt")
+        assert protocol.decode_reply(sample, query, "").headers["shape"] == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ([1, 3, 1, 8, 8], "[1, 4, 1, 1, 1]"),
+        ([1, 3, 8, 8], "[1, 4, 1, 1]"),
+        (None, "[1, 4, 1, 1, 1]"),
+    ],
+)
+def test_encoded_latents_have_an_axis_of_frames_unless_the_image_has_none(
+    shape: list[int] | None, expected: str
+) -> None:
+    query = EncodeQuery() if shape is None else EncodeQuery(shape=shape, dtype="float32")
+    taken = protocol.encode_input(query, video())
+    assert taken is None or taken.model_shape == (1, 3, 8, 8)
+    reply = protocol.encode_reply(noise(1, 4, 1, 1), query, video())
+    assert reply.headers["shape"] == expected
+
+
+def test_several_frames_are_refused_and_so_is_an_axis_that_the_model_has_not() -> None:
+    with pytest.raises(RefusedError, match="one frame"):
+        prepared(noise(1, 4, 2, 3, 5), video())
+    with pytest.raises(RefusedError, match="one frame"):
+        protocol.encode_input(EncodeQuery(shape=[1, 3, 5, 8, 8], dtype="float32"), video())
+    with refused("wrong_shape"):
+        prepared(noise(1, 4, 1, 3, 5))
+    with refused("wrong_shape"):
+        protocol.encode_input(EncodeQuery(shape=[1, 3, 1, 8, 8], dtype="float32"), model())
+
+
+def test_a_picture_is_opaque_for_a_model_with_opacity() -> None:
+    file = io.BytesIO()
+    Image.effect_noise((8, 8), 90).convert("RGB").save(file, "PNG")
+    assert protocol.encode_input(EncodeQuery(), model(in_channels=4)) is None
+    found = protocol.read_picture(bytearray(file.getvalue()), model(in_channels=4))
+    plain = protocol.read_picture(bytearray(file.getvalue()), model())
+    assert torch.equal(found[:, :3], plain)
+    assert torch.equal(found[:, 3:], torch.ones(1, 1, 8, 8))
 
 
 def test_a_tensor_to_encode_needs_shape_and_dtype() -> None:
@@ -185,7 +264,7 @@ def test_refuses_images_that_the_encoder_doesnt_take() -> None:
     with pytest.raises(RefusedError, match="16"):
         protocol.encode_input(EncodeQuery(shape=[1, 3, 8, 13], dtype="float32"), model())
     with refused("wrong_shape"):
-        protocol.encode_input(EncodeQuery(), model(in_channels=4))
+        protocol.encode_input(EncodeQuery(), model(in_channels=2))
 
 
 def test_a_picture_is_taken_down_to_a_size_that_the_model_takes() -> None:
@@ -212,6 +291,6 @@ def test_refuses_a_picture_that_breaks_off() -> None:
 def test_encoded_latents_are_scaled_as_pipelines_do() -> None:
     latent = noise(1, 4, 2, 2)
     query = EncodeQuery(scaling_factor=0.3, shift_factor=0.1)
-    reply = protocol.encode_reply(latent, query)
+    reply = protocol.encode_reply(latent, query, model())
     assert reply.body == raw((latent - 0.1) * 0.3)
     assert reply.headers == {"shape": "[1, 4, 2, 2]", "dtype": "float32"}

@@ -22,6 +22,7 @@ from ..images import (
     side_by_side,
     to_image,
     to_tensor,
+    with_opacity,
 )
 from ..metrics import SSIM_WINDOW, psnr, ssim
 from ..models.autoencoder import RBLNAutoencoderModel
@@ -51,7 +52,7 @@ def reconstruct(
 
     def work(path: Path) -> tuple[str, ...]:
         original, fitting = fitted(path)
-        sample = to_tensor(original)
+        sample = with_opacity(to_tensor(original), model.resolved_config.in_channels)
         start = time.perf_counter()
         latents = mode(model.encode_images(sample))
         middle = time.perf_counter()
@@ -60,7 +61,7 @@ def reconstruct(
 
         # Padding is easy to reconstruct, and nobody's picture.
         height, width = fitting.content
-        sample, result = (x[..., :height, :width] for x in (sample, result))
+        sample, result = (x[:, :3, :height, :width] for x in (sample, result))
         _save(side_by_side({"original": to_image(sample), "reconstruction": to_image(result)}),
               written[path])  # fmt: skip
         similarity = ssim(result, sample) if min(height, width) >= SSIM_WINDOW else None
@@ -96,7 +97,8 @@ def encode(
     def work(path: Path) -> tuple[str, ...]:
         original, fitting = fitted(path)
         start = time.perf_counter()
-        encoded = model.encode_images(to_tensor(original))
+        sample = with_opacity(to_tensor(original), model.resolved_config.in_channels)
+        encoded = model.encode_images(sample)
         if seed is None or isinstance(encoded, torch.Tensor):
             latents = mode(encoded)
         else:
@@ -193,11 +195,7 @@ def _open_for_images(
     wanted = None if size is None else parse_size(size)
     model = open_model(name, settings, **loading)
     config = model.resolved_config
-    if config.in_channels != 3:
-        raise ValueError(
-            f"pictures have 3 channels, and this model takes {config.in_channels}; use it from "
-            "Python, with tensors"
-        )
+    with_opacity(torch.empty(1, 3, 1, 1), config.in_channels)  # refuses other models early
     multiple = config.vae_scale_factor
     if wanted is not None:
         check_image_size(wanted, multiple)

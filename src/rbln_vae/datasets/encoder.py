@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import SUFFIX
+from ..images import with_opacity
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ENCODER
 from ..models.opening import open_found
@@ -75,8 +76,7 @@ class LatentEncoder:
                 "the model has a decoder only; compile it again with its encoder "
                 "(rbln_uses_encoder=True)"
             )
-        if config.in_channels != 3:
-            raise ValueError(f"images have 3 channels, and the model takes {config.in_channels}")
+        with_opacity(torch.empty(1, 3, 1, 1), config.in_channels)  # refuses other models
         sizes = sizing_for(vae, options).sizes
         self._vae, self._options = vae, options
         self._padded = vae.static_shapes
@@ -120,7 +120,8 @@ class LatentEncoder:
             sample = torch.cat(
                 [sample, sample.new_zeros(self.batch_size - count, *sample.shape[1:])]
             )
-        encoded = self._vae.encode_images(sample)
+        channels = self._vae.resolved_config.in_channels
+        encoded = self._vae.encode_images(with_opacity(sample, channels))
         result = []
         for i, key in enumerate(keys):
             if isinstance(encoded, Tensor):

@@ -44,6 +44,8 @@ class ModelEntry(BaseModel):
     """What a client may know of a model."""
 
     name: str
+    class_name: str
+    frames: bool
     parts: list[str]
     in_channels: int
     latent_channels: int
@@ -219,6 +221,7 @@ class _Service:
             body = await read_body(request, most, self.limits.body_timeout)
             if expected is not None:
                 image = await asyncio.to_thread(expected.read, body)
+                image = image.view(expected.model_shape)
             else:
                 size = protocol.picture_size(body)
                 # What it takes in memory is known before it is there.
@@ -227,7 +230,7 @@ class _Service:
                 await self._admit(model, ENCODER, (1, model.in_channels, *fitted))
                 image = await asyncio.to_thread(protocol.read_picture, body, model)
             outcome = await self._run(request, model, ENCODER, image)
-        return self._respond(request, protocol.encode_reply(outcome.tensor, query), outcome)
+        return self._respond(request, protocol.encode_reply(outcome.tensor, query, model), outcome)
 
     def _model(self, name: str | None) -> ModelInfo:
         models = self.backend.models

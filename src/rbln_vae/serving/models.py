@@ -29,6 +29,8 @@ class ModelInfo:
 
     Attributes:
         name: The name for `?model=`.
+        class_name: The diffusers class that was compiled.
+        frames: Whether latents and images have an axis of frames, of length 1.
         parts: `"decoder"`, and `"encoder"` if it was compiled.
         in_channels: The number of channels of an input image.
         latent_channels: The number of channels of a latent.
@@ -40,6 +42,8 @@ class ModelInfo:
     """
 
     name: str
+    class_name: str
+    frames: bool
     parts: tuple[str, ...]
     in_channels: int
     latent_channels: int
@@ -55,6 +59,8 @@ class ModelInfo:
         resolved = vae.resolved_config
         return cls(
             name=name,
+            class_name=vae.family.original_class_name,
+            frames=vae.frames,
             parts=resolved.parts,
             in_channels=resolved.in_channels,
             latent_channels=resolved.latent_channels,

@@ -15,7 +15,7 @@ import numpy as np
 from isal import isal_zlib
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_COLOUR_TYPES = {1: 0, 3: 2}  # grey, RGB
+_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # grey, RGB, RGB with opacity
 _UP = 2  # the filter: the difference of each byte to the byte above
 _LEVEL = 1
 
@@ -24,7 +24,8 @@ def encode_png(levels: np.ndarray) -> bytes:
     """Encode a picture as the bytes of a PNG file.
 
     Args:
-        levels: A uint8 array `(H, W, 1)` for grey or `(H, W, 3)` for RGB; neither side is 0.
+        levels: A uint8 array `(H, W, 1)` for grey, `(H, W, 3)` for RGB or `(H, W, 4)` for RGB
+            with opacity; neither side is 0.
 
     Raises:
         ValueError: The array has another dtype or shape.
@@ -34,7 +35,7 @@ def encode_png(levels: np.ndarray) -> bytes:
     """
     if levels.dtype != np.uint8 or levels.ndim != 3 or levels.shape[2] not in _COLOUR_TYPES:
         raise ValueError(
-            f"expected uint8 (H, W, 1) or (H, W, 3), found {levels.dtype} {levels.shape}"
+            f"expected uint8 (H, W, 1), (H, W, 3) or (H, W, 4), found {levels.dtype} {levels.shape}"
         )
     height, width, channels = levels.shape
     rows = levels.reshape(height, width * channels)

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..images import load_image, open_image
+from ..images import load_image, open_image, with_opacity
 from ..models.latents import LatentScaling
 from ..sizes import check_image_size
 from .errors import RefusedError
@@ -70,8 +70,8 @@ class DecodeQuery(Query):
     shape: list[int] = Field(
         min_length=1,
         max_length=_MOST_AXES,
-        description="The shape of the latent: (N, C, H, W), or packed (N, H / 2 * W / 2, 4 * C). "
-        "One parameter for each number.",
+        description="The shape of the latent: (N, C, H, W), for models of videos also (N, C, 1, H, "
+        "W), or packed (N, H / 2 * W / 2, 4 * C). One parameter for each number.",
     )
     dtype: Dtype = Field(description="The dtype of the latent; a result tensor has the same.")
     output_type: Literal["pil", "pt"] = Field(
@@ -99,7 +99,8 @@ class EncodeQuery(Query):
         None,
         min_length=1,
         max_length=_MOST_AXES,
-        description="The shape of the image (N, C, H, W) in [-1, 1], if the body is a tensor. "
+        description="The shape of the image (N, C, H, W) in [-1, 1], for models of videos also "
+        "(N, C, 1, H, W), if the body is a tensor. "
         "One parameter for each number.",
     )
     dtype: Dtype | None = Field(None, description="The dtype of the tensor; not for a picture.")
@@ -164,12 +165,14 @@ def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
         RefusedError: The shape does not fit the model.
     """
     shape = _positive(query.shape)
+    image_shape = _without_frames(shape, model)
     patch = _scaling(query, model).patch_size
     channels = patch**2 * model.latent_channels
     if len(shape) == 3:
         model_shape = _unpacked_shape(shape, query, model)
-    elif len(shape) == 4 and shape[1] == channels:
-        model_shape = (shape[0], model.latent_channels, patch * shape[2], patch * shape[3])
+    elif len(image_shape) == 4 and image_shape[1] == channels:
+        batch, _, height, width = image_shape
+        model_shape = (batch, model.latent_channels, patch * height, patch * width)
     else:
         raise RefusedError(
             422,
@@ -186,6 +189,20 @@ def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
             "them one by one, or ask for output_type=pt with partial_postprocess=true.",
         )
     return TensorInput(shape, DTYPES[query.dtype], model_shape)
+
+
+def _without_frames(shape: Shape, model: ModelInfo) -> Shape:
+    """A shape without its axis of frames, if it has one and the model takes it."""
+    if len(shape) != 5 or not model.frames:
+        return shape
+    if shape[2] != 1:
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"The model {model.name!r} runs images of one frame, (N, C, 1, H, W), and this shape "
+            f"is {_text(shape)}. Send the frames one by one, if they are images of their own.",
+        )
+    return (*shape[:2], *shape[3:])
 
 
 def _unpacked_shape(shape: Shape, query: DecodeQuery, model: ModelInfo) -> Shape:
@@ -216,6 +233,8 @@ def prepare_latent(
 ) -> Tensor:
     """The unscaled latent `(N, C, H, W)` for the decoder, as pipelines compute it."""
     scaling = _scaling(query, model)
+    if latent.dim() == 5:
+        latent = latent.squeeze(2)
     if latent.dim() == 3:
         batch, channels, height, width = expected.model_shape
         cells = latent.view(batch, height // 2, width // 2, channels, 2, 2)
@@ -261,17 +280,23 @@ def decode_reply(sample: Tensor, query: DecodeQuery, accept: str) -> Reply:
         RefusedError: The result can't be returned in the requested form.
     """
     if query.output_type == "pt":
-        return tensor_reply(_as_bytes_of_colour(sample) if query.partial_postprocess else sample)
+        if query.partial_postprocess:
+            return tensor_reply(_as_bytes_of_colour(sample))
+        # As it was asked: with an axis of frames if the latent had one.
+        return tensor_reply(sample.unsqueeze(2) if len(query.shape) == 5 else sample)
     _require_finite(sample)
     if TENSOR in accept:
         shown: Any = VaeImageProcessor.denormalize(sample)
         return tensor_reply(shown)
     picture = _as_bytes_of_colour(sample)[0].numpy()
-    if picture.shape[2] not in (1, 3):
+    shown_channels = (1, 3, 4) if query.image_format == "png" else (1, 3)
+    if picture.shape[2] not in shown_channels:
         raise RefusedError(
             422,
             "wrong_shape",
-            f"A result of {picture.shape[2]} channels is no picture. Ask for output_type=pt.",
+            f"A result of {picture.shape[2]} channels is no picture in the format "
+            f"{query.image_format}. Ask for output_type=pt, or for 4 channels, of which the last "
+            "is the opacity, for image_format=png.",
         )
     file = encode_png(picture) if query.image_format == "png" else _encode_jpeg(picture)
     return Reply(file, IMAGE_TYPES[query.image_format], {})
@@ -326,12 +351,12 @@ def encode_input(query: EncodeQuery, model: ModelInfo) -> TensorInput | None:
         RefusedError: The shape does not fit the model.
     """
     if query.shape is None and query.dtype is None:
-        if model.in_channels != 3:
+        if model.in_channels not in (3, 4):
             raise RefusedError(
                 422,
                 "wrong_shape",
                 f"The model {model.name!r} encodes images of {model.in_channels} channels, and a "
-                "picture has 3. Send a tensor, with shape and dtype.",
+                "picture has 3, or 4 with its opacity. Send a tensor, with shape and dtype.",
             )
         return None
     if query.shape is None or query.dtype is None:
@@ -341,7 +366,8 @@ def encode_input(query: EncodeQuery, model: ModelInfo) -> TensorInput | None:
             "A tensor needs both shape and dtype in the query, a picture neither of them.",
         )
     shape = _positive(query.shape)
-    if len(shape) != 4 or shape[1] != model.in_channels:
+    model_shape = _without_frames(shape, model)
+    if len(model_shape) != 4 or shape[1] != model.in_channels:
         raise RefusedError(
             422,
             "wrong_shape",
@@ -349,10 +375,10 @@ def encode_input(query: EncodeQuery, model: ModelInfo) -> TensorInput | None:
             f"[-1, 1], and this one has {_text(shape)}.",
         )
     try:
-        check_image_size((shape[2], shape[3]), model.vae_scale_factor)
+        check_image_size((model_shape[2], model_shape[3]), model.vae_scale_factor)
     except ValueError as error:
         raise RefusedError(422, "wrong_shape", str(error)) from None
-    return TensorInput(shape, DTYPES[query.dtype], shape)
+    return TensorInput(shape, DTYPES[query.dtype], model_shape)
 
 
 def picture_size(body: bytearray) -> tuple[int, int]:
@@ -402,7 +428,7 @@ def read_picture(body: bytearray, model: ModelInfo) -> Tensor:
         raise _not_an_image() from None
     processor: Any = VaeImageProcessor(vae_scale_factor=model.vae_scale_factor)
     tensor: Tensor = processor.preprocess(image)
-    return tensor
+    return with_opacity(tensor, model.in_channels)
 
 
 def _not_an_image() -> RefusedError:
@@ -414,9 +440,15 @@ def _not_an_image() -> RefusedError:
     )
 
 
-def encode_reply(latent: Tensor, query: EncodeQuery) -> Reply:
-    """The response that `remote_encode` reads: the latent, scaled if requested."""
-    return tensor_reply(_asked_for(query, LatentScaling()).scale(latent))
+def encode_reply(latent: Tensor, query: EncodeQuery, model: ModelInfo) -> Reply:
+    """The response that `remote_encode` reads: the latent, scaled if requested.
+
+    It has an axis of frames where the model's latents have one, unless the request was a tensor
+    without it.
+    """
+    latent = _asked_for(query, LatentScaling()).scale(latent)
+    with_frames = model.frames and len(query.shape or range(5)) == 5
+    return tensor_reply(latent.unsqueeze(2) if with_frames else latent)
 
 
 def _positive(shape: list[int]) -> Shape:
