@@ -168,6 +168,12 @@ void bind_steps(nb::module_& m) {
               Field{"packed_values", &AttentionStep::packed_values},
               Field{"residual", &AttentionStep::residual},
               Field{"queries", &AttentionStep::queries}, Field{"keys", &AttentionStep::keys});
+  bind_struct(m, "ModulateStep", "The product with one image plus another.",
+              Field{"batch", &ModulateStep::batch}, Field{"input", &ModulateStep::input},
+              Field{"output", &ModulateStep::output},
+              Field{"coefficients", &ModulateStep::coefficients},
+              Field{"scale", &ModulateStep::scale}, Field{"shift", &ModulateStep::shift},
+              Field{"factor", &ModulateStep::factor});
   bind_struct(m, "PointwiseStep", "The operations that no convolution took in.",
               Field{"batch", &PointwiseStep::batch}, Field{"input", &PointwiseStep::input},
               Field{"output", &PointwiseStep::output},
@@ -340,7 +346,7 @@ void bind_engine(nb::module_& m) {
       .def("add", nb::overload_cast<ShuffleStep, const Weights&>(&BoundPlan::add), "step"_a,
            "order"_a);
   bind_add<ImportStep, ExportStep, StatisticsStep, AttentionPackStep, AttentionStep,
-           PointwiseStep, MoveRowsStep>(plan);
+           ModulateStep, PointwiseStep, MoveRowsStep>(plan);
 
   nb::class_<Executor>(m, "Executor", "Threads and memory that the runs of a model share.")
       .def(nb::init<int>(), "threads"_a, nb::call_guard<nb::gil_scoped_release>())

@@ -255,6 +255,27 @@ void Plan::add(const AttentionStep& s) {
   append(s, product("items", {s.batch, s.heads, s.query_parts()}), kernels_.attention_scratch(s));
 }
 
+void Plan::add(const ModulateStep& s) {
+  check_image("input", s.batch, s.input);
+  check_image("output", s.batch, s.output);
+  check_reading(s.batch, s.input, {.coefficients = s.coefficients});
+  check_image("scale", s.batch, s.scale);
+  require(s.input.channels == s.output.channels && s.input.height == s.output.height &&
+              s.input.width == s.output.width,
+          "an output of another size than the input");
+  require(s.factor > 0 && s.scale.channels == s.input.channels &&
+              s.input.height % s.factor == 0 && s.scale.height == s.input.height / s.factor &&
+              s.input.width % s.factor == 0 && s.scale.width == s.input.width / s.factor,
+          "the input isn't larger than the scale by the factor");
+  if (s.shift.channels != 0) {
+    check_image("shift", s.batch, s.shift);
+    require(s.shift.channels == s.scale.channels && s.shift.height == s.scale.height &&
+                s.shift.width == s.scale.width,
+            "a shift of another size than the scale");
+  }
+  append(s, product("items", {s.batch, s.output.blocks(), s.output.height}), 0);
+}
+
 void Plan::add(const PointwiseStep& s) {
   check_image("input", s.batch, s.input);
   check_image("output", s.batch, s.output);
@@ -303,6 +324,7 @@ void Plan::run_item(std::size_t step, const Context& context, Index item) const 
     void operator()(const NormStep& s) { norm(s, context, item); }
     void operator()(const AttentionPackStep& s) { kernels.attention_pack(s, context, item); }
     void operator()(const AttentionStep& s) { kernels.attention(s, context, item); }
+    void operator()(const ModulateStep& s) { modulate(kernels.dtype, s, context, item); }
     void operator()(const PointwiseStep& s) { pointwise(kernels.dtype, s, context, item); }
     void operator()(const ShuffleStep& s) { shuffle(kernels.dtype, s, context, item); }
     void operator()(const MoveRowsStep& s) { move_rows(kernels.dtype, s, context, item); }

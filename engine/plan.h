@@ -12,7 +12,8 @@ namespace rbln_vae {
 
 using Step =
     std::variant<ImportStep, ExportStep, ConvStep, WinogradStep, StatisticsStep, NormStep,
-                 AttentionPackStep, AttentionStep, PointwiseStep, ShuffleStep, MoveRowsStep>;
+                 AttentionPackStep, AttentionStep, ModulateStep, PointwiseStep, ShuffleStep,
+                 MoveRowsStep>;
 
 using Shape = std::array<Index, 4>;
 
@@ -38,6 +39,7 @@ class Plan {
   void add(const NormStep& step, Index weight_bytes, Index bias_bytes);
   void add(const AttentionPackStep& step);
   void add(const AttentionStep& step);
+  void add(const ModulateStep& step);
   void add(const PointwiseStep& step);
   void add(const ShuffleStep& step, Index order_bytes);
   void add(const MoveRowsStep& step);

@@ -187,6 +187,20 @@ struct NormStep {
   Index items() const { return batch * parts(); }
 };
 
+// The product with one image plus another: `norm(input) * scale + shift`. Each pixel of scale
+// and shift belongs to a square of pixels of the input.
+struct ModulateStep {
+  Index batch = 1;
+  Image input;
+  Image output;
+  Index coefficients = kNone;  // of the norm, as in a Reading
+  Image scale;
+  Image shift;  // without channels where there is none
+  Index factor = 1;  // the side of the square
+
+  Index items() const { return batch * output.blocks() * output.height; }
+};
+
 // The rare operations that no convolution took in: norm, activation, a factor and an offset,
 // doubling, zeros around, and a sum, in this order.
 struct PointwiseStep {

@@ -19,6 +19,7 @@ from rbln_vae.graph.ir import (
     Graph,
     GroupNorm,
     Identity,
+    Modulate,
     Norm,
     Operation,
     Pad,
@@ -83,7 +84,8 @@ def graph_of_every_kind() -> Graph:
         Add("sum", "same", "residual"),
         Attention("attention", "residual", "half", "sum", 2, 0.4, residual="sum"),
         Upsample("double", "attention"),
-        Conv2d("down", "double", "second", "shift", stride=2, padding=(1, 0, 1, 0)),
+        Modulate("modulated", "double", "half", "attention", Norm(1, 1e-4, "scale", "shift")),
+        Conv2d("down", "modulated", "second", "shift", stride=2, padding=(1, 0, 1, 0)),
         Shuffle("cells", "down", "up", tuple(range(7, -1, -1)) * 4),
         PixelNorm("pixels", "cells", RMSNorm(1e-6, "scale")),
         Conv2d(

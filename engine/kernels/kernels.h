@@ -90,6 +90,7 @@ std::span<const Kernels* const> all_kernels();
 // Steps that are bound by memory have no kernels for instruction sets.
 void statistics(DType dtype, const StatisticsStep&, const Context&, Index item);
 void norm(const NormStep&, const Context&, Index item);
+void modulate(DType dtype, const ModulateStep&, const Context&, Index item);
 void pointwise(DType dtype, const PointwiseStep&, const Context&, Index item);
 void shuffle(DType dtype, const ShuffleStep&, const Context&, Index item);
 void move_rows(DType dtype, const MoveRowsStep&, const Context&, Index item);

@@ -54,6 +54,46 @@ void statistics_of(const StatisticsStep& s, const Context& context, Index item) 
 }
 
 template <class T>
+void modulate_of(const ModulateStep& s, const Context& context, Index item) {
+  const Index y = item % s.output.height;
+  const Index block = item / s.output.height % s.output.blocks();
+  const Index n = item / s.output.height / s.output.blocks();
+  const Index blocks = s.output.blocks();
+  const T* from = at<const T>(context, s.input.offset) + s.input.at(n, block, y);
+  T* to = at<T>(context, s.output.offset) + s.output.at(n, block, y);
+  const T* scales = at<const T>(context, s.scale.offset) + s.scale.at(n, block, y / s.factor);
+  const T* shifts =
+      s.shift.channels == 0
+          ? nullptr
+          : at<const T>(context, s.shift.offset) + s.shift.at(n, block, y / s.factor);
+  float norm_scale[kBlock], norm_shift[kBlock];
+  for (Index c = 0; c < kBlock; ++c) {
+    norm_scale[c] = 1.0f;
+    norm_shift[c] = 0.0f;
+  }
+  if (s.coefficients != kNone) {
+    const float* given = at<const float>(context, s.coefficients);
+    for (Index c = 0; c < kBlock; ++c) {
+      norm_scale[c] = given[(2 * n * blocks + block) * kBlock + c];
+      norm_shift[c] = given[((2 * n + 1) * blocks + block) * kBlock + c];
+    }
+  }
+  for (Index column = 0; column < s.scale.width; ++column) {
+    float scale[kBlock], shift[kBlock];
+    for (Index c = 0; c < kBlock; ++c) {
+      scale[c] = to_float(scales[column * kBlock + c]);
+      shift[c] = shifts == nullptr ? 0.0f : to_float(shifts[column * kBlock + c]);
+    }
+    for (Index x = column * s.factor; x < (column + 1) * s.factor; ++x) {
+      for (Index c = 0; c < kBlock; ++c) {
+        const float normed = to_float(from[x * kBlock + c]) * norm_scale[c] + norm_shift[c];
+        from_float(normed * scale[c] + shift[c], to[x * kBlock + c]);
+      }
+    }
+  }
+}
+
+template <class T>
 void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
   const Index y = item % s.output.height;
   const Index block = item / s.output.height % s.output.blocks();
@@ -266,6 +306,14 @@ void norm(const NormStep& s, const Context& context, Index item) {
   }
   if (part == 0) {
     for (Index c = s.channels; c < width; ++c) scale[c] = shift[c] = 0.0f;
+  }
+}
+
+void modulate(DType dtype, const ModulateStep& s, const Context& context, Index item) {
+  if (dtype == DType::kBFloat16) {
+    modulate_of<BFloat16>(s, context, item);
+  } else {
+    modulate_of<float>(s, context, item);
   }
 }
 

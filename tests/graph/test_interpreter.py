@@ -25,6 +25,7 @@ from rbln_vae.graph.ir import (
     GraphError,
     GroupNorm,
     Identity,
+    Modulate,
     Norm,
     Operation,
     Pad,
@@ -144,6 +145,8 @@ TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weigh
         lambda x, w: F.pixel_shuffle(x[:, [0, 0, 0, 0, 3, 2, 1, 3]], 2),
     ),
     (Add("y", "x", "x"), {}, lambda x, w: 2 * x),
+    (Modulate("y", "x", "x"), {}, lambda x, w: x * x),
+    (Modulate("y", "x", "x", "x", NORM), NORMED, lambda x, w: normal(x, w) * x + x),
     (Scale("y", "x", -0.3), {}, lambda x, w: -0.3 * x),
     (Scale("y", "x", 2.0, -1.0), {}, lambda x, w: 2 * x - 1),
     (Identity("y", "x"), {}, lambda x, w: x),
@@ -187,6 +190,19 @@ def test_an_operation_is_that_of_torch(
     assert relative_l2(result, wanted) < 1e-6
     assert torch.equal(image, before)
     assert result.untyped_storage().data_ptr() != image.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 7, 32])
+def test_each_pixel_modulates_a_square(factor: int) -> None:
+    """By any factor, none of which is a float32 that rounds to the pixel before."""
+    graph = small_graph(
+        Conv2d("small", "x", "w", "b", factor), Modulate("y", "x", "small", "small"),
+        w=(4, 4, 1, 1), b=(4,),
+    )  # fmt: skip
+    image = noise(1, 4, 3 * factor, 5 * factor)
+    small = F.conv2d(image, graph.weights["w"], graph.weights["b"], factor)
+    wide = torch.kron(small, torch.ones(factor, factor))
+    assert relative_l2(evaluate(graph, image), image * wide + wide) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -35,6 +35,7 @@ from rbln_vae.graph.ir import (
     GraphError,
     GroupNorm,
     Identity,
+    Modulate,
     Norm,
     Operation,
     Pad,
@@ -207,6 +208,31 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         small_graph(Upsample("u", "x"), Add("y", "x", "u")),
         "can't be added",
     ),
+    "a product with an image that is larger": (
+        small_graph(Upsample("u", "x"), Modulate("y", "x", "u")),
+        "(3, 4, 4096, 5120) can't be multiplied by (3, 4, 8192, 10240)",
+    ),
+    "a product with an image smaller by another factor each way": (
+        small_graph(
+            conv("c", stride=2),
+            Pad("p", "c", (0, 0, 0, 1)),
+            Modulate("y", "x", "p"),
+            weight=(4, 4, 1, 1),
+        ),
+        "smaller by no whole factor",
+    ),
+    "a product with other channels": (
+        small_graph(conv("c"), Modulate("y", "x", "c"), weight=(2, 4, 1, 1)),
+        "can't be multiplied by (3, 2, 4096, 5120)",
+    ),
+    "a scale and a shift that differ": (
+        small_graph(conv("c", stride=2), Modulate("y", "x", "c", "x"), weight=(4, 4, 1, 1)),
+        "scale (3, 4, 2048, 2560) and shift (3, 4, 4096, 5120) differ",
+    ),
+    "a norm before a product that doesn't fit": (
+        small_graph(Modulate("y", "x", "x", norm=changed(NORM, groups=3)), **SHAPES),
+        "4 channels don't make 3 groups",
+    ),
     "a factor that is no number": (small_graph(Scale("y", "x", math.nan)), "factor or offset nan"),
     "an infinite factor": (small_graph(Scale("y", "x", math.inf)), "factor or offset inf"),
     "an infinite offset": (small_graph(Scale("y", "x", 1.0, math.inf)), "factor or offset inf"),
@@ -275,6 +301,7 @@ ATTENTION = Attention("y", "x", "x", "x", 2, 1.0)
         (GroupNorm("y", "x", NORM), SHAPES, (2, 4, 5, 8)),
         (Activation("y", "x", "relu"), {}, (2, 4, 5, 8)),
         (Add("y", "x", "x"), {}, (2, 4, 5, 8)),
+        (Modulate("y", "x", "x", "x", NORM), SHAPES, (2, 4, 5, 8)),
         (Scale("y", "x", 2.0), {}, (2, 4, 5, 8)),
         (Identity("y", "x"), {}, (2, 4, 5, 8)),
         (Upsample("y", "x"), {}, (2, 4, 10, 16)),

@@ -20,6 +20,7 @@ from rbln_vae.graph.ir import (
     Graph,
     GroupNorm,
     Identity,
+    Modulate,
     Norm,
     Operation,
     Pad,
@@ -37,6 +38,7 @@ from rbln_vae.graph.passes import (
     fold_shuffle,
     fold_upsample,
     fold_value_projection,
+    fuse_modulation,
     fuse_norm,
     fuse_output_activation,
     fuse_residual,
@@ -97,6 +99,7 @@ ABSENT: dict[Pass, tuple[str, ...]] = {
     # Other families have these.
     fold_scale: PARTS,
     fold_shuffle: PARTS,
+    fuse_modulation: PARTS,
     fuse_output_activation: PARTS,
 }
 """The parts of an `AutoencoderKL` that have nothing for a pass."""
@@ -411,6 +414,89 @@ CASES: dict[str, tuple[Pass, Graph, list[str] | None]] = {
         None,
     ),
     "a border that is the output": (fold_pad, graph(Pad("p", "x", ONES)), None),
+    "a spatial norm": (
+        fuse_modulation,
+        graph(
+            Upsample("u", "x"),
+            Upsample("u2", "u"),
+            GroupNorm("n", "u2", norm()),
+            conv("scale", "u2", "w1", bias="bias"),
+            conv("shift", "u2", "w1_other"),
+            Modulate("m", "n", "scale"),
+            Add("y", "m", "shift"),
+        ),
+        ["Upsample", "Upsample", "GroupNorm", "Conv2d", "Conv2d", "Modulate"],
+    ),
+    "a spatial norm the other way round": (
+        fuse_modulation,
+        graph(
+            conv("scale", "x", "w1"),
+            conv("shift", "x", "w1_other"),
+            Modulate("m", "x", "scale"),
+            Add("y", "shift", "m"),
+        ),
+        ["Conv2d", "Conv2d", "Modulate"],
+    ),
+    "a product plus its input": (
+        fuse_modulation,
+        graph(conv("c", "x"), Modulate("m", "x", "c"), Add("y", "m", "x")),
+        ["Conv2d", "Modulate"],
+    ),
+    "a sum of products": (
+        fuse_modulation,
+        graph(Modulate("m", "x", "x"), Modulate("n", "m", "m"), Add("y", "m", "n")),
+        ["Modulate", "Modulate"],
+    ),
+    "a product that is added to itself": (
+        fuse_modulation,
+        graph(Modulate("m", "x", "x"), Add("y", "m", "m")),
+        None,
+    ),
+    "a product that others read": (
+        fuse_modulation,
+        graph(Modulate("m", "x", "x"), Add("s", "m", "x"), Add("y", "m", "s")),
+        None,
+    ),
+    "a product with a shift": (
+        fuse_modulation,
+        graph(Modulate("m", "x", "x", "x"), Add("y", "m", "x")),
+        None,
+    ),
+    "a product with a smaller image": (
+        fuse_modulation,
+        graph(Upsample("u", "x"), Modulate("m", "u", "x"), Add("y", "m", "u")),
+        None,
+    ),
+    "norm before a product": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), Modulate("y", "n", "x")),
+        ["Modulate"],
+    ),
+    "norm before a product with its own": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), Modulate("y", "n", "x", norm=norm())),
+        None,
+    ),
+    "norm of what a product multiplies by": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), Modulate("y", "x", "n")),
+        None,
+    ),
+    "norm of what a product adds": (
+        fuse_norm,
+        graph(GroupNorm("n", "x", norm()), Modulate("y", "n", "x", "n")),
+        None,
+    ),
+    "activation before a product": (
+        fuse_norm,
+        graph(Activation("a", "x", "silu"), Modulate("y", "a", "x")),
+        None,
+    ),
+    "activation of a product": (
+        fuse_norm,
+        graph(Modulate("m", "x", "x"), Activation("a", "m", "silu"), conv("y", "a")),
+        ["Modulate", "Conv2d"],
+    ),
     "norm, activation, convolution": (
         fuse_norm,
         graph(GroupNorm("n", "x", norm()), Activation("a", "n", "mish"), conv("y", "a")),
@@ -625,6 +711,26 @@ def test_unused_weights_are_let_go() -> None:
     assert set(fold_upsample(graph(Upsample("u", "x"), conv("y", "u"))).weights) == {"w3.phases"}
 
 
+def test_a_folded_spatial_norm_multiplies_small_images() -> None:
+    original = CASES["a spatial norm"][1]
+    result = fuse_modulation(original)
+    assert result.flops((1, 4, 4, 4)) * 16 == original.flops((1, 4, 4, 4))
+
+
+def test_images_doubled_unequally_stay_as_they_are() -> None:
+    original = graph(
+        Upsample("u", "x"),
+        conv("scale", "u", "w1"),
+        conv("c", "u"),
+        conv("shift", "c", "w1_other"),
+        Modulate("m", "c", "scale"),
+        Add("y", "m", "shift"),
+    )
+    result = fuse_modulation(original)
+    assert kinds(result) == ["Upsample", "Conv2d", "Conv2d", "Conv2d", "Modulate"]
+    assert_same(original, result)
+
+
 # Random graphs
 
 
@@ -650,7 +756,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     for index in range(draw(st.integers(1, 9))):
         output, reads = f"v{index}", draw(st.sampled_from([source(), list(sizes)[-1]]))
         size = sizes[reads]
-        kind = draw(st.integers(0, 9))
+        kind = draw(st.integers(0, 10))
         operation: Operation
         if kind == 0:
             operation = Identity(output, reads)
@@ -669,6 +775,10 @@ def graphs(draw: st.DrawFn) -> Graph:
             heads = draw(st.sampled_from([1, 2]))
             operation = Attention(output, source(size), reads, value, heads, 0.5, residual(size))
         elif kind == 7:
+            scale = draw(st.sampled_from([v for v, s in sizes.items() if s <= size]))
+            shift = draw(st.sampled_from([None, source(sizes[scale])]))
+            operation = Modulate(output, reads, scale, shift, draw(st.sampled_from([None, norm()])))
+        elif kind == 8:
             weight = draw(st.sampled_from(["w1", "w1_other"]))
             operation = conv(output, reads, weight, residual=residual(size), **draw(fused))
         else:

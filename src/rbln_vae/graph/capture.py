@@ -29,6 +29,7 @@ from .ir import (
     Graph,
     GraphError,
     GroupNorm,
+    Modulate,
     Norm,
     Operation,
     Pad,
@@ -258,11 +259,16 @@ class _Capture:
         except GraphError as error:
             raise self._unsupported(node, f"{operation_name}: {error}") from None
         if isinstance(found, Operation):
-            value = self._unique(label)
+            value = self.add(found, label)
             first = next(self.values[n] for n in node.all_input_nodes if n in self.values)
-            self.operations.append(dataclasses.replace(found, output=value))
             found = first.result(value, tuple(node.meta["val"].shape))
         self.values[node] = found
+
+    def add(self, operation: Operation, label: str) -> Value:
+        """Add an operation; returns its output, which is named after the label."""
+        value = self._unique(label)
+        self.operations.append(dataclasses.replace(operation, output=value))
+        return value
 
     def arranged(self, node: Any) -> _Arranged:
         """The tensor of an argument, which must be computed by the module."""
@@ -437,7 +443,11 @@ def _multiply(
     c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]
 ) -> Operation | _Arranged:
     other = a["other"]
-    _expect(isinstance(other, (int, float)), "only multiplication by a number is supported")
+    if isinstance(other, torch.fx.Node):
+        left, right = c.arranged(a["self"]), c.arranged(other)
+        _expect(left.shape == right.shape, f"a product of {left.shape} and {right.shape}")
+        return Modulate(value, c.image(a["self"]), c.image(other))
+    _expect(isinstance(other, (int, float)), f"a product with {other}")
     return _scaled(c.arranged(a["self"]), value, float(other))
 
 
@@ -470,14 +480,22 @@ def _dropout(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) 
     return c.arranged(a["input"])
 
 
-def _upsample(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+def _upsample(
+    c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]
+) -> Operation | _Arranged:
     source: torch.fx.Node = a["input"] if "input" in a else a["self"]
     before, after = source.meta["val"].shape, node.meta["val"].shape
+    factor = after[2] // before[2]
     _expect(
-        after[2:] == (2 * before[2], 2 * before[3]),
-        "only doubling of height and width is supported",
+        factor.bit_count() == 1 and after[2:] == (factor * before[2], factor * before[3]),
+        "only doubling of height and width, once or several times, is supported",
     )
-    return Upsample(value, c.image(source))
+    if factor == 1:
+        return c.arranged(source)
+    image = c.image(source)
+    for _ in range(factor.bit_length() - 2):
+        image = c.add(Upsample("", image), value)
+    return Upsample(value, image)
 
 
 def _take(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:

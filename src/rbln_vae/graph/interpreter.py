@@ -17,6 +17,7 @@ from .ir import (
     Graph,
     GroupNorm,
     Identity,
+    Modulate,
     Norm,
     Operation,
     Pad,
@@ -144,6 +145,17 @@ class Interpreter:
         return values[operation.input] * operation.factor + operation.offset
 
     @_evaluate.register
+    def _(self, operation: Modulate, values: Mapping[Value, Tensor]) -> Tensor:
+        image = values[operation.input]
+        if operation.norm is not None:
+            image = self._normalise(image, operation.norm)
+        factor = image.shape[2] // values[operation.scale].shape[2]
+        result = image * _enlarged(values[operation.scale], factor)
+        if operation.shift is not None:
+            result = result + _enlarged(values[operation.shift], factor)
+        return result.to(self.dtype)
+
+    @_evaluate.register
     def _(self, operation: Identity, values: Mapping[Value, Tensor]) -> Tensor:
         return values[operation.input]
 
@@ -187,6 +199,11 @@ class Interpreter:
 def _fast_layout(tensor: Tensor) -> Tensor:
     """A tensor of four axes in channels-last layout, in which torch convolves faster."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _enlarged(image: Tensor, factor: int) -> Tensor:
+    """An image enlarged by nearest neighbour."""
+    return image.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def _pixels_by_head(image: Tensor, heads: int) -> Tensor:

@@ -327,6 +327,37 @@ class Scale(Operation):
 
 
 @dataclass(frozen=True)
+class Modulate(Operation):
+    """The product with one image plus another: `norm(input) * scale + shift`.
+
+    `scale` and `shift` have the size of the input or are smaller by one whole factor, and are
+    then enlarged by nearest neighbour. Without `norm`, the input is taken as it is.
+    """
+
+    input: Value = field(metadata=_VALUE)
+    scale: Value = field(metadata=_VALUE)
+    shift: Value | None = field(default=None, metadata=_VALUE)
+    norm: Norm | None = None
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        shape, scale = shapes[self.input], shapes[self.scale]
+        factor = shape[2] // scale[2]
+        _require(
+            shape == (*scale[:2], scale[2] * factor, scale[3] * factor),
+            f"{shape} can't be multiplied by {scale}, which is smaller by no whole factor",
+        )
+        if self.shift is not None:
+            shift = shapes[self.shift]
+            _require(shift == scale, f"scale {scale} and shift {shift} differ")
+        if self.norm is not None:
+            self.norm.check(shape[1], weights)
+        return shape
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" norm {self.norm}" if self.norm is not None else "")
+
+
+@dataclass(frozen=True)
 class Identity(Operation):
     """A copy of a value."""
 

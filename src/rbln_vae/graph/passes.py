@@ -20,6 +20,7 @@ from .ir import (
     Conv2d,
     Graph,
     GroupNorm,
+    Modulate,
     Operation,
     Pad,
     PixelNorm,
@@ -327,11 +328,66 @@ def fold_pad(graph: Graph) -> Graph:
     return _rebuild(graph, operations)
 
 
-def fuse_norm(graph: Graph) -> Graph:
-    """Fuse norms and activations into the convolutions that read them.
+def fuse_modulation(graph: Graph) -> Graph:
+    """Fuse the sum after a modulation into it, and modulate by images that aren't yet doubled.
 
-    A convolution can take a norm, an activation, or a norm and then an activation. A value
-    that another operation also reads is not fused, since it must be computed anyway.
+    A 1x1 convolution of a doubled image is the convolution of the image, doubled.
+    """
+    made = graph.producers()
+    consumers = graph.consumers()
+    shapes = graph.probe_shapes()
+    operations = graph.producers()
+    for add in graph.operations:
+        if not isinstance(add, Add):
+            continue
+        for value, shift in ((add.left, add.right), (add.right, add.left)):
+            modulate = made.get(value)
+            if (
+                isinstance(modulate, Modulate)
+                and modulate.shift is None
+                and consumers[value] == [add]
+                and value not in (shift, graph.output)
+                and shapes[shift] == shapes[modulate.scale]
+            ):
+                del operations[value]
+                operations[add.output] = dataclasses.replace(
+                    modulate, output=add.output, shift=shift
+                )
+                small = [_undoubled(each, graph) for each in (modulate.scale, shift)]
+                if small[0] is not None and small[1] is not None and small[0][1] == small[1][1]:
+                    operations.update((conv.output, conv) for conv, _ in filter(None, small))
+                break
+    return _rebuild(graph, operations.values())
+
+
+def _undoubled(value: Value, graph: Graph) -> tuple[Conv2d, int] | None:
+    """A 1x1 convolution of a doubled image, without the doublings, and their number.
+
+    `None` if the value isn't one, or more than one operation reads it.
+    """
+    made = graph.producers()
+    conv = made.get(value)
+    if (
+        not isinstance(conv, Conv2d)
+        or not _is_pointwise(conv, graph)
+        or not _reads_as_it_is(conv)
+        or conv.residual is not None
+        or len(graph.consumers()[value]) != 1
+        or value == graph.output
+    ):
+        return None
+    image, times = conv.input, 0
+    while isinstance(source := made.get(image), Upsample):
+        image, times = source.input, times + 1
+    return dataclasses.replace(conv, input=image), times
+
+
+def fuse_norm(graph: Graph) -> Graph:
+    """Fuse norms and activations into the operations that read them.
+
+    A convolution can take a norm, an activation, or a norm and then an activation; a modulation
+    can take a group norm. A value that another operation also reads is not fused, since it must be
+    computed anyway.
     """
     operations = graph.producers()
     # In reverse order, so that a convolution takes the activation before the norm.
@@ -342,15 +398,20 @@ def fuse_norm(graph: Graph) -> Graph:
         ):
             continue
         readers = [o for o in operations.values() if source.output in o.inputs]
-        fused = [conv for reader in readers if (conv := _applying(source, reader)) is not None]
+        fused = [found for reader in readers if (found := _applying(source, reader)) is not None]
         if len(fused) == len(readers):
             del operations[source.output]
-            operations.update((conv.output, conv) for conv in fused)
+            operations.update((reader.output, reader) for reader in fused)
     return _rebuild(graph, operations.values())
 
 
-def _applying(source: GroupNorm | PixelNorm | Activation, reader: Operation) -> Conv2d | None:
+def _applying(source: GroupNorm | PixelNorm | Activation, reader: Operation) -> Operation | None:
     """The reader with a norm or an activation fused into it, or `None` if it can't take it."""
+    if isinstance(reader, Modulate):
+        takes = reader.norm is None and source.output not in (reader.scale, reader.shift)
+        if not takes or not isinstance(source, GroupNorm):
+            return None
+        return dataclasses.replace(reader, input=source.input, norm=source.norm)
     if (
         not isinstance(reader, Conv2d)
         or reader.norm is not None
@@ -445,6 +506,7 @@ PASSES: tuple[Pass, ...] = (
     fold_scale,
     fold_shuffle,
     fold_pad,
+    fuse_modulation,
     fuse_norm,
     fuse_residual,
     fuse_output_activation,

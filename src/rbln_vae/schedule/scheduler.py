@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-from ..graph.ir import Attention, Conv2d, Graph, Identity, Operation, Value
+from ..graph.ir import Attention, Conv2d, Graph, Identity, Modulate, Operation, Value
 from .arena import Buffer, View, lay_out
 from .rules import Rules
 from .schedule import Kind, Schedule
@@ -176,7 +176,7 @@ class _Scheduler:
             return
         inputs = tuple(self.images[each] for each in operation.inputs)
         sums = None
-        # A value that is only added may be overwritten.
+        # A value that is only added, or taken pixel by pixel, may be overwritten.
         added = getattr(operation, "residual", None)
         if isinstance(operation, Conv2d):
             over = self.replaceable(index, added, operation.input)
@@ -191,7 +191,10 @@ class _Scheduler:
                 query, key, other, *rest = inputs
                 prepared = self.tasks.prepare(operation, (key, other))
                 inputs = (query, *rest)
-            target = self.tasks.image(value, self.replaceable(index, added, *operation.inputs[:-1]))
+            over = self.replaceable(index, added, *operation.inputs[:-1])
+            if isinstance(operation, Modulate):
+                over = self.replaceable(index, operation.input, *operation.inputs[1:])
+            target = self.tasks.image(value, over)
         self.tasks.compute(operation, (0, self.heights[value]), 0, inputs, target, sums, prepared)
         self.tasks.prepare_norms(operation, sums)
 

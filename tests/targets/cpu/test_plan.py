@@ -49,12 +49,20 @@ def statistics(**changes: Any) -> _engine.StatisticsStep:
     return _engine.StatisticsStep(**{"input": IMAGE, "partials": AFTER, **TILE, **changes})
 
 
+def modulation(**changes: Any) -> _engine.ModulateStep:
+    small = _engine.Image(channels=32, height=4, width=4, plane=16, sample=16)
+    usual = {"input": BEHIND, "output": BEHIND, "scale": small, "shift": small, "factor": 2}
+    return _engine.ModulateStep(**{**usual, **changes})
+
+
 def test_what_fits_is_taken() -> None:
     plan = make_plan()
     plan.add(_engine.ImportStep(image=IMAGE))
     plan.add(convolution(), FLOATS, PACKED)
     plan.add(norm(), FLOATS, FLOATS)
     plan.add(statistics())
+    plan.add(modulation(coefficients=2 * AFTER))
+    plan.add(modulation(shift=_engine.Image()))
     plan.add(_engine.ExportStep(image=BEHIND))
 
 
@@ -117,6 +125,45 @@ def test_a_norm_whose_sizes_overflow_is_refused(changes: dict[str, Any]) -> None
 def test_statistics_of_tiles_beyond_the_image_are_refused(tile: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="tiles"):
         make_plan().add(statistics(tile_height=tile[0], tile_width=tile[1]))
+
+
+SMALL = modulation().scale
+
+
+def changed(image: _engine.Image, **changes: int) -> _engine.Image:
+    names = ("offset", "channels", "height", "width", "plane", "sample")
+    return _engine.Image(**{**{name: getattr(image, name) for name in names}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": 1}, "by the factor"),
+        ({"factor": 0}, "by the factor"),
+        ({"factor": -2}, "by the factor"),
+        ({"factor": 2**62}, "by the factor"),
+        ({"scale": changed(SMALL, width=3)}, "by the factor"),
+        ({"scale": changed(SMALL, channels=31)}, "by the factor"),
+        ({"scale": _engine.Image()}, "without pixels"),
+        ({"scale": changed(SMALL, offset=2**20)}, "don't lie"),
+        ({"scale": changed(SMALL, sample=2**60)}, "overflows"),
+        ({"shift": changed(SMALL, height=3)}, "shift of another size"),
+        ({"shift": changed(SMALL, offset=2**20)}, "don't lie"),
+        ({"output": changed(BEHIND, width=7)}, "output of another size"),
+        ({"output": changed(BEHIND, offset=2**20)}, "don't lie"),
+        ({"input": changed(BEHIND, offset=-64)}, "don't lie"),
+        ({"input": changed(BEHIND, plane=63)}, "overlap"),
+        ({"batch": 2}, "don't lie"),
+        ({"batch": 0}, "without pixels"),
+        ({"coefficients": 2**20}, "don't lie"),
+    ],
+)
+def test_a_modulation_of_images_that_do_not_fit_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan = _engine.Plan(kernels("float32"), 2 * AFTER, SHAPE, SHAPE)
+        plan.add(modulation(**changes))
 
 
 @pytest.mark.parametrize("place", [0, 1])

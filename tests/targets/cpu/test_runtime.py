@@ -19,7 +19,9 @@ from rbln_vae.graph.ir import (
     Graph,
     GroupNorm,
     Identity,
+    Modulate,
     Norm,
+    Operation,
     Pad,
     Scale,
     Upsample,
@@ -155,7 +157,10 @@ def rare_operations() -> Graph:
         Scale("d", "c", 0.7, -0.2),
         Pad("e", "d", (0, 1, 2, 3)),
         Upsample("f", "e"),
-        Add("y", "f", "f"),
+        Add("g", "f", "f"),
+        Modulate("h", "g", "e", None, norm),
+        Modulate("j", "h", "e", "e"),
+        Modulate("y", "j", "g", "f", norm),
     )
     return Graph("rare", "x", 3, "y", operations, weights).verify()
 
@@ -165,6 +170,41 @@ def test_operations_that_no_convolution_took_in(dtype: str, limit: float) -> Non
     graph, image = rare_operations(), torch.randn(2, 3, 5, 4)
     expected = Interpreter(graph).run(image)
     assert difference(CpuRuntime(graph, dtype=dtype).run(image), expected) < limit
+
+
+def modulated(factor: int, *, read_later: bool) -> Graph:
+    """40 channels, with a norm, modulated by an image smaller by a factor."""
+    torch.manual_seed(4)
+    shapes = {"a": (40, 5, 3, 3), "s": (40, 5, 1, 1), "t": (40, 5, 1, 1), "y": (3, 40, 3, 3)}
+    weights = {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+    weights |= {"g": torch.randn(40), "h": torch.randn(40), "z": torch.randn(40, 40, 1, 1) * 0.2}
+    operations: tuple[Operation, ...] = (
+        Conv2d("small", "x", "s", None, stride=factor),
+        Conv2d("shift", "x", "t", None, stride=factor),
+        Conv2d("a", "x", "a", None, padding=(1, 1, 1, 1)),
+        Modulate("m", "a", "small", "shift", Norm(8, 1e-6, "g", "h")),
+        Conv2d("z", "m", "z", None, activation="silu", residual="a" if read_later else None),
+        Conv2d("y", "z", "y", None, padding=(1, 1, 1, 1)),
+    )
+    return Graph("modulated", "x", 5, "y", operations, weights).verify()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 2e-6), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("factor", [1, 2, 8])
+@pytest.mark.parametrize("read_later", [False, True])
+def test_each_pixel_of_a_smaller_image_modulates_a_square(
+    dtype: str, limit: float, factor: int, read_later: bool
+) -> None:
+    graph, image = modulated(factor, read_later=read_later), torch.randn(2, 5, 3 * factor, 24)
+    runtime = CpuRuntime(graph, dtype=dtype)
+    assert difference(runtime.run(image), Interpreter(graph).run(image)) < limit
+    (step,) = (
+        step.native
+        for step in runtime.program(tuple(image.shape)).steps
+        if isinstance(step.native, _engine.ModulateStep)
+    )
+    in_place = step.output.offset == step.input.offset
+    assert in_place is not read_later
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

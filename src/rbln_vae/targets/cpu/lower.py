@@ -13,6 +13,7 @@ from ...graph.ir import (
     Conv2d,
     GroupNorm,
     Identity,
+    Modulate,
     Operation,
     Pad,
     RMSNorm,
@@ -83,6 +84,8 @@ class _Lowering:
                 return self.convolution(task, task.operation)
             case Kind.COMPUTE if isinstance(task.operation, Attention):
                 return self.attention(task, task.operation)
+            case Kind.COMPUTE if isinstance(task.operation, Modulate):
+                return self.modulation(task, task.operation)
             case Kind.COMPUTE if isinstance(task.operation, Shuffle):
                 return self.shuffle(task, task.operation)
             case Kind.COMPUTE:
@@ -293,6 +296,19 @@ class _Lowering:
             residual=self.image(*residual),
             queries=queries,
             keys=keys,
+        )
+        return self.make(task, native, kind=operation.kind)
+
+    def modulation(self, task: Task, operation: Modulate) -> Step:
+        source, scale, *shift = task.inputs
+        native = _engine.ModulateStep(
+            batch=self.batch,
+            input=self.image(source),
+            output=self.image(task.output),
+            coefficients=_offset(task.buffers.get("coefficients")),
+            scale=self.image(scale),
+            shift=self.image(*shift),
+            factor=source.height // scale.height,
         )
         return self.make(task, native, kind=operation.kind)
 

@@ -23,6 +23,7 @@ Native: TypeAlias = (
     | _engine.NormStep
     | _engine.AttentionPackStep
     | _engine.AttentionStep
+    | _engine.ModulateStep
     | _engine.PointwiseStep
     | _engine.ShuffleStep
     | _engine.MoveRowsStep
