@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, VQModel
 from torch import Tensor
 
 from rbln_vae import RBLNAutoencoderKL
@@ -62,7 +62,29 @@ def make_flux2(seed: int = 0, **options: Any) -> AutoencoderKLFlux2:
     return vae
 
 
-def _enliven(vae: AutoencoderKL | AutoencoderKLFlux2) -> None:
+def make_vq(seed: int = 0, **options: Any) -> VQModel:
+    """A VQModel of 32 pixels a side, two blocks, and 16 vectors of 4 channels, unless told.
+
+    Its norm is spatial, which takes 32 groups.
+    """
+    defaults: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "num_vq_embeddings": 16,
+        "norm_type": "spatial",
+        "sample_size": 32,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = VQModel(**{**defaults, **options}).eval().requires_grad_(False)
+        vae.quantize.embedding.weight.normal_()
+        _enliven(vae)
+    return vae
+
+
+def _enliven(vae: AutoencoderKL | AutoencoderKLFlux2 | VQModel) -> None:
     """Scale each layer by what it gives for noise, from the first to the last."""
 
     def scale(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
@@ -81,7 +103,13 @@ def _enliven(vae: AutoencoderKL | AutoencoderKLFlux2) -> None:
             module.bias.normal_(0, 0.3)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.encode(torch.randn(2, vae.config.in_channels, 8 * factor, 8 * factor))
-    vae.decode(torch.randn(2, vae.config.latent_channels, 8, 8))
+    if isinstance(vae, VQModel):
+        channels = vae.config.vq_embed_dim or vae.config.latent_channels
+        latent = torch.randn(2, channels, 8, 8)
+        spatial = latent if vae.config.norm_type == "spatial" else None
+        vae.decoder(vae.post_quant_conv(latent), spatial)
+    else:
+        vae.decode(torch.randn(2, vae.config.latent_channels, 8, 8))
     for hook in hooks:
         hook.remove()
     for name, module in vae.named_modules():

@@ -14,6 +14,7 @@ from .config import (
     RBLNAutoencoderKLWanConfig,
     RBLNAutoencoderTinyConfig,
     RBLNModelConfig,
+    RBLNVQModelConfig,
 )
 from .demo import demo_model
 from .errors import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .models.autoencoder_kl_wan import RBLNAutoencoderKLWan
     from .models.autoencoder_tiny import RBLNAutoencoderTiny
     from .models.base import RBLNModel
+    from .models.vq_model import RBLNVQModel
 
 __all__ = [
     "RBLNArtifactError",
@@ -66,6 +68,8 @@ __all__ = [
     "RBLNModelConfig",
     "RBLNRuntimeError",
     "RBLNTargetUnavailableError",
+    "RBLNVQModel",
+    "RBLNVQModelConfig",
     "__version__",
     "demo_model",
 ]
@@ -85,5 +89,6 @@ __getattr__, __dir__ = lazy_names(
         ".models.autoencoder_kl_qwenimage21": ("RBLNAutoencoderKLQwenImage21",),
         ".models.autoencoder_tiny": ("RBLNAutoencoderTiny",),
         ".models.base": ("RBLNModel",),
+        ".models.vq_model": ("RBLNVQModel",),
     },
 )

@@ -508,8 +508,9 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
     )
 
     def _check_together(self) -> None:
-        if self.sample_size is not None and self.vae_scale_factor is not None:
-            check_image_size(self.sample_size, self.vae_scale_factor)
+        factor = self.fact("vae_scale_factor")
+        if self.sample_size is not None and factor is not None:
+            check_image_size(self.sample_size, factor)
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -523,13 +524,15 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
         Raises:
             ValueError: The size or the scale factor is not known yet.
         """
-        if self.sample_size is None or self.vae_scale_factor is None:
+        factor = self.fact("vae_scale_factor")
+        if self.sample_size is None or factor is None:
+            name = self._FACTS.get("vae_scale_factor", "vae_scale_factor")
             raise ValueError(
-                "latent_sample_size needs sample_size and vae_scale_factor. Give both, or read it "
-                "from the rbln_config of a compiled model."
+                f"latent_sample_size needs sample_size and {name}. Give both, or read it from the "
+                "rbln_config of a compiled model."
             )
         height, width = self.sample_size
-        return height // self.vae_scale_factor, width // self.vae_scale_factor
+        return height // factor, width // factor
 
 
 class RBLNAutoencoderKLFlux2Config(RBLNAutoencoderKLConfig):
@@ -632,6 +635,40 @@ class RBLNAutoencoderKLQwenImageConfig(RBLNAutoencoderKLWanConfig):
 
 class RBLNAutoencoderKLQwenImage21Config(RBLNAutoencoderKLWanConfig):
     """What an `RBLNAutoencoderKLQwenImage21` is compiled for; see `RBLNAutoencoderKLWanConfig`."""
+
+
+class RBLNVQModelConfig(RBLNModelConfig):
+    """What an `RBLNVQModel` is compiled for.
+
+    The options have the names and the order of optimum-rbln.
+
+    Args:
+        {options}
+        **kwargs: The options of `RBLNModelConfig`.
+
+    Raises:
+        ValueError: As of `RBLNModelConfig`; or `sample_size` is not a multiple of
+            `vqmodel_scale_factor`, the message names the nearest valid sizes.
+
+    Example:
+        >>> config = RBLNVQModelConfig(sample_size=512, vqmodel_scale_factor=8)
+        >>> config.latent_sample_size
+        (64, 64)
+    """
+
+    _FACTS = types.MappingProxyType({"vae_scale_factor": "vqmodel_scale_factor"})
+
+    batch_size = RBLNAutoencoderKLConfig.batch_size
+    sample_size = RBLNAutoencoderKLConfig.sample_size
+    uses_encoder = RBLNAutoencoderKLConfig.uses_encoder
+    vqmodel_scale_factor = Option[int | None](
+        _scale_factor, RBLNAutoencoderKLConfig.vae_scale_factor.meaning
+    )
+    in_channels = RBLNAutoencoderKLConfig.in_channels
+    latent_channels = RBLNAutoencoderKLConfig.latent_channels
+    image_size = RBLNAutoencoderKLConfig.image_size
+    latent_sample_size = RBLNAutoencoderKLConfig.latent_sample_size
+    _check_together = RBLNAutoencoderKLConfig._check_together
 
 
 class RBLNAutoConfig:

@@ -19,6 +19,7 @@ from .autoencoder_kl_qwenimage21 import RBLNAutoencoderKLQwenImage21
 from .autoencoder_kl_wan import RBLNAutoencoderKLWan
 from .autoencoder_tiny import RBLNAutoencoderTiny
 from .base import Config
+from .vq_model import RBLNVQModel
 
 CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
     found.family.original_class_name: found
@@ -30,6 +31,7 @@ CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
         RBLNAutoencoderKLQwenImage21,
         RBLNAutoencoderKLWan,
         RBLNAutoencoderTiny,
+        RBLNVQModel,
     )
 }
 """The class for each class of diffusers."""

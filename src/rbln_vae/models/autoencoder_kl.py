@@ -39,7 +39,7 @@ class AutoencoderKLFamily(Family):
 
     def module(self, model: torch.nn.Module, part: str) -> torch.nn.Module:
         module = replica(_Encoder(model) if part == ENCODER else _Decoder(model))
-        _use_standard_attention(module)
+        use_standard_attention(module)
         return module
 
 
@@ -225,10 +225,13 @@ class _Decoder(torch.nn.Module):
         return image
 
 
-def _use_standard_attention(module: torch.nn.Module) -> None:
+def use_standard_attention(module: torch.nn.Module) -> None:
     """Give attention one form, whatever processors the model has.
 
     All processors of diffusers compute the same function from the same weights.
+
+    Args:
+        module: Of which each attention gets the standard processor.
     """
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 

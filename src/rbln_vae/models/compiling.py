@@ -70,9 +70,8 @@ def compile_model(
             shape, dtype, source, rbln_config.npu, rbln_config.num_devices, part
         )
         parts[part] = target.compile_module(family.module(model, part), options)
-    buffers = {
-        name: model.get_buffer(name).detach().cpu().clone() for name in family.buffers(config)
-    }
+    state = model.state_dict()
+    buffers = {name: state[name].detach().cpu().clone() for name in family.buffers(config)}
     return CompiledModel(parts, config, settled(rbln_config, resolved), resolved, buffers)
 
 

@@ -148,7 +148,7 @@ class Family(ABC):
         check_image_size(size, factor)
 
     def buffers(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The small buffers that no part holds, but pipelines read; by default none.
+        """The small tensors that no part holds, but runs or pipelines read; by default none.
 
         Args:
             config: Of the diffusers model.
