@@ -128,10 +128,10 @@ def test_every_target_and_dtype(target: str, dtype: str) -> None:
     found = compiled(target=target, dtype=dtype)
     latent, image = noise(4, 4, 16, 16), noise(4, 3, 32, 32)
     half = make_vq().to(torch.bfloat16)
-    for run, given in ((pixels, latent), (latents, image)):
-        expected = run(MOVQ, given)
-        own = relative_l2(run(half, given.bfloat16()).float(), expected)
-        assert relative_l2(run(found, given), expected) <= (EQUAL if dtype == "float32" else own)
+    for run, input_ in ((pixels, latent), (latents, image)):
+        expected = run(MOVQ, input_)
+        own = relative_l2(run(half, input_.bfloat16()).float(), expected)
+        assert relative_l2(run(found, input_), expected) <= (EQUAL if dtype == "float32" else own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

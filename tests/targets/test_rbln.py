@@ -77,6 +77,30 @@ def test_results_have_the_dtype_of_the_input(dtype):
 
 
 @pytest.mark.usefixtures("npus")
+def test_a_model_in_bfloat16_is_as_close_as_diffusers_own(monkeypatch, tmp_path):
+    seen: list[Any] = []
+    compile_from_torch = rbln_vae.rebel.compile_from_torch
+
+    def compile_(module: Any, *, input_info: Any, **options: Any) -> Any:
+        seen.append((input_info[0][2], {weight.dtype for weight in module.parameters()}))
+        return compile_from_torch(module, input_info=input_info, **options)
+
+    monkeypatch.setattr(rbln_vae.rebel, "compile_from_torch", compile_)
+    vae, latent = make_vae(), noise(1, 4, 8, 8)
+    model = compile_for_npu(vae, dtype="bfloat16")
+    assert seen == [("bfloat16", {torch.bfloat16})] * 2
+    assert model.dtype == vae.to(torch.bfloat16).dtype
+    expected = pixels(make_vae(), latent)
+    own = relative_l2(pixels(vae, latent.bfloat16()).float(), expected)
+    found = pixels(model, latent)
+    assert found.dtype == torch.float32 and relative_l2(found, expected) <= own
+    model.save_pretrained(tmp_path)
+    loaded = RBLNAutoencoderKL.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(pixels(loaded, latent), found)
+
+
+@pytest.mark.usefixtures("npus")
 def test_saving_and_loading(tmp_path):
     model = compile_for_npu(make_vae())
     model.save_pretrained(tmp_path)
@@ -167,8 +191,6 @@ def test_a_device_that_cannot_be_is_refused():
         compile_for_npu(make_vae(), device=5)
     with pytest.raises(ValueError, match=r"device='cpu' is none of the target 'rbln'"):
         compile_for_npu(make_vae(), device="cpu")
-    with pytest.raises(ValueError, match="bfloat16"):
-        compile_for_npu(make_vae(), dtype="bfloat16")
 
 
 @pytest.mark.usefixtures("npus")

@@ -380,7 +380,7 @@ class RBLNModel(ModuleMembers):
         reject_unknown(options, RBLNModelConfig.options_of_run(), "option of a run", ValueError)
         rbln_config = self.rbln_config.copy(**{"create_runtimes": True, **options})
         resolved = self.resolved_config
-        check_placement(rbln_config, self._target, resolved.dtype, resolved.parts)
+        check_placement(rbln_config, self._target, resolved.parts)
         rbln_config.freeze()
         return type(self)(
             dataclasses.replace(self._compiled, config=self.config, rbln_config=rbln_config)
@@ -402,6 +402,7 @@ class RBLNModel(ModuleMembers):
                 self._target.default_device() if device is None else device
             )
         return RuntimeOptions(
+            dtype=self.resolved_config.dtype,
             device=device,
             num_threads=config.num_threads,
             memory_limit=limit,

@@ -56,7 +56,7 @@ def compile_model(
     target = choose_target(rbln_config)
     dtype = rbln_config.dtype or target.best_dtype()
     resolved = resolve(family, rbln_config.copy(target=target.name, dtype=dtype), config)
-    check_placement(rbln_config, target, dtype, resolved.parts)
+    check_placement(rbln_config, target, resolved.parts)
     if rbln_config.create_runtimes:
         target.require()  # before the work, not after it
     source = {

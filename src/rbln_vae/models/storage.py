@@ -95,7 +95,7 @@ def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> Comp
             f"{error} Save or compile the model again."
         ) from error
     target = get_target(resolved.target)
-    check_placement(rbln_config, target, resolved.dtype, resolved.parts)
+    check_placement(rbln_config, target, resolved.parts)
     if rbln_config.create_runtimes:
         target.require()
     parts = {part: target.load(directory / f"{part}{SUFFIX}") for part in resolved.parts}
@@ -114,7 +114,7 @@ def _check_parts(
         if not (
             one_source
             and compiled.part == part
-            and compiled.dtype == resolved.dtype
+            and compiled.dtype in (None, resolved.dtype)
             and compiled.in_channels in (None, shapes[part][1])
         ):
             raise RBLNArtifactError(

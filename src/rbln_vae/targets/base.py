@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from ..config import DTYPES, TARGETS
+from ..config import TARGETS
 from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
@@ -34,8 +34,8 @@ class CompiledPart(Protocol):
         """The name of the part."""
 
     @property
-    def dtype(self) -> str:
-        """In what it computes."""
+    def dtype(self) -> str | None:
+        """In what it computes; `None` where the target's own files don't say."""
 
     @property
     def source(self) -> Mapping[str, str]:
@@ -72,8 +72,14 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How a compiled part runs; see `RBLNModelConfig`."""
+    """How a compiled part runs; see `RBLNModelConfig`.
 
+    Attributes:
+        dtype: In what the part computes, for targets whose own files don't say; by default
+            what its file says.
+    """
+
+    dtype: str | None = None
     device: int | str | None = None
     num_threads: int | None = None
     memory_limit: int | None = None
@@ -152,8 +158,6 @@ class Target(ABC):
     """Whether a compiled model takes only the shape that it was compiled for."""
     exact_batches: ClassVar[bool] = False
     """Whether each sample of a batch gets the same bits as in a run of its own."""
-    dtypes: ClassVar[tuple[str, ...]] = DTYPES
-    """In what it can compute."""
     own_options: ClassVar[tuple[str, ...]] = ()
     """Options of a configuration that no other target takes."""
 

@@ -31,23 +31,15 @@ def choose_target(rbln_config: RBLNModelConfig) -> Target:
     return get_target(owners.pop()) if owners else default_target()
 
 
-def check_placement(
-    rbln_config: RBLNModelConfig, target: Target, dtype: str, parts: Iterable[str]
-) -> None:
+def check_placement(rbln_config: RBLNModelConfig, target: Target, parts: Iterable[str]) -> None:
     """Raise a `ValueError` if a target can't do what a configuration asks of it.
 
     Args:
         rbln_config: The configuration.
         target: The target.
-        dtype: In what the model computes.
         parts: The names of its parts.
     """
     name = target.name
-    if dtype not in target.dtypes:
-        raise ValueError(
-            f"dtype={dtype!r} is none of the target {name!r}, which computes in "
-            f"{' or '.join(target.dtypes)}."
-        )
     for device in _devices(rbln_config):
         if not target.owns(device):
             raise ValueError(

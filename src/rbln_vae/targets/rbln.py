@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import (
@@ -29,8 +30,6 @@ from ..profiler import RunProfile
 from ..sizes import format_size
 from .base import CompiledPart, CompileOptions, RuntimeOptions, Target
 from .watch import ShouldStop, Watch
-
-DTYPE = "float32"
 
 DEFAULT_TIMEOUT = 60.0
 """The most seconds of a run, as in optimum-rbln: only a timeout detects an NPU that hangs."""
@@ -54,7 +53,6 @@ class RblnTarget(Target):
     name = "rbln"
     description = "an RBLN NPU, by Rebellions' compiler"
     static_shapes = True
-    dtypes = (DTYPE,)
     own_options = ("npu", "num_devices")
 
     def unavailable_reason(self) -> str | None:
@@ -71,15 +69,16 @@ class RblnTarget(Target):
         return 0
 
     def best_dtype(self) -> str:
-        return DTYPE
+        return "float32"
 
     def compile_module(self, module: nn.Module, options: CompileOptions) -> RblnPart:
         rebel = _rebel()
         (name,) = inspect.signature(module.forward).parameters
+        dtype = options.dtype or self.best_dtype()
         try:
             compiled = rebel.compile_from_torch(
-                copy.deepcopy(module).float().eval(),
-                input_info=[(name, list(options.input_shape), DTYPE)],
+                copy.deepcopy(module).to(getattr(torch, dtype)).eval(),
+                input_info=[(name, list(options.input_shape), dtype)],
                 npu=options.npu,
                 **{_devices_keyword(rebel): options.num_devices},
             )
@@ -88,7 +87,7 @@ class RblnTarget(Target):
             raise RBLNCompileError(
                 f"Rebellions' compiler can't compile the {options.part}: {error}"
             ) from error
-        return RblnPart(compiled, options.part, options.source, options.input_shape[1])
+        return RblnPart(compiled, options.part, options.source, options.input_shape[1], dtype)
 
     def load(self, path: Path) -> RblnPart:
         try:
@@ -121,7 +120,8 @@ class RblnTarget(Target):
                 f"The NPU can't take the model: {error}. Check it with rbln-smi, name another "
                 "device, or load the model with create_runtimes=False."
             ) from error
-        return RblnRuntime(runtime)
+        dtype = options.dtype or compiled.dtype or self.best_dtype()
+        return RblnRuntime(runtime, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class RblnPart:
     part: str
     source: Mapping[str, str] = field(default_factory=dict)
     in_channels: int | None = None
-    dtype: str = DTYPE
+    dtype: str | None = None
 
     def save(self, path: Path) -> None:
         try:
@@ -146,10 +146,11 @@ class RblnPart:
 
 
 class RblnRuntime:
-    """A compiled part on its NPU."""
+    """A compiled part on its NPU, which takes images of one dtype."""
 
-    def __init__(self, runtime: Any) -> None:
+    def __init__(self, runtime: Any, dtype: torch.dtype) -> None:
         self._runtime = runtime
+        self._dtype = dtype
         self._lock = threading.Lock()
 
     @property
@@ -176,7 +177,7 @@ class RblnRuntime:
         """Run the part. A run on the NPU can't be stopped; `should_stop` is called only before."""
         with self._lock:
             Watch(should_stop=should_stop).check()
-            result: Tensor = self._runtime(image.float().contiguous())
+            result: Tensor = self._runtime(image.to(self._dtype).contiguous())
             return result.to(image.dtype, copy=True) if out is None else out.copy_(result)
 
 
