@@ -1,0 +1,776 @@
+"""Single files: every layout gives the model that was written, exactly, without the network."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    VQModel,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rbln_vae.errors import RBLNCompileError
+from rbln_vae.models.kinds import KINDS
+from rbln_vae.models.single_file import open_single_file
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a single file needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def randomised(model: Any) -> Any:
+    """Weights and statistics that no other model has."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(-0.1, 0.1)
+    if isinstance(model, AutoencoderKLFlux2):
+        model.bn.running_var.abs_()
+    return model.eval().requires_grad_(False)
+
+
+def kl(channels: tuple[int, ...] = (32, 64), **options: Any) -> Any:
+    options = {"latent_channels": 4, "layers_per_block": 1, **options}
+    flux2 = options.pop("flux2", False)
+    return randomised(
+        (AutoencoderKLFlux2 if flux2 else AutoencoderKL)(
+            block_out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            **options,
+        )
+    )
+
+
+_SCALED = (AutoencoderKLWan, AutoencoderKLQwenImage21)
+
+
+def wan(original: Any = AutoencoderKLWan, **options: Any) -> Any:
+    options = {
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True],
+        "latents_mean": None,
+        "latents_std": None,
+        **({"scale_factor_temporal": 2, "scale_factor_spatial": 4} if original in _SCALED else {}),
+        **options,
+    }
+    return randomised(original(**options))
+
+
+def wan_2_2(**options: Any) -> Any:
+    return wan(
+        **{
+            "decoder_base_dim": 8,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 8,
+            **options,
+        }
+    )
+
+
+def tiny(**options: Any) -> Any:
+    return randomised(
+        AutoencoderTiny(
+            **{
+                "encoder_block_out_channels": (8, 8, 8),
+                "decoder_block_out_channels": (8, 8, 8),
+                "num_encoder_blocks": (1, 2, 0),
+                "num_decoder_blocks": (2, 3, 1),
+                **options,
+            }
+        )
+    )
+
+
+# The layouts, from the names of diffusers to theirs
+
+
+def plain(state: State) -> State:
+    return dict(state)
+
+
+def old(state: State) -> State:
+    """As diffusers itself named attention before 0.17."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    return {
+        re.sub(r"to_(q|k|v|out\.0)", lambda found: names[found[0]], name): tensor
+        for name, tensor in state.items()
+    }
+
+
+def ldm(state: State, *, matrices: bool = False, own_quant: bool = False) -> State:
+    """CompVis's names; attention is made of convolutions there."""
+    levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("decoder.up_blocks."))
+    written = {}
+    for name, tensor in state.items():
+        words = name.split(".")
+        if words[1] in ("down_blocks", "up_blocks"):
+            down, level, what, number = words[1] == "down_blocks", int(words[2]), *words[3:5]
+            level = level if down else levels - 1 - level
+            what = {
+                "resnets": f"block.{number}",
+                "attentions": f"attn.{number}",
+                "downsamplers": "downsample",
+                "upsamplers": "upsample",
+            }[what]
+            words[1:5] = ["down" if down else "up", str(level), what]
+        elif words[1] == "mid_block":
+            what = f"block_{int(words[3]) + 1}" if words[2] == "resnets" else "attn_1"
+            words[1:4] = ["mid", what]
+        key = ".".join(words)
+        for new, its in (
+            ("conv_norm_out", "norm_out"),
+            ("conv_shortcut", "nin_shortcut"),
+            ("group_norm", "norm"),
+            ("to_out.0", "proj_out"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+        ):
+            key = key.replace(f".{new}.", f".{its}.")
+        if own_quant:
+            key = {"quant_conv": "encoder.", "post_quant_conv": "decoder."}.get(words[0], "") + key
+        if ".attn" in key and tensor.ndim == 2 and not matrices:
+            tensor = tensor[:, :, None, None]
+        written[key] = tensor
+    return written
+
+
+def flux2s(state: State) -> State:
+    return ldm(state, own_quant=True)
+
+
+_WAN_NAMES = {
+    "quant_conv": "conv1",
+    "post_quant_conv": "conv2",
+    "encoder.conv_in": "encoder.conv1",
+    "decoder.conv_in": "decoder.conv1",
+    "encoder.norm_out": "encoder.head.0",
+    "decoder.norm_out": "decoder.head.0",
+    "encoder.conv_out": "encoder.head.2",
+    "decoder.conv_out": "decoder.head.2",
+}
+_WAN_BLOCK = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
+
+
+def wans(state: State) -> State:
+    """Wan's names: 2.1's, in which the levels of the decoder are one list, and 2.2's."""
+    written: State = {}
+    lengths: dict[int, int] = {}  # blocks before the upsampling of each level
+    for name in state:
+        if found := re.match(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", name):
+            lengths[int(found[1])] = int(found[2]) + 1
+    for name, tensor in state.items():
+        module, _, weight = name.rpartition(".")
+        words = module.split(".")
+        if module in _WAN_NAMES:
+            module = _WAN_NAMES[module]
+        elif words[1] == "mid_block":
+            position = 2 * int(words[3]) if words[2] == "resnets" else 1
+            rest = ".".join(words[4:])
+            module = f"{words[0]}.middle.{position}.{_WAN_BLOCK.get(rest, rest)}"
+        elif words[1] == "down_blocks" and words[3] not in ("resnets", "downsampler"):
+            rest = ".".join(words[3:])
+            module = f"encoder.downsamples.{words[2]}.{_WAN_BLOCK.get(rest, rest)}"
+        elif words[1] == "down_blocks":
+            last = len({n.split(".")[4] for n in state if n.startswith(f"{'.'.join(words[:3])}.r")})
+            number = words[4] if words[3] == "resnets" else str(last)
+            rest = ".".join(words[5 if words[3] == "resnets" else 4 :])
+            rest = _WAN_BLOCK.get(rest, rest)
+            module = f"encoder.downsamples.{words[2]}.downsamples.{number}.{rest}"
+        else:
+            level = int(words[2])
+            block = words[3] == "resnets"
+            number = words[4] if block else str(lengths[level])
+            if words[3] == "upsampler" or "decoder.up_blocks.0.upsampler.resample.1.bias" in state:
+                where = f"decoder.upsamples.{level}.upsamples.{number}"
+            else:
+                before = sum(lengths[each] + 1 for each in range(level))
+                where = f"decoder.upsamples.{before + int(number)}"
+            rest = ".".join(words[4 if words[3] == "upsampler" else 5 :])
+            module = f"{where}.{_WAN_BLOCK.get(rest, rest)}"
+        written[f"{module}.{weight}"] = tensor
+    return written
+
+
+def taesd(state: State, encoder: str = "taesd_encoder.", decoder: str = "taesd_decoder.") -> State:
+    written = {}
+    for name, tensor in state.items():
+        part, _, number, rest = name.split(".", 3)
+        offset, prefix = (0, encoder) if part == "encoder" else (1, decoder)
+        written[f"{prefix}{int(number) + offset}.{rest}"] = tensor
+    return written
+
+
+def taesds(state: State) -> State:
+    return taesd(state, "encoder.", "decoder.")
+
+
+# What is compared
+
+
+def write(path: Path, state: Mapping[str, Tensor]) -> Path:
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+def assert_same(found: Any, model: Any, *, unknown: tuple[str, ...] = ()) -> None:
+    """The same class, configuration, weights and results; `unknown` settings are `None`."""
+    assert type(found) is type(model)
+    for name, value in model.config.items():
+        if name in unknown:
+            assert found.config[name] is None, name
+        elif name != "sample_size" and not name.startswith("_"):
+            expected = list(value) if isinstance(value, tuple) else value
+            given = found.config[name]
+            assert (list(given) if isinstance(given, tuple) else given) == expected, name
+    assert not found.training
+    expected_state, state = model.state_dict(), found.state_dict()
+    assert state.keys() == expected_state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected_state[name]), name
+    with torch.no_grad():
+        for each in (results(found), results(model)):
+            assert all(result.isfinite().all() for result in each)
+        for result, expected in zip(results(found), results(model), strict=True):
+            assert torch.equal(result, expected)
+
+
+def results(model: Any) -> list[Tensor]:
+    """What the model gives for one image."""
+    config = model.config
+    patch = config.get("patch_size") if "base_dim" in config else None
+    channels = config.get("in_channels", config.get("input_channels")) // (patch or 1) ** 2
+    image = torch.linspace(-1, 1, channels * 16 * 16).reshape(1, channels, 16, 16)
+    image = image.to(next(model.parameters()).dtype)
+    if "base_dim" in config:
+        image = image.unsqueeze(2)
+    encoded = model.encode(image)
+    if "latent_dist" in encoded:
+        latent, all_of_it = encoded.latent_dist.mode(), encoded.latent_dist.parameters
+    else:
+        latent = all_of_it = encoded[0]
+    kwargs = {"force_not_quantize": True} if isinstance(model, VQModel) else {}
+    return [all_of_it, model.decode(latent, **kwargs).sample]
+
+
+SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+LAYOUTS: dict[str, tuple[Callable[[], Any], Callable[[State], State]]] = {
+    "diffusers": (kl, plain),
+    "diffusers, old names": (kl, old),
+    "diffusers, FLUX.2": (lambda: kl(flux2=True), plain),
+    "diffusers, Wan 2.1": (wan, plain),
+    "diffusers, Wan 2.2": (wan_2_2, plain),
+    "diffusers, Tiny": (tiny, plain),
+    "LDM": (kl, ldm),
+    "LDM, three levels of two layers": (lambda: kl((32, 32, 64), layers_per_block=2), ldm),
+    "LDM, one level": (lambda: kl((32,)), ldm),
+    "LDM, without quant convs": (
+        lambda: kl(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+        ldm,
+    ),
+    "LDM, without attention": (lambda: kl(mid_block_add_attention=False), ldm),
+    "LDM, with matrices": (kl, lambda state: ldm(state, matrices=True)),
+    "LDM, other channels": (lambda: kl(in_channels=4, out_channels=1), ldm),
+    "FLUX.2": (lambda: kl(flux2=True), flux2s),
+    "FLUX.2, small decoder": (
+        lambda: kl(flux2=True, decoder_block_out_channels=(32, 96)),
+        flux2s,
+    ),
+    "Wan 2.1": (wan, wans),
+    "Wan 2.1, two blocks": (lambda: wan(num_res_blocks=2, dim_mult=[1, 2, 4]), wans),
+    "Wan 2.1, RGBA": (lambda: wan(in_channels=4, out_channels=4), wans),
+    "Wan 2.2": (wan_2_2, wans),
+    "Wan 2.2, two blocks": (lambda: wan_2_2(num_res_blocks=2, decoder_base_dim=None), wans),
+    "Qwen-Image-2.1": (
+        lambda: wan(AutoencoderKLQwenImage21, decoder_base_dim=8),
+        wans,
+    ),
+    "TAESD": (tiny, taesd),
+    "TAESD, its own names": (tiny, taesds),
+    "TAESD, as large as published": (
+        lambda: randomised(AutoencoderTiny(latent_channels=16)),
+        taesd,
+    ),
+    "asymmetric": (
+        lambda: randomised(
+            AsymmetricAutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                down_block_out_channels=(32, 64),
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                up_block_out_channels=(32, 64, 64),
+                layers_per_up_block=2,
+            )
+        ),
+        plain,
+    ),
+    "MoVQ": (
+        lambda: randomised(
+            VQModel(
+                block_out_channels=(32, 64),
+                down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+                up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+                latent_channels=4,
+                vq_embed_dim=4,
+                norm_type="spatial",
+            )
+        ),
+        plain,
+    ),
+    "LDM, VQ": (
+        lambda: randomised(
+            VQModel(
+                block_out_channels=(32, 64),
+                down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+                up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+                vq_embed_dim=5,
+            )
+        ),
+        ldm,
+    ),
+    "HunyuanImage": (
+        lambda: randomised(
+            AutoencoderKLHunyuanImage(3, 3, 8, (32, 64, 64), 1, 4, 384),
+        ),
+        plain,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_gives_the_model_that_was_written(layout: str, tmp_path: Path) -> None:
+    make, names = LAYOUTS[layout]
+    model = make()
+    path = write(tmp_path / "vae.safetensors", names(model.state_dict()))
+    found = open_single_file(path)
+    unknown = () if found.class_name == "AutoencoderTiny" else SCALING
+    assert_same(found.load(), model, unknown=unknown)
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "vae.", "model."])
+@pytest.mark.parametrize("layout", ["LDM", "FLUX.2", "Wan 2.1", "TAESD", "diffusers"])
+def test_a_whole_checkpoint_gives_its_vae(prefix: str, layout: str, tmp_path: Path) -> None:
+    make, names = LAYOUTS[layout]
+    model = make()
+    state = {f"{prefix}{name}": tensor for name, tensor in names(model.state_dict()).items()}
+    state["model_ema.decay"] = torch.tensor(0.9)
+    state["cond_stage_model.transformer.weight"] = torch.zeros(3, 3)
+    found = open_single_file(write(tmp_path / "checkpoint.safetensors", state))
+    assert_same(found.load(), model, unknown=() if layout == "TAESD" else SCALING)
+
+
+def test_only_the_weights_of_the_vae_are_read(tmp_path: Path, monkeypatch) -> None:
+    from rbln_vae.models import single_file
+
+    model = tiny()
+    names = taesd(model.state_dict(), "vae.taesd_encoder.", "vae.taesd_decoder.")
+    path = write(tmp_path / "x.safetensors", {**names, "model.huge": torch.zeros(1000)})
+    read: list[str] = []
+
+    class Watched:
+        def __init__(self, *args: Any) -> None:
+            self.file = safe_open(*args)
+
+        def __enter__(self) -> Any:
+            opened = self.file.__enter__()
+            self.get_slice, self.keys = opened.get_slice, opened.keys
+            self.get_tensor = lambda key: read.append(key) or opened.get_tensor(key)
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self.file.__exit__(*args)
+
+    monkeypatch.setattr(single_file, "safe_open", Watched)
+    found = open_single_file(path)
+    assert read == []
+    found.load()
+    assert sorted(read) == sorted(names)
+
+
+def test_what_training_and_comfyui_leave_in_a_file_is_ignored(tmp_path: Path) -> None:
+    model = kl()
+    left = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
+    path = write(tmp_path / "ldm.safetensors", {**ldm(model.state_dict()), **left})
+    assert_same(open_single_file(path).load(), model, unknown=SCALING)
+    model = tiny()
+    left = {"vae_scale": torch.tensor(0.18215), "vae_shift": torch.tensor(0.0)}
+    path = write(tmp_path / "taesd.safetensors", {**taesd(model.state_dict()), **left})
+    assert_same(open_single_file(path).load(), model)
+
+
+def test_the_counter_of_batches_may_be_missing(tmp_path: Path) -> None:
+    model = kl(flux2=True)
+    state = flux2s(model.state_dict())
+    del state["bn.num_batches_tracked"]
+    assert_same(open_single_file(write(tmp_path / "ae.safetensors", state)).load(), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = kl().to(dtype)
+    path = write(tmp_path / "vae.safetensors", ldm(model.state_dict()))
+    found = open_single_file(path).load()
+    assert found.dtype == dtype
+    assert all(
+        torch.equal(tensor, found.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
+    if dtype == torch.bfloat16:
+        assert_same(found, model, unknown=SCALING)
+
+
+def test_weights_take_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    model = kl(flux2=True)
+    path = write(tmp_path / "vae.safetensors", flux2s(model.to(torch.bfloat16).state_dict()))
+    found = open_single_file(path).load(torch.float32)
+    assert {t.dtype for t in found.state_dict().values()} == {torch.float32, torch.int64}
+
+
+# Two files
+
+
+@pytest.mark.parametrize("given", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", ["taesd_{}.safetensors", "{}.safetensors"])
+def test_either_file_of_taesd_stands_for_both(given: str, name: str, tmp_path: Path) -> None:
+    model = tiny()
+    for part in ("encoder", "decoder"):
+        state = taesd(model.state_dict(), "encoder:", "decoder:")
+        found = {k.partition(":")[2]: v for k, v in state.items() if k.startswith(part)}
+        write(tmp_path / name.format(part), found)
+    assert_same(open_single_file(tmp_path / name.format(given)).load(), model)
+
+
+@pytest.mark.parametrize("name", ["taesd_decoder.safetensors", "taesd.safetensors"])
+def test_a_part_of_taesd_alone_is_refused(name: str, tmp_path: Path) -> None:
+    state = taesd(tiny().state_dict(), "encoder:", "")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder:")}
+    path = write(tmp_path / name, state)
+    with pytest.raises(RBLNCompileError, match=r"holds the decoder alone.*encoder\.safetensors"):
+        open_single_file(path)
+
+
+# Kinds and configurations
+
+
+def published(kind: str) -> Any:
+    """A narrow model with the latents of a kind."""
+    latents = KINDS[kind].latent_channels
+    match KINDS[kind].class_names[0]:
+        case "AutoencoderKL":
+            quant = latents == 4
+            return kl(latent_channels=latents, use_quant_conv=quant, use_post_quant_conv=quant)
+        case "AutoencoderKLFlux2":
+            return kl(flux2=True, latent_channels=latents)
+        case "AutoencoderKLQwenImage":
+            return wan(AutoencoderKLQwenImage, z_dim=latents)
+        case "AutoencoderKLQwenImage21":
+            return wan(AutoencoderKLQwenImage21, z_dim=latents, decoder_base_dim=8)
+        case "AutoencoderKLWan":
+            return (wan if kind == "wan" else wan_2_2)(z_dim=latents)
+        case "AutoencoderTiny":
+            return tiny()
+        case "AutoencoderKLHunyuanImage":
+            return randomised(AutoencoderKLHunyuanImage(3, 3, latents, (32, 64, 128), 1, 4, 384))
+        case other:
+            raise NotImplementedError(other)
+
+
+CONSTANTS = {
+    "sd": {"scaling_factor": 0.18215, "shift_factor": None, "force_upcast": True},
+    "sdxl": {"scaling_factor": 0.13025, "shift_factor": None, "force_upcast": True},
+    "sd3": {"scaling_factor": 1.5305, "shift_factor": 0.0609, "force_upcast": True},
+    "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "force_upcast": True},
+    "z-image": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "force_upcast": True},
+    "flux2": {"batch_norm_eps": 1e-4, "patch_size": (2, 2), "sample_size": 1024},
+    "taesd": {"scaling_factor": 1.0, "shift_factor": 0.0},
+    "hunyuan-image": {"scaling_factor": 0.75289},
+    "qwen-image": {"latents_mean": (-0.7571, -0.2921, 16), "latents_std": (2.8184, 1.916, 16)},
+    "wan": {"latents_mean": (-0.7571, -0.2921, 16), "latents_std": (2.8184, 1.916, 16)},
+    "wan2.2": {"latents_mean": (-0.2289, -0.0667, 48), "latents_std": (0.4765, 0.7744, 48)},
+    "qwen-image-2.1": {
+        "latents_mean": (0.5126, 0.0304, 64),
+        "latents_std": (3.2001, 3.8161, 64),
+    },
+}
+"""For lists: the first, the last, and how many."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_tells_the_constants(kind: str, tmp_path: Path) -> None:
+    model = published(kind)
+    path = write(tmp_path / "vae.safetensors", model.state_dict())
+    found = open_single_file(path, kind=kind).load()
+    assert type(found) is type(model)
+    assert all(map(torch.equal, results(found), results(model)))
+    for name, expected in CONSTANTS[kind].items():
+        given = found.config[name]
+        if name.startswith("latents"):
+            given = (given[0], given[-1], len(given))
+        assert given == expected, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_another_model_is_refused(kind: str, tmp_path: Path) -> None:
+    other = kl(latent_channels=3) if kind == "taesd" else tiny()
+    path = write(tmp_path / "vae.safetensors", other.state_dict())
+    with pytest.raises(ValueError, match=f"kind='{kind}' .* holds an {type(other).__name__} "):
+        open_single_file(path, kind=kind)
+
+
+def test_a_kind_with_other_latents_is_refused_by_name_of_those_that_fit(tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
+    with pytest.raises(ValueError, match=r"with 4\. Kinds that fit: sd, sdxl\."):
+        open_single_file(path, kind="flux")
+    with pytest.raises(ValueError, match=r"kind='sd9' is not known\. Known are sd, sdxl, "):
+        open_single_file(path, kind="sd9")
+
+
+def test_a_file_that_suits_wan_and_qwen_is_what_it_is_asked_for_as(tmp_path: Path) -> None:
+    model = wan(z_dim=16)
+    path = write(tmp_path / "vae.safetensors", wans(model.state_dict()))
+    assert open_single_file(path).class_name == "AutoencoderKLWan"
+    qwen = open_single_file(path, class_name="AutoencoderKLQwenImage").load()
+    assert type(qwen) is AutoencoderKLQwenImage
+    assert type(open_single_file(path, kind="qwen-image").load()) is AutoencoderKLQwenImage
+    for result, expected in zip(results(qwen), results(model), strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("form", ["dict", "directory", "file", "subfolder"])
+def test_a_configuration_tells_everything(form: str, tmp_path: Path) -> None:
+    model = kl((8, 16), norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)
+    path = write(tmp_path / "vae.safetensors", ldm(model.state_dict()))
+    model.save_config(tmp_path / "vae")
+    config: Any = {
+        "dict": json.loads((tmp_path / "vae" / "config.json").read_text()),
+        "directory": tmp_path / "vae",
+        "file": str(tmp_path / "vae" / "config.json"),
+        "subfolder": tmp_path,
+    }[form]
+    found = open_single_file(path, config=config, subfolder="vae" if form == "subfolder" else None)
+    assert_same(found.load(), model)
+    assert found.config["scaling_factor"] == 0.5
+
+
+def test_a_part_of_a_configuration_wins_over_what_is_worked_out(tmp_path: Path) -> None:
+    model = kl((8, 16), norm_num_groups=4)
+    path = write(tmp_path / "vae.safetensors", ldm(model.state_dict()))
+    found = open_single_file(path, kind="sdxl", config={"norm_num_groups": 4, "sample_size": 64})
+    loaded = found.load()
+    assert all(map(torch.equal, results(loaded), results(model)))
+    assert (loaded.config.scaling_factor, loaded.config.sample_size) == (0.13025, 64)
+
+    with pytest.raises(RBLNCompileError, match=r"config=\{.norm_num_groups"):
+        open_single_file(path).load()
+
+
+@pytest.mark.parametrize("config", ["nowhere/at-all", "runwayml/stable-diffusion-v1-5"])
+def test_a_configuration_that_isnt_here_is_refused(config: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
+    with pytest.raises(ValueError, match=rf"config='{config}' .* The hub is not asked"):
+        open_single_file(path, config=config)
+
+
+def test_a_configuration_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
+    with pytest.raises(RBLNCompileError, match="AutoencoderKLNone, which diffusers doesn't have"):
+        open_single_file(path, config={"_class_name": "AutoencoderKLNone"})
+
+
+# Bad files
+
+
+def test_a_file_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.safetensors", {"lora.down": torch.zeros(2)})
+    with pytest.raises(RBLNCompileError, match=r"known layout; it begins with lora.down.*LDM"):
+        open_single_file(path)
+    with pytest.raises(RBLNCompileError, match="it begins with nothing"):
+        open_single_file(write(path, {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_missing_and_unknown_weights_are_refused_by_name(layout: str, tmp_path: Path) -> None:
+    make, names = LAYOUTS[layout]
+    state = names(make().state_dict())
+    last = [name for name in state if name.endswith(".bias") and "decoder" in name][-1]
+    missing = {name: tensor for name, tensor in state.items() if name != last}
+    path = write(tmp_path / "vae.safetensors", missing)
+    with pytest.raises(RBLNCompileError, match="1 weights are missing"):
+        open_single_file(path).load()
+    prefix = last.split(".")[0]
+    path = write(path, {**state, f"{prefix}.extra.weight": torch.zeros(1)})
+    with pytest.raises(RBLNCompileError, match=rf"1 weights are unknown \({prefix}.extra.weight\)"):
+        open_single_file(path).load()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_without_any_one_weight_is_refused(layout: str, tmp_path: Path) -> None:
+    make, names = LAYOUTS[layout]
+    state = names(make().state_dict())
+    for lost in list(state)[:: max(1, len(state) // 12)]:
+        if lost == "bn.num_batches_tracked":
+            continue
+        path = write(tmp_path / "vae.safetensors", {k: v for k, v in state.items() if k != lost})
+        with pytest.raises(RBLNCompileError):
+            open_single_file(path).load()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3, 3, 3), (32, 3, 5, 5), (64, 3, 3, 3)])
+@pytest.mark.parametrize("layout", ["LDM", "FLUX.2", "Wan 2.1", "Wan 2.2", "TAESD", "HunyuanImage"])
+def test_weights_of_another_shape_are_refused(
+    layout: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    make, names = LAYOUTS[layout]
+    state = names(make().state_dict())
+    for name in list(state)[:: max(1, len(state) // 8)]:
+        if name != "bn.num_batches_tracked" and state[name].shape != shape:
+            path = write(tmp_path / "vae.safetensors", {**state, name: torch.zeros(shape)})
+            with pytest.raises(RBLNCompileError, match=r"vae\.safetensors"):
+                open_single_file(path).load()
+
+
+def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    state = ldm(kl().state_dict())
+    state["encoder.quant_conv.weight"] = state["quant_conv.weight"]
+    path = write(tmp_path / "vae.safetensors", state)
+    with pytest.raises(RBLNCompileError, match=r"both stand for quant_conv\.weight"):
+        open_single_file(path)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in ldm(kl().state_dict()).items()}
+    path = write(tmp_path / "vae.safetensors", state)
+    with pytest.raises(RBLNCompileError, match="has the dtype F8_E4M3, expected one of"):
+        open_single_file(path)
+
+
+class _Code:
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("the file ran code",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(_Code()), b"", b"x" * 100, None])
+def test_what_is_no_safetensors_file_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
+    path.write_bytes(path.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(OSError, match=r"vae\.safetensors can't be read as a safetensors file"):
+        open_single_file(path)
+
+
+def test_a_file_that_isnt_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"vae\.safetensors"):
+        open_single_file(tmp_path / "vae.safetensors")
+
+
+# Any architecture
+
+
+@settings(max_examples=25)
+@given(
+    widths=st.lists(st.sampled_from([32, 64]), min_size=1, max_size=4),
+    layers=st.integers(1, 3),
+    latents=st.integers(1, 8),
+    quant=st.booleans(),
+    post=st.booleans(),
+    attention=st.booleans(),
+    flux2=st.booleans(),
+    layout=st.sampled_from([plain, old, ldm]),
+)
+def test_any_kl_is_recognised(
+    tmp_path_factory: Any, widths, layers, latents, quant, post, attention, flux2, layout
+) -> None:
+    model = kl(
+        tuple(widths),
+        layers_per_block=layers,
+        latent_channels=latents,
+        use_quant_conv=quant,
+        use_post_quant_conv=post,
+        mid_block_add_attention=attention,
+        flux2=flux2,
+    )
+    path = write(tmp_path_factory.getbasetemp() / "any_kl.safetensors", layout(model.state_dict()))
+    assert_same(open_single_file(path).load(), model, unknown=SCALING)
+
+
+@settings(max_examples=25)
+@given(
+    multipliers=st.lists(st.sampled_from([1, 2]), max_size=3),
+    blocks=st.integers(1, 3),
+    temporal=st.lists(st.booleans(), min_size=3, max_size=3),
+    layout=st.sampled_from([plain, wans]),
+)
+def test_any_wan_2_1_is_recognised(
+    tmp_path_factory: Any, multipliers, blocks, temporal, layout
+) -> None:
+    temporal = temporal[: len(multipliers)]
+    widths = [1]
+    for multiplier in multipliers:  # Wan's decoder halves the width at each level
+        widths.append(widths[-1] * multiplier)
+    model = wan(
+        dim_mult=widths,
+        num_res_blocks=blocks,
+        temperal_downsample=temporal,
+        scale_factor_temporal=2 ** sum(temporal),
+        scale_factor_spatial=2 ** len(multipliers),
+    )
+    path = write(tmp_path_factory.getbasetemp() / "any_wan.safetensors", layout(model.state_dict()))
+    assert_same(open_single_file(path).load(), model, unknown=SCALING)
+
+
+@settings(max_examples=25)
+@given(
+    encoder=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    decoder=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    latents=st.integers(1, 6),
+    layout=st.sampled_from([plain, taesd, taesds]),
+)
+def test_any_tiny_is_recognised(tmp_path_factory: Any, encoder, decoder, latents, layout) -> None:
+    model = tiny(
+        num_encoder_blocks=encoder,
+        num_decoder_blocks=decoder,
+        encoder_block_out_channels=[8] * len(encoder),
+        decoder_block_out_channels=[8] * len(decoder),
+        latent_channels=latents,
+    )
+    path = write(
+        tmp_path_factory.getbasetemp() / "any_tiny.safetensors", layout(model.state_dict())
+    )
+    assert_same(open_single_file(path).load(), model)
