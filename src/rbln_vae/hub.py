@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,11 @@ _ORIGINAL_OPTIONS = (
     "disable_mmap",
 )
 """Arguments of diffusers' loaders that compiled models ignore, having no weights to load."""
+_KIND = "kind"
+"""The argument that tells what the weights in a single file don't."""
+_FILE_ADDRESS = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)"
+)
 
 
 def options(loader: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +49,17 @@ def options(loader: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_loader_options(loader: Mapping[str, Any]) -> None:
     """Raise a `TypeError` for a name that no Hugging Face loader knows."""
-    reject_unknown(loader, _DOWNLOAD_OPTIONS + _ORIGINAL_OPTIONS, "argument of from_pretrained")
+    known = (*_DOWNLOAD_OPTIONS, *_ORIGINAL_OPTIONS, _KIND)
+    reject_unknown(loader, known, "argument of from_pretrained")
+
+
+def reject_kind(model_id: str, loader: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a kind is named for a model that has a configuration."""
+    if loader.get(_KIND) is not None:
+        raise ValueError(
+            f"kind={loader[_KIND]!r} is for .safetensors files, and {model_id} has a "
+            "configuration of its own. Leave kind out."
+        )
 
 
 _PATIENCE = 8.0
@@ -218,7 +234,11 @@ def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | No
 
 
 def find_vae(
-    model_id: str, *, subfolder: str | None = None, revision: str | None = None
+    model_id: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    kind: str | None = None,
 ) -> dict[str, Any]:
     """The loader arguments that find a VAE, possibly that of a pipeline.
 
@@ -226,12 +246,14 @@ def find_vae(
         model_id: A local path or a hub id.
         subfolder: The subfolder of the VAE; `None` is the top, or `vae` in a pipeline.
         revision: The revision of a model on the hub; `None` is the default one.
+        kind: The kind of the model in a `.safetensors` file; `None` is unknown.
 
     Raises:
         OSError: The model does not exist or can't be reached, as in `reach`.
     """
-    where = reach(model_id, {} if revision is None else {"revision": revision})
-    if subfolder is None and (found := find_pipeline(model_id, **where)):
+    given = {"revision": revision, _KIND: kind}
+    where = reach(model_id, {name: value for name, value in given.items() if value is not None})
+    if subfolder is None and (found := find_pipeline(model_id, **options(where))):
         subfolder, _ = found
     return where if subfolder is None else {**where, "subfolder": subfolder}
 
@@ -261,6 +283,31 @@ def _json(model_id: str, name: str, download: Mapping[str, Any]) -> dict[str, An
 def is_single_file(model_id: str) -> bool:
     """Whether the name stands for a single `.safetensors` checkpoint."""
     return model_id.endswith(".safetensors")
+
+
+def find_single_file(model_id: str, loader: Mapping[str, Any]) -> Path:
+    """The file, downloaded if the name is the address of one on the hub.
+
+    Args:
+        model_id: A path or an address.
+        loader: `token`, `cache_dir`, … of `huggingface_hub.hf_hub_download`, and any others.
+
+    Raises:
+        OSError: The file does not exist or can't be downloaded.
+    """
+    if "://" not in model_id:
+        return Path(model_id)
+    address = _FILE_ADDRESS.fullmatch(model_id.partition("?")[0])
+    if address is None:
+        raise OSError(
+            f"{model_id} is no address of a file on the hub, such as "
+            "https://huggingface.co/NAME/blob/main/FILE.safetensors. Download it and name the path."
+        )
+    from huggingface_hub import hf_hub_download
+
+    repository, revision, name = address.groups()
+    where = {k: v for k, v in options(loader).items() if k not in ("subfolder", "revision")}
+    return Path(hf_hub_download(repository, name, revision=revision, **where))
 
 
 def is_path(model_id: str) -> bool:

@@ -137,6 +137,17 @@ def test_scaling_is_applied_if_asked_for_and_always_recorded(
     torch.testing.assert_close(torch.exp(scaled[0]["logvar"] / 2), deviation)
 
 
+def test_scaling_that_isnt_known_is_refused_before_anything_is_written(
+    images: Path, tmp_path: Path
+) -> None:
+    vae = compile_vae(make_vae(scaling_factor=None))
+    with pytest.raises(ValueError, match="scaling of the model's latents isn't known"):
+        encode_dataset(images, tmp_path / "out", vae, dataclasses.replace(OPTIONS, scale=True))
+    assert not (tmp_path / "out").exists()
+    encode_dataset(images, tmp_path / "out", vae, OPTIONS)
+    assert LatentDataset(tmp_path / "out").manifest["model"]["scaling_factor"] is None
+
+
 def test_scaled_latents_of_flux_2_are_in_patches(images: Path, tmp_path: Path) -> None:
     vae: Any = RBLNAutoencoder.from_model(make_flux2(), rbln_target="cpu", rbln_dtype="float32")
     for scale in (False, True):

@@ -290,51 +290,6 @@ def test_options_of_from_model_are_keywords():
 # From a single file
 
 
-def original_layout(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
-    """The weights under the names that the first Stable Diffusion gave them."""
-    blocks = len(vae.config.block_out_channels)
-    tensors = {}
-    for name, tensor in vae.state_dict().items():
-        words = name.split(".")
-        if "up_blocks" in words:  # counted from the other end there
-            words[2] = str(blocks - 1 - int(words[2]))
-        if "mid_block" in words:
-            kind, number = words[2:4]
-            words[1:4] = ["mid", f"{'block' if kind == 'resnets' else 'attn'}_{int(number) + 1}"]
-        new = ".".join(words)
-        for ours, theirs in (
-            ("down_blocks", "down"),
-            ("up_blocks", "up"),
-            (".resnets.", ".block."),
-            ("downsamplers.0", "downsample"),
-            ("upsamplers.0", "upsample"),
-            ("conv_shortcut", "nin_shortcut"),
-            ("conv_norm_out", "norm_out"),
-            ("group_norm", "norm"),
-            ("to_out.0", "proj_out"),
-            ("to_q", "q"),
-            ("to_k", "k"),
-            ("to_v", "v"),
-        ):
-            new = new.replace(ours, theirs)
-        is_projection = "attn_1" in new and tensor.dim() == 2
-        tensors[new] = (tensor[:, :, None, None] if is_projection else tensor).contiguous()
-    return tensors
-
-
-@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-@pytest.mark.parametrize("kind", [str, Path])
-def test_a_single_file_in_the_original_layout_is_compiled(tmp_path, original, prefix, kind):
-    file = tmp_path / "vae.safetensors"
-    tensors = original_layout(default_vae())
-    assert "decoder.mid.attn_1.q.weight" in tensors
-    assert not tensors.keys() & {n for n in default_vae().state_dict() if "block" in n}
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, file)
-    for export in (True, None):
-        model = load(kind(file), export, config=str(original), rbln_config=CPU)
-        assert_same_model(model, default_vae())
-
-
 def test_a_single_file_without_export_says_what_to_pass(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="export=True"):

@@ -63,6 +63,14 @@ def test_constants_are_read_from_the_configuration_of_the_model(values: object) 
     assert LatentScaling.of(config) == LatentScaling(0.18215, latents_mean=(0.5, -0.5))
 
 
+@pytest.mark.parametrize("config", [{}, {"scaling_factor": None, "shift_factor": 0.1}])
+def test_constants_that_a_configuration_lacks_are_not_taken_for_one_and_zero(config: dict) -> None:
+    scaling = LatentScaling.of(config)
+    for work in (scaling.scale, scaling.unscale, scaling.scale_log_variance, scaling.check_known):
+        with pytest.raises(ValueError, match="isn't known"):
+            work(*([] if work == scaling.check_known else [latent(1, 4, 2, 2)]))
+
+
 def test_the_dtype_of_a_latent_is_kept() -> None:
     scaling = LatentScaling(0.5, 0.25, (0.0,) * 4, (1.0,) * 4)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

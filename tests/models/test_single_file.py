@@ -29,7 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rbln_vae import RBLNAutoencoder, RBLNAutoencoderKL, RBLNAutoencoderKLQwenImage
 from rbln_vae.errors import RBLNCompileError
+from rbln_vae.metrics import relative_l2
+from rbln_vae.models.auto import CLASSES
 from rbln_vae.models.kinds import KINDS
 from rbln_vae.models.single_file import open_single_file
 
@@ -280,7 +283,7 @@ def results(model: Any) -> list[Tensor]:
     patch = config.get("patch_size") if "base_dim" in config else None
     channels = config.get("in_channels", config.get("input_channels")) // (patch or 1) ** 2
     image = torch.linspace(-1, 1, channels * 16 * 16).reshape(1, channels, 16, 16)
-    image = image.to(next(model.parameters()).dtype)
+    image = image.to(model.dtype)
     if "base_dim" in config:
         image = image.unsqueeze(2)
     encoded = model.encode(image)
@@ -774,3 +777,106 @@ def test_any_tiny_is_recognised(tmp_path_factory: Any, encoder, decoder, latents
         tmp_path_factory.getbasetemp() / "any_tiny.safetensors", layout(model.state_dict())
     )
     assert_same(open_single_file(path).load(), model)
+
+
+# Compiled models
+
+OPTIONS = {"target": "cpu", "dtype": "float32"}
+ONE_OF_EACH = {
+    "AutoencoderKL": "LDM",
+    "AutoencoderKLFlux2": "FLUX.2",
+    "AutoencoderKLWan": "Wan 2.1",
+    "AutoencoderKLQwenImage21": "Qwen-Image-2.1",
+    "AutoencoderTiny": "TAESD",
+    "AsymmetricAutoencoderKL": "asymmetric",
+    "AutoencoderKLHunyuanImage": "HunyuanImage",
+    "VQModel": "MoVQ",
+}
+compiled_classes = pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if n in CLASSES])
+
+
+@compiled_classes
+def test_a_file_is_compiled_by_the_class_that_its_weights_suit(name: str, tmp_path: Path) -> None:
+    make, names = LAYOUTS[ONE_OF_EACH[name]]
+    model = make()
+    path = write(tmp_path / "vae.safetensors", names(model.state_dict()))
+    for found in (
+        RBLNAutoencoder.from_pretrained(path, export=True, rbln_config=OPTIONS),
+        CLASSES[name].from_pretrained(str(path), export=None, rbln_config=OPTIONS),
+    ):
+        assert type(found) is CLASSES[name]
+        for result, expected in zip(results(found), results(model), strict=True):
+            assert relative_l2(result, expected) < 1e-4
+
+
+def test_a_class_that_the_weights_dont_suit_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", wans(wan().state_dict()))
+    with pytest.raises(RBLNCompileError, match="holds a AutoencoderKLWan, but RBLNAutoencoderKL "):
+        RBLNAutoencoderKL.from_pretrained(path, export=True)
+
+
+def test_qwens_class_takes_wans_layout(tmp_path: Path) -> None:
+    model = wan(AutoencoderKLQwenImage, z_dim=16)
+    path = write(tmp_path / "vae.safetensors", wans(model.state_dict()))
+    loading: list[tuple[Any, dict[str, str]]] = [
+        (RBLNAutoencoderKLQwenImage, {}),
+        (RBLNAutoencoder, {"kind": "qwen-image"}),
+    ]
+    for cls, kind in loading:
+        found = cls.from_pretrained(path, export=True, rbln_config=OPTIONS, **kind)
+        assert type(found) is RBLNAutoencoderKLQwenImage
+        assert found.latent_scaling.known == bool(kind)
+        for result, expected in zip(results(found), results(model), strict=True):
+            assert relative_l2(result, expected) < 1e-4
+
+
+def test_a_kind_is_kept_by_the_compiled_model(tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
+    vae = RBLNAutoencoder.from_pretrained(path, export=True, rbln_config=OPTIONS, kind="sdxl")
+    vae.save_pretrained(tmp_path / "compiled")
+    vae = RBLNAutoencoder.from_pretrained(tmp_path / "compiled")
+    assert vae.config.scaling_factor == 0.13025
+    assert vae.config.force_upcast
+    assert vae.resolved_config.sample_size == (1024, 1024)
+    with pytest.raises(ValueError, match=r"kind='sdxl' is for \.safetensors files"):
+        RBLNAutoencoder.from_pretrained(tmp_path / "compiled", kind="sdxl")
+
+
+def test_without_a_kind_what_needs_the_scaling_says_that_it_isnt_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
+    vae = RBLNAutoencoder.from_pretrained(path, export=True, rbln_config=OPTIONS)
+    vae.save_pretrained(tmp_path / "compiled")
+    vae = RBLNAutoencoder.from_pretrained(tmp_path / "compiled")
+    assert vae.config.scaling_factor is None
+    for work in (
+        vae.latent_scaling.scale,
+        vae.latent_scaling.unscale,
+        vae.latent_scaling.scale_log_variance,
+    ):
+        with pytest.raises(ValueError, match=r"scaling .* isn't known.* kind='sdxl'"):
+            work(torch.zeros(1, 4, 2, 2))
+    vae.register_to_config(scaling_factor=0.5)
+    assert vae.latent_scaling.scale(torch.ones(1, 4, 2, 2)).unique() == 0.5
+
+
+def test_bfloat16_weights_are_compiled_in_float32(tmp_path: Path) -> None:
+    model = kl().to(torch.bfloat16)
+    path = write(tmp_path / "vae.safetensors", ldm(model.state_dict()))
+    for options in ({}, {"torch_dtype": torch.float32}):
+        found = RBLNAutoencoder.from_pretrained(path, export=True, rbln_config=OPTIONS, **options)
+        for result, expected in zip(results(found), results(model.float()), strict=True):
+            assert relative_l2(result, expected) < 1e-4
+
+
+def test_a_kind_of_a_directory_is_refused(tmp_path: Path) -> None:
+    kl().save_pretrained(tmp_path / "original")
+    with pytest.raises(ValueError, match=r"kind='sd' is for \.safetensors files"):
+        RBLNAutoencoder.from_pretrained(tmp_path / "original", export=True, kind="sd")
+
+
+def test_an_argument_that_does_nothing_for_a_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
+    with pytest.raises(TypeError, match="kidn"):
+        RBLNAutoencoder.from_pretrained(path, export=True, kidn="sd")
+    with pytest.raises(ValueError, match="original_config isn't needed"):
+        RBLNAutoencoder.from_pretrained(path, export=True, original_config="v1.yaml")

@@ -86,6 +86,17 @@ def test_scaling_by_the_model_uses_its_statistics_if_it_has_any() -> None:
     assert torch.equal(prepared(latent, info, do_scaling=True), expected)
 
 
+def test_scaling_by_a_model_that_doesnt_know_its_own_is_refused() -> None:
+    info = model(scaling=LatentScaling(known=False))
+    latent = noise(1, 4, 2, 2)
+    with refused("unknown_scaling"):
+        prepared(latent, info, do_scaling=True)
+    with refused("unknown_scaling"):
+        prepared(latent, info, do_scaling=True, shift_factor=0.1)
+    assert torch.equal(prepared(latent, info), latent)
+    assert torch.equal(prepared(latent, info, do_scaling=True, scaling_factor=0.3), latent / 0.3)
+
+
 FLUX2 = LatentScaling(
     latents_mean=tuple(0.1 * i for i in range(16)),
     latents_std=tuple(1 + 0.1 * i for i in range(16)),

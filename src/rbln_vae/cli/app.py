@@ -21,6 +21,7 @@ from .options import (
     THREADS,
     TUNING,
     WHERE,
+    WHERE_BESIDE_SOURCE,
     Compiled,
     Fit,
     Images,
@@ -177,7 +178,7 @@ def decode(
 @grouped(
     kept=options_of(Options, leave=["sizes"]),
     settings=[*COMPILING, MEMORY_LIMIT],
-    where=WHERE,
+    where=WHERE_BESIDE_SOURCE,
 )
 def encode_dataset(
     *,

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import typer
 
-from .. import RBLNAutoencoder
+from .. import RBLNAutoencoder, hub
 from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
-from ..hub import find_pipeline
 from ..images import Fitting, load_image, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
 from ..models.auto import class_of
@@ -60,13 +59,13 @@ def compile_model(
 
 def _find_in_pipeline(model: str, options: dict[str, Any], loading: dict[str, Any]) -> None:
     """Point to the VAE of a pipeline, and to the size that the pipeline makes by default."""
-    found = find_pipeline(model, **loading)
+    found = hub.find_pipeline(model, **hub.options(loading))
     if found is None:
         return
     loading["subfolder"], side = found
     if side is not None and "sample_size" not in options:
         family = class_of(model, loading).family
-        config = family.original_class().load_config(model, **loading)
+        config = family.original_class().load_config(model, **hub.options(loading))
         options["sample_size"] = side * family.facts(config)["vae_scale_factor"]
 
 

@@ -29,7 +29,7 @@ def open_reference(name: str, **loading: Any) -> torch.nn.Module:
 
     Args:
         name: A directory, a hub id or a .safetensors file, of a VAE or of a pipeline.
-        **loading: `subfolder` and `revision`.
+        **loading: `subfolder`, `revision` and `kind`.
     """
     with working(f"Loading {name} in diffusers …"):
         where = find_vae(name, **loading)

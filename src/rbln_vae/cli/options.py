@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ..config import RBLNAutoencoderKLConfig
+from ..models.kinds import KINDS
 from ..sizes import parse_size
 from .groups import Group, option_of, parameter
 
 Model = Annotated[
     str,
     typer.Argument(
-        help="A diffusers AutoencoderKL, or a pipeline with one: a directory, a hub id or a "
+        help="A diffusers autoencoder, or a pipeline with one: a directory, a hub id or a "
         ".safetensors file.",
         show_default=False,
     ),
@@ -76,7 +78,7 @@ Fit = Annotated[
         help="How a picture is fitted to the size: the rest filled, stretched, or cut to it."
     ),
 ]
-WHERE: Group = [
+_PLACE: Group = [
     parameter(
         "subfolder",
         str | None,
@@ -92,7 +94,26 @@ WHERE: Group = [
         typer.Option(help="The revision of a model on the hub.", show_default=False),
     ),
 ]
-"""Where a model is."""
+
+
+def _kind(name: str) -> inspect.Parameter:
+    return parameter(
+        name,
+        str | None,
+        None,
+        typer.Option(
+            metavar="KIND",
+            help=f"What model a .safetensors file belongs to: {', '.join(KINDS)}. By default "
+            "unknown, and then the scaling of its latents is unknown, too.",
+            show_default=False,
+        ),
+    )
+
+
+WHERE: Group = [*_PLACE, _kind("kind")]
+"""Where a model is, and what its file doesn't tell."""
+WHERE_BESIDE_SOURCE: Group = [*_PLACE, _kind("model_kind")]
+"""The same beside a source of images, whose kind has the name."""
 
 COMPILING: Group = [
     option_of(RBLNAutoencoderKLConfig, "target"),

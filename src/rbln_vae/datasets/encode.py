@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from .. import hub
 from ..errors import RBLNDatasetError
 from ..host import usable_processors
-from ..hub import find_compiled, find_vae
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..sizes import Placement, Size, format_size
 from .encoder import LatentEncoder, identity_of, load_model, sizing_for
@@ -89,6 +89,7 @@ def encode_dataset(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
+    model_kind: str | None = None,
     max_rejected: int = 0,
     workers: int | None = None,
     threads: int | None = None,
@@ -112,6 +113,8 @@ def encode_dataset(
         options: How each image is processed; `None` is `Options()`.
         subfolder: The subfolder of the model; `None` is the top, or `vae` in a pipeline.
         revision: The revision of a model on the hub; `None` is the default one.
+        model_kind: The kind of the model in a `.safetensors` file, such as `"sdxl"`: `kind` of
+            `RBLNModel.from_pretrained`. `None` is unknown.
         max_rejected: The most samples that may be rejected, by default 0.
         workers: Without `ray`, the number of threads that read and decode images for the
             encoder, by default one per core. With `ray`, the number of actors, each with an
@@ -147,7 +150,7 @@ def encode_dataset(
     opened = open_source(source, **reading)
     _check_apart(source, directory)
     settings = dict(rbln_config or {})
-    loading = _where(model, subfolder, revision)
+    loading = _where(model, subfolder, revision, model_kind)
     if ray is None:
         settings |= {} if threads is None else {"num_threads": threads}
         vae = load_model(model, settings, loading)
@@ -220,16 +223,19 @@ def _drain(
         raise
 
 
-def _where(model: Any, subfolder: str | None, revision: str | None) -> dict[str, Any]:
+def _where(
+    model: Any, subfolder: str | None, revision: str | None, kind: str | None
+) -> dict[str, Any]:
     """The loader arguments that find the model."""
     if isinstance(model, RBLNAutoencoderModel):
         return {}
-    return find_vae(os.fspath(model), subfolder=subfolder, revision=revision)
+    return hub.find_vae(os.fspath(model), subfolder=subfolder, revision=revision, kind=kind)
 
 
 def _identity(vae: RBLNAutoencoderModel, model: Any, loading: Mapping[str, Any]) -> dict[str, Any]:
-    given = isinstance(model, RBLNAutoencoderModel)
-    return identity_of(vae, None if given else find_compiled(os.fspath(model), **loading))
+    if isinstance(model, RBLNAutoencoderModel):
+        return identity_of(vae, None)
+    return identity_of(vae, hub.find_compiled(os.fspath(model), **hub.options(loading)))
 
 
 def _check_apart(source: Any, out: Path) -> None:
@@ -300,6 +306,7 @@ def estimate(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
+    model_kind: str | None = None,
     threads: int | None = None,
     rbln_config: Mapping[str, Any] | None = None,
     **reading: Any,
@@ -315,7 +322,7 @@ def estimate(
     _check_apart(source, directory)
     settings = dict(rbln_config or {})
     settings |= {} if threads is None else {"num_threads": threads}
-    loading = _where(model, subfolder, revision)
+    loading = _where(model, subfolder, revision, model_kind)
     vae = load_model(model, settings, loading)
     encoder = LatentEncoder(vae, options)
     sizing = sizing_for(vae, options)

@@ -77,6 +77,8 @@ class LatentEncoder:
                 "(rbln_uses_encoder=True)"
             )
         with_opacity(torch.empty(1, 3, 1, 1), config.in_channels)  # refuses other models
+        if options.scale:
+            vae.latent_scaling.check_known()
         sizes = sizing_for(vae, options).sizes
         self._vae, self._options = vae, options
         self._padded = vae.static_shapes
@@ -212,5 +214,6 @@ def identity_of(vae: RBLNAutoencoderModel, directory: Path | None) -> dict[str, 
         **{
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(vae.latent_scaling).items()
+            if name != "known"
         },
     }

@@ -20,6 +20,7 @@ from .autoencoder_kl_wan import RBLNAutoencoderKLWan
 from .autoencoder_tiny import RBLNAutoencoderTiny
 from .base import Config
 from .vq_model import RBLNVQModel
+from .single_file import open_original
 
 CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
     found.family.original_class_name: found
@@ -50,8 +51,9 @@ class RBLNAutoencoder:
         """Load a compiled model, or compile one of diffusers, by the class in its `config.json`.
 
         Args:
-            model_id: As of `RBLNModel.from_pretrained`. A `.safetensors` file, which has no
-                `config.json`, is taken for an `AutoencoderKL`.
+            model_id: As of `RBLNModel.from_pretrained`. The class of a `.safetensors` file
+                follows from its weights; one that suits both Wan and Qwen-Image is taken for
+                an `AutoencoderKLWan`, which computes the same, unless `kind` says otherwise.
             export: As of `RBLNModel.from_pretrained`. By default `False`.
             rbln_config: Options, as a dict or an instance of a configuration class.
             **kwargs: As of `RBLNModel.from_pretrained`.
@@ -98,13 +100,15 @@ def class_of(name: str, loader: Mapping[str, Any]) -> type[RBLNAutoencoderModel]
     """The class for a model that isn't loaded yet, by its `config.json`.
 
     Args:
-        name: A local path or a hub id. A file has no `config.json`, and is taken for an
-            `AutoencoderKL`.
+        name: A local path or a hub id. The class of a single file follows from its weights.
         loader: Arguments of the Hugging Face loader.
 
     Raises:
         RBLNCompileError: There is no class for the model.
+        OSError, ValueError: The single file can't be opened, as in `open_original`.
     """
+    if hub.is_single_file(name):
+        return class_for(open_original(name, loader).class_name, name)
     original = hub.find_class_name(name, **hub.options(loader)) or "AutoencoderKL"
     return class_for(original, name)
 

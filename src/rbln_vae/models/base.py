@@ -75,13 +75,19 @@ class RBLNModel(ModuleMembers):
 
         Args:
             model_id: A hub id or a local directory, of a compiled model or of a diffusers
-                model; or a `.safetensors` file in the original layout.
+                model; or a `.safetensors` file of a VAE or of a whole checkpoint, in the
+                layout of diffusers or of the model's authors.
             export: `True` compiles a diffusers model, `False` loads a compiled one, `None`
                 decides by what it finds.
             rbln_config: Options, as a dict or an instance of the configuration class.
             **kwargs: Names that begin with `rbln_` are options and win over `rbln_config`.
                 The rest goes to the Hugging Face loader: `subfolder`, `revision`, `token`,
                 `cache_dir`, `force_download`, `local_files_only`, `torch_dtype`, …
+                A `.safetensors` file is opened without the network; what its weights don't
+                tell, such as the scaling of latents, follows from `kind` (`"sd"`, `"sdxl"`,
+                `"sd3"`, `"flux"`, `"flux2"`, `"qwen-image"`, `"wan"`, …) or from `config`, a
+                dict or the directory of a `config.json`. By default it is unknown, and what
+                needs it raises an error.
 
         Returns:
             A model ready to run.
@@ -111,6 +117,7 @@ class RBLNModel(ModuleMembers):
                     "Leave export out to load it."
                 )
             hub.check_loader_options(loader)
+            hub.reject_kind(name, loader)
             return cls(load_model(cls.family, compiled_directory, wanted))
         if export is False:
             raise ValueError(

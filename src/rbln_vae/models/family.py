@@ -13,6 +13,7 @@ from .. import hub
 from ..errors import RBLNCompileError
 from ..sizes import check_image_size
 from .latents import LatentScaling
+from .single_file import open_original
 
 ENCODER, DECODER = "encoder", "decoder"
 
@@ -180,11 +181,12 @@ class Family(ABC):
 
         Args:
             model_id: A directory, a hub id or a `.safetensors` file.
-            **loader: Arguments of diffusers' loader.
+            **loader: Arguments of diffusers' loader; for a file as `open_original` takes them.
 
         Raises:
-            ValueError: The loader is told to read checkpoints that can hold code.
-            RBLNCompileError: What is there is a model of another class.
+            ValueError: The loader is told to read checkpoints that can hold code, or the kind
+                doesn't fit.
+            RBLNCompileError: What is there is a model of another class, or none.
         """
         original = self.original_class()
         if loader.setdefault("use_safetensors", True) is not True:
@@ -192,13 +194,19 @@ class Family(ABC):
                 "use_safetensors must be True: other checkpoints can hold code, and are not loaded."
             )
         if hub.is_single_file(model_id):
-            loader.pop("use_safetensors")
-            return original.from_single_file(model_id, **loader)
+            file = open_original(model_id, loader, self.original_class_name)
+            self._check_class(file.class_name, model_id)
+            return file.load(loader.get("torch_dtype"))
+        hub.reject_kind(model_id, loader)
+        loader.pop("kind", None)
         found = original.load_config(model_id, **hub.options(loader)).get("_class_name")
-        if found not in (None, self.original_class_name):
+        self._check_class(found or self.original_class_name, model_id)
+        return original.from_pretrained(model_id, **loader)
+
+    def _check_class(self, found: str, model_id: str) -> None:
+        if found != self.original_class_name:
             raise RBLNCompileError(
                 f"{model_id} holds a {found}, but RBLN{self.original_class_name} compiles an "
                 f"{self.original_class_name}. Name such a model, or the subfolder that holds one; "
                 "RBLNAutoencoder finds the class for a model by itself."
             )
-        return original.from_pretrained(model_id, **loader)

@@ -30,6 +30,8 @@ class LatentScaling:
         patch_size: Cells of a side of a patch, which become channels: `(C, H, W)` becomes
             `(C * patch_size², H / patch_size, W / patch_size)`, in the order of
             `torch.nn.functional.pixel_unshuffle`.
+        known: Whether the constants are known. If not, whatever needs them raises a
+            `ValueError`.
 
     Example:
         >>> LatentScaling(scaling_factor=0.5, shift_factor=1.0).scale(torch.tensor([3.0]))
@@ -41,16 +43,28 @@ class LatentScaling:
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     patch_size: int = 1
+    known: bool = True
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LatentScaling:
-        """The constants in the configuration of a diffusers model."""
+        """The constants in the configuration of a diffusers model, if it has any."""
+        factor, deviations = config.get("scaling_factor"), config.get("latents_std")
         return cls(
-            config.get("scaling_factor"),
+            factor,
             config.get("shift_factor"),
             _numbers(config.get("latents_mean")),
-            _numbers(config.get("latents_std")),
+            _numbers(deviations),
+            known=factor is not None or deviations is not None,
         )
+
+    def check_known(self) -> None:
+        """Raise a `ValueError` if the constants aren't known."""
+        if not self.known:
+            raise ValueError(
+                "The scaling of the model's latents isn't known: the file that it was compiled "
+                "from doesn't tell it. Compile the model again and name its kind, such as "
+                "kind='sdxl' or --kind sdxl; or pass the scaling in a configuration."
+            )
 
     def scale(self, latent: Tensor) -> Tensor:
         """From what the encoder gives to what the denoiser sees.
@@ -58,6 +72,7 @@ class LatentScaling:
         Args:
             latent: `(…, C, H, W)`, whose sides are multiples of `patch_size`.
         """
+        self.check_known()
         latent = self.patched(latent)
         if self.shift_factor is not None:
             latent = latent - self.shift_factor
@@ -79,6 +94,7 @@ class LatentScaling:
         Args:
             log_variance: `(…, C, H, W)`.
         """
+        self.check_known()
         # The variance of a multiple is the variance times the square of the factor.
         log_variance = self.patched(log_variance)
         ones = torch.ones_like(log_variance[..., :1, :1])
@@ -91,6 +107,7 @@ class LatentScaling:
         Args:
             latent: As `scale` gives it.
         """
+        self.check_known()
         if self.latents_std is not None:
             latent = latent * _by_channel(self.latents_std, latent)
         if self.scaling_factor is not None:

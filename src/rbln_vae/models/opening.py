@@ -18,6 +18,7 @@ def open_model(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
+    kind: str | None = None,
 ) -> RBLNAutoencoderModel:
     """Load a compiled model, or compile one of diffusers in memory.
 
@@ -27,6 +28,7 @@ def open_model(
         settings: For `rbln_config`.
         subfolder: Where in it the VAE is, unless it is a pipeline.
         revision: Of a model on the hub.
+        kind: Of the model in a `.safetensors` file.
 
     Returns:
         A model ready to run, unless `settings` say `create_runtimes=False`.
@@ -40,7 +42,8 @@ def open_model(
         8
     """
     where = os.fspath(demo_model() if name is None else name)
-    return open_found(where, settings, find_vae(where, subfolder=subfolder, revision=revision))
+    found = find_vae(where, subfolder=subfolder, revision=revision, kind=kind)
+    return open_found(where, settings, found)
 
 
 def open_found(

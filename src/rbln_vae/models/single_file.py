@@ -18,12 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import hub
 from ..errors import RBLNCompileError
 from .architectures import Configs, Shape, find_configs
-from .family import DECODER, ENCODER
 from .kinds import KINDS, find_kind
 from .layouts import find_layout
 
+_PARTS = ("encoder", "decoder")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """What denoisers are trained with, and no shape tells."""
@@ -131,6 +132,36 @@ class SingleFile:
                     if stored.file == file:
                         tensor = opened.get_tensor(stored.key).reshape(shapes[name])
                         yield name, tensor.to(dtype or tensor.dtype) if tensor.ndim else tensor
+
+
+def open_original(
+    model_id: str, loader: Mapping[str, Any], class_name: str | None = None
+) -> SingleFile:
+    """As `open_single_file`, with the arguments of a Hugging Face loader.
+
+    Args:
+        model_id: A path, or the address of a file on the hub, which is downloaded.
+        loader: `kind`, `config`, `subfolder` of `open_single_file`, and arguments that the hub
+            and diffusers know.
+        class_name: As of `open_single_file`.
+
+    Raises:
+        TypeError: A name is unknown.
+        OSError, ValueError, RBLNCompileError: As `open_single_file`.
+    """
+    hub.check_loader_options(loader)
+    if loader.get("original_config") is not None:
+        raise ValueError(
+            "original_config isn't needed: the architecture follows from the weights. Leave it "
+            "out, or pass what differs as config."
+        )
+    return open_single_file(
+        hub.find_single_file(model_id, loader),
+        kind=loader.get("kind"),
+        config=loader.get("config"),
+        subfolder=loader.get("subfolder"),
+        class_name=class_name,
+    )
 
 
 def open_single_file(
@@ -261,7 +292,7 @@ def _weights(path: Path) -> dict[str, _Stored]:
     weights, parts = _weights_of(path)
     if len(parts) == 1:
         (part,) = parts
-        other = DECODER if part == ENCODER else ENCODER
+        (other,) = set(_PARTS) - parts
         partner = path.with_name(path.name.replace(part, other))
         if partner == path or not partner.is_file():
             raise RBLNCompileError(
@@ -288,7 +319,7 @@ def _weights_of(path: Path) -> tuple[dict[str, _Stored], set[str]]:
                 )
             weights[name] = _Stored(path, key, shape)
     parts = {name.split(".")[0] for name in weights}
-    return weights, parts & {ENCODER, DECODER}
+    return weights, parts & set(_PARTS)
 
 
 @contextlib.contextmanager

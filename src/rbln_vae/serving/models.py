@@ -192,7 +192,7 @@ def open_models(
         memory_limit: The most bytes that all runs together may need. `None` is half of the
             memory of the models' device (of the smallest, if they run on several); the other
             half is for weights, requests, responses and other processes.
-        **loading: `subfolder` and `revision` of all models.
+        **loading: `subfolder`, `revision` and `kind` of all models.
 
     Returns:
         The models, and the limit in bytes.

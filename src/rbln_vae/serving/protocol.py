@@ -245,7 +245,15 @@ def prepare_latent(
 
 def _scaling(query: DecodeQuery, model: ModelInfo) -> LatentScaling:
     """The scaling to undo: the constants of the query, or with `do_scaling` those of the model."""
-    return _asked_for(query, model.scaling if query.do_scaling else LatentScaling())
+    scaling = _asked_for(query, model.scaling if query.do_scaling else LatentScaling())
+    if not scaling.known:
+        raise RefusedError(
+            422,
+            "unknown_scaling",
+            f"The scaling of the latents of {model.name!r} isn't known on this server. Send "
+            "scaling_factor and shift_factor, or unscaled latents without do_scaling.",
+        )
+    return scaling
 
 
 def _asked_for(query: DecodeQuery | EncodeQuery, scaling: LatentScaling) -> LatentScaling:
@@ -255,6 +263,7 @@ def _asked_for(query: DecodeQuery | EncodeQuery, scaling: LatentScaling) -> Late
         scaling,
         scaling_factor=scaling.scaling_factor if factor is None else factor,
         shift_factor=scaling.shift_factor if shift is None else shift,
+        known=scaling.known or factor is not None,
     )
 
 

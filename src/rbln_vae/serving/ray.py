@@ -67,6 +67,7 @@ class Options(BaseModel):
     dtype: str | None = None
     subfolder: str | None = None
     revision: str | None = None
+    kind: str | None = None
 
     @field_validator("model")
     @classmethod
@@ -139,6 +140,7 @@ class Worker:
             optional_byte_count(options.memory_limit),
             subfolder=options.subfolder,
             revision=options.revision,
+            kind=options.kind,
         )
         self._backend = LocalBackend(models, options.batching(memory))
 
