@@ -314,6 +314,44 @@ def test_reconstruct_needs_an_encoder(source, photo, tmp_path) -> None:
     assert "encoder" in failed(result, 1)
 
 
+# A single file
+
+
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory) -> Path:
+    """The weights of a model without its configuration."""
+    path = tmp_path_factory.mktemp("file")
+    make_vae(block_out_channels=(32, 64), norm_num_groups=32).save_pretrained(path)
+    (path / "config.json").unlink()
+    return path / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_single_file_is_compiled_as_the_kind_that_is_named(single_file, tmp_path) -> None:
+    done(run("compile", single_file, tmp_path / "out", "--kind", "sdxl", "--dtype", "float32"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["scaling_factor"] == 0.13025
+    done(run("verify", tmp_path / "out", single_file, "--kind", "sdxl", "--size", 32))
+    done(run("verify", tmp_path / "out", single_file, "--size", 32))
+
+
+def test_a_kind_that_doesnt_fit_is_a_wrong_call(single_file, source, tmp_path) -> None:
+    said = failed(run("compile", single_file, tmp_path / "out", "--kind", "flux"), 2)
+    assert "Kinds that fit: sd, sdxl" in said
+    said = failed(run("compile", source, tmp_path / "out", "--kind", "flux"), 2)
+    assert "kind='flux' is for .safetensors files" in said
+    assert "qwen-image" in run("compile", "--help").stdout
+
+
+def test_pictures_go_through_a_single_file_whatever_its_kind(single_file, photo, tmp_path) -> None:
+    done(run("encode", photo, "-m", single_file, "-o", tmp_path))
+    with safe_open(tmp_path / "photo.safetensors", framework="pt") as stored:
+        assert stored.metadata()["scaling_factor"] == "null"
+    done(run("encode", photo, "-m", single_file, "-o", tmp_path, "--kind", "sd"))
+    with safe_open(tmp_path / "photo.safetensors", framework="pt") as stored:
+        assert stored.metadata()["scaling_factor"] == "0.18215"
+    latents = tmp_path / "photo.safetensors"
+    done(run("decode", latents, "-m", single_file, "-o", tmp_path, "--kind", "sd"))
+
+
 # encode and decode
 
 
@@ -556,6 +594,17 @@ def test_a_data_set_is_encoded_by_the_model_of_a_pipeline(vae, photographs, tmp_
     done(run(*call, "--subfolder", "part", "--size", 32))
     assert len(LatentDataset(tmp_path / "out")) == 7
     done(run(*call, "--subfolder", "part", "--size", 32, "--dry-run"))
+
+
+def test_a_data_set_is_scaled_by_the_kind_of_a_single_file(
+    single_file, photographs, tmp_path
+) -> None:
+    call = ["encode-dataset", photographs, tmp_path / "out", "-m", single_file, "--size", 32]
+    said = failed(run(*call, "--scale"), 2)
+    assert "scaling of the model's latents isn't known" in said
+    done(run(*call, "--scale", "--model-kind", "sd", "--kind", "folder"))
+    assert LatentDataset(tmp_path / "out").manifest["model"]["scaling_factor"] == 0.18215
+    done(run(*call, "--scale", "--model-kind", "sd", "--dry-run"))
 
 
 def test_an_output_elsewhere_is_refused(compiled, photographs, tmp_path, monkeypatch) -> None:

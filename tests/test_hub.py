@@ -11,12 +11,13 @@ import pytest
 from hub import Hub, fill_cache, read_files, serve_hub
 from huggingface_hub import constants
 from typer.testing import CliRunner
-from vaes import assert_same_model, default_vae, save_vae
+from vaes import assert_same_model, default_vae, make_vae, save_vae
 
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae import hub as looking
 from rbln_vae.cli.app import app
 
+FILE = "diffusion_pytorch_model.safetensors"
 CPU = {"target": "cpu", "dtype": "float32"}
 PATHS = (
     "./none",
@@ -92,6 +93,41 @@ def test_what_lies_here_is_not_asked_for(hub, tmp_path, monkeypatch, original):
     assert_same_model(load(original.name), default_vae())
     assert run("compile", original.name, tmp_path / "out").exception is None
     assert hub.requests == []
+
+
+# Single files
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A model whose weights alone tell what it is."""
+    path = tmp_path_factory.mktemp("weights")
+    vae = make_vae(block_out_channels=(32, 64), norm_num_groups=32)
+    return save_vae(vae, path)
+
+
+def test_a_file_that_lies_here_needs_no_hub(hub, weights):
+    load(str(weights / FILE))
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("action", ["blob", "resolve"])
+def test_the_address_of_a_file_on_the_hub_is_loaded(hub, weights, action):
+    hub.add("me/vae", weights, branch="dev")
+    load(f"https://huggingface.co/me/vae/{action}/dev/{FILE}", kind="sd")
+    assert hub.downloads == [f"me/vae/dev/{FILE}"]
+
+
+def test_an_address_elsewhere_is_refused(hub):
+    with pytest.raises(OSError, match=r"is no address of a file on the hub.*Download it"):
+        load(f"https://example.com/{FILE}")
+    assert hub.requests == []
+
+
+def test_a_kind_of_a_model_with_a_configuration_is_refused(hub, original):
+    hub.add("me/vae", original)
+    with pytest.raises(ValueError, match=r"kind='sd' is for \.safetensors files, and me/vae"):
+        load("me/vae", kind="sd")
 
 
 # Models that aren't there

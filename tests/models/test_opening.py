@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vaes import default_compiled, default_vae, noise
+from vaes import default_compiled, default_vae, make_vae, noise
 
 from rbln_vae import demo_model
 from rbln_vae.config import CONFIG_NAME
@@ -39,6 +39,14 @@ def test_a_name_may_be_of_a_model_or_of_a_pipeline(models: Path, kind: str, with
 def test_a_model_may_be_anywhere_within(models: Path) -> None:
     vae = open_model(models, {}, subfolder="compiled")
     assert vae.rbln_config.vae_scale_factor == 2
+
+
+def test_the_kind_of_a_single_file_tells_the_scaling(tmp_path: Path) -> None:
+    make_vae(block_out_channels=(32, 64), norm_num_groups=32).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    for kind, factor in (("sdxl", 0.13025), (None, None)):
+        vae = open_model(file, {"create_runtimes": False}, kind=kind)
+        assert vae.latent_scaling.scaling_factor == factor
 
 
 def test_no_name_is_the_model_that_comes_with_the_package() -> None:
