@@ -486,7 +486,10 @@ def test_a_part_of_taesd_alone_is_refused(name: str, tmp_path: Path) -> None:
     state = taesd(tiny().state_dict(), "encoder:", "")
     state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder:")}
     path = write(tmp_path / name, state)
-    with pytest.raises(RBLNCompileError, match=r"holds the decoder alone.*encoder\.safetensors"):
+    with pytest.raises(
+        RBLNCompileError,
+        match=r"holds the decoder alone.*decoder\.safetensors and taesd_encoder\.safetensors",
+    ):
         open_single_file(path)
 
 
@@ -560,7 +563,7 @@ def test_a_kind_of_another_model_is_refused(kind: str, tmp_path: Path) -> None:
 
 def test_a_kind_with_other_latents_is_refused_by_name_of_those_that_fit(tmp_path: Path) -> None:
     path = write(tmp_path / "vae.safetensors", ldm(kl().state_dict()))
-    with pytest.raises(ValueError, match=r"with 4\. Kinds that fit: sd, sdxl\."):
+    with pytest.raises(ValueError, match=r"with 4 latent channels\. Kinds that fit: sd, sdxl\."):
         open_single_file(path, kind="flux")
     with pytest.raises(ValueError, match=r"kind='sd9' is not known\. Known are sd, sdxl, "):
         open_single_file(path, kind="sd9")
@@ -601,6 +604,10 @@ def test_a_part_of_a_configuration_wins_over_what_is_worked_out(tmp_path: Path) 
     assert all(map(torch.equal, results(loaded), results(model)))
     assert (loaded.config.scaling_factor, loaded.config.sample_size) == (0.13025, 64)
 
+    whole = open_single_file(path, config=dict(model.config))  # as a loaded model has it
+    assert_same(whole.load(), model)
+    with pytest.raises(ValueError, match="norm_groups"):
+        open_single_file(path, config={"norm_groups": 4})
     with pytest.raises(RBLNCompileError, match=r"config=\{.norm_num_groups"):
         open_single_file(path).load()
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import hub
+from ..config import reject_unknown
 from ..errors import RBLNCompileError
 from .architectures import Configs, Shape, find_configs
 from .kinds import KINDS, find_kind
@@ -30,6 +31,8 @@ _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """What denoisers are trained with, and no shape tells."""
 _SCALED_ALREADY = ("AutoencoderTiny",)
 """The classes whose latents are those of the denoiser: their defaults, 1 and 0, are right."""
+_BOOKKEEPING = ("_diffusers_version", "_name_or_path", "_use_default_values")
+"""Entries of configurations that set nothing."""
 _SIDE = 512
 """Pixels of a side of the images that a model is compiled for if nothing else is known."""
 _COUNTER = "bn.num_batches_tracked"
@@ -111,7 +114,7 @@ class SingleFile:
         problems = [
             f"{len(names)} weights are {what} ({', '.join(names[:3])}{', …' if names[3:] else ''})"
             for what, names in (
-                ("missing", missing),
+                ("missing, by their names in diffusers", missing),
                 ("unknown", unknown),
                 ("of another shape", wrong),
             )
@@ -203,17 +206,15 @@ def open_single_file(
         configs = _suiting(configs, str(kind), path)
     found = class_name if class_name in configs else next(iter(configs))
     known = _options(found, path)
-    merged = {
-        **({} if original is not None else {"sample_size": _SIDE}),
-        **({} if original is not None or chosen is not None else _untold(found)),
-        **configs[found],
-        **({} if chosen is None else chosen.config),
-        **given,
-    }
+    told = {} if chosen is None else dict(chosen.config)
+    if original is None:  # a configuration of its own leaves nothing open
+        reject_unknown(given, known, f"option of {found}", ValueError)
+        told = {"sample_size": _SIDE, **(_untold(found) if chosen is None else told)}
+    merged = {**told, **configs[found], **given}
     return SingleFile(path, found, {k: v for k, v in merged.items() if k in known}, weights)
 
 
-def _untold(class_name: str) -> dict[str, None]:
+def _untold(class_name: str) -> dict[str, Any]:
     """The constants of latents that no shape tells."""
     return {} if class_name in _SCALED_ALREADY else dict.fromkeys(_SCALING)
 
@@ -241,11 +242,12 @@ def _suiting(configs: Configs, kind: str, path: Path) -> Configs:
         for name, other in KINDS.items()
         if any(other.suits(each, latents[each]) for each in configs)
     ]
-    channels = "" if chosen.latent_channels is None else f" with {chosen.latent_channels} channels"
+    wanted = chosen.latent_channels
+    channels = "" if wanted is None else f" with {wanted} latent channels"
     name = next(iter(configs))
     raise ValueError(
-        f"kind={kind!r} has latents of an {chosen.class_names[0]}{channels}, but {path} holds an "
-        f"{name} with {latents[name]}. "
+        f"kind={kind!r} is an {chosen.class_names[0]}{channels}, but {path} holds an {name} with "
+        f"{latents[name]} latent channels. "
         + (f"Kinds that fit: {', '.join(kinds)}." if kinds else "No kind fits: leave it out.")
     )
 
@@ -255,7 +257,7 @@ def _latent_channels(config: Mapping[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _options(class_name: str, path: Path) -> set[str]:
+def _options(class_name: str, path: Path) -> list[str]:
     """The names in the configuration of a class of diffusers."""
     import diffusers
 
@@ -264,14 +266,14 @@ def _options(class_name: str, path: Path) -> set[str]:
         raise RBLNCompileError(
             f"The configuration for {path} is that of a {class_name}, which diffusers doesn't have."
         )
-    return set(inspect.signature(original).parameters)
+    return list(inspect.signature(original).parameters)
 
 
 def _given_config(
     config: Mapping[str, Any] | str | os.PathLike[str] | None, subfolder: str | None
 ) -> dict[str, Any]:
     if config is None or isinstance(config, Mapping):
-        return dict(config or {})
+        return {k: v for k, v in (config or {}).items() if k not in _BOOKKEEPING}
     file = Path(config)
     if file.is_dir():
         file = file / (subfolder or "") / "config.json"
@@ -284,7 +286,7 @@ def _given_config(
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no configuration, but a {type(found).__name__}.")
-    return found
+    return _given_config(found, None)
 
 
 def _weights(path: Path) -> dict[str, _Stored]:
@@ -293,11 +295,12 @@ def _weights(path: Path) -> dict[str, _Stored]:
     if len(parts) == 1:
         (part,) = parts
         (other,) = set(_PARTS) - parts
-        partner = path.with_name(path.name.replace(part, other))
-        if partner == path or not partner.is_file():
+        named = path if part in path.name else path.with_stem(f"{path.stem}_{part}")
+        partner = named.with_name(named.name.replace(part, other))
+        if named != path or not partner.is_file():
             raise RBLNCompileError(
-                f"{path} holds the {part} alone. Put the {other} beside it as "
-                f"{path.stem.replace(part, '')}{other}{path.suffix}."
+                f"{path} holds the {part} alone. Put the {other} beside it; the two files must "
+                f"have names such as {named.name} and {partner.name}."
             )
         more, _ = _weights_of(partner)
         weights |= more
