@@ -19,8 +19,8 @@ from .autoencoder_kl_qwenimage21 import RBLNAutoencoderKLQwenImage21
 from .autoencoder_kl_wan import RBLNAutoencoderKLWan
 from .autoencoder_tiny import RBLNAutoencoderTiny
 from .base import Config
-from .vq_model import RBLNVQModel
 from .single_file import open_original
+from .vq_model import RBLNVQModel
 
 CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
     found.family.original_class_name: found
