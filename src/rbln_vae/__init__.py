@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .config import (
+    RBLNAsymmetricAutoencoderKLConfig,
     RBLNAutoConfig,
     RBLNAutoencoderKLConfig,
     RBLNAutoencoderKLFlux2Config,
@@ -31,6 +32,7 @@ from .registration import register
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .models.asymmetric_autoencoder_kl import RBLNAsymmetricAutoencoderKL
     from .models.auto import RBLNAutoencoder
     from .models.autoencoder_kl import RBLNAutoencoderKL
     from .models.autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RBLNArtifactError",
+    "RBLNAsymmetricAutoencoderKL",
+    "RBLNAsymmetricAutoencoderKLConfig",
     "RBLNAutoConfig",
     "RBLNAutoencoder",
     "RBLNAutoencoderKL",
@@ -88,6 +92,7 @@ __getattr__, __dir__ = lazy_names(
         ".models.autoencoder_kl_hunyuan_image": ("RBLNAutoencoderKLHunyuanImage",),
         ".models.autoencoder_kl_qwenimage21": ("RBLNAutoencoderKLQwenImage21",),
         ".models.autoencoder_tiny": ("RBLNAutoencoderTiny",),
+        ".models.asymmetric_autoencoder_kl": ("RBLNAsymmetricAutoencoderKL",),
         ".models.base": ("RBLNModel",),
         ".models.vq_model": ("RBLNVQModel",),
     },

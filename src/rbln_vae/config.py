@@ -539,6 +539,10 @@ class RBLNAutoencoderKLFlux2Config(RBLNAutoencoderKLConfig):
     """What an `RBLNAutoencoderKLFlux2` is compiled for; see `RBLNAutoencoderKLConfig`."""
 
 
+class RBLNAsymmetricAutoencoderKLConfig(RBLNAutoencoderKLConfig):
+    """What an `RBLNAsymmetricAutoencoderKL` is compiled for; see `RBLNAutoencoderKLConfig`."""
+
+
 class RBLNAutoencoderTinyConfig(RBLNAutoencoderKLConfig):
     """What an `RBLNAutoencoderTiny` is compiled for; see `RBLNAutoencoderKLConfig`."""
 

@@ -857,6 +857,15 @@ def test_an_order_of_channels_joins_the_shuffle_after_it() -> None:
     assert_same(original, folded)
 
 
+def test_an_order_of_channels_joins_a_halving_shuffle_after_it() -> None:
+    original = graph(
+        Shuffle("o", "x", "channels", (3, 1)), Shuffle("y", "o", "down", (7, 0, 2, 5, 5))
+    )
+    folded = fold_shuffle(original)
+    assert kinds(folded) == ["Shuffle"]
+    assert_same(original, folded)
+
+
 def test_a_convolution_reads_the_pixels_of_cells() -> None:
     original = graph(
         Shuffle("s", "x", "down", tuple(range(16))),

@@ -32,7 +32,7 @@ from torch import Tensor
 from rbln_vae import RBLNAutoencoder, RBLNAutoencoderKL, RBLNAutoencoderKLQwenImage
 from rbln_vae.errors import RBLNCompileError
 from rbln_vae.metrics import relative_l2
-from rbln_vae.models.auto import CLASSES
+from rbln_vae.models.auto import CLASSES, class_for
 from rbln_vae.models.kinds import KINDS
 from rbln_vae.models.single_file import open_single_file
 
@@ -809,9 +809,9 @@ def test_a_file_is_compiled_by_the_class_that_its_weights_suit(name: str, tmp_pa
     path = write(tmp_path / "vae.safetensors", names(model.state_dict()))
     for found in (
         RBLNAutoencoder.from_pretrained(path, export=True, rbln_config=OPTIONS),
-        CLASSES[name].from_pretrained(str(path), export=None, rbln_config=OPTIONS),
+        class_for(name, name).from_pretrained(str(path), export=None, rbln_config=OPTIONS),
     ):
-        assert type(found) is CLASSES[name]
+        assert type(found) is class_for(name, name)
         for result, expected in zip(results(found), results(model), strict=True):
             assert relative_l2(result, expected) < 1e-4
 

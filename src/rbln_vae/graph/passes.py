@@ -237,6 +237,9 @@ def fold_shuffle(graph: Graph) -> Graph:
 
 def _one_shuffle(first: Shuffle, second: Shuffle) -> Shuffle | None:
     """Two shuffles as one, if one of them only orders channels; else `None`."""
+    if first.way == "channels" and second.way == "down":
+        order = tuple(4 * first.order[e // 4] + e % 4 for e in second.order)
+        return Shuffle(second.output, first.input, "down", order)
     if second.way == "channels" and first.way != "up":
         way = first.way
     elif first.way == "channels" and second.way == "up":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,31 +12,21 @@ import torch
 from .. import hub
 from ..errors import RBLNCompileError
 from .autoencoder import RBLNAutoencoderModel
-from .autoencoder_kl import RBLNAutoencoderKL
-from .autoencoder_kl_flux2 import RBLNAutoencoderKLFlux2
-from .autoencoder_kl_hunyuan_image import RBLNAutoencoderKLHunyuanImage
-from .autoencoder_kl_qwenimage import RBLNAutoencoderKLQwenImage
-from .autoencoder_kl_qwenimage21 import RBLNAutoencoderKLQwenImage21
-from .autoencoder_kl_wan import RBLNAutoencoderKLWan
-from .autoencoder_tiny import RBLNAutoencoderTiny
 from .base import Config
 from .single_file import open_original
-from .vq_model import RBLNVQModel
 
-CLASSES: dict[str, type[RBLNAutoencoderModel]] = {
-    found.family.original_class_name: found
-    for found in (
-        RBLNAutoencoderKL,
-        RBLNAutoencoderKLFlux2,
-        RBLNAutoencoderKLHunyuanImage,
-        RBLNAutoencoderKLQwenImage,
-        RBLNAutoencoderKLQwenImage21,
-        RBLNAutoencoderKLWan,
-        RBLNAutoencoderTiny,
-        RBLNVQModel,
-    )
-}
-"""The class for each class of diffusers."""
+CLASSES = (
+    "AsymmetricAutoencoderKL",
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21",
+    "AutoencoderKLWan",
+    "AutoencoderTiny",
+    "VQModel",
+)
+"""The classes of diffusers that can be compiled; ours has the same name after `RBLN`."""
 
 
 class RBLNAutoencoder:
@@ -128,4 +119,7 @@ def class_for(original: str, what: str) -> type[RBLNAutoencoderModel]:
             f"{what} is a {original}. Autoencoders of these classes can be compiled: "
             f"{', '.join(CLASSES)}."
         )
-    return CLASSES[original]
+    found: type[RBLNAutoencoderModel] = getattr(
+        importlib.import_module(__package__.rpartition(".")[0]), f"RBLN{original}"
+    )
+    return found

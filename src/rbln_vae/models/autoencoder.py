@@ -80,7 +80,7 @@ class RBLNAutoencoderModel(RBLNModel):
         """
         check_tensor(z, "z", self.resolved_config.latent_channels)
         image_shape = self.resolved_config.image_shape(tuple(z.shape))
-        to = None if out is None else _writable(out, image_shape)
+        to = None if out is None else writable(out, image_shape)
         sample = self._run(DECODER, z, to, should_stop)
         return sample.clamp_(-1, 1) if self.clamps else sample
 
@@ -173,7 +173,7 @@ def check_tensor(tensor: Tensor, name: str, channels: int, *, frames: bool = Fal
     )
 
 
-def _writable(out: Tensor | npt.NDArray[Any], shape: tuple[int, ...]) -> Tensor:
+def writable(out: Tensor | npt.NDArray[Any], shape: tuple[int, ...]) -> Tensor:
     """The tensor that a caller gave to write to, or that shares the memory of an array."""
     if not isinstance(out, Tensor):
         import numpy as np

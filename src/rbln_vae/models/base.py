@@ -36,7 +36,6 @@ class RBLNModel(ModuleMembers):
     Made by `from_pretrained` or `from_model`, not by its constructor.
 
     Attributes:
-        config: The configuration of the original model, as diffusers gives it.
         rbln_config: What the model was compiled for and how it runs, frozen.
         resolved_config: What it was compiled for, with nothing left open.
         compiled_models: The compiled parts by name.
@@ -47,7 +46,7 @@ class RBLNModel(ModuleMembers):
     """What is special to the diffusers class that is compiled."""
 
     def __init__(self, compiled: CompiledModel) -> None:
-        self.config = _frozen(compiled.config)
+        self._config = _frozen(compiled.config)
         self.rbln_config = compiled.rbln_config
         self.resolved_config = compiled.resolved_config
         self.compiled_models = dict(compiled.parts)
@@ -60,6 +59,11 @@ class RBLNModel(ModuleMembers):
                 part: self._target.create_runtime(model, self._runtime_options(part))
                 for part, model in self.compiled_models.items()
             }
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the original model, as diffusers gives it."""
+        return self._config
 
     # Making one
 
@@ -423,7 +427,7 @@ class RBLNModel(ModuleMembers):
         Args:
             **options: Keys of `config` and their new values; none changes what is compiled.
         """
-        self.config = _frozen({**self.config, **options})
+        self._config = _frozen({**self._config, **options})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"

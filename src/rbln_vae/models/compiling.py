@@ -100,12 +100,12 @@ def resolve(
     facts["uses_encoder"] = rbln_config.fact("uses_encoder") is not False
     checked = rbln_config.with_facts(facts)
     found: dict[str, Any] = {
-        field.name: getattr(checked, field.name, facts.get(field.name))
+        field.name: getattr(checked, field.name, facts.get(field.name, field.default))
         for field in dataclasses.fields(ResolvedConfig)
     }
     found["sample_size"] = checked.image_size
     for name, value in found.items():
-        if value is None:
+        if value in (None, dataclasses.MISSING) and name != "decoder_scale_factor":
             raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
     return ResolvedConfig(**found)
 

@@ -15,7 +15,7 @@ from ..sizes import check_image_size
 from .latents import LatentScaling
 from .single_file import open_original
 
-ENCODER, DECODER = "encoder", "decoder"
+ENCODER, DECODER, CONDITIONED_DECODER = "encoder", "decoder", "conditioned_decoder"
 
 ImageShape = tuple[int, int, int, int]
 """`(N, C, H, W)`."""
@@ -35,6 +35,10 @@ class ResolvedConfig:
         out_channels: Channels of an image that was decoded.
         latent_channels: Channels of a latent.
         vae_scale_factor: Pixels per latent cell in a direction.
+        decoder_scale_factor: The same of images that were decoded; `None` (default) is
+            `vae_scale_factor`.
+        condition_channels: Channels of the condition that the decoder may be given, as a part
+            of its own. By default 0: there is no such part.
     """
 
     target: str
@@ -46,6 +50,8 @@ class ResolvedConfig:
     out_channels: int
     latent_channels: int
     vae_scale_factor: int
+    decoder_scale_factor: int | None = None
+    condition_channels: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,7 +63,8 @@ class ResolvedConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts, in the order of a run."""
-        return (ENCODER, DECODER) if self.uses_encoder else (DECODER,)
+        parts = (ENCODER, DECODER) if self.uses_encoder else (DECODER,)
+        return (*parts, CONDITIONED_DECODER) if self.condition_channels else parts
 
     def input_shapes(
         self, sample_size: tuple[int, int] | None = None, batch_size: int | None = None
@@ -74,16 +81,22 @@ class ResolvedConfig:
         height, width = size = sample_size or self.sample_size
         batch, factor = batch_size or self.batch_size, self.vae_scale_factor
         check_image_size(size, factor)
+        latent = (batch, self.latent_channels, height // factor, width // factor)
         shapes = {
             ENCODER: (batch, self.in_channels, height, width),
-            DECODER: (batch, self.latent_channels, height // factor, width // factor),
+            DECODER: latent,
+            CONDITIONED_DECODER: (
+                batch,
+                self.latent_channels + self.condition_channels,
+                *self.image_shape(latent)[2:],
+            ),
         }
         return {part: shapes[part] for part in self.parts}
 
     def image_shape(self, latent_shape: tuple[int, ...]) -> ImageShape:
         """The shape of the images that the decoder makes of latents `(N, C, H, W)`."""
         batch, _, height, width = latent_shape
-        factor = self.vae_scale_factor
+        factor = self.decoder_scale_factor or self.vae_scale_factor
         return (batch, self.out_channels, factor * height, factor * width)
 
 
