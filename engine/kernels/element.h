@@ -59,11 +59,10 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 [[maybe_unused]] static inline void from_float(float x, BFloat16& out) {
   std::uint32_t word;
   std::memcpy(&word, &x, sizeof word);
-  if ((word & 0x7fffffffu) > 0x7f800000u) {
-    out.bits = static_cast<std::uint16_t>((word >> 16) | 0x40);
-  } else {
-    out.bits = static_cast<std::uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-  }
+  // Both are computed, so that a loop of these can be vectorised.
+  const std::uint32_t nan = (word >> 16) | 0x40;
+  const std::uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  out.bits = static_cast<std::uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
 [[maybe_unused]] static inline void from_float(float x, Float16& out) {

@@ -85,10 +85,13 @@ void modulate_of(const ModulateStep& s, const Context& context, Index item) {
       shift[c] = shifts == nullptr ? 0.0f : to_float(shifts[column * kBlock + c]);
     }
     for (Index x = column * s.factor; x < (column + 1) * s.factor; ++x) {
+      // In a copy: the output may be the input.
+      float values[kBlock];
+      for (Index c = 0; c < kBlock; ++c) values[c] = to_float(from[x * kBlock + c]);
       for (Index c = 0; c < kBlock; ++c) {
-        const float normed = to_float(from[x * kBlock + c]) * norm_scale[c] + norm_shift[c];
-        from_float(normed * scale[c] + shift[c], to[x * kBlock + c]);
+        values[c] = (values[c] * norm_scale[c] + norm_shift[c]) * scale[c] + shift[c];
       }
+      for (Index c = 0; c < kBlock; ++c) from_float(values[c], to[x * kBlock + c]);
     }
   }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vaes import capture_part, make_vae
+from vaes import capture_part, make_vae, make_vq
 
+from rbln_vae import RBLNVQModel
+from rbln_vae.graph.capture import capture
 from rbln_vae.graph.ir import Graph
 from rbln_vae.graph.passes import optimise
 from rbln_vae.schedule import scheduler
@@ -31,12 +34,20 @@ ARCHITECTURES = {
     "deep": {"block_out_channels": (24, 40, 96), "norm_num_groups": 8, "layers_per_block": 2},
     "without attention": {"block_out_channels": (16, 48), "mid_block_add_attention": False},
 }
+SPATIAL = {
+    "block_out_channels": (32, 64),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+}
+"""A VQModel, whose decoder multiplies by images as small as the latent."""
 PARTS = ("encoder", "decoder")
 DTYPES = ("float32", "bfloat16")
 
 
 @functools.cache
 def graph_of(architecture: str, part: str) -> Graph:
+    if architecture == "spatial norm":
+        module = RBLNVQModel.family.module(make_vq(**SPATIAL), part)
+        return optimise(capture(module, part, 3 if part == "encoder" else 4))
     return optimise(capture_part(make_vae(**ARCHITECTURES[architecture]), part))
 
 
@@ -70,7 +81,7 @@ def kinds(schedule: Schedule) -> set[Kind]:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from(sorted(ARCHITECTURES)),
+    st.sampled_from(sorted([*ARCHITECTURES, "spatial norm"])),
     st.sampled_from(PARTS),
     st.sampled_from(DTYPES),
     st.integers(1, 40),
@@ -117,8 +128,10 @@ def test_a_block_that_halves_the_channels_is_written_over_its_input(
     assert Kind.KEEP not in kinds(scheduled(runtime, two))
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "part"),
+    [*itertools.product(ARCHITECTURES, PARTS), ("spatial norm", "decoder")],
+)
 def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
     architecture: str, part: str
 ) -> None:
@@ -137,6 +150,15 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
         schedule = scheduled(runtime, image.shape, sketch.recomputed)
         assert schedule.flops == pytest.approx(sketch.flops, rel=1e-3)
         assert torch.equal(run_schedule(runtime, schedule, image), expected)
+
+
+def test_what_a_spatial_norm_gives_need_not_be_kept() -> None:
+    """It is made in strips for the convolution that reads it, which takes no more work."""
+    runtime = runtime_of("spatial norm", "decoder", "float32")
+    free, strips, *_ = runtime.search((1, 4, 88, 72)).tradeoffs()
+    assert strips.arena_bytes < 0.9 * free.arena_bytes
+    assert strips.flops == free.flops
+    assert all(value.endswith("norm1.add") for value in strips.recomputed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -66,11 +66,16 @@ def droppable(graph: Graph) -> frozenset[Value]:
     return frozenset(
         maker.output
         for maker in makers
-        if isinstance(maker, (Import, Conv2d))
-        and all(isinstance(reader, (Export, Conv2d)) for reader in readers[maker.output])
-        # No convolution sums the statistics of the input.
+        if isinstance(maker, (Import, Conv2d, Modulate))
+        and all(
+            isinstance(reader, (Export, Conv2d))
+            # What a modulation multiplies by and adds is small.
+            or (isinstance(reader, Modulate) and maker.output not in reader.inputs[1:])
+            for reader in readers[maker.output]
+        )
+        # No convolution sums the statistics of these.
         and not (
-            isinstance(maker, Import)
+            isinstance(maker, (Import, Modulate))
             and any(
                 r.group_norm is not None and r.inputs[0] == maker.output
                 for r in readers[maker.output]
@@ -234,13 +239,15 @@ class _Scheduler:
 
     def strip_unit(self, targets: Iterable[Operation]) -> int:
         """The number of which the rows of a strip must be a multiple."""
-        return math.lcm(
-            *(
-                self.rules.rows_at_once(target, summed=target.output in self.norms)
-                for target in targets
-                if isinstance(target, Conv2d)
-            )
-        )
+        return math.lcm(*(self.rows_at_once(o, summed=o.output in self.norms) for o in targets))
+
+    def rows_at_once(self, operation: Operation, *, summed: bool) -> int:
+        """Rows of the output that a strip must not cut."""
+        if isinstance(operation, Conv2d):
+            return self.rules.rows_at_once(operation, summed=summed)
+        if isinstance(operation, Modulate):  # the squares that one pixel modulates
+            return self.heights[operation.input] // self.heights[operation.scale]
+        return 1
 
     def strip_height(self, sweep: Sweep) -> int:
         """Rows of a strip."""
@@ -303,7 +310,7 @@ class _Scheduler:
             targets,
             self.heights,
             {o.output: o.kernel(self.graph.weights)[2] for o in convolutions},
-            {o.output: self.rules.rows_at_once(o, summed=False) for o in convolutions},
+            {o.output: self.rows_at_once(o, summed=False) for o in self.graph.operations},
             step=1,
         )
         sweep = dataclasses.replace(sweep, step=self.strip_height(sweep))
@@ -314,7 +321,7 @@ class _Scheduler:
         dropped: dict[Value, View] = {}
         taken = 0
         for target in targets:
-            if not isinstance(target, Conv2d):
+            if isinstance(target, Export):
                 continue
             if kept is not None:
                 self.images[target.output] = self.tasks.beside(kept, target.output, taken)
@@ -324,7 +331,8 @@ class _Scheduler:
                 dropped[target.output] = self.tasks.rows_of(target.output, most)
             else:
                 self.tasks.image(target.output, self.overwritten(sweep))
-            sums[target.output] = self.tasks.sums(target)
+            if isinstance(target, Conv2d):
+                sums[target.output] = self.tasks.sums(target)
         prepared = {
             operation.output: self.tasks.prepare(operation)
             for operation in (*sweep.members, *targets)
@@ -362,7 +370,7 @@ class _Scheduler:
                     case Export(input=result):
                         view = view_of(result, rows)
                         self.tasks.add(Kind.EXPORT, operation, rows=rows, inputs=(view,))
-                    case Conv2d():
+                    case Conv2d() | Modulate():
                         read = list(sweep.read(operation, rows))
                         if value in dropped:
                             output = dropped[value].rows(0, rows[1] - rows[0])
@@ -375,7 +383,7 @@ class _Scheduler:
                             tuple(view_of(each, of) for each, of in read),
                             output,
                             sums.get(value),
-                            prepared[value],
+                            prepared.get(value, {}),
                         )
         self.tasks.sweep = 0
         if kept is not None:
@@ -383,8 +391,8 @@ class _Scheduler:
             for target in targets:
                 self.images[target.output].buffer.first = len(self.tasks.tasks)
         for target in targets:
-            if isinstance(target, Conv2d):
-                self.tasks.prepare_norms(target, sums[target.output])
+            if not isinstance(target, Export):
+                self.tasks.prepare_norms(target, sums.get(target.output))
 
     def overwritten(self, sweep: Sweep) -> View | None:
         """The image of a value that the only target of a sweep may overwrite, if any."""

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..graph.ir import Conv2d, Operation, Value
+from ..graph.ir import Conv2d, Modulate, Operation, Value
 
 Rows = tuple[int, int]
 """A range of rows: the first, and the one after the last."""
@@ -61,6 +61,11 @@ def rows_read(
         yield operation.input, (min(height, max(0, top)), max(0, min(height, bottom)))
         if operation.residual is not None:
             yield operation.residual, rows
+    elif isinstance(operation, Modulate):
+        yield operation.input, rows
+        for value in operation.inputs[1:]:
+            factor = heights[operation.input] // heights[value]
+            yield value, (begin // factor, -(-end // factor))
     elif isinstance(operation, Export):
         yield operation.input, rows
 

@@ -106,11 +106,14 @@ class CpuRules:
 
     def strip_rows(self, sweep: Sweep) -> int:
         tiles = min(
-            -(-conv.grid[1] // tile[1]) / tile[0]
-            for operation in (*sweep.members, *sweep.targets)
-            if isinstance(operation, Conv2d)
-            for conv in [self.convolution(operation)]
-            for tile in [self.tile(conv)]
+            (
+                -(-conv.grid[1] // tile[1]) / tile[0]
+                for operation in (*sweep.members, *sweep.targets)
+                if isinstance(operation, Conv2d)
+                for conv in [self.convolution(operation)]
+                for tile in [self.tile(conv)]
+            ),
+            default=1.0,
         )
         return min(
             max(8, min(32, sweep.height // 16), int(4 * self.machine.threads / tiles)),
