@@ -20,7 +20,6 @@ from diffusers import (
     LCMScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
-    VQModel,
 )
 from torch import Tensor
 from transformers import (
@@ -65,29 +64,7 @@ def vae(channels: tuple[int, ...] = (4, 8, 8, 8), **options: Any) -> Autoencoder
     return model
 
 
-def movq(norm_type: str = "spatial") -> VQModel:
-    """Kandinsky's autoencoder, whose layers are scaled as those of `vae`.
-
-    Args:
-        norm_type: `"spatial"`, or `"group"` for one as aMUSEd's.
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = VQModel(
-            block_out_channels=(32, 32, 64),
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
-            latent_channels=4,
-            num_vq_embeddings=16,
-            norm_type=norm_type,
-        )
-        model.eval().requires_grad_(False)
-        model.quantize.embedding.weight.normal_()
-        _scale_to_natural_spread(model)
-    return model
-
-
-def _scale_to_natural_spread(model: AutoencoderKL | VQModel) -> None:
+def _scale_to_natural_spread(model: AutoencoderKL) -> None:
     """Divide the weights of each layer by the spread of what it gives for noise."""
 
     def divide(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:

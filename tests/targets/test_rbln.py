@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from vaes import TOLERANCE, assert_same_model, make_vae, noise, pixels
+from vaes import TOLERANCE, assert_same_model, make_vae, make_vq, noise, pixels
 
 import rbln_vae.rebel
 from rbln_vae import (
@@ -17,6 +17,7 @@ from rbln_vae import (
     RBLNCompileError,
     RBLNRuntimeError,
     RBLNTargetUnavailableError,
+    RBLNVQModel,
 )
 from rbln_vae.metrics import relative_l2
 from rbln_vae.targets.base import default_target, get_target
@@ -60,6 +61,20 @@ def test_it_computes_what_diffusers_does_for_the_shape_it_was_compiled_for():
         model.decode(noise(1, 4, 4, 4))
     with pytest.raises(ValueError, match="rbln_batch_size"):
         model.decode(noise(2, 4, 5, 4))
+
+
+@pytest.mark.usefixtures("npus")
+def test_a_vq_model_is_compiled_too(tmp_path):
+    movq, latent, image = make_vq(), noise(1, 4, 8, 8), noise(1, 3, 16, 16)
+    options = {"target": "rbln", "sample_size": 16}
+    model = RBLNVQModel.from_model(movq, rbln_config=options)
+    model.save_pretrained(tmp_path)
+    for found in (model, RBLNVQModel.from_pretrained(tmp_path)):
+        with torch.no_grad():
+            expected = movq.decode(latent, force_not_quantize=True).sample
+            assert relative_l2(found.encode(image).latents, movq.encode(image).latents) < TOLERANCE
+        decoded = found.decode(latent, force_not_quantize=True).sample
+        assert relative_l2(decoded, expected) < TOLERANCE
 
 
 @pytest.mark.usefixtures("npus")
