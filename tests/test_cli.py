@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from skimage import data
 from typer.testing import CliRunner, Result
-from vaes import make_vae
+from vaes import make_vae, make_vq
 
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.cli import app
@@ -493,6 +493,16 @@ def test_verify_is_as_strict_as_asked(compiled, source) -> None:
 
 def test_verify_compares_on_a_picture_and_a_size(compiled, source, photo) -> None:
     done(run("verify", compiled, source, "--image", photo, "--size", "16x24"))
+
+
+def test_verify_compares_latents_of_a_model_without_a_distribution(tmp_path) -> None:
+    """A VQModel quantises latents unless told otherwise, and here neither of the two does."""
+    for options in ({}, {"norm_type": "group", "lookup_from_codebook": True}):
+        make_vq(**options).save_pretrained(tmp_path / "movq")
+        done(run("compile", tmp_path / "movq", tmp_path / "compiled", "--dtype", "float32"))
+        compared = run("verify", tmp_path / "compiled", tmp_path / "movq", "--size", "32")
+        for name in ("latents", "pixels"):
+            assert float(row(done(compared), name)[3]) < 1e-4
 
 
 def test_verify_of_a_decoder_compares_pixels_alone(source, tmp_path) -> None:

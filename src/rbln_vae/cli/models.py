@@ -54,8 +54,15 @@ def original_moments(vae: torch.nn.Module, sample: torch.Tensor, *, frames: bool
 
 @torch.no_grad()
 def original_pixels(vae: torch.nn.Module, latents: torch.Tensor, *, frames: bool) -> torch.Tensor:
-    """The images `(N, C, H, W)` that a diffusers model decodes from latents `(N, C, h, w)`."""
-    found = cast(Any, vae).decode(latents.unsqueeze(2) if frames else latents).sample
+    """The images `(N, C, H, W)` that a diffusers model decodes from latents `(N, C, h, w)`.
+
+    Latents are not quantised, which a VQModel does in `decode` unless told otherwise.
+    """
+    model = cast(Any, vae)
+    if type(vae).__name__ == "VQModel":
+        spatial = latents if model.config.norm_type == "spatial" else None
+        return cast(torch.Tensor, model.decoder(model.post_quant_conv(latents), spatial))
+    found = model.decode(latents.unsqueeze(2) if frames else latents).sample
     return cast(torch.Tensor, found.squeeze(2) if frames else found)
 
 
