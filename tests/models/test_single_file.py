@@ -291,7 +291,7 @@ def results(model: Any) -> list[Tensor]:
         latent, all_of_it = encoded.latent_dist.mode(), encoded.latent_dist.parameters
     else:
         latent = all_of_it = encoded[0]
-    kwargs = {"force_not_quantize": True} if isinstance(model, VQModel) else {}
+    kwargs = {"force_not_quantize": True} if "num_vq_embeddings" in config else {}
     return [all_of_it, model.decode(latent, **kwargs).sample]
 
 
