@@ -3,7 +3,8 @@
 It needs what `pip install 'rbln-vae[examples]'` installs.
 
 python examples/inpainting.py photo.jpg mask.png --prompt "a cat on the bench"
-python examples/inpainting.py --tiny        # offline, random weights: noise
+python examples/inpainting.py --tiny                      # offline, random weights: noise
+python examples/inpainting.py --tiny qwen-image-inpaint   # the same in Qwen-Image's pipeline
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from __future__ import annotations
 import argparse
 
 import tiny
-from diffusers import AutoPipelineForInpainting, StableDiffusionInpaintPipeline
+from diffusers import AutoPipelineForInpainting
 from diffusers.utils import load_image
-from PIL import Image
 
-from rbln_vae import RBLNAutoencoderKL
+from rbln_vae import RBLNAutoencoder
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("image", nargs="?", help="a file or an address; needed without --tiny")
@@ -24,29 +24,26 @@ parser.add_argument("--model", default="stabilityai/stable-diffusion-xl-base-1.0
 parser.add_argument("--prompt", default="a cat")
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--output", default="inpainting.png")
-parser.add_argument("--tiny", action="store_true", help="random weights, no downloads")
+tiny.add_argument(parser, "inpainting", default="sd-inpaint-9")
 arguments = parser.parse_args()
 
 if arguments.tiny:
-    pipe = StableDiffusionInpaintPipeline(
-        **tiny.stable_diffusion(in_channels=9), vae=tiny.vae(), requires_safety_checker=False
-    )
-    picture = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
-    mask = Image.linear_gradient("L").resize((64, 64)).point(lambda value: 255 * (value > 127))
+    pipe, call = tiny.pipeline(arguments.tiny)
 elif arguments.mask is None:
     parser.error("name an image and a mask, or give --tiny")
 else:
     pipe = AutoPipelineForInpainting.from_pretrained(arguments.model)
-    picture, mask = load_image(arguments.image), load_image(arguments.mask)
+    picture = load_image(arguments.image)
+    call = {
+        "prompt": arguments.prompt,
+        "image": picture,
+        "mask_image": load_image(arguments.mask),
+        "height": picture.height // 8 * 8,
+        "width": picture.width // 8 * 8,
+    }
 
-pipe.vae = RBLNAutoencoderKL.from_model(pipe.vae)
-image = pipe(
-    arguments.prompt,
-    image=picture,
-    mask_image=mask,
-    height=picture.height // 8 * 8,
-    width=picture.width // 8 * 8,
-    num_inference_steps=arguments.steps,
-).images[0]
+pipe.vae = RBLNAutoencoder.from_model(pipe.vae)
+call["num_inference_steps"] = arguments.steps
+image = pipe(**call).images[0]
 image.save(arguments.output)
 print(f"{image.width}x{image.height} pixels in {arguments.output}")

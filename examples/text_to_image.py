@@ -3,34 +3,39 @@
 It needs what `pip install 'rbln-vae[examples]'` installs.
 
 python examples/text_to_image.py --prompt "a lighthouse in a storm"
-python examples/text_to_image.py --tiny     # offline, random weights: noise
+python examples/text_to_image.py --model Qwen/Qwen-Image --prompt "a lighthouse in a storm"
+python examples/text_to_image.py --tiny              # offline, random weights: noise
+python examples/text_to_image.py --tiny qwen-image   # the same in Qwen-Image's pipeline
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 
 import tiny
-from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from rbln_vae import RBLNAutoencoderKL
+from rbln_vae import RBLNAutoencoder
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="stabilityai/stable-diffusion-xl-base-1.0")
 parser.add_argument("--prompt", default="a lighthouse in a storm, oil painting")
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--output", default="text_to_image.png")
-parser.add_argument("--tiny", action="store_true", help="random weights, no downloads")
+tiny.add_argument(parser, "text-to-image", default="sd")
 arguments = parser.parse_args()
 
 if arguments.tiny:
-    pipe = StableDiffusionPipeline(
-        **tiny.stable_diffusion(), vae=tiny.vae(), requires_safety_checker=False
-    )
+    pipe, call = tiny.pipeline(arguments.tiny)
 else:
-    pipe = AutoPipelineForText2Image.from_pretrained(arguments.model)
+    pipe, call = DiffusionPipeline.from_pretrained(arguments.model), {"prompt": arguments.prompt}
+    if "num_frames" in inspect.signature(pipe.__call__).parameters:
+        call["num_frames"] = 1  # an image is a video of one frame
 
-pipe.vae = RBLNAutoencoderKL.from_model(pipe.vae, rbln_uses_encoder=False)
-image = pipe(arguments.prompt, num_inference_steps=arguments.steps).images[0]
+pipe.vae = RBLNAutoencoder.from_model(pipe.vae, rbln_uses_encoder=False)
+call["num_inference_steps"] = arguments.steps
+output = pipe(**call, output_type="pil")
+image = output.images[0] if hasattr(output, "images") else output.frames[0][0]
 image.save(arguments.output)
 print(f"{image.width}x{image.height} pixels in {arguments.output}")

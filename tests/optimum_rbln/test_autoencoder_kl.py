@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_vaes
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -20,7 +21,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    return tiny.vae()
+    return tiny_vaes.make()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_batch_and_size_are_compiled_in(vae, batch_size, sample_size):
 
 
 def test_a_model_in_bfloat16_is_as_close_as_diffusers_own(vae, latent):
-    half = tiny.vae().to(torch.bfloat16)
+    half = tiny_vaes.make().to(torch.bfloat16)
     model = RBLNAutoencoderKL.from_model(half)
     with torch.no_grad():
         expected = vae.decode(latent).sample
@@ -163,7 +164,7 @@ def test_a_device_that_is_not_there_is_refused_when_loading(compiled, tmp_path):
 
 
 def test_a_model_that_cannot_be_compiled_raises_a_runtime_error():
-    vae = tiny.vae()
+    vae = tiny_vaes.make()
     vae.decoder.conv_act = torch.nn.Softplus()
     with pytest.raises(RuntimeError, match="softplus"):
         RBLNAutoencoderKL.from_model(vae)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_vaes
 import torch
 from diffusers import VQModel
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -14,37 +15,9 @@ TOLERANCE = 1e-4
 SIZE = {"sample_size": 64}
 
 
-def make_movq(norm_type: str) -> VQModel:
-    """A model whose layers are scaled until each gives a spread of one, as trained ones do."""
-
-    def scale(module: torch.nn.Module, _: object, output: Tensor) -> Tensor:
-        for weight in module.parameters():
-            weight.div_(output.std())
-        return output / output.std()
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = VQModel(
-            block_out_channels=(32, 32, 64),
-            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
-            latent_channels=4,
-            num_vq_embeddings=16,
-            norm_type=norm_type,
-        )
-        model.eval().requires_grad_(False)
-        layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-        hooks = [layer.register_forward_hook(scale) for layer in layers]
-        model.encode(torch.randn(4, 3, 32, 32))
-        model.decode(torch.randn(4, 4, 8, 8), force_not_quantize=True)
-        for hook in hooks:
-            hook.remove()
-    return model
-
-
 @pytest.fixture(scope="module", params=["spatial", "group"])
 def movq(request) -> VQModel:
-    return make_movq(request.param)
+    return tiny_vaes.make("VQModel", norm_type=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +77,10 @@ def test_batch_and_size_are_compiled_in(movq):
 
 @pytest.mark.parametrize("norm_type", ["spatial", "group"])
 def test_a_model_in_bfloat16_is_as_close_as_diffusers_own(norm_type, latent):
-    half = make_movq(norm_type).to(torch.bfloat16)
+    half = tiny_vaes.make("VQModel", norm_type=norm_type).to(torch.bfloat16)
     model = RBLNVQModel.from_model(half, rbln_config=SIZE)
     assert model.rbln_config.dtype == torch.bfloat16
-    expected = decoded(make_movq(norm_type), latent)
+    expected = decoded(tiny_vaes.make("VQModel", norm_type=norm_type), latent)
     own = decoded(half, latent.bfloat16())
     found = decoded(model, latent)
     assert found.dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import tiny
+import tiny_vaes
 from diffusers import AutoencoderKL
 
 from rbln_vae import RBLNAutoencoderKL
@@ -11,7 +11,7 @@ from rbln_vae import RBLNAutoencoderKL
 
 @pytest.fixture(scope="session")
 def vae() -> AutoencoderKL:
-    return tiny.vae()
+    return tiny_vaes.make()
 
 
 @pytest.fixture(scope="session")

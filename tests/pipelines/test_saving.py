@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_vaes
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from rbln_vae import RBLNAutoencoderKL
+from rbln_vae import RBLNAutoencoder, RBLNAutoencoderKL
+from rbln_vae.models.auto import CLASSES
 
 OPTIONS = {"num_inference_steps": 1, "output_type": "pt"}
 
@@ -109,6 +111,39 @@ def test_the_vae_of_a_saved_pipeline_is_compiled_by_its_subfolder(vae, compiled,
     )
     latent = torch.randn(1, 4, 4, 4)
     assert torch.equal(model.decode(latent).sample, compiled.decode(latent).sample)
+
+
+SAVED = [
+    name
+    for name in ("flux2-klein", "qwen-image", "wan", "sd-taesd", "hunyuan-image", "kandinsky")
+    if tiny.PIPELINES[name].vae in CLASSES
+]
+"""A pipeline for each class of VAE."""
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_pipeline_of_any_family_is_saved_and_loaded(name, tmp_path):
+    case = tiny.PIPELINES[name]
+    parts = case.parts()
+    vae = RBLNAutoencoder.from_model(
+        tiny_vaes.make(case.vae, **case.options), rbln_target="cpu", rbln_dtype="float32"
+    )
+    pipe = case.build(vae, parts)
+    pipe.save_pretrained(tmp_path)
+    absent = {part: None for part, found in parts.items() if found is None}
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, **absent)
+    assert type(loaded) is type(pipe)
+    loaded_vae = getattr(loaded, case.vae_name)
+    assert type(loaded_vae) is type(vae)
+    before, after = (
+        case.build(each, parts)(
+            **{**case.prompt, **case.call, **OPTIONS},
+            generator=torch.Generator().manual_seed(0),
+            return_dict=False,
+        )[0]
+        for each in (vae, loaded_vae)
+    )
+    assert torch.equal(before, after)
 
 
 def test_importing_the_package_imports_neither_torch_nor_diffusers():
