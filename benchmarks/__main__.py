@@ -17,6 +17,9 @@ def benchmarks() -> None:
 
 @app.command()
 def speed(
+    model: Annotated[
+        str, typer.Option(help="names of benchmarks/models.py, with commas; all of them: all")
+    ] = "sd",
     parts: Annotated[str, typer.Option(help="decode, encode or both, with commas")] = (
         "decode,encode"
     ),
@@ -31,10 +34,15 @@ def speed(
 ) -> None:
     """Time and peak memory of decode and encode."""
     from . import speed
-    from .contenders import usual
+    from .models import MODELS
 
-    names = contenders.split(",") if contenders else usual()
-    measured = speed.measure(parts.split(","), [int(s) for s in sizes.split(",")], names, rounds)
+    measured = speed.measure(
+        list(MODELS) if model == "all" else model.split(","),
+        parts.split(","),
+        [int(s) for s in sizes.split(",")],
+        contenders.split(",") if contenders else [],
+        rounds,
+    )
     print(speed.table(measured))
     print(f"saved {speed.save(name, measured)}")
 

@@ -21,8 +21,9 @@ from rbln_vae.graph.ir import Conv2d, Graph, Identity, Operation
 from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
 from rbln_vae.targets.cpu.tiles import FASTEST, Choices
 
-from .contenders import STABLE_DIFFUSION, Contender
+from .contenders import Contender
 from .machine import threads
+from .models import load, make_model
 from .report import write
 from .worker import Worker
 
@@ -265,11 +266,9 @@ def save(compared: Iterable[Comparison]) -> Path:
 
 
 def _save(directory: Path, parts: Iterable[str], dtype: str) -> None:
-    """Write the captured graphs of a model with random weights, before any pass."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    model = AutoencoderKL(**STABLE_DIFFUSION).eval()
+    """Write a model with random weights, and its captured graphs before any pass."""
+    make_model(directory)
+    model = load(directory).eval()
     channels = {"encode": model.config.in_channels, "decode": model.config.latent_channels}
     for part in parts:
         name = f"{part}r"

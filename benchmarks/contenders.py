@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 
-STABLE_DIFFUSION = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "norm_num_groups": 32,
-    "sample_size": 512,
-}
-"""The VAE of Stable Diffusion 1 and 2."""
-
-
-def make_model(directory: Path, architecture: dict[str, Any] = STABLE_DIFFUSION) -> None:
-    """Save a model with random weights, the same each time."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    AutoencoderKL(**architecture).save_pretrained(directory)
-
-
-def make_input(part: str, size: int, images: int = 1) -> torch.Tensor:
-    """The input of a part for images of `size` pixels a side: random, the same each time."""
-    generator = torch.Generator().manual_seed(size)
-    if part == "encode":
-        return torch.rand(images, 3, size, size, generator=generator) * 2 - 1
-    return torch.randn(images, 4, size // 8, size // 8, generator=generator)
+from . import models
 
 
 class Contender(ABC):
@@ -42,7 +17,7 @@ class Contender(ABC):
     def __init__(self, directory: Path, part: str, size: int, threads: int) -> None:
         self.directory, self.part, self.size, self.threads = directory, part, size, threads
         torch.set_num_threads(threads)
-        self.input = make_input(part, size)
+        self.input = models.make_input(directory, part, size)
 
     def convert(self) -> None:  # noqa: B027
         """Make a file of the model's own kind, where there is one.
@@ -73,9 +48,9 @@ class Ours(Contender):
     dtype = "bfloat16"
 
     def convert(self) -> None:
-        from rbln_vae import RBLNAutoencoderKL
+        from rbln_vae import RBLNAutoencoder
 
-        model = RBLNAutoencoderKL.from_pretrained(
+        model = RBLNAutoencoder.from_pretrained(
             self.directory,
             export=True,
             rbln_target="cpu",
@@ -87,16 +62,14 @@ class Ours(Contender):
         model.save_pretrained(self.converted)
 
     def prepare(self) -> None:
-        from rbln_vae import RBLNAutoencoderKL
+        from rbln_vae import RBLNAutoencoder
 
-        self.model = RBLNAutoencoderKL.from_pretrained(
+        self.model = RBLNAutoencoder.from_pretrained(
             self.converted, rbln_num_threads=self.threads, rbln_timeout=3600
         )
 
     def run(self) -> torch.Tensor:
-        if self.part == "encode":
-            return self.model.encode(self.input).latent_dist.parameters
-        return self.model.decode(self.input).sample
+        return models.run(self.model, self.part, self.input)
 
 
 class OursFloat32(Ours):
@@ -107,9 +80,9 @@ class OursProfiled(Ours):
     """Tells the time of its convolutions, too."""
 
     def prepare(self) -> None:
-        from rbln_vae import RBLNAutoencoderKL
+        from rbln_vae import RBLNAutoencoder
 
-        self.model = RBLNAutoencoderKL.from_pretrained(
+        self.model = RBLNAutoencoder.from_pretrained(
             self.converted,
             rbln_num_threads=self.threads,
             rbln_timeout=3600,
@@ -131,17 +104,21 @@ class Diffusers(Contender):
     dtype = torch.bfloat16
 
     def prepare(self) -> None:
-        from diffusers import AutoencoderKL
-
-        model = AutoencoderKL.from_pretrained(self.directory, torch_dtype=self.dtype).eval()
-        self.model = model.to(memory_format=torch.channels_last)
-        self.function = self.model.encode if self.part == "encode" else self.model.decode
+        self.model = models.load(self.directory, torch_dtype=self.dtype).eval()
+        for weight in self.model.parameters():
+            if weight.dim() >= 4:
+                weight.data = _channels_last(weight.data)
+        self.function = functools.partial(models.run, self.model, self.part)
 
     @torch.no_grad()
     def run(self) -> torch.Tensor:
-        x = self.input.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        (result,) = self.function(x, return_dict=False)
-        return result.parameters if self.part == "encode" else result
+        return self.function(_channels_last(self.input.to(self.dtype)))
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """In the order of memory that is fastest, with and without an axis of frames."""
+    three = tensor.dim() == 5
+    return tensor.contiguous(memory_format=torch.channels_last_3d if three else torch.channels_last)
 
 
 class DiffusersFloat32(Diffusers):
@@ -172,10 +149,10 @@ class OpenVino(Contender):
 
     def convert(self) -> None:
         import openvino
-        from diffusers import AutoencoderKL
 
-        model = AutoencoderKL.from_pretrained(self.directory).eval()
-        example = make_input(self.part, 64)  # its values don't matter, and memory is spared
+        model = models.load(self.directory).eval()
+        # The values of the example don't matter, and a small one spares memory.
+        example = models.make_input(self.directory, self.part, 64)
         graph = openvino.convert_model(_Part(model, self.part), example_input=example)
         graph.reshape([*self.input.shape])
         openvino.save_model(graph, self.converted / "model.xml", compress_to_fp16=False)
@@ -228,14 +205,17 @@ CONTENDERS: dict[str, type[Contender]] = {
 }
 
 
-def usual() -> list[str]:
+def usual(model: str = "sd") -> list[str]:
     """What the benchmark of speed compares: peers in bfloat16 only where something multiplies it.
 
-    Elsewhere diffusers takes 8.5 times as long in it as in float32.
+    Elsewhere diffusers takes 8.5 times as long in it as in float32. Models other than Stable
+    Diffusion's are compared with diffusers alone.
     """
     from rbln_vae.targets.cpu.runtime import best_dtype
 
+    peers = ["OpenVINO", "diffusers", "torch.compile"] if model == "sd" else ["diffusers"]
     names = ["rbln-vae bf16"]
     if best_dtype() == "bfloat16":
-        names += ["OpenVINO bf16", "diffusers bf16", "diffusers tiled bf16", "torch.compile bf16"]
-    return [*names, "rbln-vae f32", "OpenVINO f32", "diffusers f32", "torch.compile f32"]
+        names += [f"{peer} bf16" for peer in peers]
+        names += ["diffusers tiled bf16"] if model == "sd" else []
+    return [*names, "rbln-vae f32", *(f"{peer} f32" for peer in peers)]

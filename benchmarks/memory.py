@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from .contenders import make_model
 from .machine import threads
+from .models import make_model
 from .report import RESULTS, write
 from .worker import Worker
 

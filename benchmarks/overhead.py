@@ -18,8 +18,8 @@ import torch
 
 from rbln_vae import RBLNAutoencoderKL
 
-from .contenders import make_input, make_model
 from .machine import threads
+from .models import make_input, make_model
 from .report import write
 
 WARM_UP = 3
@@ -90,7 +90,7 @@ def measure(parts: Iterable[str], sizes: Iterable[int], rounds: int, dtype: str 
         )
         for part in parts:
             for size in sizes:
-                image = make_input(part, size)
+                image = make_input(compiled, part, size)
                 case = Overhead(part, size)
                 for number in range(WARM_UP + rounds):
                     call, steps = _timed(many, part, image)

@@ -20,7 +20,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.metrics import relative_l2
 
-from .contenders import make_input, make_model
+from .models import make_input, make_model
 from .report import write
 
 ROUNDED: dict[str, tuple[bool, bool, bool]] = {
@@ -57,7 +57,7 @@ def measure(parts: Iterable[str], size: int, images: int) -> str:
             **{name: _rounded(original, *which) for name, which in ROUNDED.items()},
         }
         for part in parts:
-            inputs = make_input(part, size, images)
+            inputs = make_input(Path(directory), part, size, images)
             expected = _run(exact, part, inputs)
             found = {
                 name: relative_l2(_run(model, part, inputs), expected)

@@ -1,4 +1,7 @@
-"""The process of one contender: it prepares, then runs once for each line that it reads."""
+"""The process of one contender: it prepares, then runs once for each line that it reads.
+
+The result of its first run is kept in a file, so that contenders can be compared.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 
 from .ablation import CASES, Ablated
 from .contenders import CONTENDERS, Contender
+from .worker import result_file
 
 
 def peak_memory() -> int:
@@ -30,6 +34,7 @@ def main() -> None:
         if not contender.converted.exists():
             contender.convert()
         return
+    kept = result_file(Path(directory), name, part, int(size))
     start = time.perf_counter()
     contender.prepare()
     answer: dict[str, float] = {"prepare": time.perf_counter() - start}
@@ -42,6 +47,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         answer = {"seconds": seconds, "memory": peak_memory(), **contender.details()}
         answer["power"] = float(result.float().square().mean(dtype=torch.float64))
+        if not kept.exists():
+            torch.save(result.float(), kept)
 
 
 def _contender(name: str) -> Callable[[Path, str, int, int], Contender]:

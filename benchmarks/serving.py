@@ -26,8 +26,8 @@ from tempfile import TemporaryDirectory
 import requests
 import torch
 
-from .contenders import make_input, make_model
 from .machine import threads
+from .models import make_input, make_model
 from .report import write
 
 CLIENTS = 8
@@ -269,9 +269,7 @@ def measure(model: Path | None, size: int, rounds: int, minutes: float) -> str:
         ours.save_pretrained(compiled)
         factor = int(ours.rbln_config.vae_scale_factor or 1)
         channels = ours.rbln_config.latent_channels or 4
-        latent = make_input("decode", size)
-        if latent.shape[1] != channels or factor != 8:
-            latent = torch.randn(1, channels, size // factor, size // factor)
+        latent = make_input(compiled, "decode", size)
         with server(compiled, directory / "log") as running:
             one = added(running.address, ours.decode, latent, rounds)
             loop = loop_rate(ours.decode, latent, 2 * rounds)

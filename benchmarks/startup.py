@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .contenders import make_input, make_model
+from .models import make_input, make_model
 from .report import write
 
 
@@ -70,7 +70,7 @@ def _start(directory: Path, sizes: Sequence[int]) -> dict[str, float]:
         artifact = read_artifact(directory / "compiled" / f"{part}r.rbln")
         runtime = CpuRuntime(artifact.graph, artifact.packed, dtype=artifact.dtype)
         for size in sizes:
-            shape = make_input(part, size).shape
+            shape = make_input(directory / "compiled", part, size).shape
             start = time.perf_counter()
             search = runtime.search(tuple(shape))
             lower(search.keeping_all(shape[0]), search.rules(shape[0]))

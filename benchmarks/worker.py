@@ -11,6 +11,11 @@ from types import TracebackType
 HERE = Path(__file__).resolve().parent.parent
 
 
+def result_file(directory: Path, name: str, part: str, size: int) -> Path:
+    """Where the process of a contender writes the result of its first run."""
+    return directory / f"{name} {part} {size}.pt"
+
+
 class Worker:
     """The process of one contender."""
 

@@ -1,4 +1,4 @@
-"""The benchmarks import each other in one direction, and fit what they say that they fit."""
+"""The benchmarks import each other in one direction, and measure what they say."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import diffusers
 import pytest
+import tiny_vaes
+import torch
+from benchmarks import speed
+from benchmarks.contenders import DiffusersFloat32, OursFloat32
 from benchmarks.kernels import Timing, fit, measure, time_case
+from benchmarks.models import MODELS, Model, make_model
 from benchmarks.shapes import CONVOLUTIONS
+from benchmarks.speed import Measurement
 
+from rbln_vae.metrics import relative_l2
+from rbln_vae.models.auto import CLASSES
 from rbln_vae.targets.cpu.runtime import usable_kernels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -76,3 +85,60 @@ def test_noise_takes_no_constant_below_zero_nor_leaves_out_the_others():
     product, other = fit(timings)
     assert product == pytest.approx(1e-9, rel=0.05)
     assert other is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_is_measured_is_one_of_diffusers(name):
+    model = MODELS[name]
+    with torch.device("meta"):
+        made = getattr(diffusers, model.class_name)(**model.architecture)
+    assert set(model.architecture) <= set(made.config)
+    assert not any(buffer for buffer, _ in made.named_buffers() if not buffer.startswith("bn."))
+
+
+@pytest.mark.parametrize("class_name", [name for name in tiny_vaes.DEFAULTS if name in CLASSES])
+def test_contenders_run_the_same_model(class_name, tmp_path):
+    make_model(tmp_path, Model(class_name, tiny_vaes.DEFAULTS[class_name]))
+    for part in ("decode", "encode"):
+        results = []
+        for kind in (OursFloat32, DiffusersFloat32):
+            contender = kind(tmp_path, part, 32, torch.get_num_threads())
+            contender.convert()
+            contender.prepare()
+            results.append(contender.run())
+        found, expected = results
+        assert expected.std() > 0.05
+        assert relative_l2(found, expected) < 1e-4
+
+
+def test_a_model_that_is_not_in_the_table_is_not_measured():
+    with pytest.raises(ValueError, match="abacus"):
+        speed.measure(["abacus"], ["decode"], [64], [], 1)
+
+
+@pytest.mark.slow
+def test_speed_and_error_of_contenders_are_measured_in_processes_of_their_own(monkeypatch):
+    tiny = Model("AutoencoderTiny", tiny_vaes.DEFAULTS["AutoencoderTiny"])
+    monkeypatch.setitem(MODELS, "tiny", tiny)
+    names = ["rbln-vae f32", "diffusers f32"]
+    ours, theirs = speed.measure(["tiny"], ["decode"], [64], names, 2)
+    assert (ours.contender, theirs.contender) == tuple(names)
+    assert len(ours.seconds) == len(theirs.seconds) == 2
+    assert ours.memory > 0
+    assert theirs.error == 0
+    assert ours.error is not None
+    assert ours.error < 1e-4
+
+
+def test_the_table_of_speed_compares_contenders_of_one_precision():
+    group = [
+        Measurement("wan", "rbln-vae f32", "decode", 512, [1.0, 2.0, 3.0], 10**9, 2e-6),
+        Measurement("wan", "diffusers f32", "decode", 512, [8.0], 2 * 10**9, 0.0),
+        Measurement("wan", "diffusers bf16", "decode", 512, [5.0], 10**9, 1e-2),
+    ]
+    *_, ours, theirs, other = speed.table(group).splitlines()
+    assert ours == (
+        "| wan decode 512² | rbln-vae f32 | 2.000 | 1.000 to 3.000 | 1.00 GB | 2.0e-06 | 1.00 |"
+    )
+    assert theirs.endswith("| 2.00 GB |  | 4.00 |")
+    assert other.endswith("| 1.0e-02 |  |")

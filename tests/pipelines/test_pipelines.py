@@ -22,10 +22,7 @@ from rbln_vae.models.autoencoder import RBLNAutoencoderModel
 FLOAT32_DB, BFLOAT16_DB = 80, 42
 """The least PSNR of images in [0, 1] for a VAE compiled in each precision."""
 
-LATER = {"wan-2.2"}
-CASES = {
-    name: case for name, case in tiny.PIPELINES.items() if case.vae in CLASSES and name not in LATER
-}
+CASES = {name: case for name, case in tiny.PIPELINES.items() if case.vae in CLASSES}
 """Those whose VAE can be compiled."""
 
 SD = CASES["sd"]
