@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rbln_vae.models.auto import CLASSES
+from rbln_vae.models.auto import class_for
 
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
@@ -148,7 +148,7 @@ def make_input(directory: Path, part: str, size: int, images: int = 1) -> torch.
         images: How many, of one frame each.
     """
     config = _config(directory)
-    found = CLASSES[config["_class_name"]]
+    found = class_for(config["_class_name"], str(directory))
     facts = found.family.facts(config)
     generator = torch.Generator().manual_seed(size)
     frames = (1,) if found.frames else ()
