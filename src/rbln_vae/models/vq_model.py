@@ -126,7 +126,8 @@ class RBLNVQModel(RBLNAutoencoderModel):
                 `force_not_quantize`, a model whose configuration has `lookup_from_codebook`
                 takes indices of the codebook instead: integers of any shape.
             force_not_quantize: Whether to decode latents as they are. By default each is
-                replaced by the nearest vector of the codebook.
+                replaced by the nearest vector of the codebook. That takes 4 bytes for each
+                latent cell and vector, which don't count against `memory_limit`.
             return_dict: Whether to return an output class (default) or a tuple.
             shape: `(N, h, w, latent_channels)` of the latents that indices stand for. By
                 default none, which is right for latents.

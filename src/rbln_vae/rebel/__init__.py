@@ -1,7 +1,7 @@
 """A stand-in for `rebel`, Rebellions' compiler, for machines without it and without an NPU.
 
-It has everything that optimum-rbln 0.12 uses for an `AutoencoderKL`, backed by the targets of
-this package, so that code for the NPU can be developed and tested anywhere:
+It has everything that optimum-rbln 0.12 uses for an `AutoencoderKL` or a `VQModel`, backed by
+the targets of this package, so that code for the NPU can be developed and tested anywhere:
 
     python -m rbln_vae.rebel script.py
 
@@ -162,7 +162,7 @@ def compile_from_torch(
 
     Raises:
         RBLNCompileError: The number of inputs is not one, or the module has an operation that
-            an `AutoencoderKL` does not have.
+            no autoencoder of this package has.
     """
     if len(input_info) != 1 or len(input_info[0][1]) != 4 or input_info[0][2] not in _DTYPES:
         raise RBLNCompileError(
