@@ -818,7 +818,7 @@ def test_a_file_is_compiled_by_the_class_that_its_weights_suit(name: str, tmp_pa
 
 def test_a_class_that_the_weights_dont_suit_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "vae.safetensors", wans(wan().state_dict()))
-    with pytest.raises(RBLNCompileError, match="holds a AutoencoderKLWan, but RBLNAutoencoderKL "):
+    with pytest.raises(RBLNCompileError, match="holds AutoencoderKLWan, but RBLNAutoencoderKL "):
         RBLNAutoencoderKL.from_pretrained(path, export=True)
 
 

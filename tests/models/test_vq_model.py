@@ -359,6 +359,6 @@ def test_a_diffusers_directory_is_compiled(tmp_path: Path) -> None:
 
 
 def test_each_class_compiles_its_own_model() -> None:
-    with pytest.raises(TypeError, match="VQModel, and got a AutoencoderKL"):
+    with pytest.raises(TypeError, match="compiles VQModel, and got AutoencoderKL"):
         RBLNVQModel.from_model(make_vae())
     assert isinstance(RBLNAutoencoder.from_model(MOVQ, rbln_target="cpu"), RBLNVQModel)

@@ -165,7 +165,7 @@ class RBLNModel(ModuleMembers):
         original = cls.family.original_class_name
         if type(model).__name__ != original:
             raise TypeError(
-                f"{cls.__name__} compiles an {original}, and got a {type(model).__name__}. "
+                f"{cls.__name__} compiles {original}, and got {type(model).__name__}. "
                 "RBLNAutoencoder finds the class for a model by itself."
             )
         name = str(getattr(model, "name_or_path", "") or original)

@@ -219,7 +219,7 @@ class Family(ABC):
     def _check_class(self, found: str, model_id: str) -> None:
         if found != self.original_class_name:
             raise RBLNCompileError(
-                f"{model_id} holds a {found}, but RBLN{self.original_class_name} compiles an "
+                f"{model_id} holds {found}, but RBLN{self.original_class_name} compiles "
                 f"{self.original_class_name}. Name such a model, or the subfolder that holds one; "
                 "RBLNAutoencoder finds the class for a model by itself."
             )
