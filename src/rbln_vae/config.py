@@ -293,13 +293,18 @@ class RBLNModelConfig:
         """`(height, width)` of the image in pixels; `None` if it is not chosen."""
         return None
 
+    @classmethod
+    def fact_name(cls, name: str) -> str:
+        """The option that holds a fact of the model, by the name of the fact in `ResolvedConfig`."""
+        return cls._FACTS.get(name, name)
+
     def fact(self, name: str) -> Any:
         """The value that the caller chose for a fact of the model, or `None`.
 
         Args:
             name: The name of the fact in `ResolvedConfig`.
         """
-        return getattr(self, self._FACTS.get(name, name), None)
+        return getattr(self, self.fact_name(name), None)
 
     def with_facts(self: ConfigType, facts: Mapping[str, Any]) -> ConfigType:
         """A copy in which the options that hold facts of the model have their values.
@@ -307,7 +312,7 @@ class RBLNModelConfig:
         Args:
             facts: Facts by their names in `ResolvedConfig`; those without an option are left out.
         """
-        named = self._expanded({self._FACTS.get(name, name): v for name, v in facts.items()})
+        named = self._expanded({self.fact_name(name): v for name, v in facts.items()})
         return self.copy(**{k: v for k, v in named.items() if k in self.compiled_options()})
 
     @classmethod

@@ -72,7 +72,9 @@ def compile_model(
         parts[part] = target.compile_module(family.module(model, part), options)
     state = model.state_dict()
     buffers = {name: state[name].detach().cpu().clone() for name in family.buffers(config)}
-    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved, buffers)
+    return CompiledModel(
+        parts, config, settled(family, rbln_config, config, resolved), resolved, buffers
+    )
 
 
 def resolve(
@@ -94,7 +96,8 @@ def resolve(
         chosen = rbln_config.fact(name)
         if chosen not in (None, value):
             raise ValueError(
-                f"{name}={chosen} is in conflict with the model, which has {value}. Leave it out."
+                f"{rbln_config.fact_name(name)}={chosen} is in conflict with the model, which has "
+                f"{value}. Leave it out."
             )
     facts["sample_size"] = rbln_config.image_size or family.sample_size(config)
     facts["uses_encoder"] = rbln_config.fact("uses_encoder") is not False
@@ -110,9 +113,14 @@ def resolve(
     return ResolvedConfig(**found)
 
 
-def settled(rbln_config: RBLNModelConfig, resolved: ResolvedConfig) -> RBLNModelConfig:
+def settled(
+    family: Family,
+    rbln_config: RBLNModelConfig,
+    config: Mapping[str, Any],
+    resolved: ResolvedConfig,
+) -> RBLNModelConfig:
     """The configuration of a compiled model: everything is filled in, and it is frozen."""
-    found = rbln_config.with_facts(dataclasses.asdict(resolved))
+    found = rbln_config.with_facts({**family.facts(config), **dataclasses.asdict(resolved)})
     found.freeze()
     return found
 

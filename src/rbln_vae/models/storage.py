@@ -101,7 +101,9 @@ def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> Comp
     parts = {part: target.load(directory / f"{part}{SUFFIX}") for part in resolved.parts}
     _check_parts(parts, resolved, directory)
     buffers = _load_buffers(directory / BUFFERS_NAME, family.buffers(config))
-    return CompiledModel(parts, config, settled(rbln_config, resolved), resolved, buffers)
+    return CompiledModel(
+        parts, config, settled(family, rbln_config, config, resolved), resolved, buffers
+    )
 
 
 def _check_parts(
