@@ -295,7 +295,7 @@ class RBLNModelConfig:
 
     @classmethod
     def fact_name(cls, name: str) -> str:
-        """The option that holds a fact of the model, by the name of the fact in `ResolvedConfig`."""
+        """The option that holds a fact, by the name that the fact has in `ResolvedConfig`."""
         return cls._FACTS.get(name, name)
 
     def fact(self, name: str) -> Any:
