@@ -457,7 +457,7 @@ class Pipeline:
 
 _SIZE: dict[str, Any] = {"height": 64, "width": 64}
 _PAINTED = {"mask_image": mask()}
-_CHANGED = {"image": picture(), "strength": 0.7, "num_inference_steps": 3}
+_CHANGED = {"image": picture(), "strength": 0.6, "num_inference_steps": 3}
 _SDXL_MEANS = {
     "latents_mean": (-1.6, 1.1, 0.3, -0.8),
     "latents_std": (8.4, 6.4, 4.8, 5.2),
