@@ -16,15 +16,12 @@ from torch import Tensor
 
 from rbln_vae import RBLNAutoencoder, RBLNAutoencoderKL
 from rbln_vae.metrics import psnr
-from rbln_vae.models.auto import CLASSES
 from rbln_vae.models.autoencoder import RBLNAutoencoderModel
 
 FLOAT32_DB, BFLOAT16_DB = 80, 42
 """The least PSNR of images in [0, 1] for a VAE compiled in each precision."""
 
-CASES = {name: case for name, case in tiny.PIPELINES.items() if case.vae in CLASSES}
-"""Those whose VAE can be compiled."""
-
+CASES = tiny.PIPELINES
 SD = CASES["sd"]
 
 _COMPONENTS: dict[Callable[[], tiny.Components], tiny.Components] = {}
@@ -229,7 +226,7 @@ def test_a_pipeline_in_half_precision(name, dtype):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name in {"flux2-klein-image", "qwen-image-img2img", "wan"}]
+    "name", ["flux2-klein-image", "qwen-image-img2img", "wan", "hunyuan-image"]
 )
 def test_a_pipeline_in_half_precision_normalises_latents_as_before(name):
     case = CASES[name]
@@ -243,6 +240,29 @@ def test_a_pipeline_in_half_precision_normalises_latents_as_before(name):
         pipe = case.build(vae, parts).to(torch.bfloat16)
         images.append(run(pipe, case, **embeddings))
     assert_same(*images, BFLOAT16_DB)
+
+
+def test_an_asymmetric_vae_is_one_of_diffusers_but_no_module_to_be_moved():
+    case = CASES["sd-inpaint-asymmetric"]
+    vae = compiled(case)
+    assert isinstance(vae, diffusers.AsymmetricAutoencoderKL)
+    assert not isinstance(vae, (torch.nn.Module, diffusers.ModelMixin))
+    pipe = case.build(vae)  # with components of its own, since hooks stay
+    before = run(pipe, case)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert not hasattr(vae, "_hf_hook")
+    assert torch.equal(run(pipe, case), before)
+    pipe.remove_all_hooks()
+    pipe.to("meta")
+
+
+def test_images_tell_when_the_condition_of_an_asymmetric_vae_is_missing(monkeypatch):
+    case = CASES["sd-inpaint-asymmetric"]
+    vae = tiny_vaes.make(case.vae, **case.options)
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z, image, mask, **options: decode(z, **options))
+    found = run(make(case, vae), case)
+    assert psnr(found, run(make(case, original(case)), case), 1.0) < BFLOAT16_DB
 
 
 def test_moving_a_pipeline_leaves_the_vae():

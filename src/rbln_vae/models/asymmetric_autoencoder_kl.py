@@ -7,12 +7,14 @@ one image of full size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import sys
+from abc import ABCMeta
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
 from torch import Tensor, nn
 
 from ..config import RBLNAsymmetricAutoencoderKLConfig
@@ -20,17 +22,12 @@ from ..graph.capture import replica
 from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, check_tensor, writable
 from .autoencoder_kl import AutoencoderKLFamily, use_standard_attention
-from .compiling import CompiledModel
 from .family import CONDITIONED_DECODER
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-
-_Original: Any = AsymmetricAutoencoderKL
-"""As `Any`, since members of modules that make no sense on a compiled model are overridden."""
 
 
 class AsymmetricAutoencoderKLFamily(AutoencoderKLFamily):
@@ -70,11 +67,27 @@ def _takes_condition(widths: Sequence[int]) -> bool:
     return met <= given
 
 
-class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel, _Original):  # type: ignore[misc]
+@functools.cache
+def _shown_class(compiled: type, original: type) -> type:
+    """A subclass of a compiled model's class that is one of the original class, too.
+
+    It has no bases of the original: a model that were also a `torch.nn.Module` would be moved
+    and offloaded by pipelines, and loaded as one.
+    """
+
+    class Shown(ABCMeta):
+        def mro(cls) -> list[type]:
+            *ours, last = super().mro()
+            return [*ours, original, last]
+
+    return Shown(compiled.__name__, (compiled,), {"__module__": compiled.__module__})
+
+
+class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
     """A compiled `AsymmetricAutoencoderKL`, which stands wherever that of diffusers stands.
 
-    It is a subclass of diffusers' class, because inpainting pipelines pass image and mask only
-    to instances of it. Results keep the dtype and the device of the input.
+    `isinstance` sees it as an instance of diffusers' class, because inpainting pipelines pass
+    image and mask only to those. Results keep the dtype and the device of the input.
 
     Example:
         >>> vae = RBLNAsymmetricAutoencoderKL.from_pretrained(
@@ -88,9 +101,12 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel, _Original):  # type: ign
 
     rbln_config: RBLNAsymmetricAutoencoderKLConfig
 
-    def __init__(self, compiled: CompiledModel) -> None:
-        nn.Module.__init__(self)
-        super().__init__(compiled)
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What `isinstance` sees; pipelines record its name when they are saved."""
+        # Nobody can ask for a class whose module isn't imported.
+        module = sys.modules.get("diffusers.models.autoencoders.autoencoder_asym_kl")
+        return _shown_class(type(self), module.AsymmetricAutoencoderKL) if module else type(self)
 
     def encode(
         self, x: Tensor, return_dict: bool = True, *, should_stop: ShouldStop | None = None
@@ -213,9 +229,6 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel, _Original):  # type: ign
         return self.decode(z, generator, sample, mask, return_dict)
 
     __call__ = forward
-
-    def __dir__(self) -> Iterator[str]:
-        return iter(object.__dir__(self))
 
 
 class _ConditionedDecoder(nn.Module):
