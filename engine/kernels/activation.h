@@ -1,5 +1,5 @@
-// Scalar activation functions, for pointwise steps and for all but SiLU in convolutions: the
-// others are too rare to be vectorised.
+// Scalar activation functions, for pointwise steps and for those that are too rare in convolutions
+// to be vectorised.
 #pragma once
 
 #include <cmath>

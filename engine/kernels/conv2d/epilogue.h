@@ -126,16 +126,7 @@ class Epilogue {
   Vector output(const float* sums, const Vector& bias, const T* residual) const {
     Vector v = Simd::add(Simd::load(sums), bias);
     if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual));
-    switch (s_.output_activation) {
-      case Activation::kNone:
-        return v;
-      case Activation::kRelu:
-        return Simd::maximum(Simd::set(0.0f), v);  // a NaN stays a NaN
-      case Activation::kSilu:
-        return Simd::silu(v);
-      default:
-        return activated_lanes<Simd>(s_.output_activation, v);
-    }
+    return activated<Simd>(s_.output_activation, v);
   }
 
   // Sums of rows are accumulated in double precision.

@@ -151,7 +151,7 @@ class Loader {
       const Vector gamma[2] = {Simd::load(s_.gamma + block_ * kBlock),
                                Simd::load(s_.gamma + block_ * kBlock + kPanel)};
       const float* norms = norms_ + row_ * columns_ + column;
-      activated(from, to, pixels, [&](const Vector& x, Index half, Index i) {
+      load_normed(from, to, pixels, [&](const Vector& x, Index half, Index i) {
         return Simd::multiply(Simd::multiply(x, Simd::set(norms[i])), gamma[half]);
       });
       return;
@@ -174,14 +174,14 @@ class Loader {
         shift[half] = Simd::load(from + s_.input.blocks() * kBlock);
       }
     }
-    activated(from, to, pixels, [&](const Vector& x, Index half, Index) {
+    load_normed(from, to, pixels, [&](const Vector& x, Index half, Index) {
       return Simd::multiply_add(x, scale[half], shift[half]);
     });
   }
 
-  // Applies a norm, and then the activation.
+  // Applies a norm, and then the activation of the reading.
   template <class Norm>
-  void activated(const T* from, Scratch* to, Index pixels, Norm&& norm) const {
+  void load_normed(const T* from, Scratch* to, Index pixels, Norm&& norm) const {
     switch (s_.reading.activation) {
       case Activation::kSilu:
         each_half(from, to, pixels, [&](const Vector& x, Index half, Index i) {
@@ -191,9 +191,14 @@ class Loader {
       case Activation::kNone:
         each_half(from, to, pixels, norm);
         break;
+      case Activation::kRelu:
+        each_half(from, to, pixels, [&](const Vector& x, Index half, Index i) {
+          return relu<Simd>(norm(x, half, i));
+        });
+        break;
       default:
         each_half(from, to, pixels, [&](const Vector& x, Index half, Index i) {
-          return activated_lanes<Simd>(s_.reading.activation, norm(x, half, i));
+          return activated<Simd>(s_.reading.activation, norm(x, half, i));
         });
     }
   }

@@ -67,10 +67,19 @@ struct Joined : Images, Products {
   using T = typename Images::T;
 };
 
-// Applies an activation for which there is no function of vectors, to each of 16 channels.
+// The larger of each of 16 channels and zero; a NaN stays a NaN.
 template <StoresImages Simd>
-static inline typename Simd::Vector activated_lanes(Activation function,
-                                                    const typename Simd::Vector& v) {
+static inline typename Simd::Vector relu(const typename Simd::Vector& v) {
+  return Simd::maximum(Simd::set(0.0f), v);
+}
+
+// Applies any activation to 16 channels. Most are too rare to be vectorised.
+template <StoresImages Simd>
+static inline typename Simd::Vector activated(Activation function,
+                                              const typename Simd::Vector& v) {
+  if (function == Activation::kNone) return v;
+  if (function == Activation::kSilu) return Simd::silu(v);
+  if (function == Activation::kRelu) return relu<Simd>(v);
   alignas(64) float lanes[kPanel];
   Simd::store(lanes, v);
   for (float& lane : lanes) lane = activate(function, lane);
