@@ -298,7 +298,7 @@ def test_a_size_that_is_not_diffusers_default_is_taken_from_the_model() -> None:
 
 
 def test_options_in_conflict_with_the_model_are_refused() -> None:
-    with pytest.raises(ValueError, match="vae_scale_factor=4 is in conflict"):
+    with pytest.raises(ValueError, match="vqmodel_scale_factor=4 is in conflict"):
         compiled(vqmodel_scale_factor=4)
     with pytest.raises(ValueError, match="latent_channels=6 is in conflict"):
         compiled(LOOKUP, latent_channels=6)

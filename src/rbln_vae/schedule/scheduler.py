@@ -12,11 +12,11 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-from ..graph.ir import Attention, Conv2d, Graph, Identity, Modulate, Operation, Value
+from ..graph.ir import Attention, Conv2d, Graph, Identity, Modulate, Operation, Shuffle, Value
 from .arena import Buffer, View, lay_out
 from .rules import Rules
 from .schedule import Kind, Schedule
-from .sweep import Export, Import, Keep, Rows, Sweep
+from .sweep import SWEPT, Export, Import, Keep, Rows, Sweep
 from .tasks import TaskList
 
 REPLACED_BYTES = 2**28
@@ -66,16 +66,16 @@ def droppable(graph: Graph) -> frozenset[Value]:
     return frozenset(
         maker.output
         for maker in makers
-        if isinstance(maker, (Import, Conv2d, Modulate))
+        if isinstance(maker, (Import, *SWEPT))
         and all(
-            isinstance(reader, (Export, Conv2d))
+            isinstance(reader, (Export, *SWEPT))
             # What a modulation multiplies by and adds is small.
-            or (isinstance(reader, Modulate) and maker.output not in reader.inputs[1:])
+            and not (isinstance(reader, Modulate) and maker.output in reader.inputs[1:])
             for reader in readers[maker.output]
         )
         # No convolution sums the statistics of these.
         and not (
-            isinstance(maker, (Import, Modulate))
+            not isinstance(maker, Conv2d)
             and any(
                 r.group_norm is not None and r.inputs[0] == maker.output
                 for r in readers[maker.output]
@@ -247,6 +247,8 @@ class _Scheduler:
             return self.rules.rows_at_once(operation, summed=summed)
         if isinstance(operation, Modulate):  # the squares that one pixel modulates
             return self.heights[operation.input] // self.heights[operation.scale]
+        if isinstance(operation, Shuffle):  # the rows of a cell
+            return 2 if operation.way == "up" else 1
         return 1
 
     def strip_height(self, sweep: Sweep) -> int:
@@ -370,7 +372,7 @@ class _Scheduler:
                     case Export(input=result):
                         view = view_of(result, rows)
                         self.tasks.add(Kind.EXPORT, operation, rows=rows, inputs=(view,))
-                    case Conv2d() | Modulate():
+                    case Conv2d() | Modulate() | Shuffle():
                         read = list(sweep.read(operation, rows))
                         if value in dropped:
                             output = dropped[value].rows(0, rows[1] - rows[0])

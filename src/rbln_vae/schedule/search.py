@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
-from ..graph.ir import Graph, Shape, Value
+from ..graph.ir import Graph, Shape, Shuffle, Value
 from .rules import Rules
 from .schedule import Schedule
 from .scheduler import droppable, make_schedule
 
 FINER = 0.97
 """The most memory of the next tradeoff, as a fraction of the one before."""
+
+DEARER = 1.05
+"""The most work of a choice with a chain of values more, as a multiple of the work before."""
+HOPELESS = 1.2
+"""The same of a chain that is not complete: a value may be computed twice until its other
+readers join the chain."""
 
 Choice = frozenset[Value]
 
@@ -117,6 +123,9 @@ class _Choices:
         self.input_shape = input_shape
         self.rules = rules
         self.candidates = droppable(graph)
+        self.shuffled = self.candidates.intersection(
+            operation.output for operation in graph.operations if isinstance(operation, Shuffle)
+        )
         self.sketches: dict[Choice, Schedule] = {}
 
     def sketch(self, choice: Choice) -> Schedule:
@@ -158,13 +167,21 @@ class _Choices:
 
     def next(self, limit: int, choice: Choice) -> Choice | None:
         """The choice with one more value, and its neighbours, at the least work per byte saved."""
+        kept = sorted((self.candidates - choice) & self.kept_at_peak(limit, choice))
+        grown = [self.with_kin(limit, choice | {value}, value) for value in kept]
+        result = self.cheapest(limit, choice, grown)
+        if result is None:
+            # A value and its reader may have the same size, so that both must go.
+            chains = (self.with_chain(limit, choice, value) for value in kept)
+            result = self.cheapest(limit, choice, chains)
+        return result
+
+    def cheapest(self, limit: int, choice: Choice, grown: Iterable[Choice]) -> Choice | None:
+        """The choice that costs the least work per byte saved; `None` if all save nothing."""
         excess = self.excess(limit, choice)
         best: tuple[float, int, list[Value]] | None = None
         result = None
-        for value in sorted(self.candidates - choice):
-            if value not in self.kept_at_peak(limit, choice):
-                continue
-            more = self.with_kin(limit, choice | {value}, value)
+        for more in grown:
             saved = excess - self.excess(limit, more)
             if saved <= 0:
                 continue
@@ -173,6 +190,23 @@ class _Choices:
             if best is None or key < best:
                 best, result = key, more
         return result
+
+    def with_chain(self, limit: int, choice: Choice, value: Value) -> Choice:
+        """Add a value, and values computed from it until that saves memory or costs much."""
+        excess, work = self.excess(limit, choice), self.work(choice)
+        more, following = choice, {value}
+        for operation in self.graph.operations:
+            if operation.output != value and not following.intersection(operation.inputs):
+                continue
+            following.add(operation.output)
+            # Shuffles cost nothing, and what they make is as large as what reads it.
+            shuffled = self.shuffled.intersection(operation.inputs)
+            more = more | shuffled | {operation.output}
+            if operation.output not in self.candidates or self.work(more) > HOPELESS * work:
+                break
+            if self.work(more) <= DEARER * work and self.excess(limit, more) < excess:
+                return more
+        return choice
 
     def with_kin(self, limit: int, choice: Choice, value: Value) -> Choice:
         """Add neighbours of a value if that saves work: they then share its sweep."""

@@ -12,10 +12,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..graph.ir import Conv2d, Modulate, Operation, Value
+from ..graph.ir import Conv2d, Modulate, Operation, Shuffle, Value
 
 Rows = tuple[int, int]
 """A range of rows: the first, and the one after the last."""
+
+SWEPT = (Conv2d, Modulate, Shuffle)
+"""The operations that a sweep can compute in strips: those that read rows near those they make."""
 
 PERIOD = 16
 """The windows repeat after this many strips, because rows are rounded to small powers of two."""
@@ -66,6 +69,9 @@ def rows_read(
         for value in operation.inputs[1:]:
             factor = heights[operation.input] // heights[value]
             yield value, (begin // factor, -(-end // factor))
+    elif isinstance(operation, Shuffle):
+        cells = {"up": (begin // 2, -(-end // 2)), "down": (2 * begin, 2 * end)}
+        yield operation.input, cells.get(operation.way, rows)
     elif isinstance(operation, Export):
         yield operation.input, rows
 
