@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_vaes
 import torch
 from diffusers import AutoencoderKL
 from pictures import make_folder
@@ -32,6 +33,7 @@ from rbln_vae.cli.datasets import lines, shown
 from rbln_vae.datasets import LatentDataset, Progress
 from rbln_vae.images import load_image, to_image, to_tensor
 from rbln_vae.models.autoencoder_kl import AutoencoderKLFamily
+from rbln_vae.models.family import CLASSES
 
 FACTOR = 2
 """Pixels per latent cell, in a direction, of the models made here."""
@@ -90,6 +92,29 @@ def row(text: str, name: str) -> list[str]:
     """The cells of the row of a table that begins with a name."""
     (found,) = [line.split() for line in text.splitlines() if line.split()[:1] == [name]]
     return found
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "Wan 2.2"])
+def test_every_class_goes_through_every_command(name, photo, tmp_path) -> None:
+    options = tiny_vaes.WAN_2_2 if name == "Wan 2.2" else {}
+    vae = tiny_vaes.make("AutoencoderKLWan" if options else name, **options)
+    source, compiled = tmp_path / "source", tmp_path / "compiled"
+    vae.save_pretrained(source)
+    done(run("compile", source, compiled, "--dtype", "float32", "--sample-size", 64))
+    assert type(vae).__name__ in done(run("inspect", compiled))
+    assert "pixels" in done(run("verify", compiled, source, "--size", 64))
+    assert "decoder on 1x" in done(run("plan", compiled, "--size", 128))
+    assert "Conv2d" in done(run("profile", compiled, "--size", 64))
+    done(run("reconstruct", photo, "--model", compiled, "--output", tmp_path))
+    done(run("encode", photo, "--model", compiled, "--output", tmp_path))
+    latents = load_file(tmp_path / "photo.safetensors")["latents"]
+    assert latents.ndim == 4
+    done(run("decode", tmp_path / "photo.safetensors", "--model", compiled, "--output", tmp_path))
+    shown = Image.open(tmp_path / "photo.decoded.png")
+    assert shown.size == Image.open(photo).size
+    folder = make_folder(tmp_path / "photographs", 2)
+    done(run("encode-dataset", folder, tmp_path / "latents", "--model", compiled, "--size", 64))
+    assert len(LatentDataset(tmp_path / "latents")) == 2
 
 
 # The program

@@ -25,8 +25,9 @@ from rbln_vae import (
     RBLNRuntimeError,
 )
 from rbln_vae.metrics import relative_l2
-from rbln_vae.models.auto import CLASSES, class_for
+from rbln_vae.models.auto import class_for
 from rbln_vae.models.autoencoder import RBLNAutoencoderModel
+from rbln_vae.models.family import CLASSES
 from rbln_vae.models.latents import mode
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -263,9 +264,11 @@ def test_unknown_options_are_refused_with_the_nearest(name: str) -> None:
 @by_model
 def test_a_class_that_is_given_another_model_says_what_finds_the_right_one(name: str) -> None:
     cls = type(compiled(name))
-    other = original("AutoencoderTiny" if MODELS[name][0] != "AutoencoderTiny" else "VQModel")
-    with pytest.raises(TypeError, match="RBLNAutoencoder finds the class"):
-        cls.from_model(other)
+    other = "AutoencoderTiny" if MODELS[name][0] != "AutoencoderTiny" else "VQModel"
+    with pytest.raises(TypeError, match=f"RBLN{other} compiles that, and RBLNAutoencoder finds"):
+        cls.from_model(original(other))
+    with pytest.raises(TypeError, match=r"got Conv2d\. RBLNAutoencoder finds"):
+        cls.from_model(torch.nn.Conv2d(1, 1, 1))
 
 
 @by_model

@@ -32,7 +32,8 @@ from torch import Tensor
 from rbln_vae import RBLNAutoencoder, RBLNAutoencoderKL, RBLNAutoencoderKLQwenImage
 from rbln_vae.errors import RBLNCompileError
 from rbln_vae.metrics import relative_l2
-from rbln_vae.models.auto import CLASSES, class_for
+from rbln_vae.models.auto import class_for
+from rbln_vae.models.family import CLASSES
 from rbln_vae.models.kinds import KINDS
 from rbln_vae.models.single_file import open_single_file
 

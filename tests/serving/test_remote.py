@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiny_vaes
 import torch
 from diffusers import FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -16,7 +17,9 @@ from services import make_app, running
 from torch import Tensor
 from vaes import compile_vae, default_compiled, make_vae, noise
 
-from rbln_vae import RBLNAutoencoderKL
+from rbln_vae import RBLNAutoencoder, RBLNAutoencoderKL
+from rbln_vae.models.autoencoder import RBLNAutoencoderModel
+from rbln_vae.models.latents import mode
 from rbln_vae.serving.models import ServedModel
 from rbln_vae.serving.settings import Limits
 
@@ -209,3 +212,54 @@ def test_the_key_goes_into_the_address() -> None:
         assert torch.equal(found, default_compiled().decode(latent).sample)
         with pytest.raises(RuntimeError, match="'code': 'unauthorized'"):
             remote_decode(f"{address}/decode", latent, **options)
+
+
+# Models of other classes
+
+
+@pytest.fixture(scope="module")
+def families() -> Iterator[tuple[str, dict[str, RBLNAutoencoderModel]]]:
+    names = ("AutoencoderKLQwenImage", "AutoencoderTiny", "AutoencoderKLHunyuanImage", "VQModel")
+    options = {"target": "cpu", "dtype": "float32", "sample_size": 64}
+    models = {
+        name: RBLNAutoencoder.from_model(tiny_vaes.make(name), rbln_config=options)
+        for name in names
+    }
+    with running(make_app(*(ServedModel(n, vae) for n, vae in models.items()))) as address:
+        yield address, models
+
+
+def test_latents_of_one_frame_are_normalised_and_decoded_as_the_pipeline_does(
+    families: tuple[str, dict[str, RBLNAutoencoderModel]],
+) -> None:
+    address, models = families
+    vae: Any = models["AutoencoderKLQwenImage"]
+    latent = noise(1, 16, 1, 4, 6)
+    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+    expected = vae.decode(latent * std + mean).sample
+    where = f"{address}/decode?model=AutoencoderKLQwenImage"
+    found = remote_decode(where, latent, do_scaling=True, output_type="pt",
+                          return_type="pt")  # fmt: skip
+    assert torch.equal(found, expected)
+    picture_found = remote_decode(where, latent, do_scaling=True, image_format="png")
+    assert_same_picture(picture_found, picture(expected[:, :, 0]))
+    encoded = remote_encode(
+        f"{address}/encode?model=AutoencoderKLQwenImage", noise(1, 3, 1, 16, 24)
+    )
+    assert torch.equal(encoded, vae.encode(noise(1, 3, 1, 16, 24)).latent_dist.mode())
+
+
+@pytest.mark.parametrize("name", ["AutoencoderTiny", "AutoencoderKLHunyuanImage", "VQModel"])
+def test_a_model_of_another_class_answers_as_in_python(
+    families: tuple[str, dict[str, RBLNAutoencoderModel]], name: str
+) -> None:
+    address, models = families
+    vae = models[name]
+    latent = noise(1, vae.resolved_config.latent_channels, 4, 6)
+    found = remote_decode(f"{address}/decode?model={name}", latent, do_scaling=False,
+                          output_type="pt", return_type="pt")  # fmt: skip
+    assert torch.equal(found, vae.decode_latents(latent))
+    image = noise(1, 3, 32, 48)
+    encoded = remote_encode(f"{address}/encode?model={name}", image)
+    assert torch.equal(encoded, mode(vae.encode_images(image)))

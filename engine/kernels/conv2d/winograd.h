@@ -385,6 +385,9 @@ class Winograd {
   static Vector tap(const T* block, Index channel) {
     if constexpr (std::is_same_v<T, float>) {
       return Simd::load(block + panel_index(block, channel, 0));
+    } else if constexpr (requires { Images::load_alternate(block, channel); }) {
+      // Two input channels are side by side.
+      return Images::load_alternate(block + panel_index(block, channel & ~Index{1}, 0), channel & 1);
     } else {
       alignas(64) float lanes[kPanel];
       for (Index n = 0; n < kPanel; ++n) lanes[n] = to_float(block[panel_index(block, channel, n)]);

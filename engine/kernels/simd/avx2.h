@@ -87,6 +87,10 @@ struct BFloat16Images : Vectors {
   using T = BFloat16;
 
   static Pair load_elements(const T* p) { return {widened(p), widened(p + 8)}; }
+  // Every second of 32 elements, from the given one on.
+  static Pair load_alternate(const T* p, Index from) {
+    return {alternate(p, from), alternate(p + 16, from)};
+  }
   static void store_elements(T* p, const Pair& v) {
     // Packing works on each half of the registers separately.
     const __m256i packed = _mm256_packus_epi32(rounded(v.low), rounded(v.high));
@@ -94,6 +98,12 @@ struct BFloat16Images : Vectors {
   }
 
  private:
+  static __m256 alternate(const T* p, Index from) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(from == 0
+                                   ? _mm256_slli_epi32(pairs, 16)
+                                   : _mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
+  }
   static __m256 widened(const T* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -66,6 +66,13 @@ struct BFloat16Images : Vectors {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  // Every second of 32 elements, from the given one on.
+  static Vector load_alternate(const T* p, Index from) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    return _mm512_castsi512_ps(from == 0
+                                   ? _mm512_slli_epi32(pairs, 16)
+                                   : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+  }
   // Rounds to nearest, ties to even; a NaN stays a NaN.
   static void store_elements(T* p, Vector v) {
     const __m512i bits = _mm512_castps_si512(v);

@@ -174,10 +174,12 @@ def read_latents(path: Path) -> tuple[torch.Tensor, Fitting | None]:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
     if latents.ndim == 3:
         latents = latents.unsqueeze(0)
+    if latents.ndim == 5 and latents.shape[2] == 1:  # of one frame
+        latents = latents.squeeze(2)
     if latents.ndim != 4 or latents.shape[0] != 1:
         raise ValueError(
-            f"{path}: expected the latents of one picture, (C, h, w) or (1, C, h, w), "
-            f"found {tuple(latents.shape)}"
+            f"{path}: expected the latents of one picture, (C, h, w), (1, C, h, w) or "
+            f"(1, C, 1, h, w), found {tuple(latents.shape)}"
         )
     if metadata.get("format") != _FORMAT:
         return latents, None

@@ -13,20 +13,8 @@ from .. import hub
 from ..errors import RBLNCompileError
 from .autoencoder import RBLNAutoencoderModel
 from .base import Config
+from .family import CLASSES
 from .single_file import open_original
-
-CLASSES = (
-    "AsymmetricAutoencoderKL",
-    "AutoencoderKL",
-    "AutoencoderKLFlux2",
-    "AutoencoderKLHunyuanImage",
-    "AutoencoderKLQwenImage",
-    "AutoencoderKLQwenImage21",
-    "AutoencoderKLWan",
-    "AutoencoderTiny",
-    "VQModel",
-)
-"""The classes of diffusers that can be compiled; ours has the same name after `RBLN`."""
 
 
 class RBLNAutoencoder:

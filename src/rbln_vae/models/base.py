@@ -21,7 +21,7 @@ from ..targets.base import Runtime, RuntimeOptions, get_target
 from ..targets.placement import check_placement
 from ..targets.watch import ShouldStop
 from .compiling import CompiledModel, compile_model
-from .family import Family
+from .family import Family, right_class
 from .latents import LatentScaling
 from .module_members import ModuleMembers
 from .storage import load_model, save_model
@@ -166,7 +166,7 @@ class RBLNModel(ModuleMembers):
         if type(model).__name__ != original:
             raise TypeError(
                 f"{cls.__name__} compiles {original}, and got {type(model).__name__}. "
-                "RBLNAutoencoder finds the class for a model by itself."
+                f"{right_class(type(model).__name__)}"
             )
         name = str(getattr(model, "name_or_path", "") or original)
         return cls(compile_model(cls.family, model, cls._wanted(rbln_config, options), name))

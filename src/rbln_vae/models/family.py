@@ -17,6 +17,26 @@ from .single_file import open_original
 
 ENCODER, DECODER, CONDITIONED_DECODER = "encoder", "decoder", "conditioned_decoder"
 
+CLASSES = (
+    "AsymmetricAutoencoderKL",
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21",
+    "AutoencoderKLWan",
+    "AutoencoderTiny",
+    "VQModel",
+)
+"""The classes of diffusers that can be compiled; ours has the same name after `RBLN`."""
+
+
+def right_class(original: str) -> str:
+    """The advice for a model of another class than was expected, as a sentence."""
+    found = f"RBLN{original} compiles that, and " if original in CLASSES else ""
+    return f"{found}RBLNAutoencoder finds the class for a model by itself."
+
+
 ImageShape = tuple[int, int, int, int]
 """`(N, C, H, W)`."""
 
@@ -220,6 +240,6 @@ class Family(ABC):
         if found != self.original_class_name:
             raise RBLNCompileError(
                 f"{model_id} holds {found}, but RBLN{self.original_class_name} compiles "
-                f"{self.original_class_name}. Name such a model, or the subfolder that holds one; "
-                "RBLNAutoencoder finds the class for a model by itself."
+                f"{self.original_class_name}. Name such a model, or the subfolder that holds one. "
+                f"{right_class(found)}"
             )

@@ -18,7 +18,7 @@ from ..files import replaced_files
 from ..targets.base import CompiledPart, get_target
 from ..targets.placement import check_placement
 from .compiling import CompiledModel, resolve, settled
-from .family import Family, ResolvedConfig
+from .family import Family, ResolvedConfig, right_class
 
 MODEL_CONFIG_NAME = "config.json"
 BUFFERS_NAME = "buffers.safetensors"
@@ -158,7 +158,7 @@ def _model_config(directory: Path, class_name: str) -> dict[str, Any]:
     found = config.get("_class_name") if isinstance(config, dict) else None
     if found != class_name:
         raise RBLNArtifactError(
-            f"{file} is the configuration of {found!r}, expected {class_name!r}. RBLNAutoencoder "
-            "finds the class for a model by itself."
+            f"{file} is the configuration of {found!r}, expected {class_name!r}. "
+            f"{right_class(str(found))}"
         )
     return dict(config)
