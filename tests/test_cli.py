@@ -328,9 +328,9 @@ def test_a_size_that_does_not_fit_the_model_is_a_wrong_call(compiled, photo, tmp
 
 
 def test_a_model_that_is_not_for_pictures_says_so(photo, tmp_path) -> None:
-    make_vae(in_channels=4, out_channels=4).save_pretrained(tmp_path / "four")
-    said = failed(run("reconstruct", photo, "-m", tmp_path / "four", "-o", tmp_path), 2)
-    assert "this model takes 4" in said
+    make_vae(in_channels=2, out_channels=2).save_pretrained(tmp_path / "two")
+    said = failed(run("reconstruct", photo, "-m", tmp_path / "two", "-o", tmp_path), 2)
+    assert "this model takes 2" in said
 
 
 def test_reconstruct_needs_an_encoder(source, photo, tmp_path) -> None:
