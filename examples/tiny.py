@@ -27,7 +27,6 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanImageTransformer2DModel,
     LCMScheduler,
-    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -218,7 +217,8 @@ def qwen_image_edit() -> Components:
 def qwen_image_2_1() -> Components:
     """Qwen-Image 2.1, whose latents have 64 channels."""
     torch.manual_seed(0)
-    transformer = QwenImage21Transformer2DModel(
+    # Not imported above, since older versions of diffusers don't have it.
+    transformer = diffusers.QwenImage21Transformer2DModel(
         num_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
