@@ -72,18 +72,19 @@ WAN_2_2: dict[str, Any] = {
 """What tells Wan 2.2's `AutoencoderKLWan` from Wan 2.1's."""
 
 
-def make(class_name: str = "AutoencoderKL", **options: Any) -> Any:
+def make(class_name: str = "AutoencoderKL", seed: int = 0, **options: Any) -> Any:
     """A VAE whose layers are scaled to give what trained ones do.
 
-    Freshly made weights give flat images and attention that sees no difference between
-    pixels, so that almost any mistake would go unseen.
+    Freshly made weights give flat images, norms that treat all channels alike, and attention
+    that sees no difference between pixels, so that almost any mistake would go unseen.
 
     Args:
         class_name: Of diffusers, a key of `DEFAULTS`. By default `"AutoencoderKL"`.
+        seed: Of the random weights. By default 0.
         **options: Of that class; they win over `DEFAULTS`.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = getattr(diffusers, class_name)(**{**DEFAULTS[class_name], **options})
         model.eval().requires_grad_(False)
         if class_name == "AutoencoderKLFlux2":
@@ -96,7 +97,16 @@ def make(class_name: str = "AutoencoderKL", **options: Any) -> Any:
 
 
 def _scale_to_natural_spread(model: Any) -> None:
-    """Divide the weights of each layer by the spread of what it gives for noise."""
+    """Divide the weights of each layer by the spread of what it gives for noise.
+
+    The weights of norms are random first.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.3)
+        elif hasattr(module, "gamma"):  # an RMS norm of diffusers
+            module.gamma.uniform_(0.5, 1.5)
     last = None
 
     def divide(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
@@ -111,7 +121,8 @@ def _scale_to_natural_spread(model: Any) -> None:
     hooks = [
         layer.register_forward_hook(divide) for layer in model.modules() if isinstance(layer, kinds)
     ]
-    round_trip(model, torch.randn(image_shape(model, 4, 64, 64)))
+    side = max(64, 2 ** len(model.config.get("block_out_channels", ())))  # of two cells or more
+    _round_trip(model, torch.randn(image_shape(model, 2, side, side)))
     for hook in hooks:
         hook.remove()
     for name, module in model.named_modules():
@@ -137,14 +148,11 @@ def image_shape(model: Any, batch: int, height: int, width: int) -> tuple[int, .
     return (batch, channels // (config.get("patch_size") or 1) ** 2, 1, height, width)
 
 
-def round_trip(model: Any, image: Tensor) -> Tensor:
+def _round_trip(model: Any, image: Tensor) -> None:
     """Encode an image and decode it again, through every layer of the model."""
     encoded = model.encode(image)
     latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    options: dict[str, Any] = {}
-    if isinstance(model, diffusers.VQModel):
-        options = {"force_not_quantize": True}
-    elif isinstance(model, diffusers.AsymmetricAutoencoderKL):
-        options = {"image": image, "mask": (image[:, :1] > 0).float()}
-    result: Tensor = model.decode(latent, **options).sample
-    return result
+    condition = {}
+    if isinstance(model, diffusers.AsymmetricAutoencoderKL):
+        condition = {"image": image, "mask": (image[:, :1] > 0).float()}
+    model.decode(latent, **condition)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-PATHS = [str(TESTS), str(TESTS / "targets" / "cpu")]
+PATHS = [str(TESTS), str(TESTS / "targets" / "cpu"), str(TESTS.parent / "examples")]
 
 
 def in_a_process(script: str, *arguments: object) -> Any:

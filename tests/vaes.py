@@ -1,10 +1,4 @@
-"""Small random `AutoencoderKL`s with lively weights, and what measures against them.
-
-A freshly initialised model is nearly flat: its signal fades from layer to layer, and its
-attention averages all pixels alike, so an error in it moves the result by less than
-rounding does. Here each layer is scaled until what it gives has a spread of about one,
-and attention until it prefers some pixels to others.
-"""
+"""The small random models of most tests, and what measures against them."""
 
 from __future__ import annotations
 
@@ -12,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import tiny_vaes
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, VQModel
 from torch import Tensor
@@ -35,11 +30,8 @@ def make_vae(seed: int = 0, **options: Any) -> AutoencoderKL:
         "norm_num_groups": 4,
         "sample_size": 16,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(**{**defaults, **options}).eval().requires_grad_(False)
-        _enliven(vae)
-    return vae
+    found: AutoencoderKL = tiny_vaes.make("AutoencoderKL", seed, **{**defaults, **options})
+    return found
 
 
 def make_flux2(seed: int = 0, **options: Any) -> AutoencoderKLFlux2:
@@ -53,13 +45,10 @@ def make_flux2(seed: int = 0, **options: Any) -> AutoencoderKLFlux2:
         "norm_num_groups": 4,
         "sample_size": 16,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = AutoencoderKLFlux2(**{**defaults, **options}).eval().requires_grad_(False)
-        vae.bn.running_mean.normal_(0, 0.5)
-        vae.bn.running_var.uniform_(0.3, 3)
-        _enliven(vae)
-    return vae
+    found: AutoencoderKLFlux2 = tiny_vaes.make(
+        "AutoencoderKLFlux2", seed, **{**defaults, **options}
+    )
+    return found
 
 
 def make_vq(seed: int = 0, **options: Any) -> VQModel:
@@ -76,45 +65,8 @@ def make_vq(seed: int = 0, **options: Any) -> VQModel:
         "norm_type": "spatial",
         "sample_size": 32,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = VQModel(**{**defaults, **options}).eval().requires_grad_(False)
-        vae.quantize.embedding.weight.normal_()
-        _enliven(vae)
-    return vae
-
-
-def _enliven(vae: AutoencoderKL | AutoencoderKLFlux2 | VQModel) -> None:
-    """Scale each layer by what it gives for noise, from the first to the last."""
-
-    def scale(module: torch.nn.Module, _: Any, output: Tensor) -> Tensor:
-        spread = output.std().clamp(min=1e-6)
-        module.weight.div_(spread)
-        if module.bias is not None:
-            module.bias.div_(spread)
-        return output / spread
-
-    hooks = []
-    for module in vae.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            hooks.append(module.register_forward_hook(scale))
-        elif isinstance(module, torch.nn.GroupNorm):
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_(0, 0.3)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    vae.encode(torch.randn(2, vae.config.in_channels, 8 * factor, 8 * factor))
-    if isinstance(vae, VQModel):
-        channels = vae.config.vq_embed_dim or vae.config.latent_channels
-        latent = torch.randn(2, channels, 8, 8)
-        spatial = latent if vae.config.norm_type == "spatial" else None
-        vae.decoder(vae.post_quant_conv(latent), spatial)
-    else:
-        vae.decode(torch.randn(2, vae.config.latent_channels, 8, 8))
-    for hook in hooks:
-        hook.remove()
-    for name, module in vae.named_modules():
-        if name.endswith("to_q"):
-            module.weight.mul_(2)  # so that some pixels are preferred
+    found: VQModel = tiny_vaes.make("VQModel", seed, **{**defaults, **options})
+    return found
 
 
 @functools.cache
