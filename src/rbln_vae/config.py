@@ -307,13 +307,14 @@ class RBLNModelConfig:
         return getattr(self, self.fact_name(name), None)
 
     def with_facts(self: ConfigType, facts: Mapping[str, Any]) -> ConfigType:
-        """A copy in which the options that hold facts of the model have their values.
+        """A copy in which open options that hold facts of the model have their values.
 
         Args:
             facts: Facts by their names in `ResolvedConfig`; those without an option are left out.
         """
         named = self._expanded({self.fact_name(name): v for name, v in facts.items()})
-        return self.copy(**{k: v for k, v in named.items() if k in self.compiled_options()})
+        left_open = [name for name, value in self.compiled_options().items() if value is None]
+        return self.copy(**{name: v for name, v in named.items() if name in left_open})
 
     @classmethod
     def options(cls) -> dict[str, Option[Any]]:
@@ -531,10 +532,9 @@ class RBLNAutoencoderKLConfig(RBLNModelConfig):
         """
         factor = self.fact("vae_scale_factor")
         if self.sample_size is None or factor is None:
-            name = self._FACTS.get("vae_scale_factor", "vae_scale_factor")
             raise ValueError(
-                f"latent_sample_size needs sample_size and {name}. Give both, or read it from the "
-                "rbln_config of a compiled model."
+                f"latent_sample_size needs sample_size and {self.fact_name('vae_scale_factor')}. "
+                "Give both, or read it from the rbln_config of a compiled model."
             )
         height, width = self.sample_size
         return height // factor, width // factor
@@ -567,7 +567,7 @@ class RBLNAutoencoderKLWanConfig(RBLNModelConfig):
         **kwargs: The options of `RBLNModelConfig`.
 
     Raises:
-        ValueError: As of `RBLNModelConfig`; or only one of `height` and `width` is given.
+        ValueError: As of `RBLNModelConfig`; or `sample_size` differs from `height` or `width`.
 
     Example:
         >>> RBLNAutoencoderKLWanConfig(height=480, width=832).image_size
@@ -581,17 +581,8 @@ class RBLNAutoencoderKLWanConfig(RBLNModelConfig):
         }
     )
 
-    batch_size = Option[int](
-        positive_int,
-        "The batch that the model is compiled for. Targets that take every shape (cpu, cuda, "
-        "reference) are tuned for it, others take no other. By default 1.",
-        default=1,
-    )
-    uses_encoder = Option[bool | None](
-        boolean,
-        "Whether the encoder is compiled too. `False` compiles the decoder alone. By default "
-        "`True`.",
-    )
+    batch_size = RBLNAutoencoderKLConfig.batch_size
+    uses_encoder = RBLNAutoencoderKLConfig.uses_encoder
     num_frames = Option[int | None](
         _one_frame, "Frames of an image or a latent. By default 1; this version runs no others."
     )

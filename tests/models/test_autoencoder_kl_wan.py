@@ -192,6 +192,8 @@ def test_options_have_the_names_of_optimum_rbln() -> None:
     found = compile_wan(WAN_ORIGINAL, height=64, width=96)
     assert found.resolved_config.sample_size == (64, 96)
     assert compile_wan(WAN_ORIGINAL, sample_size=64).resolved_config.sample_size == (64, 64)
+    one_side = compile_wan(WAN_ORIGINAL, height=64, create_runtimes=False)
+    assert one_side.resolved_config.sample_size == one_side.rbln_config.image_size == (64, 832)
     with pytest.raises(ValueError, match="differ"):
         compile_wan(WAN_ORIGINAL, sample_size=64, height=32)
     with pytest.raises(ValueError, match="vae_scale_factor_spatial=16 is in conflict"):
