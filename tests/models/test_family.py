@@ -20,6 +20,7 @@ RESOLVED = ResolvedConfig(
     out_channels=4,
     latent_channels=16,
     vae_scale_factor=8,
+    decoder_scale_factor=8,
 )
 
 
@@ -60,7 +61,7 @@ def test_a_compiled_model_says_what_it_was_compiled_for() -> None:
         if field.name not in facts:
             assert getattr(found, field.name) == getattr(config, field.name)
     assert found.out_channels == vae.config.out_channels
-    assert found.decoder_scale_factor is None and found.condition_channels == 0
+    assert found.decoder_scale_factor == found.vae_scale_factor and found.condition_channels == 0
     assert tuple(vae.compiled_models) == found.parts
     for part, compiled in vae.compiled_models.items():
         assert compiled.part == part

@@ -107,8 +107,9 @@ def resolve(
         for field in dataclasses.fields(ResolvedConfig)
     }
     found["sample_size"] = checked.image_size
+    found["decoder_scale_factor"] = facts.get("decoder_scale_factor", found["vae_scale_factor"])
     for name, value in found.items():
-        if value in (None, dataclasses.MISSING) and name != "decoder_scale_factor":
+        if value in (None, dataclasses.MISSING):
             raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
     return ResolvedConfig(**found)
 

@@ -55,8 +55,7 @@ class ResolvedConfig:
         out_channels: Channels of an image that was decoded.
         latent_channels: Channels of a latent.
         vae_scale_factor: Pixels per latent cell in a direction.
-        decoder_scale_factor: The same of images that were decoded; `None` (default) is
-            `vae_scale_factor`.
+        decoder_scale_factor: The same of images that were decoded.
         condition_channels: Channels of the condition that the decoder may be given, as a part
             of its own. By default 0: there is no such part.
     """
@@ -70,7 +69,7 @@ class ResolvedConfig:
     out_channels: int
     latent_channels: int
     vae_scale_factor: int
-    decoder_scale_factor: int | None = None
+    decoder_scale_factor: int
     condition_channels: int = 0
 
     @property
@@ -116,7 +115,7 @@ class ResolvedConfig:
     def image_shape(self, latent_shape: tuple[int, ...]) -> ImageShape:
         """The shape of the images that the decoder makes of latents `(N, C, H, W)`."""
         batch, _, height, width = latent_shape
-        factor = self.decoder_scale_factor or self.vae_scale_factor
+        factor = self.decoder_scale_factor
         return (batch, self.out_channels, factor * height, factor * width)
 
 
