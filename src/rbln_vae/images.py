@@ -132,6 +132,15 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return (pixels.float() / 127.5 - 1).unsqueeze(0).contiguous()
 
 
+def check_takes_pictures(channels: int) -> None:
+    """Raise a `ValueError` if a model takes neither 3 channels nor 4."""
+    if channels not in (3, 4):
+        raise ValueError(
+            f"pictures have 3 channels, or 4 with their opacity, and this model takes {channels}; "
+            "use it from Python, with tensors"
+        )
+
+
 def with_opacity(sample: torch.Tensor, channels: int) -> torch.Tensor:
     """RGB samples as a model takes them: with an opaque fourth channel if it has one.
 
@@ -142,14 +151,10 @@ def with_opacity(sample: torch.Tensor, channels: int) -> torch.Tensor:
     Raises:
         ValueError: The model takes neither 3 nor 4.
     """
+    check_takes_pictures(channels)
     if channels == 3:
         return sample
-    if channels == 4:
-        return torch.cat([sample, torch.ones_like(sample[:, :1])], dim=1)
-    raise ValueError(
-        f"pictures have 3 channels, or 4 with their opacity, and this model takes {channels}; use "
-        "it from Python, with tensors"
-    )
+    return torch.cat([sample, torch.ones_like(sample[:, :1])], dim=1)
 
 
 def to_image(sample: torch.Tensor) -> Image.Image:

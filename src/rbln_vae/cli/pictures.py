@@ -18,6 +18,7 @@ from ..files import atomic_path
 from ..images import (
     FitMode,
     Fitting,
+    check_takes_pictures,
     load_image,
     side_by_side,
     to_image,
@@ -197,7 +198,7 @@ def _open_for_images(
     wanted = None if size is None else parse_size(size)
     model = open_model(name, settings, **loading)
     config = model.resolved_config
-    with_opacity(torch.empty(1, 3, 1, 1), config.in_channels)  # refuses other models early
+    check_takes_pictures(config.in_channels)
     multiple = config.vae_scale_factor
     if wanted is not None:
         check_image_size(wanted, multiple)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import SUFFIX
-from ..images import with_opacity
+from ..images import check_takes_pictures, with_opacity
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ENCODER
 from ..models.opening import open_found
@@ -76,7 +76,7 @@ class LatentEncoder:
                 "the model has a decoder only; compile it again with its encoder "
                 "(rbln_uses_encoder=True)"
             )
-        with_opacity(torch.empty(1, 3, 1, 1), config.in_channels)  # refuses other models
+        check_takes_pictures(config.in_channels)
         if options.scale:
             vae.latent_scaling.check_known()
         sizes = sizing_for(vae, options).sizes
