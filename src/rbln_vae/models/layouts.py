@@ -33,15 +33,15 @@ class Layout:
     rename: Callable[[Collection[str]], dict[str, str]]
 
 
-def find_layout(keys: Iterable[str], what: str) -> tuple[Layout, dict[str, str]]:
-    """Recognise the layout of a file.
+def names_in_diffusers(keys: Iterable[str], what: str) -> dict[str, str]:
+    """Recognise the layout of a file, and name its weights as diffusers does.
 
     Args:
         keys: The names in the file.
         what: The file, for messages.
 
     Returns:
-        The layout, and the name in diffusers of each weight of the VAE by its name in the file.
+        The name in diffusers of each weight of the VAE by its name in the file.
 
     Raises:
         RBLNCompileError: The file holds no VAE in a known layout.
@@ -57,7 +57,7 @@ def find_layout(keys: Iterable[str], what: str) -> tuple[Layout, dict[str, str]]
             if any(sign in names for sign in layout.signs):
                 found = {names[name]: new for name, new in layout.rename(names).items()}
                 _check_unique(found, what)
-                return layout, found
+                return found
     some = ", ".join(sorted(keys)[:3]) or "nothing"
     raise RBLNCompileError(
         f"{what} holds no autoencoder in a known layout; it begins with {some}. These are known, "

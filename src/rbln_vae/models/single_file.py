@@ -23,7 +23,7 @@ from ..config import reject_unknown
 from ..errors import RBLNCompileError
 from .architectures import Configs, Shape, find_configs
 from .kinds import KINDS, find_kind
-from .layouts import find_layout
+from .layouts import names_in_diffusers
 
 _PARTS = ("encoder", "decoder")
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -310,9 +310,8 @@ def _weights(path: Path) -> dict[str, _Stored]:
 def _weights_of(path: Path) -> tuple[dict[str, _Stored], set[str]]:
     """The weights in one file, and which of encoder and decoder there are."""
     with _opened(path) as opened:
-        _, names = find_layout(opened.keys(), str(path))
         weights = {}
-        for key, name in names.items():
+        for key, name in names_in_diffusers(opened.keys(), str(path)).items():
             stored = opened.get_slice(key)
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
             if dtype not in _DTYPES and name != _COUNTER:
