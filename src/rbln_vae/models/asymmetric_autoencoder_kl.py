@@ -232,31 +232,24 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
 
 
 class _ConditionedDecoder(nn.Module):
-    """Latents, masked image and mask in one image, to the decoded image.
+    """From latents, masked image and mask in one image of full size to the decoded image.
 
-    Attributes:
-        latent_channels: The first channels of the input, which are the same in all pixels of a
-            cell of the latent.
-        levels: How often the decoder doubles the latent.
+    The channels of the latent come first, and are the same in all pixels of a cell.
     """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.decoder = vae.decoder
         self.post_quant_conv = vae.post_quant_conv
-        config = vae.config
-        self.latent_channels = config.latent_channels
-        self.image_channels = config.out_channels
-        self.levels = len(config.up_block_out_channels) - 1
-        widths = config.up_block_out_channels
-        channels = self.latent_channels + self.image_channels + 1
-        self.latents = _Channels(range(self.latent_channels))
-        self.image = _Channels(range(self.latent_channels, channels - 1))
-        self.mask = _Channels([channels - 1])
-        self.latent_cells = nn.ModuleList(
-            _Corners(self.latent_channels) for _ in range(self.levels)
-        )
-        self.mask_cells = nn.ModuleList(_Corners(1) for _ in range(self.levels))
+        widths = vae.config.up_block_out_channels
+        doublings = len(widths) - 1
+        latent = vae.config.latent_channels
+        mask = latent + vae.config.out_channels
+        self.latents = _Channels(range(latent))
+        self.image = _Channels(range(latent, mask))
+        self.mask = _Channels([mask])
+        self.latent_cells = nn.ModuleList(_Corners(latent) for _ in range(doublings))
+        self.mask_cells = nn.ModuleList(_Corners(1) for _ in range(doublings))
         self.wide = nn.ModuleDict({str(width): _Channels([0] * width) for width in set(widths)})
 
     def forward(self, x: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class Family(ABC):
 
         Args:
             model: The diffusers model. It is not changed.
-            part: `"encoder"` or `"decoder"`.
+            part: The name of one of `ResolvedConfig.parts`.
 
         Returns:
             A copy that shares the model's weights, so that a target may change it.

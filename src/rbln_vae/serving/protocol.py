@@ -456,8 +456,9 @@ def encode_reply(latent: Tensor, query: EncodeQuery, model: ModelInfo) -> Reply:
     without it.
     """
     latent = _asked_for(query, LatentScaling()).scale(latent)
-    with_frames = model.frames and len(query.shape or range(5)) == 5
-    return tensor_reply(latent.unsqueeze(2) if with_frames else latent)
+    if model.frames and (query.shape is None or len(query.shape) == 5):
+        latent = latent.unsqueeze(2)
+    return tensor_reply(latent)
 
 
 def _positive(shape: list[int]) -> Shape:
