@@ -69,7 +69,9 @@ class BoundPlan {
     return static_cast<const float*>(keep(weights, nb::dtype<float>()));
   }
   const void* keep(const Weights& weights, nb::dlpack::dtype expected) {
-    if (weights.dtype() != expected) throw nb::type_error("weights of another type than the kernels");
+    if (weights.dtype() != expected) {
+      throw nb::type_error("weights of another type than the kernels");
+    }
     kept_.push_back(weights);
     return weights.data();
   }
@@ -359,7 +361,8 @@ void bind_engine(nb::module_& m) {
       .def(
           "run",
           [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
-             double timeout, const std::optional<nb::typed<nb::callable, void()>>& ask, bool profile) {
+             double timeout, const std::optional<nb::typed<nb::callable, void()>>& ask,
+             bool profile) {
             const Tensor from = tensor(input, p.plan.input_shape(), "the input");
             const Tensor to = tensor(output, p.plan.output_shape(), "the output");
             std::vector<StepTime> times;

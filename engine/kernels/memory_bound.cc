@@ -300,7 +300,8 @@ void norm(const NormStep& s, const Context& context, Index item) {
       }
       squares += inner + weight * outer;
     });
-    const double deviation = std::sqrt(squares / count + static_cast<double>(static_cast<float>(s.eps)));
+    const double eps = static_cast<double>(static_cast<float>(s.eps));
+    const double deviation = std::sqrt(squares / count + eps);
     for (Index c = first; c < first + size; ++c) {
       const double factor = static_cast<double>(s.weight[c]) / deviation;
       scale[c] = static_cast<float>(factor);

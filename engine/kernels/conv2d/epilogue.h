@@ -1,6 +1,6 @@
 // Processes the sums of a product: adds bias and residual, applies an activation, stores the
-// result, and accumulates the statistics of its channels. It can process a few pixels at a time: an instruction set whose
-// products run in parallel to its vector units overlaps the two.
+// result, and accumulates the statistics of its channels. It can process a few pixels at a time:
+// an instruction set whose products run in parallel to its vector units overlaps the two.
 #pragma once
 
 #include "engine/kernels/simd/instruction_set.h"

@@ -387,7 +387,8 @@ class Winograd {
       return Simd::load(block + panel_index(block, channel, 0));
     } else if constexpr (requires { Images::load_alternate(block, channel); }) {
       // Two input channels are side by side.
-      return Images::load_alternate(block + panel_index(block, channel & ~Index{1}, 0), channel & 1);
+      const Index pair = channel & ~Index{1};
+      return Images::load_alternate(block + panel_index(block, pair, 0), channel & 1);
     } else {
       alignas(64) float lanes[kPanel];
       for (Index n = 0; n < kPanel; ++n) lanes[n] = to_float(block[panel_index(block, channel, n)]);

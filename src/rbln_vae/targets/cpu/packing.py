@@ -32,8 +32,8 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
 
     Returns:
         A tensor for each weight of the graph, under its name (that of an RMS norm padded with
-        zeros to whole blocks of channels), and a bias of zeros for each
-        convolution without one, under `bias_name`.
+        zeros to whole blocks of channels), and a bias of zeros for each convolution without
+        one, under `bias_name`.
     """
     packed: dict[str, Tensor] = {}
     for operation in graph.operations:
