@@ -256,9 +256,7 @@ class RBLNModel(ModuleMembers):
         Example:
             >>> vae.memory_needed("decoder", (1, 4, 64, 64))  # doctest: +SKIP
         """
-        runtime = self._runtime(part)
-        self._check_shape(part, tuple(shape))
-        return runtime.memory_needed(tuple(shape))
+        return self._runtime(part, tuple(shape)).memory_needed(tuple(shape))
 
     def describe(self, part: str, shape: tuple[int, ...], *, steps: bool = False) -> str:
         """What a run takes in memory and work, and on the target `cpu` what less would cost.
@@ -276,9 +274,7 @@ class RBLNModel(ModuleMembers):
         Example:
             >>> print(vae.describe("decoder", (1, 4, 512, 512)))  # doctest: +SKIP
         """
-        runtime = self._runtime(part)
-        self._check_shape(part, tuple(shape))
-        return runtime.describe(tuple(shape), steps=steps)
+        return self._runtime(part, tuple(shape)).describe(tuple(shape), steps=steps)
 
     @property
     def exact_batches(self) -> bool:
@@ -290,31 +286,33 @@ class RBLNModel(ModuleMembers):
         """Whether the model takes only the shape that it was compiled for."""
         return self._target.static_shapes
 
-    def _runtime(self, part: str) -> Runtime:
-        if part in self._runtimes:
-            return self._runtimes[part]
-        if self._runtimes:
+    def _runtime(self, part: str, shape: tuple[int, ...]) -> Runtime:
+        """What runs a part on inputs of a shape.
+
+        Raises:
+            RBLNRuntimeError: There is no such part, or there are no runtimes.
+            ValueError: The target takes only another shape.
+        """
+        if not self._runtimes:
+            raise RBLNRuntimeError(
+                "This model was compiled with create_runtimes=False, so it can't run. Save it with "
+                "save_pretrained(DIRECTORY) and load it with from_pretrained(DIRECTORY) on a "
+                f"machine that has the target {self.rbln_config.target!r}."
+            )
+        if part not in self._runtimes:
             raise RBLNRuntimeError(
                 f"This model has no {part}, only {', '.join(self._runtimes)}. Compile it again "
                 "with that part."
             )
-        raise RBLNRuntimeError(
-            "This model was compiled with create_runtimes=False, so it can't run. Save it with "
-            "save_pretrained(DIRECTORY) and load it with from_pretrained(DIRECTORY) on a "
-            f"machine that has the target {self.rbln_config.target!r}."
-        )
-
-    def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
-        """Raise if the target takes only another shape."""
-        if not self._target.static_shapes:
-            return
-        compiled_shape = self.resolved_config.input_shapes()[part]
-        if shape != compiled_shape:
-            raise ValueError(
-                f"The {part} was compiled for the shape {compiled_shape}, and got "
-                f"{shape}. The target {self._target.name!r} takes no other: compile "
-                "the model again with rbln_batch_size and rbln_sample_size."
-            )
+        if self.static_shapes:
+            compiled_shape = self.resolved_config.input_shapes()[part]
+            if shape != compiled_shape:
+                raise ValueError(
+                    f"The {part} was compiled for the shape {compiled_shape}, and got {shape}. The "
+                    f"target {self._target.name!r} takes no other: compile the model again with "
+                    "rbln_batch_size and rbln_sample_size."
+                )
+        return self._runtimes[part]
 
     def _run(
         self,
@@ -328,8 +326,7 @@ class RBLNModel(ModuleMembers):
             raise TypeError(
                 f"should_stop must be a function, and is a {type(should_stop).__name__}."
             )
-        runtime = self._runtime(part)
-        self._check_shape(part, tuple(image.shape))
+        runtime = self._runtime(part, tuple(image.shape))
         result = runtime.run(image.detach().cpu(), out, should_stop)
         return result.to(image.device) if out is None else result
 
