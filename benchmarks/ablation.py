@@ -166,6 +166,9 @@ CASES: dict[str, Case] = {
     "in-place": Case("sums written over their residual", choices=Choices(in_place=False)),
     "large-pages": Case("the arena in large pages", _large_pages),
     "kept-memory": Case("the arena kept for the next run", _kept_memory),
+    "kept-kernels": Case(
+        "transformed kernels kept for the next run", choices=Choices(kept_kernels=False)
+    ),
     "kept-plans": Case("the plan kept for the next run", _kept_plans),
     "isa": Case("the best instruction set: one lower, in its best dtype", _instruction_set),
     "threads": Case("all threads: one", _threads),
@@ -174,8 +177,8 @@ CASES: dict[str, Case] = {
 
 def usual_cases() -> list[str]:
     """Names of all cases that can matter on this machine."""
-    other = "together" if usable_kernels()[-1].winograd else "winograd"
-    return [name for name in CASES if name != other]
+    others = ["together"] if usable_kernels()[-1].winograd else ["winograd", "kept-kernels"]
+    return [name for name in CASES if name not in others]
 
 
 @dataclass

@@ -91,7 +91,7 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
     os.environ["RBLN_VAE_ISA"] = kernels.isa
     try:
         graph = case.graph()
-        choices = Choices(winograd=math.inf if winograd else 0)
+        choices = Choices(winograd=math.inf if winograd else 0, kept_kernels=False)
         native = CpuRuntime(
             graph, dtype=kernels.dtype, num_threads=1, activate_profiler=True, choices=choices
         )

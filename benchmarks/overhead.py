@@ -2,7 +2,8 @@
 
 A call of `decode` or `encode` takes Python's part, the steps one after the other, and in
 each step the waiting of threads for the last. Beside the call stand the times of its steps,
-and those of a single thread divided by the threads: what perfect sharing would take.
+and those of a single thread divided by the threads: what perfect sharing would take. The last
+column compares the time of a pixel with that of the largest size.
 """
 
 from __future__ import annotations
@@ -43,19 +44,31 @@ class Overhead:
     steps: list[float] = field(default_factory=list)
     alone: list[float] = field(default_factory=list)
 
-    def row(self) -> str:
+    @property
+    def pixel(self) -> float:
+        """Seconds of a call for each pixel."""
+        return statistics.median(self.calls) / self.size**2
+
+    def row(self, largest: Overhead) -> str:
+        """A row of the table.
+
+        Args:
+            largest: The same part on the largest size.
+        """
         call, steps, alone = map(statistics.median, (self.calls, self.steps, self.alone))
         between = statistics.median(c / s - 1 for c, s in zip(self.calls, self.steps, strict=True))
         shared = statistics.median(c / a - 1 for c, a in zip(self.calls, self.alone, strict=True))
         return (
             f"| {self.part} {self.size}² | {call * 1e3:.2f} ms | {steps * 1e3:.2f} ms | "
-            f"{between:.1%} | {alone * 1e3:.2f} ms | {shared:.1%} |"
+            f"{between:.1%} | {alone * 1e3:.2f} ms | {shared:.1%} | "
+            f"{self.pixel / largest.pixel:.2f} |"
         )
 
 
 HEAD = (
-    "| | call | its steps | call over steps | one thread's steps, shared out | call over these |",
-    "| --- | ---: | ---: | ---: | ---: | ---: |",
+    "| | call | its steps | call over steps | one thread's steps, shared out | call over these "
+    "| a pixel |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
@@ -100,7 +113,8 @@ def measure(parts: Iterable[str], sizes: Iterable[int], rounds: int, dtype: str 
                         case.steps.append(steps)
                         case.alone.append(alone / threads())
                 found.append(case)
-    table = "\n".join([*HEAD, *(case.row() for case in found)])
+    largest = {case.part: case for case in sorted(found, key=lambda case: case.size)}
+    table = "\n".join([*HEAD, *(case.row(largest[case.part]) for case in found)])
     write("overhead", table, {"runs": [asdict(case) for case in found]})
     return table
 

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -24,6 +25,7 @@ namespace rbln_vae {
 namespace {
 
 using Weights = nb::ndarray<nb::pytorch, nb::ro, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<nb::pytorch, float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using AnyTensor = nb::ndarray<nb::pytorch, nb::ndim<4>, nb::device::cpu>;
 constexpr nb::dlpack::dtype kBFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat),
                                       16, 1};
@@ -35,15 +37,19 @@ class BoundPlan {
       : plan(kernels, arena_bytes, input, output) {}
 
   void add(ConvStep step, const Weights& bias, const std::optional<Weights>& weights,
-           const std::optional<Weights>& gamma) {
+           const std::optional<Weights>& gamma, const std::optional<Weights>& kernels) {
     step.bias = keep_floats(bias);
     step.weights = weights ? keep(*weights) : nullptr;
     step.gamma = gamma ? keep_floats(*gamma) : nullptr;
-    plan.add(step, weights ? bytes(*weights) : 0, bytes(bias), gamma ? bytes(*gamma) : 0);
+    step.kept = kernels ? keep_floats(*kernels) : nullptr;
+    plan.add(step, weights ? bytes(*weights) : 0, bytes(bias), gamma ? bytes(*gamma) : 0,
+             kernels ? bytes(*kernels) : 0);
   }
-  void add(WinogradStep step, const Weights& weights) {
+  void add(WinogradStep step, const Weights& weights, const std::optional<Floats>& kernels) {
     step.weights = keep(weights);
-    plan.add(step, bytes(weights));
+    if (kernels) keep_floats(Weights(*kernels));
+    step.kept = kernels ? kernels->data() : nullptr;
+    plan.add(step, bytes(weights), kernels ? static_cast<Index>(kernels->nbytes()) : 0);
   }
   void add(NormStep step, const Weights& weight, const Weights& bias) {
     step.weight = keep_floats(weight);
@@ -242,7 +248,8 @@ void bind_engine(nb::module_& m) {
       .def_ro("input", &WinogradCosts::input, "Transforming an input value.")
       .def_ro("output", &WinogradCosts::output, "Transforming an output value.")
       .def_ro("product", &WinogradCosts::product, "A product of transformed values.")
-      .def_ro("kernel", &WinogradCosts::kernel, "A value of a transformed kernel.")
+      .def_ro("kernel", &WinogradCosts::kernel, "Computing a value of a transformed kernel.")
+      .def_ro("fetch", &WinogradCosts::fetch, "Reading one that was kept, from memory.")
       .def_ro("others", &WinogradCosts::others, "All else, in products of float32.");
 
   nb::class_<Kernels>(m, "Kernels", "The kernels of one instruction set for one element type.")
@@ -322,6 +329,19 @@ void bind_engine(nb::module_& m) {
       },
       nb::rv_policy::reference, "All kernels that this machine can run, the best last.");
 
+  m.def(
+      "allocate",
+      [](std::size_t count) {
+        auto memory = std::make_unique<Arena>(count * sizeof(float));
+        auto* const floats = reinterpret_cast<float*>(memory->data());
+        const nb::capsule owner(memory.get(), [](void* p) noexcept {
+          delete static_cast<Arena*>(p);
+        });
+        memory.release();
+        return Floats(floats, {count}, owner);
+      },
+      "count"_a, "Memory for so many floats, as runs have it: in large pages, where there are any.");
+
   bind_steps(m);
 
   nb::class_<BoundPlan> plan(m, "Plan", "The steps of a run for one input shape.");
@@ -338,11 +358,17 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
       .def("add",
            nb::overload_cast<ConvStep, const Weights&, const std::optional<Weights>&,
-                             const std::optional<Weights>&>(&BoundPlan::add),
+                             const std::optional<Weights>&, const std::optional<Weights>&>(
+               &BoundPlan::add),
            "step"_a, "bias"_a, "weights"_a = nb::none(), "gamma"_a = nb::none(),
-           "Adds a step; weights are as `packing.pack` makes them, and kept by the plan.")
-      .def("add", nb::overload_cast<WinogradStep, const Weights&>(&BoundPlan::add), "step"_a,
-           "weights"_a)
+           "kernels"_a = nb::none(),
+           "Adds a step; weights are as `packing.pack` makes them, and kept by the plan. Kernels\n"
+           "that were transformed before are read instead of those in the arena.")
+      .def("add",
+           nb::overload_cast<WinogradStep, const Weights&, const std::optional<Floats>&>(
+               &BoundPlan::add),
+           "step"_a, "weights"_a, "kernels"_a = nb::none(),
+           "Adds a step that writes to the arena, or to the given memory.")
       .def("add", nb::overload_cast<NormStep, const Weights&, const Weights&>(&BoundPlan::add),
            "step"_a, "weight"_a, "bias"_a)
       .def("add", nb::overload_cast<ShuffleStep, const Weights&>(&BoundPlan::add), "step"_a,

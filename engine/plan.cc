@@ -66,6 +66,14 @@ void Plan::check_range(const char* what, Index offset, Index bytes) const {
   checked_.push_back({offset, bytes});
 }
 
+void Plan::check_kernels(Index offset, const float* kept, Index kept_bytes, Index bytes) const {
+  if (kept == nullptr) {
+    check_range("kernels", offset, bytes);
+  } else {
+    require(kept_bytes >= bytes, "kept kernels of another size");
+  }
+}
+
 void Plan::check_image(const char* what, Index batch, const Image& image) const {
   require(batch > 0 && image.channels > 0 && image.height > 0 && image.width > 0,
           "an image without pixels");
@@ -112,7 +120,8 @@ void Plan::add(const ExportStep& s) {
   append(s, product("export", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
-void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index gamma_bytes) {
+void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index gamma_bytes,
+               Index kept_bytes) {
   check_image("convolution input", s.batch, s.input);
   check_image("convolution output", s.batch, s.output);
   check_reading(s.batch, s.input, s.reading);
@@ -149,9 +158,9 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
                 (s.tile_width % kWinogradTile == 0 || s.tiles_across() == 1),
             "tiles that don't begin where those of Winograd's algorithm do");
     const Index positions = WinogradStep{.side = s.kernel_height}.positions();
-    check_range("kernels", s.kernels,
-                product("kernels", {s.panels(), s.phases(), positions, s.input.blocks(), kBlock,
-                                    kPanel, 4}));
+    check_kernels(s.kernels, s.kept, kept_bytes,
+                  product("kernels", {s.panels(), s.phases(), positions, s.input.blocks(),
+                                      kBlock, kPanel, 4}));
     product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 16});
   } else {
     const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(), s.taps(),
@@ -173,16 +182,16 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
          kernels_.conv2d_scratch(s));
 }
 
-void Plan::add(const WinogradStep& s, Index weight_bytes) {
+void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
   require(kernels_.winograd_kernels != nullptr, "AMX has no Winograd's algorithm");
   require(s.side == 3 || (s.side == 2 && s.upsample), "kernels that aren't of 3x3");
   const Index weights = product(
       "weights", {s.panels, s.phases(), s.blocks, s.taps(), kBlock, kPanel, element_bytes()});
   require(s.weights != nullptr && weights > 0 && weights == weight_bytes,
           "packed weights of another size");
-  check_range("kernels", s.kernels,
-              product("kernels", {s.panels, s.phases(), s.positions(), s.blocks, kBlock, kPanel,
-                                  4}));
+  check_kernels(s.kernels, s.kept, kept_bytes,
+                product("kernels", {s.panels, s.phases(), s.positions(), s.blocks, kBlock,
+                                    kPanel, 4}));
   append(s, s.items(), 0);
 }
 

@@ -33,8 +33,9 @@ class Plan {
   // std::invalid_argument if not. Sizes of weights count bytes.
   void add(const ImportStep& step);
   void add(const ExportStep& step);
-  void add(const ConvStep& step, Index weight_bytes, Index bias_bytes, Index gamma_bytes);
-  void add(const WinogradStep& step, Index weight_bytes);
+  void add(const ConvStep& step, Index weight_bytes, Index bias_bytes, Index gamma_bytes,
+           Index kept_bytes);
+  void add(const WinogradStep& step, Index weight_bytes, Index kept_bytes);
   void add(const StatisticsStep& step);
   void add(const NormStep& step, Index weight_bytes, Index bias_bytes);
   void add(const AttentionPackStep& step);
@@ -61,6 +62,8 @@ class Plan {
   void append(Step step, Index items, Index scratch);
   Index element_bytes() const { return kernels_.dtype == DType::kFloat32 ? 4 : 2; }
   void check_range(const char* what, Index offset, Index bytes) const;
+  // Transformed kernels, which lie in the arena or are kept.
+  void check_kernels(Index offset, const float* kept, Index kept_bytes, Index bytes) const;
   void check_image(const char* what, Index batch, const Image& image) const;
   // A residual may be left out.
   void check_residual(Index batch, const Image& residual, const Image& output) const;

@@ -64,6 +64,7 @@ struct ConvStep {
   bool upsample = false;
   const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
   Index kernels = kNone;          // made of them by a WinogradStep, where one did
+  const float* kept = nullptr;    // instead of those in the arena: made in an earlier run
   const float* bias = nullptr;    // [panels * 16], or [phases][panels * 16]
   Index tile_height = 1;          // of the grid
   Index tile_width = 1;
@@ -105,6 +106,7 @@ struct WinogradStep {
   bool upsample = false;
   Index side = 3;     // of a kernel: 3, or 2 with `upsample`
   Index kernels = 0;  // floats [panels][phases][positions][input blocks][512]
+  float* kept = nullptr;  // where they are written instead, to be kept for later runs
 
   Index phases() const { return upsample ? 4 : 1; }
   Index taps() const { return side * side; }

@@ -27,6 +27,7 @@ struct WinogradCosts {
   double output;   // transforming an output value
   double product;  // a product: rows of pixels are short, and weights exceed the cache
   double kernel;   // computing a transformed weight
+  double fetch;    // reading one that was kept, which no cache holds
   Costs others;    // everything else, in products of float32
 };
 
@@ -64,6 +65,7 @@ constexpr WinogradCosts kWinogradCosts = {
     .output = 14,
     .product = 1.2,
     .kernel = 48,
+    .fetch = 12,
     .others = kFloat32Costs};
 
 // All instruction sets, including those that are not in this build.

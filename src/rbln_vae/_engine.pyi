@@ -57,7 +57,11 @@ class WinogradCosts:
 
     @property
     def kernel(self) -> float:
-        """A value of a transformed kernel."""
+        """Computing a value of a transformed kernel."""
+
+    @property
+    def fetch(self) -> float:
+        """Reading one that was kept, from memory."""
 
     @property
     def others(self) -> Costs:
@@ -130,6 +134,13 @@ def built_kernels() -> list[Kernels]:
 
 def all_kernels() -> list[Kernels]:
     """All kernels that this machine can run, the best last."""
+
+def allocate(
+    count: int,
+) -> Annotated[torch.Tensor, dict(dtype="float32", shape=(None,), order="C", device="cpu")]:
+    """
+    Memory for so many floats, as runs have it: in large pages, where there are any.
+    """
 
 NONE: int = -1
 
@@ -729,9 +740,12 @@ class Plan:
         weights: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)]
         | None = None,
         gamma: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)] | None = None,
+        kernels: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)]
+        | None = None,
     ) -> None:
         """
-        Adds a step; weights are as `packing.pack` makes them, and kept by the plan.
+        Adds a step; weights are as `packing.pack` makes them, and kept by the plan. Kernels
+        that were transformed before are read instead of those in the arena.
         """
 
     @overload
@@ -739,7 +753,13 @@ class Plan:
         self,
         step: WinogradStep,
         weights: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)],
-    ) -> None: ...
+        kernels: Annotated[
+            torch.Tensor, dict(dtype="float32", shape=(None,), order="C", device="cpu")
+        ]
+        | None = None,
+    ) -> None:
+        """Adds a step that writes to the arena, or to the given memory."""
+
     @overload
     def add(
         self,

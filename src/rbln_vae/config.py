@@ -233,9 +233,9 @@ class RBLNModelConfig:
     memory_limit = Option[int | None](
         optional_byte_count,
         "The most memory that a run may take besides the weights: activations, scratch memory "
-        "of its threads, and the result. In bytes, or as 2GiB. By default the memory of the "
-        "machine or the control group on the target cpu, and no limit on others; the target "
-        "rbln ignores it.",
+        "of its threads, what is kept for the next run, and the result. In bytes, or as 2GiB. By "
+        "default the memory of the machine or the control group on the target cpu, and no limit "
+        "on others; the target rbln ignores it.",
         of_run=True,
     )
 

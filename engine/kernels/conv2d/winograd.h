@@ -4,7 +4,7 @@
 // The values of a polynomial at as many points as it has coefficients determine it, and the
 // product of two polynomials is the product of their values. So 4x4 outputs need 6x6 products
 // instead of 4x4x9, at the points 0, a, -a, b, -b and infinity in each direction. The weights are
-// transformed once per run. The input of a tile is transformed in the thread's scratch,
+// transformed before that, in each run or once for many. The input of a tile is transformed in the thread's scratch,
 // multiplied position by position, and transformed back.
 //
 // After doubling, each of the four outputs of a point has a 2x2 kernel, which is a 3x3 kernel with
@@ -73,8 +73,9 @@ class Winograd {
       const T* from =
           static_cast<const T*>(s.weights) + (at * s.blocks + block) * s.taps() * kPanelBlock;
       const Range range(s.side, phase);
-      float* to = reinterpret_cast<float*>(context.arena + s.kernels) +
-                  (at * s.positions() * s.blocks + block) * kPanelBlock;
+      float* kernels =
+          s.kept != nullptr ? s.kept : reinterpret_cast<float*>(context.arena + s.kernels);
+      float* to = kernels + (at * s.positions() * s.blocks + block) * kPanelBlock;
       for (Index k = 0; k < kBlock; ++k) {
         transform_kernels(range, s.side, from, k, to + k * kPanel, s.blocks * kPanelBlock);
       }
@@ -209,7 +210,9 @@ class Winograd {
     g.panel_step = s_.phases() * kernels;
     g.rows = 1;
     const float* weights =
-        reinterpret_cast<const float*>(context_.arena + s_.kernels) + phase * kernels;
+        (s_.kept != nullptr ? s_.kept
+                            : reinterpret_cast<const float*>(context_.arena + s_.kernels)) +
+        phase * kernels;
     const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
     for (Index y = 0; y < range.count && !stopped(context_); ++y) {
       for (Index x = 0; x < range.count; ++x) {

@@ -242,7 +242,8 @@ class RBLNModel(ModuleMembers):
     def memory_needed(self, part: str, shape: tuple[int, ...]) -> int:
         """Bytes that a run takes besides the weights.
 
-        These are activations, scratch memory of its threads, and the result.
+        These are activations, scratch memory of its threads, what is kept for the next run, and
+        the result.
 
         Args:
             part: The name of a compiled part.

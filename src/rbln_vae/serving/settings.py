@@ -40,8 +40,8 @@ class BatcherOptions:
     memory_limit: int | None = setting(
         None,
         "The most memory that all runs together may take besides the weights, such as 2GiB: "
-        "activations, scratch memory of their threads, and the results. By default half of the "
-        "memory of the device.",
+        "activations, scratch memory of their threads, what is kept for the next run, and the "
+        "results. By default half of the memory of the device.",
     )
     queue: float = setting(
         32.0,

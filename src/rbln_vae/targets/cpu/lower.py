@@ -27,7 +27,7 @@ from ...schedule.schedule import Kind, Schedule, Task
 from ...schedule.sweep import Keep, top_row
 from ...units import format_bytes
 from .packing import BLOCK, PANEL, bias_name, order_name
-from .program import Native, Program, Step
+from .program import Kernels, Native, Program, Step
 from .rules import CpuRules, statistics_tile
 from .tiles import attention_blocks, convolution_work, kernels_work
 
@@ -99,6 +99,7 @@ class _Lowering:
         kind: str | None = None,
         work: float | None = None,
         extra_bytes: int = 0,
+        kernels: Kernels | None = None,
     ) -> Step:
         views = (*task.inputs, *([task.output] if task.output is not None else []))
         size = extra_bytes + sum(buffer.bytes for buffer in task.buffers.values())
@@ -113,6 +114,7 @@ class _Lowering:
             sweep=task.sweep,
             native=native,
             weights=weights,
+            kernels=kernels,
         )
 
     def image(self, view: View | None = None) -> _engine.Image:
@@ -167,7 +169,10 @@ class _Lowering:
             kernels=_offset(task.buffers["kernels"]),
         )
         work = 2 * kernels_work(conv, self.machine)
-        return self.make(task, native, operation.weight, kind="Winograd", work=work)
+        kernels = Kernels(operation.weight, task.buffers["kernels"].bytes)
+        return self.make(
+            task, native, operation.weight, kind="Winograd", work=work, kernels=kernels
+        )
 
     def convolution(self, task: Task, operation: Conv2d) -> Step:
         rules, machine = self.rules, self.machine
@@ -220,7 +225,13 @@ class _Lowering:
             partials=partials,
         )
         return self.make(
-            task, native, *weights, kind=operation.kind, work=work, extra_bytes=weight_bytes
+            task,
+            native,
+            *weights,
+            kind=operation.kind,
+            work=work,
+            extra_bytes=weight_bytes,
+            kernels=None if kernels is None else Kernels(operation.weight, kernels.bytes),
         )
 
     # Norms.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from ...sizes import format_size
 from ...units import format_bytes, format_seconds
 from ..base import over_memory_limit
 from ..watch import ShouldStop, Watch
+from .kept import Bound, KeptKernels
 from .lower import ADDRESSABLE, lower
 from .packing import DTYPES, pack
-from .program import Program
+from .program import EMPTY, Program, Step
 from .rules import CpuRules
 from .tiles import FASTEST, Choices, Machine
 
@@ -38,6 +39,8 @@ EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
 
 CACHED_PROGRAMS = 64
 KEPT_PROFILES = 16
+KEPT_SHARE = 1 / 8
+"""The most transformed kernels that are kept without a limit, as a share of all memory."""
 
 
 def usable_kernels() -> list[_engine.Kernels]:
@@ -153,15 +156,6 @@ def _torch_allocates() -> Iterator[None]:
         ) from None
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """A program with its weights, and the bytes of a run, including the threads' scratch."""
-
-    program: Program
-    native: _engine.Plan
-    bytes: int
-
-
 class CpuRuntime:
     """Runs a graph with the engine; any number of threads may share it.
 
@@ -172,9 +166,10 @@ class CpuRuntime:
         dtype: The dtype of the computation; `None` is the fastest on this machine.
         num_threads: The threads of a run; `None` is one per core that this process may use.
         memory_limit: The most bytes of a run besides the weights: activations, scratch memory
-            of its threads, and the result. `None` is the memory of the machine or of the
-            control group, whichever is less. A run is as fast as the limit allows, and the
-            limit does not change its bits.
+            of its threads, transformed kernels that are kept for the next run, and the result.
+            `None` is the memory of the machine or of the control group, whichever is less, an
+            eighth of it for kept kernels. A run is as fast as the limit allows, and the limit
+            does not change its bits.
         timeout: The most seconds of a run; `None` is no limit.
         activate_profiler: Whether to keep the times of the latest runs, by default not.
         choices: What its programs may do to be faster; by default everything.
@@ -201,6 +196,9 @@ class CpuRuntime:
         self.timeout = timeout
         limit = usable_memory() if memory_limit is None else memory_limit
         self.memory_limit = min(limit, ADDRESSABLE)
+        self._most_kept = int(limit * (KEPT_SHARE if memory_limit is None else 1))
+        if not choices.kept_kernels:
+            self._most_kept = 0
         weights = pack(graph, dtype) if packed is None else packed
         self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._kernels = _chosen_kernels(dtype)
@@ -209,7 +207,8 @@ class CpuRuntime:
         self.machine = Machine(self._kernels, self._executor.threads)
         self.choices = choices
         self._slicing = self._tiling = False
-        self._bound: dict[tuple[Shape, int, bool, bool], _Bound] = {}
+        self._bound: dict[tuple[Shape, int, bool, bool], Bound] = {}
+        self.kept_kernels = KeptKernels(self._packed, self._executor.release)
         self._profiles: deque[RunProfile] | None = None
         if activate_profiler:
             self._profiles = deque(maxlen=KEPT_PROFILES)
@@ -253,7 +252,8 @@ class CpuRuntime:
         """
         shape = tuple(shape)
         room = self._room(shape)
-        return self._bound_for(shape, room).bytes + self.memory_limit - room
+        bound = self._bound_for(shape, room)
+        return bound.bytes + bound.kept_bytes + self.memory_limit - room
 
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         """The memory and the work of a run, and those of other schedules."""
@@ -261,28 +261,34 @@ class CpuRuntime:
         room = self._room(shape)
         result = self.memory_limit - room
         bound = self._bound_for(shape, room)
-        schedule = bound.program.schedule
+        schedule, kept = bound.program.schedule, bound.kept_bytes
         parts = -(-shape[0] // schedule.input_shape[0])
         lines = [
             f"{self.graph.name} on {format_size(shape)}, {self.machine.dtype}, {self.machine.isa}, "
             f"{self.machine.threads} threads",
-            f"memory      {format_bytes(bound.bytes + result)}: "
+            f"memory      {format_bytes(bound.bytes + kept + result)}: "
             f"{format_bytes(schedule.arena_bytes)} for activations, "
             f"{format_bytes(bound.bytes - schedule.arena_bytes)} for threads, "
-            f"{format_bytes(result)} for the result",
+            + (f"{format_bytes(kept)} for kept kernels, " if kept else "")
+            + f"{format_bytes(result)} for the result",
             f"work        {parts * schedule.flops / 1e12:.3f} TFLOP, "
             f"{schedule.extra_work:.1%} of it extra"
             + (f", in {parts} parts of the batch" if parts > 1 else ""),
-            f"time        {self._estimate(bound.program, parts)}",
+            f"time        {self._estimate(bound.beside_kept if kept else bound.steps, parts)}",
             "",
             f"{'memory':>14} {'extra work':>11} {'time':>14}  computed again, in strips",
         ]
         search = self.search(shape)
         for other in search.tradeoffs():
-            lowered = self._lowered(other, search)
-            memory, taken = format_bytes(lowered.bytes + result), self._estimate(lowered.program)
+            lowered = dataclasses.replace(self._lowered(other, search), spare=self._most_kept)
             again = ", ".join(other.recomputed) or "nothing"
-            lines.append(f"{memory:>14} {other.extra_work:>11.1%} {taken:>14}  {again}")
+            rows = [(lowered.bytes, lowered.steps, again)]
+            if lowered.kept_bytes and not other.recomputed:
+                most = lowered.bytes + lowered.kept_bytes
+                rows = [(most, lowered.beside_kept, again), (*rows[0][:2], "transformed kernels")]
+            for needed, taken, again in rows:
+                memory, time = format_bytes(needed + result), self._estimate(taken)
+                lines.append(f"{memory:>14} {other.extra_work:>11.1%} {time:>14}  {again}")
         return "\n".join([*lines, "", bound.program.describe()] if steps else lines)
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
@@ -349,20 +355,28 @@ class CpuRuntime:
         with _torch_allocates():
             return result if out is not None else result.to(image.dtype)
 
-    def _execute(self, bound: _Bound, source: Tensor, result: Tensor, watch: Watch) -> None:
+    def _execute(self, bound: Bound, source: Tensor, result: Tensor, watch: Watch) -> None:
         watch.check()
+        nothing = torch.empty(EMPTY)
+        bound = self.kept_kernels.beside(
+            bound, lambda plan: self._run_plan(plan, nothing, nothing, watch)
+        )
         start = time.time()
-        profile = self._profiles is not None
+        times = self._run_plan(bound.native, source, result, watch)
+        if self._profiles is not None:
+            self._profiles.append(self._profile(bound, start, times))
+
+    def _run_plan(
+        self, plan: _engine.Plan, source: Tensor, result: Tensor, watch: Watch
+    ) -> list[tuple[float, float]]:
+        """Run a plan, and return the times of its steps if the profiler is active."""
         ask = watch.ask if watch.needs_asking else None
+        profile = self._profiles is not None
         try:
             with _threads_start():
-                times = self._executor.run(
-                    bound.native, source, result, watch.seconds_left, ask, profile
-                )
+                return self._executor.run(plan, source, result, watch.seconds_left, ask, profile)
         except _engine.TimedOutError:
             raise watch.timed_out() from None
-        if self._profiles is not None:
-            self._profiles.append(self._profile(bound.program, start, times))
 
     @property
     def profiles(self) -> list[RunProfile]:
@@ -371,6 +385,7 @@ class CpuRuntime:
 
     def release_memory(self) -> None:
         """Return the memory that is kept for the next run to the system."""
+        self.kept_kernels.give_back()
         self._executor.release()
 
     def forget_programs(self) -> int:
@@ -395,18 +410,20 @@ class CpuRuntime:
                 f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
             )
 
-    def _bound_for(self, shape: Shape, room: int) -> _Bound:
+    def _bound_for(self, shape: Shape, room: int) -> Bound:
         """The program of a run, or of a smaller batch, within `room` bytes."""
         # No lock, which could stay held in a forked child: single operations of a dict are atomic.
         key = (shape, room, self._slicing, self._tiling)
         known = self._bound.get(key)
         if known is None:
-            known = self._bound[key] = self._fit(*key)
+            fitting = self._fit(*key)
+            spare = 0 if self._tiling else min(room - fitting.bytes, self._most_kept)
+            known = self._bound[key] = dataclasses.replace(fitting, spare=spare)
             while len(self._bound) > CACHED_PROGRAMS:
                 self._bound.pop(list(self._bound)[0], None)  # noqa: RUF015
         return known
 
-    def _fit(self, shape: Shape, room: int, slicing: bool, tiling: bool) -> _Bound:
+    def _fit(self, shape: Shape, room: int, slicing: bool, tiling: bool) -> Bound:
         """The fastest program within `room` bytes, including the threads' scratch."""
         self._check_shape(shape)
         search = self.search((1, *shape[1:]) if slicing or tiling else shape)
@@ -430,7 +447,7 @@ class CpuRuntime:
             scratch = bound.bytes - schedule.arena_bytes
         return self._least(search, room, scratch)
 
-    def _least(self, search: Search[CpuRules], room: int, scratch: int) -> _Bound:
+    def _least(self, search: Search[CpuRules], room: int, scratch: int) -> Bound:
         """The program for one image that needs the least memory, if it fits in `room`."""
         shape = search.shape(1)
         if search.is_hopeless(room):
@@ -438,7 +455,7 @@ class CpuRuntime:
             # that refusing a request costs little time.
             guess = search.recomputing(self._usual_choice, sketch=True)
             self._require_room(shape, guess.arena_bytes + scratch, room)
-        found: list[_Bound] = []
+        found: list[Bound] = []
         for sketch in reversed(search.tradeoffs()):
             if found and sketch.arena_bytes >= min(each.bytes for each in found):
                 break
@@ -447,11 +464,12 @@ class CpuRuntime:
         self._require_room(shape, least.bytes, room)
         return least
 
-    def _estimate(self, program: Program, runs: int = 1) -> str:
+    def _estimate(self, steps: Iterable[Step], runs: int = 1) -> str:
         """The estimated time of a number of runs, from the peak of this machine, as text."""
         kernels = self._kernels
         peak = measured_limit(kernels.isa, kernels.dtype, self._executor.threads)
-        return f"about {format_seconds(runs * program.work / peak)}" if peak else "not known"
+        work = runs * sum(step.work for step in steps)
+        return f"about {format_seconds(work / peak)}" if peak else "not known"
 
     def _require_room(self, shape: Shape, needed: int, room: int) -> None:
         if needed > room:
@@ -463,19 +481,17 @@ class CpuRuntime:
         shape = (1, self.graph.input_channels, 512, 512)
         return self.search(shape).tradeoffs()[-1].recomputed
 
-    def _lowered(self, schedule: Schedule, search: Search[CpuRules]) -> _Bound:
+    def _lowered(self, schedule: Schedule, search: Search[CpuRules]) -> Bound:
         return self._bind(lower(schedule, search.rules(schedule.input_shape[0])))
 
-    def _bind(self, program: Program) -> _Bound:
+    def _bind(self, program: Program) -> Bound:
         native = program.bind(self._packed)
-        return _Bound(program, native, self._executor.bytes(native))
+        return Bound(program, native, program.steps, self._executor.bytes(native))
 
-    def _profile(
-        self, program: Program, start: float, times: list[tuple[float, float]]
-    ) -> RunProfile:
+    def _profile(self, bound: Bound, start: float, times: list[tuple[float, float]]) -> RunProfile:
         steps = tuple(
             StepTime(step.name, step.kind, begin, end - begin, step.flops, step.bytes)
-            for step, (begin, end) in zip(program.steps, times, strict=True)
+            for step, (begin, end) in zip(bound.steps, times, strict=True)
         )
-        shape = program.schedule.input_shape
+        shape = bound.program.schedule.input_shape
         return RunProfile(self.graph.name, shape, start, steps, self._limit)

@@ -66,12 +66,14 @@ class Choices:
         splits: Divide output channels where tiles are too few for the threads.
         together: Load the next tile during the products of one, where kernels can.
         in_place: Write a result over an input that nothing reads later.
+        kept_kernels: Keep transformed kernels for later runs, where there is memory.
     """
 
     winograd: float = 0.9
     splits: bool = True
     together: bool = True
     in_place: bool = True
+    kept_kernels: bool = True
 
 
 FASTEST = Choices()
@@ -269,8 +271,9 @@ def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST
     """Whether Winograd's algorithm takes at most a share of the time of direct convolution.
 
     It needs enough channels to pay for transforming the images, and enough pixels to pay for
-    transforming the weights. The weights are transformed in each run, because stored they
-    would take four times the space.
+    reading the transformed weights, which are four times as many. Transforming them is not
+    counted: usually they are kept. Where they are not, the smallest images lose a little by
+    Winograd's algorithm, but bits must not depend on what is kept.
 
     Args:
         conv: Of any kernel; only 3x3 has the algorithm.
@@ -288,7 +291,7 @@ def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST
     time = (
         _winograd_transforms(winograd, costs)
         + costs.product * winograd.product_cost(conv.grid)
-        + costs.kernel * winograd.product_cost((1, 1))
+        + costs.fetch * winograd.product_cost((1, 1))
     )
     return time <= most * machine.kernels.costs.product * padded.product_cost(conv.grid)
 
