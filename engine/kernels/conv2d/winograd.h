@@ -4,8 +4,8 @@
 // The values of a polynomial at as many points as it has coefficients determine it, and the
 // product of two polynomials is the product of their values. So 4x4 outputs need 6x6 products
 // instead of 4x4x9, at the points 0, a, -a, b, -b and infinity in each direction. The weights are
-// transformed before that, in each run or once for many. The input of a tile is transformed in the thread's scratch,
-// multiplied position by position, and transformed back.
+// transformed before that, in each run or once for many. The input of a tile is transformed in the
+// thread's scratch, multiplied position by position, and transformed back.
 //
 // After doubling, each of the four outputs of a point has a 2x2 kernel, which is a 3x3 kernel with
 // a row and a column of zeros. The zeros eliminate the products at infinity or at zero, and 5x5

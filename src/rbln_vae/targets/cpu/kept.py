@@ -1,8 +1,8 @@
 """Keeps the transformed kernels of Winograd's algorithm between runs, where memory allows.
 
 Kernels are kept from the second on of consecutive runs that gain by them. They never take memory
-that activations need: a run that has no room for them, or whose activations are larger, gives
-them back first. They are a matter of time alone; the bits of a result are the same.
+that activations need: a run that has no room for them, or gains little by them, gives them back
+first. They are a matter of time alone; the bits of a result are the same.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Bound:
         """Whether it may run beside so many bytes of kernels, and would be faster by them.
 
         The time that kernels take grows with their size, and that of all else with the
-        activations. Where these are larger, less than a hundredth of the time is at stake.
+        activations. Where these are more than half as large, less than a fiftieth of the time is
+        at stake.
         """
-        return self.bytes < kernels <= self.spare
+        return 2 * self.bytes < kernels <= self.spare
 
 
 @dataclass(frozen=True)
