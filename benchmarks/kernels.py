@@ -213,7 +213,8 @@ def _short(case: Case) -> str:
         return f"attention {case.channels} {size}, {case.heads} heads"
     options = [
         f"{case.kernel[0]}x{case.kernel[1]}",
-        *(["doubling"] if case.upsample else ()),
+        *(["phases"] if case.upsample else ()),
+        *(["doubling"] if case.doubles else ()),
         *([f"stride {case.stride}"] if case.stride > 1 else ()),
         *(["norm"] if case.groups else ()),
         *([case.activation] if case.activation else ()),
