@@ -14,9 +14,10 @@ class ConvCase:
     """A convolution, with what is fused into it.
 
     With `upsample` each of 2x2 phases of the output has a kernel, and with `doubles` the image is
-    doubled first. `groups` norms the input first, or `rms` each of its pixels; `activation` is then applied to
-    it; `residual` adds a second convolution of the input; `output_activation` is applied to the
-    sum; and `normed_after` norms the output, from the statistics that were summed while writing.
+    doubled first. `groups` norms the input first, or `rms` each of its pixels; `activation` is
+    then applied to it; `residual` adds a second convolution of the input; `output_activation` is
+    applied to the sum; and `normed_after` norms the output, from the statistics that were summed
+    while writing.
     """
 
     inputs: int

@@ -134,7 +134,7 @@ DOUBLING_PRODUCTS = len(DOUBLING) ** 2
 
 
 def doubling_kernels(kernels: Tensor) -> Tensor:
-    """The kernels `(out, in, 3, 3)` of a convolution of a doubled image as `(25, out, in, 1, 1)`."""
+    """Transform the kernels `(out, in, 3, 3)` for a doubled image to `(25, out, in, 1, 1)`."""
     products = torch.einsum("oikl,pk,ql->pqoi", kernels.double(), DOUBLING, DOUBLING)
     return products.flatten(0, 1)[..., None, None].float()
 
