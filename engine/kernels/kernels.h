@@ -69,7 +69,7 @@ struct Kernels {
 };
 
 constexpr Costs kFloat32Costs = {.product = 1.0, .norm = 24, .copy = 6, .weights = 8};
-constexpr DoublingCosts kFloat32Doubling = {.input = 16, .output = 10, .product = 1.2};
+constexpr DoublingCosts kFloat32Doubling = {.input = 24, .output = 16, .product = 1.1};
 constexpr WinogradCosts kWinogradCosts = {
     .input = 16,
     .output = 14,
