@@ -97,9 +97,10 @@ class Filtering {
     sums_ = reinterpret_cast<float*>(values_ + sizes_.all_values);
     outputs_ = sums_ + sizes_.sums * kProducts;
     norms_ = outputs_ + sizes_.outputs;
-    kernels_ = static_cast<const Weight*>(!s.winograd()       ? s.weights
-                                          : s.kept != nullptr ? s.kept
-                                                              : context.arena + s.kernels);
+    const void* kernels = s.weights;
+    if (s.winograd()) kernels = context.arena + s.kernels;
+    if (s.kept != nullptr) kernels = s.kept;
+    kernels_ = static_cast<const Weight*>(kernels);
   }
 
   void run(Index item) {
