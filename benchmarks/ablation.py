@@ -147,7 +147,7 @@ def _threads(contender: Ablated) -> None:
 CASES: dict[str, Case] = {
     NOTHING: Case("nothing"),
     "upsample": Case(
-        "doubling folded into four 2x2 kernels", _without(passes.fold_upsample), ("decode",)
+        "doubling as a part of convolutions", _without(passes.fold_upsample), ("decode",)
     ),
     "pad": Case("borders as padding of convolutions", _without(passes.fold_pad), ("encode",)),
     "norm": Case("norm and SiLU applied on reading", _without(passes.fuse_norm)),

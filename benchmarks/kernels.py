@@ -25,8 +25,8 @@ TABLES: dict[str, tuple[Case, ...]] = {"cases": (*CONVOLUTIONS, *ATTENTIONS), "l
 
 DIRECT = ("product", "norm", "copy", "weights")
 """The constants of `Costs`, in the order of `counts`."""
-WINOGRAD = ("product", "input", "output")
-"""Those of `WinogradCosts` that a convolution tells, likewise."""
+TRANSFORMED = ("product", "input", "output")
+"""Those of `WinogradCosts` and `DoublingCosts` that a convolution tells, likewise."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Timing:
 
     Attributes:
         case: The shape.
-        kind: `"definition"`, `"Winograd"`, `"its kernels"`, or the kind of the step.
+        kind: `"definition"`, `"Winograd"`, `"its kernels"`, `"doubling"`, or the kind of the step.
         seconds: Of the fastest run, on one thread.
         flops: Products and sums by the definition; two each.
         counts: How often it does what each constant stands for; empty where none does.
@@ -50,7 +50,7 @@ class Timing:
 
 def counts(conv: Convolution, tile: tuple[int, int], batch: int) -> tuple[float, ...]:
     """How often a convolution does what each constant stands for."""
-    if conv.winograd:
+    if conv.row_step > 1:
         pixels = math.prod(conv.grid)
         inputs = -(-conv.inputs // BLOCK) * BLOCK
         outputs = conv.panels * PANEL * (4 if conv.upsample else 1)
@@ -116,7 +116,7 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
     for (kind, name), seconds in fastest.items():
         conv = convolutions.get(name)
         if kind == "Conv2d" and conv is not None:
-            how = "Winograd" if conv.winograd else "definition"
+            how = "doubling" if conv.doubles else "Winograd" if conv.winograd else "definition"
             told = counts(conv, made.tile(conv), case.batch)
             yield Timing(case, how, seconds, flops[kind, name], told)
         elif kind == "Winograd" and conv is not None:
@@ -185,10 +185,14 @@ def _constants(kernels: Kernels, timings: Sequence[Timing], float32: float | Non
     rows = [("product", kernels.costs.product, _ratio(definition[0], float32))]
     for name, seconds in list(zip(DIRECT, definition, strict=True))[1:]:
         rows.append((name, getattr(kernels.costs, name), _ratio(seconds, definition[0])))
+    doubling = [each for each in timings if each.kind == "doubling"]
+    for name, seconds in zip(TRANSFORMED, fit(doubling), strict=True):
+        value = getattr(kernels.doubling, name)
+        rows.append((f"doubling's {name}", value, _ratio(seconds, definition[0])))
     if kernels.winograd is not None:
         winograd = fit([each for each in timings if each.kind == "Winograd"])
         (kernel,) = fit([each for each in timings if each.kind == "its kernels"])
-        for name, seconds in (*zip(WINOGRAD, winograd, strict=True), ("kernel", kernel)):
+        for name, seconds in (*zip(TRANSFORMED, winograd, strict=True), ("kernel", kernel)):
             value = getattr(kernels.winograd, name)
             rows.append((f"Winograd's {name}", value, _ratio(seconds, float32)))
     return [
@@ -213,7 +217,8 @@ def _short(case: Case) -> str:
         return f"attention {case.channels} {size}, {case.heads} heads"
     options = [
         f"{case.kernel[0]}x{case.kernel[1]}",
-        *(["doubling"] if case.upsample else ()),
+        *(["phases"] if case.upsample else ()),
+        *(["doubling"] if case.doubles else ()),
         *([f"stride {case.stride}"] if case.stride > 1 else ()),
         *(["norm"] if case.groups else ()),
         *([case.activation] if case.activation else ()),

@@ -13,9 +13,11 @@ from rbln_vae.graph.ir import Attention, Conv2d, Graph, Norm, Operation, RMSNorm
 class ConvCase:
     """A convolution, with what is fused into it.
 
-    `groups` norms the input first, or `rms` each of its pixels; `activation` is then applied to
-    it; `residual` adds a second convolution of the input; `output_activation` is applied to the
-    sum; and `normed_after` norms the output, from the statistics that were summed while writing.
+    With `upsample` each of 2x2 phases of the output has a kernel, and with `doubles` the image is
+    doubled first. `groups` norms the input first, or `rms` each of its pixels; `activation` is
+    then applied to it; `residual` adds a second convolution of the input; `output_activation` is
+    applied to the sum; and `normed_after` norms the output, from the statistics that were summed
+    while writing.
     """
 
     inputs: int
@@ -27,6 +29,7 @@ class ConvCase:
     stride: int = 1
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)
     upsample: bool = False
+    doubles: bool = False
     groups: int = 0
     rms: bool = False
     activation: str | None = None
@@ -50,8 +53,7 @@ class ConvCase:
             shape: tuple[int, ...] = (self.outputs, self.inputs, rows, columns)
             biases: tuple[int, ...] = (self.outputs,)
             if self.upsample:
-                shape = (2, 2, *shape)
-                biases = biases if self.kernel == (2, 2) else (2, 2, *biases)
+                shape, biases = (2, 2, *shape), (2, 2, *biases)
             spread = (self.inputs * rows * columns) ** -0.5
             weights[f"{output}.weight"] = torch.randn(shape) * spread
             weights[f"{output}.bias"] = torch.randn(biases)
@@ -63,7 +65,7 @@ class ConvCase:
                     f"{output}.bias",
                     self.stride,
                     self.padding,
-                    self.upsample,
+                    self.upsample or self.doubles,
                     norm,
                     activation,
                     residual,
@@ -99,8 +101,7 @@ class ConvCase:
 
     @property
     def suits_winograd(self) -> bool:
-        doubles = self.upsample and self.kernel == (2, 2)
-        return doubles or (self.kernel == (3, 3) and self.stride == 1)
+        return self.kernel == (3, 3) and self.stride == 1 and not self.doubles
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ CONVOLUTIONS = (
     ConvCase(33, 16, 13, 21, activation="relu", residual=True, normed_after=4),
     ConvCase(8, 40, 6, 7, kernel=(1, 1), padding=_NONE, activation="gelu", batch=2),
     ConvCase(24, 40, 8, 9, stride=2, padding=(0, 1, 0, 1), activation="mish"),
-    ConvCase(64, 64, 17, 22, kernel=(2, 2), upsample=True, activation="silu"),
+    ConvCase(64, 64, 17, 22, doubles=True, activation="silu"),
     # Other kernels, and one-sided padding.
     ConvCase(
         40, 33, 11, 13, kernel=(1, 1), padding=_NONE, groups=5, activation="silu", residual=True
@@ -168,9 +169,9 @@ CONVOLUTIONS = (
     ConvCase(40, 24, 9, 41, stride=2, padding=_NONE),
     ConvCase(16, 16, 10, 11, stride=3),
     # Upsampling within the convolution.
-    ConvCase(24, 40, 5, 7, kernel=(2, 2), upsample=True, normed_after=8),
-    ConvCase(64, 64, 1, 1, kernel=(2, 2), upsample=True),
-    ConvCase(32, 96, 9, 40, kernel=(2, 2), upsample=True, batch=2, normed_after=32),
+    ConvCase(24, 40, 5, 7, doubles=True, normed_after=8),
+    ConvCase(64, 64, 1, 1, doubles=True),
+    ConvCase(32, 96, 9, 40, doubles=True, batch=2, normed_after=32),
     # A pixel shuffle within the convolution.
     ConvCase(24, 40, 5, 7, upsample=True, normed_after=8),
     ConvCase(40, 3, 13, 22, upsample=True, rms=True, activation="silu"),
@@ -184,7 +185,7 @@ CONVOLUTIONS = (
     ConvCase(24, 40, 9, 14, output_activation="relu"),
     ConvCase(64, 64, 19, 23, residual=True, output_activation="relu", normed_after=4),
     ConvCase(40, 33, 8, 9, output_activation="silu", activation="relu"),
-    ConvCase(40, 24, 8, 9, kernel=(2, 2), upsample=True, output_activation="tanh"),
+    ConvCase(40, 24, 8, 9, doubles=True, output_activation="tanh"),
     # Padding that is none, and more than a kernel reaches.
     ConvCase(72, 40, 21, 45, padding=_NONE, groups=8, activation="silu"),
     ConvCase(33, 65, 18, 7, padding=(2, 3, 0, 1), normed_after=5),
@@ -208,10 +209,10 @@ LAYERS = (
     # What Stable Diffusion's VAE is made of, on small images.
     ConvCase(4, 512, 32, 32, normed_after=32),
     ConvCase(512, 512, 32, 32, groups=32, residual=True),
-    ConvCase(512, 512, 32, 32, kernel=(2, 2), upsample=True),
+    ConvCase(512, 512, 32, 32, doubles=True),
     ConvCase(512, 256, 64, 64, groups=32, normed_after=32),
     ConvCase(512, 256, 64, 64, kernel=(1, 1), padding=_NONE),
-    ConvCase(256, 256, 64, 64, kernel=(2, 2), upsample=True),
+    ConvCase(256, 256, 64, 64, doubles=True),
     ConvCase(256, 128, 96, 96, groups=32),
     ConvCase(128, 128, 128, 128, groups=32, residual=True),
     ConvCase(128, 128, 128, 128, stride=2, padding=(0, 1, 0, 1)),

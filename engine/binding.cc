@@ -139,14 +139,13 @@ void bind_steps(nb::module_& m) {
               Field{"kernel_width", &ConvStep::kernel_width},
               Field{"stride", &ConvStep::stride}, Field{"above", &ConvStep::above},
               Field{"left", &ConvStep::left}, Field{"upsample", &ConvStep::upsample},
-              Field{"kernels", &ConvStep::kernels},
+              Field{"doubles", &ConvStep::doubles}, Field{"kernels", &ConvStep::kernels},
               Field{"tile_height", &ConvStep::tile_height},
               Field{"tile_width", &ConvStep::tile_width}, Field{"splits", &ConvStep::splits},
               Field{"together", &ConvStep::together}, Field{"partials", &ConvStep::partials});
   bind_struct(m, "WinogradStep", "Transforms kernels for Winograd's algorithm.",
               Field{"panels", &WinogradStep::panels}, Field{"blocks", &WinogradStep::blocks},
-              Field{"upsample", &WinogradStep::upsample}, Field{"side", &WinogradStep::side},
-              Field{"kernels", &WinogradStep::kernels});
+              Field{"phases", &WinogradStep::phases}, Field{"kernels", &WinogradStep::kernels});
   bind_struct(m, "StatisticsStep", "Sums of an image that no convolution summed.",
               Field{"batch", &StatisticsStep::batch}, Field{"input", &StatisticsStep::input},
               Field{"tile_height", &StatisticsStep::tile_height},
@@ -252,6 +251,12 @@ void bind_engine(nb::module_& m) {
       .def_ro("fetch", &WinogradCosts::fetch, "Reading one that was kept, from memory.")
       .def_ro("others", &WinogradCosts::others, "All else, in products of float32.");
 
+  nb::class_<DoublingCosts>(m, "DoublingCosts",
+                            "What parts of the algorithm for doubling cost, in own products.")
+      .def_ro("input", &DoublingCosts::input, "Transforming an input value.")
+      .def_ro("output", &DoublingCosts::output, "Transforming an output value.")
+      .def_ro("product", &DoublingCosts::product, "A product of transformed values.");
+
   nb::class_<Kernels>(m, "Kernels", "The kernels of one instruction set for one element type.")
       .def_prop_ro("isa", [](const Kernels& k) { return std::string(name(k.isa)); })
       .def_prop_ro("dtype",
@@ -269,6 +274,7 @@ void bind_engine(nb::module_& m) {
       .def_ro("tile_bytes", &Kernels::tile_bytes, "The most bytes for the input of a tile.")
       .def_ro("most_queries", &Kernels::most_queries, "The most queries of an attention item.")
       .def_ro("costs", &Kernels::costs)
+      .def_ro("doubling", &Kernels::doubling, "What convolutions that double an image cost.")
       .def_prop_ro(
           "winograd",
           [](const Kernels& k) {

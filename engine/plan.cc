@@ -142,29 +142,31 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   check_tiles(s.tile_height, s.tile_width, s.grid_height(), s.grid_width());
   require(s.splits > 0 && s.splits <= s.panels(), "more splits than panels");
   if (s.upsample) {
-    require((s.kernel_height == 2 || s.kernel_height == 3) &&
-                s.kernel_width == s.kernel_height && s.stride == 1,
-            "upsampling needs kernels of 2x2 or 3x3 and stride 1");
+    require(s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1,
+            "upsampling needs kernels of 3x3 and stride 1");
     require(s.output.height % 2 == 0 && s.output.height / 2 <= s.input.height &&
                 s.output.width == 2 * s.input.width,
             "the output of upsampling isn't twice its input");
   }
-  if (s.winograd()) {
-    require(kernels_.winograd_kernels != nullptr && s.stride == 1 &&
-                (s.doubles() || (s.kernel_height == 3 && s.kernel_width == 3)),
-            "Winograd's algorithm needs kernels of 3x3 with stride 1, and not AMX");
+  require(!s.doubles || (s.upsample && !s.winograd()),
+          "doubling is a kind of upsampling, and has an algorithm of its own");
+  if (s.unit() > 1) {
     require(s.together == 1, "one tile for each item");
-    require((s.tile_height % kWinogradTile == 0 || s.tiles_down() == 1) &&
-                (s.tile_width % kWinogradTile == 0 || s.tiles_across() == 1),
-            "tiles that don't begin where those of Winograd's algorithm do");
-    const Index positions = WinogradStep{.side = s.kernel_height}.positions();
-    check_kernels(s.kernels, s.kept, kept_bytes,
-                  product("kernels", {s.panels(), s.phases(), positions, s.input.blocks(),
-                                      kBlock, kPanel, 4}));
+    require((s.tile_height % s.unit() == 0 || s.tiles_down() == 1) &&
+                (s.tile_width % s.unit() == 0 || s.tiles_across() == 1),
+            "tiles that don't begin where squares of outputs do");
     product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 16});
+  }
+  if (s.winograd()) {
+    require(kernels_.winograd_kernels != nullptr && s.stride == 1 && s.kernel_height == 3 &&
+                s.kernel_width == 3,
+            "Winograd's algorithm needs kernels of 3x3 with stride 1, and not AMX");
+    check_kernels(s.kernels, s.kept, kept_bytes,
+                  product("kernels", {s.panels(), s.phases(), WinogradStep::kProducts,
+                                      s.input.blocks(), kBlock, kPanel, 4}));
   } else {
-    const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(), s.taps(),
-                                              kBlock, kPanel, element_bytes()});
+    const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(),
+                                              s.matrices(), kBlock, kPanel, element_bytes()});
     require(s.weights != nullptr && weights == weight_bytes, "packed weights of another size");
   }
   const Index biases = s.bias_step() == 0 ? 1 : s.phases();
@@ -184,14 +186,13 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
 
 void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
   require(kernels_.winograd_kernels != nullptr, "AMX has no Winograd's algorithm");
-  require(s.side == 3 || (s.side == 2 && s.upsample), "kernels that aren't of 3x3");
   const Index weights = product(
-      "weights", {s.panels, s.phases(), s.blocks, s.taps(), kBlock, kPanel, element_bytes()});
+      "weights", {s.panels, s.phases, s.blocks, s.kTaps, kBlock, kPanel, element_bytes()});
   require(s.weights != nullptr && weights > 0 && weights == weight_bytes,
           "packed weights of another size");
-  check_kernels(s.kernels, s.kept, kept_bytes,
-                product("kernels", {s.panels, s.phases(), s.positions(), s.blocks, kBlock,
-                                    kPanel, 4}));
+  check_kernels(
+      s.kernels, s.kept, kept_bytes,
+      product("kernels", {s.panels, s.phases, s.kProducts, s.blocks, kBlock, kPanel, 4}));
   append(s, s.items(), 0);
 }
 

@@ -13,8 +13,10 @@ namespace rbln_vae {
 constexpr Index kNone = -1;
 // The largest kernel that is taken has this many taps.
 constexpr Index kMaxTaps = 64;
-// Rows and columns of outputs that Winograd's algorithm makes at once.
-constexpr Index kWinogradTile = 4;
+// Rows and columns of outputs that Winograd's algorithm makes at once, and that for doubling.
+constexpr Index kOutputSquare = 4;
+// Products that the algorithm for doubling needs for them in one direction.
+constexpr Index kDoublingSide = 5;
 
 enum class Activation : int { kNone = 0, kSilu, kGelu, kMish, kRelu, kTanh };
 constexpr Activation kLastActivation = Activation::kTanh;
@@ -44,9 +46,9 @@ struct Reading {
 };
 
 // A convolution over tiles of an image. With `upsample` each point of the grid makes 2x2
-// outputs with a kernel each; else the grid is the output. The input may have more rows
-// than the outputs read. Kernels of 2x2 begin a row above and a column to the left of the
-// point, or at it, by their phase; those of 3x3 are all centred, and have a bias each.
+// outputs: by a kernel and a bias for each of the four phases or, where it `doubles`, by one
+// kernel that is convolved with the image doubled. Else the grid is the output. The input may
+// have more rows than the outputs read.
 struct ConvStep {
   Index batch = 1;
   Image input;
@@ -62,7 +64,9 @@ struct ConvStep {
   Index above = 0;  // rows of zeros
   Index left = 0;   // columns of zeros
   bool upsample = false;
-  const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
+  bool doubles = false;           // also true for `upsample` then
+  const void* weights = nullptr;  // [panels][phases][input blocks][taps][512], or of a step that
+                                  // doubles [panels][25][input blocks][512]
   Index kernels = kNone;          // made of them by a WinogradStep, where one did
   const float* kept = nullptr;    // instead of those in the arena: made in an earlier run
   const float* bias = nullptr;    // [panels * 16], or [phases][panels * 16]
@@ -72,23 +76,25 @@ struct ConvStep {
   Index together = 1;      // tiles of one item; the next is loaded during one
   Index partials = kNone;  // floats [N][tiles][2][panels * 16]: means, sums of squares
 
-  Index phases() const { return upsample ? 4 : 1; }
-  // Whether the input of a phase's kernel depends on the phase.
-  bool doubles() const { return upsample && kernel_height == 2; }
-  Index bias_step() const { return upsample && !doubles() ? panels() * kPanel : 0; }
+  Index points() const { return upsample ? 4 : 1; }  // outputs of a point of the grid
+  Index phases() const { return doubles ? 1 : points(); }
+  Index bias_step() const { return phases() > 1 ? panels() * kPanel : 0; }
   Index grid_height() const { return output.height / (upsample ? 2 : 1); }
   Index grid_width() const { return output.width / (upsample ? 2 : 1); }
   Index tiles_down() const { return ceil_div(grid_height(), tile_height); }
   Index tiles_across() const { return ceil_div(grid_width(), tile_width); }
   Index panels() const { return ceil_div(output.channels, kPanel); }
   Index taps() const { return kernel_height * kernel_width; }
+  // Matrices in which the weights are packed, for each phase.
+  Index matrices() const { return doubles ? kDoublingSide * kDoublingSide : taps(); }
   bool winograd() const { return kernels != kNone; }
+  // Rows and columns of the grid that are computed at once, and where they begin.
+  Index unit() const { return doubles ? kOutputSquare / 2 : winograd() ? kOutputSquare : 1; }
   // Rows and columns of the input that a tile reads.
   Index rows_read() const { return read(tile_height, kernel_height); }
   Index columns_read() const { return read(tile_width, kernel_width); }
   Index read(Index size, Index kernel) const {
-    if (winograd()) return ceil_div(size, kWinogradTile) * kWinogradTile + 2;
-    return upsample ? size + 2 : (size - 1) * stride + kernel;
+    return (ceil_div(size, unit()) * unit() - 1) * stride + kernel;
   }
   Index tiles() const { return batch * tiles_down() * tiles_across(); }
   Index items() const { return ceil_div(tiles(), together) * splits; }
@@ -103,15 +109,12 @@ struct WinogradStep {
   const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
   Index panels = 1;
   Index blocks = 1;
-  bool upsample = false;
-  Index side = 3;     // of a kernel: 3, or 2 with `upsample`
-  Index kernels = 0;  // floats [panels][phases][positions][input blocks][512]
+  Index phases = 1;
+  Index kernels = 0;  // floats [panels][phases][products][input blocks][512]
   float* kept = nullptr;  // where they are written instead, to be kept for later runs
 
-  Index phases() const { return upsample ? 4 : 1; }
-  Index taps() const { return side * side; }
-  // A row and a column of zeros in a 3x3 kernel leave 5x5 products of 6x6.
-  Index positions() const { return side == 2 ? 25 : 36; }
+  static constexpr Index kTaps = 9;
+  static constexpr Index kProducts = (kOutputSquare + 2) * (kOutputSquare + 2);
   Index items() const { return panels * blocks; }
 };
 

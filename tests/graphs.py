@@ -91,7 +91,7 @@ def graph_of_every_kind() -> Graph:
         Conv2d(
             "result",
             "pixels",
-            "phases",
+            "doubled",
             None,
             padding=(1, 1, 1, 1),
             upsample=True,
@@ -102,7 +102,7 @@ def graph_of_every_kind() -> Graph:
         shift=(8,),
         scale=(8,),
         second=(8, 8, 3, 3),
-        phases=(2, 2, 3, 8, 2, 2),
+        doubled=(3, 8, 3, 3),
     )
 
 

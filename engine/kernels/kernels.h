@@ -31,6 +31,14 @@ struct WinogradCosts {
   Costs others;    // everything else, in products of float32
 };
 
+// The costs of the parts of the algorithm for doubling (`conv2d/doubling.h`), as the number of
+// products of its own type that take as long.
+struct DoublingCosts {
+  double input;    // transforming an input value
+  double output;   // transforming an output value, and storing it
+  double product;  // a product, as in Winograd's algorithm
+};
+
 // The kernels of one instruction set for one element type: a row of the table, with their
 // abilities and costs. All constants belong to the instruction set, not to a processor, so
 // results are the same on all machines that have it.
@@ -47,6 +55,7 @@ struct Kernels {
   Index tile_bytes;    // the most bytes of a tile's input: a good part of the L2 cache
   Index most_queries;  // of one item of attention
   Costs costs;
+  DoublingCosts doubling;
   Index (*conv2d_scratch)(const ConvStep&);
   void (*conv2d)(const ConvStep&, const Context&, Index item);
   // Null if products are so fast that fewer of them are no gain.
@@ -60,6 +69,7 @@ struct Kernels {
 };
 
 constexpr Costs kFloat32Costs = {.product = 1.0, .norm = 24, .copy = 6, .weights = 8};
+constexpr DoublingCosts kFloat32Doubling = {.input = 24, .output = 16, .product = 1.1};
 constexpr WinogradCosts kWinogradCosts = {
     .input = 16,
     .output = 14,

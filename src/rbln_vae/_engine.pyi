@@ -67,6 +67,21 @@ class WinogradCosts:
     def others(self) -> Costs:
         """All else, in products of float32."""
 
+class DoublingCosts:
+    """What parts of the algorithm for doubling cost, in own products."""
+
+    @property
+    def input(self) -> float:
+        """Transforming an input value."""
+
+    @property
+    def output(self) -> float:
+        """Transforming an output value."""
+
+    @property
+    def product(self) -> float:
+        """A product of transformed values."""
+
 class Kernels:
     """The kernels of one instruction set for one element type."""
 
@@ -104,6 +119,10 @@ class Kernels:
 
     @property
     def costs(self) -> Costs: ...
+    @property
+    def doubling(self) -> DoublingCosts:
+        """What convolutions that double an image cost."""
+
     @property
     def winograd(self) -> WinogradCosts | None:
         """
@@ -265,6 +284,7 @@ class ConvStep:
         above: int = 0,
         left: int = 0,
         upsample: bool = False,
+        doubles: bool = False,
         kernels: int = -1,
         tile_height: int = 1,
         tile_width: int = 1,
@@ -325,6 +345,10 @@ class ConvStep:
     @upsample.setter
     def upsample(self, arg: bool, /) -> None: ...
     @property
+    def doubles(self) -> bool: ...
+    @doubles.setter
+    def doubles(self, arg: bool, /) -> None: ...
+    @property
     def kernels(self) -> int: ...
     @kernels.setter
     def kernels(self, arg: int, /) -> None: ...
@@ -353,13 +377,7 @@ class WinogradStep:
     """Transforms kernels for Winograd's algorithm."""
 
     def __init__(
-        self,
-        *,
-        panels: int = 1,
-        blocks: int = 1,
-        upsample: bool = False,
-        side: int = 3,
-        kernels: int = 0,
+        self, *, panels: int = 1, blocks: int = 1, phases: int = 1, kernels: int = 0
     ) -> None: ...
     @property
     def panels(self) -> int: ...
@@ -370,13 +388,9 @@ class WinogradStep:
     @blocks.setter
     def blocks(self, arg: int, /) -> None: ...
     @property
-    def upsample(self) -> bool: ...
-    @upsample.setter
-    def upsample(self, arg: bool, /) -> None: ...
-    @property
-    def side(self) -> int: ...
-    @side.setter
-    def side(self, arg: int, /) -> None: ...
+    def phases(self) -> int: ...
+    @phases.setter
+    def phases(self, arg: int, /) -> None: ...
     @property
     def kernels(self) -> int: ...
     @kernels.setter

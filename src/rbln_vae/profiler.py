@@ -98,8 +98,8 @@ class RunProfile:
     def _share(self, step: Step) -> str:
         """The percentage of the peak that a step reaches, as text; empty if unknown.
 
-        It counts the operations of a direct convolution. Winograd's algorithm needs fewer, so
-        it can exceed 100 %.
+        It counts the operations of a direct convolution. Winograd's algorithm needs fewer, and so
+        do convolutions that double an image, so it can exceed 100 %.
         """
         if not self.limit or not step.flops:
             return ""

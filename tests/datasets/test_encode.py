@@ -41,6 +41,7 @@ from rbln_vae.datasets.formats.webdataset import member_name
 from rbln_vae.datasets.seeds import seed_of
 from rbln_vae.errors import RBLNDatasetError
 from rbln_vae.metrics import relative_l2
+from rbln_vae.targets.base import get_target
 
 OPTIONS = Options(sizes=((32, 32),), aspect=True, bucket_step=8, shard_size=6, crop="random")
 COUNT = 20
@@ -382,6 +383,20 @@ def test_other_options_on_the_same_output_are_refused(images: Path, whole: Path)
             encode_dataset(images, whole, default_compiled(), options)
     with pytest.raises(RBLNDatasetError, match=r"model\.sha256"):
         encode_dataset(images, whole, compile_vae(make_vae(seed=1)), OPTIONS)
+    assert digests(whole) == before
+
+
+def test_bits_of_one_version_of_the_arithmetic_are_not_mixed_with_those_of_another(
+    images: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = get_target(default_compiled().resolved_config.target)
+    ours = target.arithmetic
+    assert json.loads((whole / "manifest.json").read_text())["model"]["arithmetic"] == ours
+    monkeypatch.setattr(type(target), "arithmetic", ours + 1)
+    before = digests(whole)
+    wanted = rf"model\.arithmetic {ours}, not {ours + 1}\. .* use the one that started it"
+    with pytest.raises(RBLNDatasetError, match=wanted):
+        encode_dataset(images, whole, default_compiled(), OPTIONS)
     assert digests(whole) == before
 
 

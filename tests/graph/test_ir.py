@@ -133,9 +133,21 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         small_graph(conv(stride=2, residual="x"), weight=(4, 4, 1, 1)),
         "residual 'x' is (3, 4, 4096, 5120), not (3, 4, 2048, 2560)",
     ),
-    "phases that are one kernel": (
-        small_graph(conv(upsample=True, padding=(1, 1, 1, 1)), weight=(4, 4, 3, 3)),
-        "not four phases of 2x2 or 3x3",
+    "upsampling by 2x2": (
+        small_graph(conv(upsample=True, padding=(1, 1, 1, 1)), weight=(2, 2, 4, 4, 2, 2)),
+        "not one kernel of 3x3 or 2x2 of them",
+    ),
+    "three phases": (
+        small_graph(conv(upsample=True, padding=(1, 1, 1, 1)), weight=(1, 3, 4, 4, 3, 3)),
+        "not one kernel of 3x3 or 2x2 of them",
+    ),
+    "a bias for each phase of a doubled image": (
+        small_graph(
+            conv(bias="bias", upsample=True, padding=(1, 1, 1, 1)),
+            weight=(4, 4, 3, 3),
+            bias=(2, 2, 4),
+        ),
+        "weight 'bias' has shape (2, 2, 4), its operation needs (4,)",
     ),
     "phases of 3x3 with one bias": (
         small_graph(
@@ -146,11 +158,11 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         "weight 'bias' has shape (4,), its operation needs (2, 2, 4)",
     ),
     "upsampling without padding": (
-        small_graph(conv(upsample=True), weight=(2, 2, 4, 4, 2, 2)),
+        small_graph(conv(upsample=True), weight=(4, 4, 3, 3)),
         "needs stride 1 and padding 1",
     ),
     "upsampling with a stride": (
-        small_graph(conv(upsample=True, padding=(1, 1, 1, 1), stride=2), weight=(2, 2, 4, 4, 2, 2)),
+        small_graph(conv(upsample=True, padding=(1, 1, 1, 1), stride=2), weight=(4, 4, 3, 3)),
         "needs stride 1 and padding 1",
     ),
     "groups that don't divide the channels": (
@@ -295,7 +307,7 @@ ATTENTION = Attention("y", "x", "x", "x", 2, 1.0)
         (conv(stride=3, padding=(2, 0, 0, 1)), {"weight": (1, 4, 2, 2)}, (2, 1, 2, 3)),
         (
             conv(padding=(1, 1, 1, 1), upsample=True),
-            {"weight": (2, 2, 6, 4, 2, 2)},
+            {"weight": (6, 4, 3, 3)},
             (2, 6, 10, 16),
         ),
         (GroupNorm("y", "x", NORM), SHAPES, (2, 4, 5, 8)),
@@ -351,8 +363,13 @@ def test_an_image_smaller_than_a_kernel_is_refused() -> None:
         (conv(padding=(1, 1, 1, 1)), {"weight": (6, 4, 3, 3)}, 2 * 2 * 6 * 5 * 8 * 4 * 9),
         (
             conv(padding=(1, 1, 1, 1), upsample=True),
-            {"weight": (2, 2, 6, 4, 2, 2)},
+            {"weight": (6, 4, 3, 3)},
             2 * 2 * 6 * 10 * 16 * 4 * 4,
+        ),
+        (
+            conv(padding=(1, 1, 1, 1), upsample=True),
+            {"weight": (2, 2, 6, 4, 3, 3)},
+            2 * 2 * 6 * 10 * 16 * 4 * 9,
         ),
         (ATTENTION, {}, 2 * 2 * 40 * 40 * (4 + 4)),
         (Add("y", "x", "x"), {}, 0),

@@ -11,7 +11,6 @@
 
 #include "engine/kernels/conv2d/epilogue.h"
 #include "engine/kernels/conv2d/loader.h"
-#include "engine/kernels/conv2d/winograd.h"
 #include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
@@ -79,7 +78,7 @@ class Conv2d {
         partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
                    tile * 2 * panels * kPanel;
       }
-      Epilogue<Simd> epilogue(s_, partials, current.height * current.width * s_.phases());
+      Epilogue<Simd> epilogue(s_, partials, current.height * current.width * s_.points());
       for (Index group = first; group < last && !stopped(context_); ++group) {
         const Index panel = group * Simd::kMaxPanels;
         // The loading of the next tile is distributed over the groups.
@@ -107,6 +106,9 @@ class Conv2d {
     const Index chunks = ceil_div(tile.width, most);
     const Index together = Simd::rows_at_once(smaller(tile.width, most));
     Index offsets[kMaxTaps];
+    for (Index tap = 0; tap < taps; ++tap) {
+      offsets[tap] = (tap / s_.kernel_width * pitch_ + tap % s_.kernel_width) * kBlock;
+    }
     Gemm<T, Scratch> g;
     g.row_step = s_.stride * pitch_ * kBlock;
     g.pixel_step = s_.stride * kBlock;
@@ -135,11 +137,6 @@ class Conv2d {
     for (Index phase = 0; phase < phases; ++phase) {
       const Index down = phase / 2;
       const Index right = phase % 2;
-      for (Index tap = 0; tap < taps; ++tap) {
-        const Index dy = tap / s_.kernel_width + (s_.doubles() ? down : 0);
-        const Index dx = tap % s_.kernel_width + (s_.doubles() ? right : 0);
-        offsets[tap] = (dy * pitch_ + dx) * kBlock;
-      }
       job.bias = s_.bias + phase * s_.bias_step();
       g.b = static_cast<const T*>(s_.weights) + panel * panel_step +
             phase * blocks * taps * kPanelBlock;

@@ -49,8 +49,8 @@ class Loader {
     plane_ = plane;
     top_ = tile.y * s_.stride - s_.above;
     left_ = tile.x * s_.stride - s_.left;
-    rows_ = s_.upsample ? tile.height + 2 : (tile.height - 1) * s_.stride + s_.kernel_height;
-    columns_ = s_.upsample ? tile.width + 2 : (tile.width - 1) * s_.stride + s_.kernel_width;
+    rows_ = (tile.height - 1) * s_.stride + s_.kernel_height;
+    columns_ = (tile.width - 1) * s_.stride + s_.kernel_width;
     // The columns inside the image.
     begin_ = smaller(columns_, larger(0, -left_));
     end_ = larger(begin_, smaller(columns_, s_.input.width - left_));

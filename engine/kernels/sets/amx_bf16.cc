@@ -53,7 +53,7 @@ static double limit(double seconds) {
 // Two tiles of the plan are in the L2 cache of 2 MiB. Products are so fast that everything else
 // is expensive in comparison, and Winograd's algorithm is no gain.
 constexpr Kernels bfloat16 = make_kernels<Tiles>(
-    {Isa::kAmxBf16, 700'000, 192,
-     {.product = 0.5, .norm = 256, .copy = 64, .weights = 100}, limit});
+    {Isa::kAmxBf16, 700'000, 192, {.product = 0.5, .norm = 256, .copy = 64, .weights = 100},
+     {.input = 256, .output = 200, .product = 1.5}, limit});
 
 }  // namespace rbln_vae::amx_bf16

@@ -10,7 +10,7 @@ using StoredBFloat16 = Joined<BFloat16Images, Broadcast<BFloat16Weights>>;
 static_assert(InstructionSet<Float32> && InstructionSet<StoredBFloat16>);
 
 constexpr Facts kFacts = {Isa::kAvx2, kTileBytes, kMostQueries, kFloat32Costs,
-                          limit_of_products<Float32Weights, 12>};
+                          kFloat32Doubling, limit_of_products<Float32Weights, 12>};
 constexpr Kernels float32 = make_winograd_kernels<Float32>(kFacts);
 constexpr Kernels bfloat16 = make_winograd_kernels<StoredBFloat16, Float32>(kFacts);
 

@@ -13,6 +13,7 @@ static_assert(InstructionSet<ProductsOfBFloat16> && InstructionSet<Float32>);
 constexpr Kernels bfloat16 = make_winograd_kernels<ProductsOfBFloat16, Float32>(
     {Isa::kAvx512Bf16, kTileBytes, kMostQueries,
      {.product = 0.5, .norm = 48, .copy = 12, .weights = 16},
+     {.input = 48, .output = 40, .product = 1.1},
      limit_of_products<BFloat16Weights, 24>});
 
 }  // namespace rbln_vae::avx512_bf16

@@ -8,7 +8,8 @@ using Float32 = Joined<Images<float>, Products<float>>;
 using StoredBFloat16 = Joined<Images<BFloat16>, Products<BFloat16>>;
 static_assert(InstructionSet<Float32> && InstructionSet<StoredBFloat16>);
 
-constexpr Facts kFacts = {Isa::kGeneric, kTileBytes, kMostQueries, kFloat32Costs, nullptr};
+constexpr Facts kFacts = {Isa::kGeneric, kTileBytes, kMostQueries, kFloat32Costs,
+                          kFloat32Doubling, nullptr};
 constexpr Kernels float32 = make_winograd_kernels<Float32>(kFacts);
 constexpr Kernels bfloat16 = make_winograd_kernels<StoredBFloat16, Float32>(kFacts);
 

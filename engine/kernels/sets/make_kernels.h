@@ -3,6 +3,8 @@
 
 #include "engine/kernels/attention/attention.h"
 #include "engine/kernels/conv2d/conv2d.h"
+#include "engine/kernels/conv2d/doubling.h"
+#include "engine/kernels/conv2d/winograd.h"
 #include "engine/kernels/sets.h"
 #include "engine/kernels/simd/instruction_set.h"
 
@@ -14,13 +16,27 @@ struct Facts {
   Index tile_bytes;
   Index most_queries;
   Costs costs;
+  DoublingCosts doubling;
   double (*limit)(double seconds);
 };
 
 template <class T>
 constexpr DType kDType = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
 
-// Only direct convolutions.
+// Direct convolutions, and those that double an image.
+template <InstructionSet Simd>
+struct Convolutions {
+  using Doubled = Filtering<Simd, Simd, Doubling<Simd>>;
+
+  static Index scratch_bytes(const ConvStep& s) {
+    return s.doubles ? Doubled::scratch_bytes(s) : Conv2d<Simd>::scratch_bytes(s);
+  }
+  static void run(const ConvStep& s, const Context& context, Index item) {
+    s.doubles ? Doubled::run(s, context, item) : Conv2d<Simd>::run(s, context, item);
+  }
+};
+
+// Without Winograd's algorithm.
 template <InstructionSet Simd>
 constexpr Kernels make_kernels(const Facts& facts) {
   return {facts.isa,
@@ -33,8 +49,9 @@ constexpr Kernels make_kernels(const Facts& facts) {
           facts.tile_bytes,
           facts.most_queries,
           facts.costs,
-          Conv2d<Simd>::scratch_bytes,
-          Conv2d<Simd>::run,
+          facts.doubling,
+          Convolutions<Simd>::scratch_bytes,
+          Convolutions<Simd>::run,
           nullptr,
           AttentionPack<Simd>::run,
           Attention<Simd>::scratch_bytes,
@@ -45,15 +62,15 @@ constexpr Kernels make_kernels(const Facts& facts) {
 // Convolutions with Winograd's algorithm if the step asks for it, with the products of `Float32`.
 template <InstructionSet Simd, InstructionSet Float32 = Simd>
 constexpr Kernels make_winograd_kernels(const Facts& facts) {
-  using Other = Winograd<Simd, Float32>;
+  using Other = Filtering<Simd, Float32, Winograd<Float32>>;
   Kernels kernels = make_kernels<Simd>(facts);
   kernels.conv2d_scratch = [](const ConvStep& s) {
-    return s.winograd() ? Other::scratch_bytes(s) : Conv2d<Simd>::scratch_bytes(s);
+    return s.winograd() ? Other::scratch_bytes(s) : Convolutions<Simd>::scratch_bytes(s);
   };
   kernels.conv2d = [](const ConvStep& s, const Context& context, Index item) {
-    s.winograd() ? Other::run(s, context, item) : Conv2d<Simd>::run(s, context, item);
+    s.winograd() ? Other::run(s, context, item) : Convolutions<Simd>::run(s, context, item);
   };
-  kernels.winograd_kernels = Other::transform;
+  kernels.winograd_kernels = WinogradKernels<Simd, Float32>::run;
   return kernels;
 }
 

@@ -18,6 +18,7 @@ from ..images import check_takes_pictures, with_opacity
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ENCODER
 from ..models.opening import open_found
+from ..targets.base import get_target
 from .buckets import Sizing
 from .options import Options
 from .pictures import Prepared
@@ -209,6 +210,7 @@ def identity_of(vae: RBLNAutoencoderModel, directory: Path | None) -> dict[str, 
         "sha256": digest,
         "target": config.target,
         "dtype": config.dtype,
+        "arithmetic": get_target(config.target).arithmetic,
         "vae_scale_factor": config.vae_scale_factor,
         "latent_channels": config.latent_channels,
         **{

@@ -34,6 +34,9 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 JOURNAL = "journal"
 
+OF_THE_PACKAGE = {"library_version", "model.arithmetic"}
+"""What in the record of a job no option sets, but the version of this package."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -308,9 +311,11 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], directory: 
     names = [n for n in {**wanted, **stored} if stored.get(n) != wanted.get(n)]
     if names:
         listed = "; ".join(f"{n} {stored.get(n)!r}, not {wanted.get(n)!r}" for n in names)
+        how = "Give the same values"
+        if set(names) <= OF_THE_PACKAGE:
+            how = "Its bits may differ from those of this version: use the one that started it"
         raise RBLNDatasetError(
-            f"{directory} was started with {listed}. Give the same values to resume, or name "
-            "another directory."
+            f"{directory} was started with {listed}. {how} to resume, or name another directory."
         )
 
 

@@ -66,6 +66,11 @@ class Interpreter:
             name: _fast_layout(weight.to(self.device, dtype))
             for name, weight in graph.weights.items()
         }
+        self._phases = {
+            operation.weight: _phases(graph.weights[operation.weight]).to(self.device, dtype)
+            for operation in graph.operations
+            if isinstance(operation, Conv2d) and operation.doubles(graph.weights)
+        }
 
     @torch.no_grad()
     def run(self, image: Tensor, before: OnOperation | None = None) -> Tensor:
@@ -110,7 +115,9 @@ class Interpreter:
         weight = self._weights[operation.weight]
         bias = None if operation.bias is None else self._weights[operation.bias]
         if operation.upsample:
-            result = _upsampled_convolution(image, weight, bias)
+            doubles = operation.doubles(self._weights)
+            phases = self._phases[operation.weight] if doubles else weight
+            result = _upsampled_convolution(image, phases, bias)
         else:
             above, below, left, right = operation.padding
             if above == below and left == right:
@@ -209,6 +216,19 @@ def _enlarged(image: Tensor, factor: int) -> Tensor:
 def _pixels_by_head(image: Tensor, heads: int) -> Tensor:
     """An image `(N, C, H, W)` as `(N, heads, H * W, C / heads)`."""
     return image.reshape(image.shape[0], heads, image.shape[1] // heads, -1).transpose(2, 3)
+
+
+def _phases(weight: Tensor) -> Tensor:
+    """Turn a kernel `(out, in, 3, 3)` into `(row phase, column phase, out, in, 2, 2)`.
+
+    An even row 2i reads rows 2i-1, 2i and 2i+1 of the doubled image, which are rows i-1, i
+    and i of the small image. An odd row 2i+1 reads rows i, i and i+1 of the small image.
+    """
+    gather = torch.tensor(
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64
+    )  # (phase, small tap, tap)
+    phases = torch.einsum("oikl,pak,qbl->pqoiab", weight.double(), gather, gather)
+    return phases.float().contiguous()
 
 
 def _upsampled_convolution(image: Tensor, phases: Tensor, bias: Tensor | None) -> Tensor:

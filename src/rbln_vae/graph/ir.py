@@ -158,12 +158,10 @@ class Conv2d(Operation):
     `norm` and then `activation` are applied to the input; the result is padded with zeros
     and convolved; then `residual` is added, and `output_activation` applied.
 
-    With `upsample` each pixel makes 2x2 pixels of the output, by four kernels `(row phase, column
-    phase, out, in, n, n)` instead of one `(out, in, height, width)`. Kernels of 2x2 are those of
-    a 3x3 convolution after nearest-neighbour doubling: that of a phase begins at the pixel above
-    for phase 0, at the pixel itself for phase 1, and likewise to the left. Kernels of 3x3 are
-    those of a convolution before a pixel shuffle: all are centred on the pixel, and each phase
-    has a bias of its own `(row phase, column phase, out)`.
+    With `upsample` each pixel makes 2x2 pixels of the output. With a kernel `(out, in, 3, 3)` that
+    is a convolution of the image doubled by nearest neighbours. With kernels `(row phase, column
+    phase, out, in, 3, 3)` it is one before a pixel shuffle: each phase has a kernel, centred on
+    the pixel, and a bias `(row phase, column phase, out)` of its own.
     """
 
     input: Value = field(metadata=_VALUE)
@@ -189,21 +187,25 @@ class Conv2d(Operation):
             _require(len(shape) == 4, f"weight {self.weight!r} has shape {shape}, not four axes")
             return shape
         _require(
-            len(shape) == 6 and shape[:2] == (2, 2) and shape[4:] in ((2, 2), (3, 3)),
-            f"weight {self.weight!r} has shape {shape}, not four phases of 2x2 or 3x3",
+            len(shape) in (4, 6) and shape[:-4] in ((), (2, 2)) and shape[-2:] == (3, 3),
+            f"weight {self.weight!r} has shape {shape}, not one kernel of 3x3 or 2x2 of them",
         )
-        return shape[2:]
+        return shape[-4:]
 
-    def has_bias_of_phases(self, weights: Weights) -> bool:
-        """Whether each phase of an upsampling convolution has a bias of its own."""
-        return self.upsample and self.kernel(weights)[2:] == (3, 3)
+    def doubles(self, weights: Weights) -> bool:
+        """Whether the image is doubled by nearest neighbours, and then convolved."""
+        return self.upsample and len(weights[self.weight].shape) == 4
+
+    def has_phases(self, weights: Weights) -> bool:
+        """Whether each pixel of a 2x2 cell of the output has a kernel and a bias of its own."""
+        return self.upsample and not self.doubles(weights)
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         batch, channels, height, width = shapes[self.input]
         out, into, rows, columns = self.kernel(weights)
         _require(into == channels, f"{channels} channels meet a kernel for {into}")
         if self.bias is not None:
-            phases = (2, 2) if self.has_bias_of_phases(weights) else ()
+            phases = (2, 2) if self.has_phases(weights) else ()
             _require_weight(weights, self.bias, (*phases, out))
         if self.norm is not None:
             self.norm.check(channels, weights)
@@ -235,7 +237,9 @@ class Conv2d(Operation):
 
     def flops(self, shapes: Shapes, weights: Weights) -> int:
         _, into, rows, columns = self.kernel(weights)
-        return 2 * math.prod(shapes[self.output]) * into * rows * columns
+        # A kernel of 3x3 meets only 2x2 different pixels of an image that is doubled.
+        taps = 4 if self.doubles(weights) else rows * columns
+        return 2 * math.prod(shapes[self.output]) * into * taps
 
     def __str__(self) -> str:
         text = super().__str__() + f" {self.weight}"

@@ -158,6 +158,8 @@ class Target(ABC):
     """Whether a compiled model takes only the shape that it was compiled for."""
     exact_batches: ClassVar[bool] = False
     """Whether each sample of a batch gets the same bits as in a run of its own."""
+    arithmetic: ClassVar[int] = 1
+    """The version of its arithmetic: the same model may give other bits by another version."""
     own_options: ClassVar[tuple[str, ...]] = ()
     """Options of a configuration that no other target takes."""
 

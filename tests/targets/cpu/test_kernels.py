@@ -121,7 +121,9 @@ def random_words(count: int) -> torch.Tensor:
     return torch.randint(0x00800000, 0x7F800000, (count,))
 
 
-@pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.height * c.width > 60], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CONVOLUTIONS if c.height * c.width > 60 and not c.doubles], ids=str
+)
 def test_tiles_of_one_item_follow_each_other(
     case: ConvCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,14 +169,14 @@ dtypes = st.sampled_from(["float32", "bfloat16"])
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes, sizes, sizes, sizes, st.integers(1, 3), st.sampled_from([0, 2, 3]), dtypes, st.data())
+@given(sizes, sizes, sizes, sizes, st.integers(1, 3), st.booleans(), dtypes, st.data())
 def test_winograd_takes_any_shape_and_tiles(
     inputs: int,
     outputs: int,
     height: int,
     width: int,
     batch: int,
-    upsample: int,
+    upsample: bool,
     dtype: str,
     data: st.DataObject,
 ) -> None:
@@ -184,8 +186,7 @@ def test_winograd_takes_any_shape_and_tiles(
         height,
         width,
         batch=batch,
-        kernel=(upsample, upsample) if upsample else (3, 3),
-        upsample=bool(upsample),
+        upsample=upsample,
         rms=data.draw(st.booleans()),
         residual=True,
     )
@@ -213,8 +214,8 @@ def test_bits_depend_on_the_place_in_four_rows_and_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
-    kernel, scale = ((2, 2), 2) if upsample else ((3, 3), 1)
-    case = ConvCase(40, 24, 36, 52, kernel=kernel, upsample=upsample)
+    scale = 2 if upsample else 1
+    case = ConvCase(40, 24, 36, 52, upsample=upsample)
     x = image(case)
     whole = convolved(case, x, dtype)
     for rows, columns in ((4, 0), (8, 16), (0, 32)):
@@ -235,6 +236,77 @@ def test_winograd_spreads_nan_and_infinity_no_further_than_its_tiles(
     found = convolved(case, x).isfinite()
     assert not found[:, :, 9:12, 11:14].any()
     found[:, :, 8:12, 8:16] = True
+    assert found.all()
+
+
+USABLE = [(k.isa, k.dtype) for k in _engine.all_kernels()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, sizes, sizes, sizes, st.integers(1, 3), dtypes, st.data())
+def test_doubling_takes_any_shape_and_tiles(
+    inputs: int,
+    outputs: int,
+    height: int,
+    width: int,
+    batch: int,
+    dtype: str,
+    data: st.DataObject,
+) -> None:
+    case = ConvCase(
+        inputs,
+        outputs,
+        height,
+        width,
+        batch=batch,
+        doubles=True,
+        rms=data.draw(st.booleans()),
+        residual=True,
+    )
+
+    def doubled(x: torch.Tensor, threads: int = 1) -> torch.Tensor:
+        return CpuRuntime(case.graph(), dtype=dtype, num_threads=threads).run(x)
+
+    found = doubled(image(case))
+    expected = Interpreter(case.graph()).run(image(case))
+    assert difference(found, expected) < {"float32": 3e-6, "bfloat16": 0.015}[dtype]
+    # Neither the batch nor tiles and threads change a bit.
+    assert torch.equal(doubled(image(case)[-1:]), found[-1:])
+    tile = tuple(min(size, 2 * data.draw(st.integers(1, 12))) for size in (height, width))
+    splits = data.draw(st.integers(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Convolution, "tile", lambda *_: tile)
+        patch.setattr(Convolution, "splits", lambda self, *_: min(splits, -(-self.outputs // 16)))
+        assert torch.equal(doubled(image(case), threads=2), found)
+
+
+@pytest.mark.parametrize(("isa", "dtype"), USABLE)
+def test_bits_of_a_doubled_image_depend_on_the_place_in_two_rows_and_columns(
+    isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
+    native = CpuRuntime(ConvCase(40, 24, 36, 52, doubles=True).graph(), dtype=dtype)
+    x = torch.randn(1, 40, 36, 52, generator=torch.Generator().manual_seed(7))
+    whole = native.run(x)
+    for rows, columns in ((2, 0), (8, 14), (0, 32)):
+        part = native.run(x[:, :, rows:, columns:])
+        # The first row and column of a part have zeros beside them.
+        expected = whole[:, :, 2 * rows + 4 :, 2 * columns + 4 :]
+        assert torch.equal(part[:, :, 4:, 4:], expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", BEST)
+def test_doubling_spreads_nan_and_infinity_no_further_than_its_squares(
+    dtype: str, value: float
+) -> None:
+    case = ConvCase(40, 24, 24, 24, doubles=True)
+    x = image(case)
+    x[0, 7, 10, 13] = value
+    found = CpuRuntime(case.graph(), dtype=dtype).run(x).isfinite()
+    # The kernel reaches those beside the four pixels that the value becomes.
+    assert not found[:, :, 19:23, 25:29].any()
+    found[:, :, 16:24, 24:32] = True
     assert found.all()
 
 
@@ -261,7 +333,7 @@ def convolutions(draw: st.DrawFn) -> Convolution:
     return Convolution(
         inputs=draw(WHOLE_BLOCKS),
         outputs=draw(WHOLE_BLOCKS),
-        kernel=(2, 2) if upsample else (3, 3),
+        kernel=(3, 3),
         stride=1,
         upsample=upsample,
         grid=(draw(WHOLE_TILES), draw(WHOLE_TILES)),

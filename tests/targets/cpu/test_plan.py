@@ -182,6 +182,37 @@ def test_a_convolution_has_weights_of_its_size_or_kernels_made_of_them() -> None
             make_plan().add(convolution(), FLOATS, weights)
 
 
+DOUBLED = _engine.Image(offset=AFTER, channels=32, height=16, width=16, plane=256, sample=256)
+KERNELS_OF_DOUBLING = torch.zeros(2, 25, 1, 512)
+
+
+def doubling(**changes: Any) -> _engine.ConvStep:
+    usual = {"output": DOUBLED, "kernel_height": 3, "kernel_width": 3, "above": 1, "left": 1}
+    return convolution(**{**usual, "upsample": True, "doubles": True, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"upsample": False}, "kind of upsampling"),
+        ({"kernels": 4 * AFTER}, "algorithm of its own"),
+        ({"kernel_height": 2, "kernel_width": 2}, "kernels of 3x3"),
+        ({"stride": 2}, "stride 1"),
+        ({"together": 2}, "one tile"),
+        ({"tile_height": 3}, "squares of outputs"),
+        ({"tile_width": 5}, "squares of outputs"),
+        ({"output": BEHIND}, "twice its input"),
+        ({"doubles": False}, "weights of another size"),
+    ],
+)
+def test_a_convolution_that_doubles_what_it_cannot_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    make_plan().add(doubling(tile_height=6, tile_width=4), FLOATS, KERNELS_OF_DOUBLING)
+    with pytest.raises(ValueError, match=message):
+        make_plan().add(doubling(**changes), FLOATS, KERNELS_OF_DOUBLING)
+
+
 @pytest.mark.parametrize(
     ("dtype", "wrong"),
     [("float32", torch.int32), ("float32", torch.bfloat16), ("bfloat16", torch.float16)],

@@ -97,6 +97,22 @@ def test_threads_do_not_change_a_bit(decoder: Graph, dtype: str) -> None:
     assert all(torch.equal(results[0], each) for each in results)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convolutions_with_and_without_doubling_share_a_weight(dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {"w": torch.randn(8, 8, 3, 3, generator=generator) / 8}
+    ones = (1, 1, 1, 1)
+    operations = (
+        Conv2d("a", "x", "w", None, padding=ones),
+        Conv2d("y", "a", "w", None, padding=ones, upsample=True),
+    )
+    graph = Graph("case", "x", 8, "y", operations, weights).verify()
+    image = torch.randn(1, 8, 9, 11, generator=generator)
+    found = CpuRuntime(graph, dtype=dtype).run(image)
+    limit = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+    assert difference(found, Interpreter(graph).run(image)) < limit
+
+
 def test_many_threads_share_a_runtime(decoder: Graph) -> None:
     native = CpuRuntime(decoder, num_threads=2)
     images = [torch.randn(1, 4, 3 + i, 9 - i) for i in range(7)]

@@ -22,6 +22,8 @@ class CpuTarget(GraphTarget):
     name = "cpu"
     description = "this machine's processor, by the native engine"
     exact_batches = True  # how work is divided doesn't change the order of any sum
+    # Goes up with every change of bits: of algorithms, of when they are taken, of sums, of packing.
+    arithmetic = 2
 
     def unavailable_reason(self) -> str | None:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from ... import _engine
 from ...graph.ir import (
@@ -26,7 +25,7 @@ from ...schedule.arena import Buffer, View
 from ...schedule.schedule import Kind, Schedule, Task
 from ...schedule.sweep import Keep, top_row
 from ...units import format_bytes
-from .packing import BLOCK, PANEL, bias_name, order_name
+from .packing import BLOCK, PANEL, bias_name, kernels_name, order_name
 from .program import Kernels, Native, Program, Step
 from .rules import CpuRules, statistics_tile
 from .tiles import attention_blocks, convolution_work, kernels_work
@@ -164,15 +163,13 @@ class _Lowering:
         native = _engine.WinogradStep(
             panels=conv.panels,
             blocks=-(-conv.inputs // BLOCK),
-            upsample=conv.upsample,
-            side=conv.kernel[0],
+            phases=conv.phases,
             kernels=_offset(task.buffers["kernels"]),
         )
         work = 2 * kernels_work(conv, self.machine)
-        kernels = Kernels(operation.weight, task.buffers["kernels"].bytes)
-        return self.make(
-            task, native, operation.weight, kind="Winograd", work=work, kernels=kernels
-        )
+        name = kernels_name(operation)
+        kernels = Kernels(name, task.buffers["kernels"].bytes)
+        return self.make(task, native, name, kind="Winograd", work=work, kernels=kernels)
 
     def convolution(self, task: Task, operation: Conv2d) -> Step:
         rules, machine = self.rules, self.machine
@@ -193,10 +190,8 @@ class _Lowering:
         if isinstance(operation.norm, RMSNorm):
             weights[2], eps = operation.norm.weight, operation.norm.eps
         if kernels is None:
-            weights[1] = operation.weight
-            phases = 4 if operation.upsample else 1
-            elements = math.prod(conv.kernel) * conv.inputs * conv.outputs * phases
-            weight_bytes = elements * machine.element_bytes
+            weights[1] = kernels_name(operation)
+            weight_bytes = conv.products * conv.inputs * conv.outputs * machine.element_bytes
         source, *residual = task.inputs
         # In a sketch the first strip stands for all of them.
         rows = task.rows[1] - task.rows[0]
@@ -217,6 +212,7 @@ class _Lowering:
             above=task.source_row - top_row(operation, task.rows[0]),
             left=operation.padding[2],
             upsample=operation.upsample,
+            doubles=conv.doubles,
             kernels=_offset(kernels),
             tile_height=tile[0],
             tile_width=tile[1],
@@ -231,7 +227,7 @@ class _Lowering:
             kind=operation.kind,
             work=work,
             extra_bytes=weight_bytes,
-            kernels=None if kernels is None else Kernels(operation.weight, kernels.bytes),
+            kernels=None if kernels is None else Kernels(kernels_name(operation), kernels.bytes),
         )
 
     # Norms.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...graph.ir import Conv2d, Graph, RMSNorm, Shuffle
+from ...graph.ir import Conv2d, Graph, Operation, RMSNorm, Shuffle
 
 BLOCK = 32
 """Channels of a block: images have the memory layout `[N][blocks][H][W][32]`."""
@@ -32,20 +32,21 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
 
     Returns:
         A tensor for each weight of the graph, under its name (that of an RMS norm padded with
-        zeros to whole blocks of channels), and a bias of zeros for each convolution without
-        one, under `bias_name`.
+        zeros to whole blocks of channels; kernels under `kernels_name`), and a bias of zeros
+        for each convolution without one, under `bias_name`.
     """
     packed: dict[str, Tensor] = {}
     for operation in graph.operations:
-        for name in operation.weights:
-            if name not in packed:
-                packed[name] = graph.weights[name].detach().to(torch.float32).contiguous()
+        for name in _vectors(operation):
+            packed[name] = graph.weights[name].detach().to(torch.float32).contiguous()
     for operation in graph.operations:
         if isinstance(operation, Conv2d):
-            kernels = graph.weights[operation.weight]
-            packed[operation.weight] = pack_kernels(kernels, DTYPES[dtype])
+            kernels = graph.weights[operation.weight].detach()
+            if operation.doubles(graph.weights):
+                kernels = doubling_kernels(kernels)
+            packed[kernels_name(operation)] = pack_kernels(kernels, DTYPES[dtype])
             outputs = operation.kernel(graph.weights)[0]
-            phases = 4 if operation.has_bias_of_phases(graph.weights) else 1
+            phases = 4 if operation.has_phases(graph.weights) else 1
             bias = torch.zeros(phases, -(-outputs // PANEL) * PANEL)
             if operation.bias is not None:
                 bias[:, :outputs] = graph.weights[operation.bias].detach().view(phases, outputs)
@@ -71,17 +72,18 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: (tuple(graph.weights[name].shape), torch.float32)
         for operation in graph.operations
-        for name in operation.weights
+        for name in _vectors(operation)
     }
     for operation in graph.operations:
         if isinstance(operation, Conv2d):
             outputs, inputs, height, width = operation.kernel(graph.weights)
             panels, blocks = -(-outputs // PANEL), -(-inputs // BLOCK)
-            phases = 4 if operation.upsample else 1
-            size = panels * PANEL * phases * blocks * BLOCK * height * width
-            expected[operation.weight] = ((size,), DTYPES[dtype])
-            biases = 4 if operation.has_bias_of_phases(graph.weights) else 1
-            expected[bias_name(operation)] = ((biases * panels * PANEL,), torch.float32)
+            phases = 4 if operation.has_phases(graph.weights) else 1
+            doubles = operation.doubles(graph.weights)
+            matrices = DOUBLING_PRODUCTS if doubles else phases * height * width
+            size = panels * PANEL * matrices * blocks * BLOCK
+            expected[kernels_name(operation)] = ((size,), DTYPES[dtype])
+            expected[bias_name(operation)] = ((phases * panels * PANEL,), torch.float32)
             if isinstance(operation.norm, RMSNorm):
                 expected[operation.norm.weight] = ((blocks * BLOCK,), torch.float32)
         elif isinstance(operation, Shuffle):
@@ -98,6 +100,17 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
             )
 
 
+def _vectors(operation: Operation) -> tuple[str, ...]:
+    """The names of all weights but kernels."""
+    kernels = operation.weight if isinstance(operation, Conv2d) else None
+    return tuple(name for name in operation.weights if name != kernels)
+
+
+def kernels_name(operation: Conv2d) -> str:
+    """The name of a convolution's packed kernels: with `upsample` they are packed otherwise."""
+    return f"{operation.weight}.upsample" if operation.upsample else operation.weight
+
+
 def bias_name(operation: Conv2d) -> str:
     """The name of a convolution's padded bias."""
     return operation.bias if operation.bias is not None else f"{operation.weight}.no_bias"
@@ -108,6 +121,24 @@ def order_name(operation: Shuffle) -> str:
     return f"{operation.output}.order"
 
 
+DOUBLING = torch.tensor(
+    [[1, 0, 0], [0.5, 0.5, 0.5], [-0.5, -0.5, 0.5], [-0.5, 0.5, 0.5], [0, 0, 1]],
+    dtype=torch.float64,
+)
+"""What each product for an image that is doubled takes of three taps, in one direction.
+
+The engine's `kernels/conv2d/doubling.h` says of which pixels the products are.
+"""
+
+DOUBLING_PRODUCTS = len(DOUBLING) ** 2
+
+
+def doubling_kernels(kernels: Tensor) -> Tensor:
+    """Transform the kernels `(out, in, 3, 3)` for a doubled image to `(25, out, in, 1, 1)`."""
+    products = torch.einsum("oikl,pk,ql->pqoi", kernels.double(), DOUBLING, DOUBLING)
+    return products.flatten(0, 1)[..., None, None].float()
+
+
 def pack_kernels(kernels: Tensor, dtype: torch.dtype) -> Tensor:
     """Pack the kernels of one convolution as `[panels][phases][input blocks][taps][512]`.
 
@@ -115,8 +146,7 @@ def pack_kernels(kernels: Tensor, dtype: torch.dtype) -> Tensor:
     `[16][16][2]`, with pairs of input channels together, in bfloat16.
 
     Args:
-        kernels: The kernels `(out, in, height, width)` or, with four phases,
-            `(2, 2, out, in, 2, 2)`.
+        kernels: The kernels `(out, in, height, width)`, with any axes of phases before.
         dtype: The dtype of the result.
     """
     outputs, inputs, height, width = kernels.shape[-4:]

@@ -163,6 +163,7 @@ class CpuRules:
             kernel=(height, width),
             stride=operation.stride,
             upsample=operation.upsample,
+            doubles=operation.doubles(self.graph.weights),
             grid=(grid[0], grid[1]),
             normed=operation.norm is not None or operation.activation is not None,
         )

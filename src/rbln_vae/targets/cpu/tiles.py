@@ -11,17 +11,17 @@ import math
 from dataclasses import dataclass
 
 from ... import _engine
-from .packing import BLOCK, PANEL
+from .packing import BLOCK, DOUBLING_PRODUCTS, PANEL
 
-WINOGRAD_TILES = 32
-"""The most 4x4 outputs of Winograd's algorithm in a tile of the plan.
+SQUARE = 4
+"""The rows and columns of outputs that Winograd's algorithm computes at once, and doubling."""
+
+SQUARES = 32
+"""The most such squares in a tile of the plan.
 
 Enough that fetching weights costs little compared with the products; few enough that the
 transformed 128 channels stay in the L2 cache.
 """
-
-WINOGRAD_TILE = 4
-"""The rows and columns of outputs that Winograd's algorithm computes together."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Convolution:
     upsample: bool
     grid: tuple[int, int]
     normed: bool
+    doubles: bool = False
     winograd: bool = False
 
     @property
@@ -102,14 +103,19 @@ class Convolution:
         The last bits of an output depend on its position modulo this number, and on nothing
         else in the plan.
         """
-        return WINOGRAD_TILE if self.winograd else 1
+        return SQUARE // 2 if self.doubles else SQUARE if self.winograd else 1
+
+    @property
+    def phases(self) -> int:
+        """Kernels that each point of the grid has."""
+        return 4 if self.upsample and not self.doubles else 1
 
     @property
     def products(self) -> int:
-        """Products per input and output channel, for a grid point or for 4x4 points (Winograd)."""
-        if self.winograd:
-            return (25 if self.kernel == (2, 2) else 36) * (4 if self.upsample else 1)
-        return math.prod(self.kernel) * (4 if self.upsample else 1)
+        """Products per input and output channel, for as many grid points as are made at once."""
+        if self.doubles:
+            return DOUBLING_PRODUCTS
+        return (36 if self.winograd else math.prod(self.kernel)) * self.phases
 
     @property
     def panels(self) -> int:
@@ -127,14 +133,10 @@ class Convolution:
 
     def read(self, tile: tuple[int, int]) -> tuple[int, int]:
         """The rows and columns of the input that a tile reads."""
-        if self.upsample:
-            return tile[0] + 2, tile[1] + 2
-        if self.winograd:
-            rows, columns = (-(-size // WINOGRAD_TILE) * WINOGRAD_TILE for size in tile)
-            return rows + 2, columns + 2
+        rows, columns = (-(-size // self.row_step) * self.row_step for size in tile)
         return (
-            (tile[0] - 1) * self.stride + self.kernel[0],
-            (tile[1] - 1) * self.stride + self.kernel[1],
+            (rows - 1) * self.stride + self.kernel[0],
+            (columns - 1) * self.stride + self.kernel[1],
         )
 
     def tiles(self, tile: tuple[int, int]) -> int:
@@ -157,8 +159,8 @@ class Convolution:
 
     def tile(self, machine: Machine) -> tuple[int, int]:
         """The height and width of tiles: those with the least overhead that fit in the cache."""
-        if self.winograd:
-            return self.winograd_tile(machine)
+        if self.row_step > 1:
+            return self.tile_of_squares(machine)
         height, width = self.grid
         pixel = -(-self.inputs // BLOCK) * BLOCK * machine.scratch_element_bytes
         # Enough tiles for a few threads. Their number must not matter here; splits make more.
@@ -171,8 +173,7 @@ class Convolution:
             columns = min(width, -(-columns // 16) * 16)
             across = self.read((1, columns))[1] * pixel
             rows = machine.kernels.tile_bytes // across
-            taken = self.read((1, 1))[0] if not self.upsample else 3
-            rows = (rows - taken) // self.stride + 1
+            rows = (rows - self.kernel[0]) // self.stride + 1
             rows = max(1, min(height, rows, 32, max(1, enough // columns)))
             if rows > machine.kernels.rows:
                 rows -= rows % machine.kernels.rows
@@ -196,13 +197,13 @@ class Convolution:
                 best, best_cost = tile, cost
         return best
 
-    def winograd_tile(self, machine: Machine) -> tuple[int, int]:
-        """The tile of at most `WINOGRAD_TILES` 4x4 outputs that reads the least."""
-        down, across = (-(-size // WINOGRAD_TILE) for size in self.grid)
+    def tile_of_squares(self, machine: Machine) -> tuple[int, int]:
+        """The tile of at most `SQUARES` squares of 4x4 outputs that reads the least."""
+        down, across = (-(-size // self.row_step) for size in self.grid)
         best, best_cost = (1, 1), math.inf
-        for columns in range(min(across, WINOGRAD_TILES), 0, -1):
-            rows = min(down, WINOGRAD_TILES // columns)
-            tile = rows * WINOGRAD_TILE, columns * WINOGRAD_TILE
+        for columns in range(min(across, SQUARES), 0, -1):
+            rows = min(down, SQUARES // columns)
+            tile = rows * self.row_step, columns * self.row_step
             weights = self.product_cost((1, 1)) * self.costs(machine).weights
             cost = self.tiles(tile) * (self.load_cost(tile, machine) + weights)
             if cost < best_cost:
@@ -227,7 +228,7 @@ class Convolution:
 
         It is limited so that there are enough items for all threads to finish together.
         """
-        if not machine.kernels.overlaps:
+        if not machine.kernels.overlaps or self.row_step > 1:
             return 1
         items = batch * self.tiles(tile) * splits
         return max(1, min(16, items // (8 * machine.threads)))
@@ -241,9 +242,12 @@ def convolution_work(conv: Convolution, tile: tuple[int, int], machine: Machine)
         tile: The height and width of its tiles.
         machine: The machine.
     """
+    if conv.doubles:
+        doubling = machine.kernels.doubling
+        return _transforms(conv, doubling) + doubling.product * conv.product_cost(conv.grid)
     if conv.winograd:
         costs = _winograd_costs(machine)
-        products = _winograd_transforms(conv, costs) + costs.product * conv.product_cost(conv.grid)
+        products = _transforms(conv, costs) + costs.product * conv.product_cost(conv.grid)
         return products / machine.kernels.costs.product
     return (conv.product_cost(tile) + conv.load_cost(tile, machine)) * conv.tiles(tile)
 
@@ -260,11 +264,11 @@ def _winograd_costs(machine: Machine) -> _engine.WinogradCosts:
     return costs
 
 
-def _winograd_transforms(conv: Convolution, costs: _engine.WinogradCosts) -> float:
-    """The work of transforming the images, in products of float32."""
+def _transforms(conv: Convolution, costs: _engine.WinogradCosts | _engine.DoublingCosts) -> float:
+    """The work of transforming the images, in the products of the costs."""
     inputs, outputs = -(-conv.inputs // BLOCK) * BLOCK, conv.panels * PANEL
-    phases = 4 if conv.upsample else 1
-    return math.prod(conv.grid) * (costs.input * inputs + costs.output * outputs * phases)
+    points = 4 if conv.upsample else 1
+    return math.prod(conv.grid) * (costs.input * inputs + costs.output * outputs * points)
 
 
 def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST.winograd) -> bool:
@@ -283,13 +287,12 @@ def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST
     costs = machine.kernels.winograd
     if costs is None:
         return False
-    doubles = conv.upsample and conv.kernel == (2, 2)
-    if not doubles and (conv.kernel, conv.stride) != ((3, 3), 1):
+    if conv.doubles or (conv.kernel, conv.stride) != ((3, 3), 1):
         return False
     padded = dataclasses.replace(conv, outputs=conv.panels * PANEL)
     winograd = dataclasses.replace(padded, winograd=True)
     time = (
-        _winograd_transforms(winograd, costs)
+        _transforms(winograd, costs)
         + costs.product * winograd.product_cost(conv.grid)
         + costs.fetch * winograd.product_cost((1, 1))
     )

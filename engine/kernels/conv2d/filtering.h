@@ -1,0 +1,257 @@
+// Convolutions with fewer products than their definition, which multiply sums of pixels with sums
+// of taps: minimal filtering.
+//
+// An `Algorithm` says how 4x4 outputs are made: it transforms the pixels that they depend on to
+// `kValues` values, of which `kProducts` products with as many transformed kernels are summed
+// over the channels, and makes the outputs of these sums. So the input of a tile is transformed
+// in the thread's scratch, multiplied product by product, and transformed back.
+//
+// The rounding of an output depends on its position in its 4x4 square, and a NaN or an infinity in
+// the input makes the whole square NaN.
+#pragma once
+
+#include <type_traits>
+
+#include "engine/kernels/conv2d/epilogue.h"
+#include "engine/kernels/conv2d/loader.h"
+#include "engine/kernels/simd/instruction_set.h"
+#include "engine/steps.h"
+
+namespace rbln_vae {
+
+// `Images` loads and stores images, `Simd` multiplies.
+template <InstructionSet Images, InstructionSet Simd, class Algorithm>
+class Filtering {
+  using T = typename Images::T;
+  using Weight = typename Simd::T;
+  using Factor = typename Simd::Scratch;
+  static_assert(Images::kMaxPanels >= Simd::kMaxPanels);
+  static constexpr Index kValues = Algorithm::kValues;
+  static constexpr Index kProducts = Algorithm::kProducts;
+  // Rows and columns of outputs in a square, and those of the grid that make them.
+  static constexpr Index kSquare = kOutputSquare;
+  static constexpr Index kPoints = Algorithm::kPoints;
+  static constexpr Index kScale = kSquare / kPoints;
+  // Squares that are multiplied together.
+  static constexpr Index kMost = Simd::kMaxRows * Simd::kMaxPixels;
+  static constexpr Index kGroup = Simd::kMaxPanels * kMost * kPanel;
+  // The most bytes of sums that wait to be transformed back, so that they fit in the L2 cache
+  // together with the factors.
+  static constexpr Index kSumsBytes = 320 * 1024;
+
+ public:
+  static Index scratch_bytes(const ConvStep& s) {
+    const Sizes sizes(s);
+    return (sizes.input + sizes.sums * kProducts + sizes.outputs) *
+               static_cast<Index>(sizeof(float)) +
+           sizes.all_values * static_cast<Index>(sizeof(Factor)) + s.norm_bytes();
+  }
+
+  static void run(const ConvStep& s, const Context& context, Index item) {
+    Filtering(s, context).run(item);
+  }
+
+ private:
+  // The sizes of the parts of the scratch, in elements.
+  struct Sizes {
+    Index squares;     // in a tile of the plan
+    Index chunks;      // groups of squares that are multiplied together
+    Index chunk;       // squares of each chunk except the last
+    Index groups;      // groups of panels that are multiplied before they are transformed back
+    Index input;       // a block of the input: [rows][columns][32]
+    Index values;      // distance of transformed inputs: [blocks][squares][32]
+    Index all_values;  // all of them, and what whole tiles read, and discard, beyond
+    Index sums;        // distance of products: [groups][chunks][panels][pixels][16]
+    Index outputs;     // a row of squares: [panels][4][columns][16]
+
+    explicit Sizes(const ConvStep& s) {
+      const Index across = ceil_div(s.tile_width, kPoints);
+      squares = ceil_div(s.tile_height, kPoints) * across;
+      chunks = ceil_div(squares, kMost);
+      chunk = Simd::kWholeTiles ? kMost : ceil_div(squares, chunks);
+      input = s.rows_read() * s.columns_read() * kBlock;
+      values = apart<Factor>(s.input.blocks() * squares * kBlock);
+      all_values = kValues * values + (Simd::kWholeTiles ? kMost * kBlock : 0);
+      const Index group = chunks * kGroup;
+      // The epilogue takes all phases of one group after another.
+      groups = s.phases() > 1 ? 1
+                              : larger(1, kSumsBytes / (kProducts * group *
+                                                        static_cast<Index>(sizeof(float))));
+      sums = apart<float>(groups * group);
+      outputs = Simd::kMaxPanels * kSquare * across * kSquare * kPanel;
+    }
+
+    // All of them are accessed together, so they are whole pages and a bit apart, to lie in
+    // different sets of the L1 cache.
+    template <class Element>
+    static Index apart(Index elements) {
+      constexpr Index page = 4096 / sizeof(Element);
+      return ceil_div(elements, page) * page + 128 / static_cast<Index>(sizeof(Element));
+    }
+  };
+
+  Filtering(const ConvStep& s, const Context& context)
+      : s_(s), context_(context), sizes_(s) {
+    input_ = reinterpret_cast<float*>(context.scratch);
+    values_ = reinterpret_cast<Factor*>(input_ + sizes_.input);
+    sums_ = reinterpret_cast<float*>(values_ + sizes_.all_values);
+    outputs_ = sums_ + sizes_.sums * kProducts;
+    norms_ = outputs_ + sizes_.outputs;
+    const void* kernels = s.weights;
+    if (s.winograd()) kernels = context.arena + s.kernels;
+    if (s.kept != nullptr) kernels = s.kept;
+    kernels_ = static_cast<const Weight*>(kernels);
+  }
+
+  void run(Index item) {
+    Simd::enter();
+    const ConvTile tile(s_, item / s_.splits);
+    const Index split = item % s_.splits;
+    const Index panels = s_.panels();
+    const Index all = ceil_div(panels, Simd::kMaxPanels);
+    const Index first = all * split / s_.splits;
+    const Index last = all * (split + 1) / s_.splits;
+    load(tile);
+    float* partials = nullptr;
+    if (s_.partials != kNone) {
+      partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
+                 tile.index * 2 * panels * kPanel;
+    }
+    Epilogue<Images> epilogue(s_, partials, tile.height * tile.width * s_.points());
+    for (Index group = first; group < last; group += sizes_.groups) {
+      const Index end = smaller(group + sizes_.groups, last);
+      for (Index phase = 0; phase < s_.phases(); ++phase) {
+        multiply(group, end, phase);
+        for (Index each = group; each < end; ++each) {
+          store(tile, each, each - group, phase, epilogue);
+        }
+      }
+    }
+    Simd::leave();
+  }
+
+  // Loads the input of the tile and transforms it, block by block.
+  void load(const ConvTile& tile) {
+    ConvTile whole = tile;
+    whole.height = ceil_div(tile.height, kPoints) * kPoints;
+    whole.width = ceil_div(tile.width, kPoints) * kPoints;
+    down_ = whole.height / kPoints;
+    across_ = whole.width / kPoints;
+    squares_ = down_ * across_;
+    Loader<Images, float> loader(s_, context_, norms_);
+    loader.start(whole, input_, 0);
+    const Index pitch = s_.columns_read();
+    for (Index block = 0; block < s_.input.blocks(); ++block) {
+      loader.advance((whole.height + 2) * (whole.width + 2));
+      Factor* to = values_ + block * sizes_.squares * kBlock;
+      for (Index y = 0; y < down_; ++y) {
+        for (Index x = 0; x < across_; ++x, to += kBlock) {
+          const float* from = input_ + (y * pitch + x) * kPoints * kBlock;
+          Algorithm::input(from, pitch * kBlock, to, sizes_.values);
+          Algorithm::input(from + kPanel, pitch * kBlock, to + kPanel, sizes_.values);
+        }
+      }
+    }
+  }
+
+  // All products for some groups of panels. The next kernels are prefetched, one panel during
+  // each chunk.
+  void multiply(Index first, Index last, Index phase) {
+    const Index blocks = s_.input.blocks();
+    const Index kernels = kProducts * blocks * kPanelBlock;  // of one panel and phase
+    const Index tap = 0;
+    Gemm<Weight, Factor> g;
+    g.pixel_step = kBlock;
+    g.taps = &tap;
+    g.tap_count = 1;
+    g.blocks = blocks;
+    g.plane = sizes_.squares * kBlock;
+    g.last_channels = s_.input.channels - (blocks - 1) * kBlock;
+    g.panel_step = s_.phases() * kernels;
+    const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
+    for (Index product = 0; product < kProducts && !stopped(context_); ++product) {
+      const Weight* here = kernels_ + phase * kernels + product * blocks * kPanelBlock;
+      for (Index group = first; group < last; ++group) {
+        g.panels = smaller(Simd::kMaxPanels, s_.panels() - group * Simd::kMaxPanels);
+        g.b = here + group * step;
+        g.c = sums_ + product * sizes_.sums + (group - first) * sizes_.chunks * kGroup;
+        const Weight* next =
+            group + 1 < last ? g.b + step : here + blocks * kPanelBlock + first * step;
+        for (Index chunk = 0; chunk * sizes_.chunk < squares_; ++chunk, g.c += kGroup) {
+          const Index begin = chunk * sizes_.chunk;
+          const Index count = smaller(sizes_.chunk, squares_ - begin);
+          g.pixels = smaller(count, Simd::kMaxPixels);
+          g.rows = ceil_div(count, g.pixels);
+          g.row_step = g.pixels * kBlock;
+          g.a = values_ + Algorithm::value(product) * sizes_.values + begin * kBlock;
+          g.ahead = chunk < g.panels ? next + chunk * g.panel_step : nullptr;
+          Simd::gemm(g);
+        }
+      }
+    }
+  }
+
+  // Transforms the sums of one group back, a row of squares at a time, and stores it.
+  void store(const ConvTile& tile, Index group, Index place, Index phase,
+             Epilogue<Images>& epilogue) {
+    const Index panel = group * Simd::kMaxPanels;
+    const Index apart = s_.phases() > 1 ? 2 : 1;  // pixels from one output to the next
+    const Index height = tile.height * kScale;
+    typename Epilogue<Images>::Job job;
+    job.sums = outputs_;
+    job.bias = s_.bias + phase * s_.bias_step();
+    job.pitch = across_ * kSquare;
+    job.panel = panel;
+    job.panels = smaller(Simd::kMaxPanels, s_.panels() - panel);
+    job.pixels = tile.width * kScale;
+    job.pixel_step = apart * kBlock;
+    job.row_step = apart * s_.output.width * kBlock;
+    job.block_step = s_.output.plane * kBlock;
+    job.residual_block_step = s_.residual.plane * kBlock;
+    const float* sums = sums_ + place * sizes_.chunks * kGroup;
+    for (Index row = 0; row < down_; ++row) {
+      job.rows = smaller(kSquare, height - row * kSquare);
+      // Surplus rows are overwritten by the next panel, or lie in the buffer's slack.
+      for (Index each = 0; each < job.panels; ++each) {
+        for (Index x = 0; x < across_; ++x) {
+          const Index at = row * across_ + x;
+          const float* from =
+              sums + at / sizes_.chunk * kGroup + (each * kMost + at % sizes_.chunk) * kPanel;
+          float* to = outputs_ + (each * job.rows * job.pitch + x * kSquare) * kPanel;
+          Algorithm::output(from, sizes_.sums, to, job.pitch * kPanel);
+        }
+      }
+      const Index y = (tile.y * kScale + row * kSquare) * apart + phase / 2;
+      const Index x = tile.x * kScale * apart + phase % 2;
+      job.output = pixel(s_.output, tile.n, panel / 2, y, x);
+      job.residual = s_.residual.channels == 0
+                         ? nullptr
+                         : pixel(s_.residual, tile.n, panel / 2, y, x);
+      job.first = phase == 0 && row == 0;
+      job.last = phase + 1 == s_.phases() && row + 1 == down_;
+      epilogue.start(job);
+      epilogue.finish();
+    }
+  }
+
+  T* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
+    return reinterpret_cast<T*>(context_.arena + image.offset) + image.at(n, block, y) +
+           x * kBlock;
+  }
+
+  const ConvStep& s_;
+  const Context& context_;
+  const Sizes sizes_;
+  float* input_;
+  Factor* values_;
+  float* sums_;
+  float* outputs_;
+  float* norms_;
+  const Weight* kernels_;  // [panels][phases][products][blocks][512]
+  // The squares of the loaded tile.
+  Index down_ = 0;
+  Index across_ = 0;
+  Index squares_ = 0;
+};
+
+}  // namespace rbln_vae
