@@ -335,14 +335,17 @@ class Batcher:
     def _run_together(self, jobs: Sequence[_Job], loop: asyncio.AbstractEventLoop) -> None:
         first = jobs[0]
         sizes = [job.shape[0] for job in jobs]
+
+        def nobody_waits() -> bool:
+            return all(job.done.done() for job in jobs)
+
         started = time.monotonic()
         try:
             tensor = first.tensor if len(jobs) == 1 else torch.cat([job.tensor for job in jobs])
-            stop = lambda: all(job.done.done() for job in jobs)  # noqa: E731
             if first.pictures:
-                result, finite = first.runner.decode_images(tensor, stop)
+                result, finite = first.runner.decode_images(tensor, nobody_waits)
             else:
-                result = first.runner.run(first.part, tensor, stop)
+                result = first.runner.run(first.part, tensor, nobody_waits)
                 finite = torch.ones(len(tensor), dtype=torch.bool)
         except Exception as error:
             for job in jobs:
