@@ -101,7 +101,8 @@ class RBLNAutoencoderModel(RBLNModel):
         """Decode latents to what a pipeline shows: uint8 pictures, channels last.
 
         The pictures are bit by bit those that diffusers' `VaeImageProcessor` makes of the
-        result of `decode`. On the target `cpu` no image of floats is made for them.
+        result of `decode` in the dtype of `z`: float32 shows the finest colours. On the target
+        `cpu` no image of floats is made for them.
 
         Args:
             z: Latents as `decode_latents` takes them, `(N, latent_channels, h, w)`, or for
