@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import models
@@ -98,6 +99,23 @@ class OursInLeastMemory(OursProfiled):
     def prepare(self) -> None:
         super().prepare()
         self.model.enable_tiling()
+
+
+class OursPictures(Ours):
+    """Decodes to uint8 pictures."""
+
+    def run(self) -> torch.Tensor:
+        return self.model.decode_images(self.input)
+
+
+class OursProcessed(Ours):
+    """Decodes to floats, of which diffusers' image processor makes the same pictures."""
+
+    def run(self) -> torch.Tensor:
+        from diffusers.image_processor import VaeImageProcessor
+
+        images = VaeImageProcessor().postprocess(super().run(), output_type="pil")
+        return torch.stack([torch.from_numpy(np.asarray(image)) for image in images])
 
 
 class Diffusers(Contender):
@@ -194,6 +212,8 @@ CONTENDERS: dict[str, type[Contender]] = {
     "rbln-vae bf16": Ours,
     "rbln-vae profiled bf16": OursProfiled,
     "rbln-vae least memory bf16": OursInLeastMemory,
+    "rbln-vae pictures bf16": OursPictures,
+    "rbln-vae processed bf16": OursProcessed,
     "rbln-vae f32": OursFloat32,
     "OpenVINO bf16": OpenVino,
     "OpenVINO f32": OpenVinoFloat32,

@@ -27,6 +27,7 @@ namespace {
 using Weights = nb::ndarray<nb::pytorch, nb::ro, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::pytorch, float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using AnyTensor = nb::ndarray<nb::pytorch, nb::ndim<4>, nb::device::cpu>;
+using Flags = nb::ndarray<bool, nb::pytorch, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 constexpr nb::dlpack::dtype kBFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat),
                                       16, 1};
 
@@ -204,11 +205,16 @@ void bind_add(nb::class_<BoundPlan>& bound) {
   (bound.def("add", [](BoundPlan& p, const S& step) { p.plan.add(step); }, "step"_a), ...);
 }
 
-Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what) {
+// A tensor of a run. `shown` is the type of the values that levels show.
+Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what,
+              DType shown = DType::kFloat32) {
   Tensor result;
   result.data = given.data();
   const nb::dlpack::dtype type = given.dtype();
-  if (type == nb::dtype<float>()) {
+  if (type == nb::dtype<std::uint8_t>()) {
+    result.levels = true;
+    result.dtype = shown;
+  } else if (type == nb::dtype<float>()) {
     result.dtype = DType::kFloat32;
   } else if (type == kBFloat16) {
     result.dtype = DType::kBFloat16;
@@ -216,7 +222,7 @@ Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what) {
              type.bits == 16) {
     result.dtype = DType::kFloat16;
   } else {
-    throw nb::type_error("tensors of float32, float16 or bfloat16 are expected");
+    throw nb::type_error("tensors of float32, float16, bfloat16 or uint8 are expected");
   }
   for (std::size_t i = 0; i < 4; ++i) {
     result.shape[i] = static_cast<Index>(given.shape(i));
@@ -394,9 +400,17 @@ void bind_engine(nb::module_& m) {
           "run",
           [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
              double timeout, const std::optional<nb::typed<nb::callable, void()>>& ask,
-             bool profile) {
+             bool profile,
+             const std::optional<nb::typed<nb::callable, void(Index, Index)>>& on_rows,
+             const std::optional<Flags>& finite) {
             const Tensor from = tensor(input, p.plan.input_shape(), "the input");
-            const Tensor to = tensor(output, p.plan.output_shape(), "the output");
+            Tensor to = tensor(output, p.plan.output_shape(), "the output", from.dtype);
+            if (finite) {
+              if (static_cast<Index>(finite->shape(0)) != to.shape[0]) {
+                throw nb::value_error("`finite` hasn't an element for each image");
+              }
+              to.finite = finite->data();
+            }
             std::vector<StepTime> times;
             std::function<void()> ask_caller;
             if (ask) {
@@ -406,18 +420,33 @@ void bind_engine(nb::module_& m) {
                 (*ask)();
               };
             }
+            std::function<void(Index, Index)> rows_finished;
+            if (on_rows) {
+              rows_finished = [&on_rows](Index first, Index rows) {
+                const nb::gil_scoped_acquire acquire;
+                (*on_rows)(first, rows);
+              };
+            }
             {
               const nb::gil_scoped_release release;
-              e.run(p.plan, from, to, timeout, ask_caller, profile ? &times : nullptr);
+              e.run(p.plan, from, to, timeout, ask_caller, rows_finished,
+                    profile ? &times : nullptr);
             }
             std::vector<std::pair<double, double>> result;
             for (const StepTime& each : times) result.emplace_back(each.begin, each.end);
             return result;
           },
           "plan"_a, "input"_a, "output"_a, "timeout"_a, "ask"_a.none(), "profile"_a,
+          "on_rows"_a.none() = nb::none(), "finite"_a.none() = nb::none(),
           "Runs a plan; gives the begin and end of each step where they are asked for.\n"
+          "Tensors of uint8 hold levels of pictures; those of the output show values in the\n"
+          "dtype of the input.\n"
           "`ask` is called now and then, on the calling thread, where signals are looked for\n"
-          "too; what it raises ends the run.");
+          "too; what it raises ends the run.\n"
+          "`on_rows` is called there with the first row and the number of rows when these are\n"
+          "finished in all images of the output; what it raises ends the run.\n"
+          "`finite` has an element for each image, which is cleared if levels of the image show\n"
+          "a value that isn't finite.");
 }
 
 }  // namespace rbln_vae

@@ -81,7 +81,9 @@ std::size_t Executor::bytes(const Plan& plan) const {
 }
 
 void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, double timeout,
-                   const std::function<void()>& ask, std::vector<StepTime>* times) {
+                   const std::function<void()>& ask,
+                   const std::function<void(Index, Index)>& on_rows,
+                   std::vector<StepTime>* times) {
   const Clock::time_point begin = Clock::now();
   const std::shared_ptr<ThreadPool> pool = ThreadPool::present(pool_);
   const std::size_t total = bytes(plan);
@@ -115,6 +117,14 @@ void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, 
       const double now = elapsed();
       times->push_back({last, now});
       last = now;
+    }
+    const ExportStep* exported = std::get_if<ExportStep>(&plan.steps()[step]);
+    if (exported != nullptr && on_rows) {
+      watch.call([&] {
+        const FloatControl::Suspended callers(control);
+        on_rows(exported->first_row, exported->image.height);
+      });
+      if (watch.stopped()) watch.raise();
     }
   }
 }

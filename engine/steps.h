@@ -270,6 +270,8 @@ struct ExportStep {
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
+  bool levels = false;     // whether elements are bytes that show values of `dtype`; see level.h
+  bool* finite = nullptr;  // cleared for each image of levels that shows a value that isn't finite
   Index shape[4] = {};
   Index strides[4] = {};
 };

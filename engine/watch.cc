@@ -27,18 +27,22 @@ bool Watch::check() noexcept {
   if (now >= deadline_) {
     stop(std::make_exception_ptr(TimedOut("the time of the run is over")));
   } else if (ask_ && now >= next_) {
-    try {
-      ask_();
-    } catch (...) {
-      stop(std::current_exception());
-    }
-    if (forks() != forks_ && !stopped()) {
-      stop(std::make_exception_ptr(std::runtime_error(
-          "the process was forked by what a run asked, and the child can't finish that run")));
-    }
+    call(ask_);
     next_ = Clock::now() + kPatience;
   }
   return stopped();
+}
+
+void Watch::call(const std::function<void()>& callers) noexcept {
+  try {
+    callers();
+  } catch (...) {
+    stop(std::current_exception());
+  }
+  if (forks() != forks_ && !stopped()) {
+    stop(std::make_exception_ptr(std::runtime_error(
+        "the process was forked by what a run called, and the child can't finish that run")));
+  }
 }
 
 void Watch::stop(std::exception_ptr reason) noexcept {

@@ -28,6 +28,8 @@ class Watch {
 
   // Whether the run must end. Only for the leader; may call `ask`.
   bool check() noexcept;
+  // Calls a function of the run's caller. Only for the leader; an exception from it ends the run.
+  void call(const std::function<void()>& callers) noexcept;
   // Whether the run must end. For all other threads.
   bool stopped() const noexcept { return stopped_.load(std::memory_order_relaxed); }
   // Throws the exception that ended the run.

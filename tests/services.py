@@ -51,10 +51,17 @@ class GatedModel(ServedModel):
         return super().memory_needed(part, shape)
 
     def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
+        self._enter(tensor)
+        return super().run(part, tensor, should_stop)
+
+    def decode_images(self, latent: Tensor, should_stop: ShouldStop) -> tuple[Tensor, Tensor]:
+        self._enter(latent)
+        return super().decode_images(latent, should_stop)
+
+    def _enter(self, tensor: Tensor) -> None:
         self.shapes.append(tuple(tensor.shape))
         self.started.release()
         assert self.gate.wait(PATIENCE)
-        return super().run(part, tensor, should_stop)
 
 
 def make_app(*models: ServedModel, limits: Limits | None = None, **options: Any) -> FastAPI:

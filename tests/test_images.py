@@ -18,12 +18,15 @@ from rbln_vae.images import (
     FitMode,
     Fitting,
     error_image,
+    from_levels,
     load_image,
     side_by_side,
     to_image,
+    to_levels,
     to_tensor,
     with_opacity,
 )
+from rbln_vae.levels import sample_of
 
 SIDES = st.integers(1, 90)
 
@@ -211,17 +214,29 @@ def test_only_one_sample_makes_a_picture(shape) -> None:
 
 
 def test_a_fourth_channel_is_the_opacity_of_a_picture() -> None:
-    sample = with_opacity(-torch.ones(1, 3, 2, 2), 4)
-    assert pixel(to_image(sample)) == (0, 0, 0, 255)
-    assert to_image(sample).mode == "RGBA"
+    levels = with_opacity(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), 4)
+    for picture in (from_levels(levels), to_image(sample_of(levels).permute(0, 3, 1, 2))):
+        assert pixel(picture) == (0, 0, 0, 255)
+        assert picture.mode == "RGBA"
 
 
-def test_samples_get_an_opacity_only_for_models_that_take_one() -> None:
-    sample = torch.zeros(2, 3, 4, 5)
-    assert with_opacity(sample, 3) is sample
-    assert with_opacity(sample, 4).shape == (2, 4, 4, 5)
+def test_pictures_get_an_opacity_only_for_models_that_take_one() -> None:
+    levels = torch.zeros(2, 4, 5, 3, dtype=torch.uint8)
+    assert with_opacity(levels, 3) is levels
+    assert with_opacity(levels, 4).shape == (2, 4, 5, 4)
     with pytest.raises(ValueError, match="this model takes 2"):
-        with_opacity(sample, 2)
+        with_opacity(levels, 2)
+
+
+def test_levels_and_pictures_are_each_other() -> None:
+    picture = ramp(5, 7)
+    levels = to_levels(picture)
+    assert (levels.dtype, tuple(levels.shape)) == (torch.uint8, (1, 5, 7, 3))
+    assert np.array_equal(np.asarray(from_levels(levels)), np.asarray(picture))
+    assert torch.equal(to_tensor(picture), sample_of(levels.permute(0, 3, 1, 2)))
+    for shape in ((5, 7, 3), (2, 5, 7, 3), (1, 5, 7, 2)):
+        with pytest.raises(ValueError, match="expected one picture"):
+            from_levels(torch.zeros(shape, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,9 +1,12 @@
 // Kernels for the steps that are bound by memory, in plain C++ for any machine.
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "engine/kernels/activation.h"
 #include "engine/kernels/kernels.h"
+#include "engine/kernels/level.h"
 
 namespace rbln_vae {
 namespace {
@@ -238,6 +241,34 @@ void export_line(const ExportStep& s, const Context& context, Index n, Index blo
     for (Index x = 0; x < width; ++x) {
       from_float(to_float(from[x * kBlock + c]), to[x * tensor.strides[3]]);
     }
+    if constexpr (requires { typename Outside::Shown; }) {
+      if (tensor.finite == nullptr) continue;
+      bool finite = true;
+      for (Index x = 0; x < width; ++x) {
+        typename Outside::Shown shown;
+        from_float(to_float(from[x * kBlock + c]), shown);
+        finite &= std::abs(to_float(shown)) <= std::numeric_limits<float>::max();
+      }
+      // Several threads may do so for one image.
+      if (!finite) std::atomic_ref(tensor.finite[n]).store(false, std::memory_order_relaxed);
+    }
+  }
+}
+
+// Calls a function with an element of the type that a caller's tensor has.
+template <class Run>
+void with_element(const Tensor& tensor, const Run& run) {
+  const auto shown = [&]<class Shown>(Shown element) {
+    if (tensor.levels) {
+      run(Level<Shown>{});
+    } else {
+      run(element);
+    }
+  };
+  switch (tensor.dtype) {
+    case DType::kFloat32: return shown(float{});
+    case DType::kBFloat16: return shown(BFloat16{});
+    case DType::kFloat16: return shown(Float16{});
   }
 }
 
@@ -349,36 +380,26 @@ void import_image(DType dtype, const ImportStep& s, const Context& context, Inde
   const Index y = item % s.image.height;
   const Index block = item / s.image.height % s.image.blocks();
   const Index n = item / s.image.height / s.image.blocks();
-  const auto run = [&]<class Outside>(Outside) {
+  with_element(*context.input, [&]<class Outside>(Outside) {
     if (dtype == DType::kBFloat16) {
       import_line<BFloat16, Outside>(s, context, n, block, y);
     } else {
       import_line<float, Outside>(s, context, n, block, y);
     }
-  };
-  switch (context.input->dtype) {
-    case DType::kFloat32: return run(float{});
-    case DType::kBFloat16: return run(BFloat16{});
-    case DType::kFloat16: return run(Float16{});
-  }
+  });
 }
 
 void export_image(DType dtype, const ExportStep& s, const Context& context, Index item) {
   const Index y = item % s.image.height;
   const Index block = item / s.image.height % s.image.blocks();
   const Index n = item / s.image.height / s.image.blocks();
-  const auto run = [&]<class Outside>(Outside) {
+  with_element(*context.output, [&]<class Outside>(Outside) {
     if (dtype == DType::kBFloat16) {
       export_line<BFloat16, Outside>(s, context, n, block, y);
     } else {
       export_line<float, Outside>(s, context, n, block, y);
     }
-  };
-  switch (context.output->dtype) {
-    case DType::kFloat32: return run(float{});
-    case DType::kBFloat16: return run(BFloat16{});
-    case DType::kFloat16: return run(Float16{});
-  }
+  });
 }
 
 }  // namespace rbln_vae

@@ -826,9 +826,18 @@ class Executor:
         timeout: float,
         ask: Callable[[], None] | None,
         profile: bool,
+        on_rows: Callable[[int, int], None] | None = None,
+        finite: Annotated[torch.Tensor, dict(dtype="bool", shape=(None,), order="C", device="cpu")]
+        | None = None,
     ) -> list[tuple[float, float]]:
         """
         Runs a plan; gives the begin and end of each step where they are asked for.
+        Tensors of uint8 hold levels of pictures; those of the output show values in the
+        dtype of the input.
         `ask` is called now and then, on the calling thread, where signals are looked for
         too; what it raises ends the run.
+        `on_rows` is called there with the first row and the number of rows when these are
+        finished in all images of the output; what it raises ends the run.
+        `finite` has an element for each image, which is cleared if levels of the image show
+        a value that isn't finite.
         """

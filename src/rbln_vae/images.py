@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from .levels import levels_of, sample_of
 from .sizes import Placement, Size, check_image_size, format_size
 
 FitMode: TypeAlias = Literal["pad", "resize", "crop"]
@@ -120,16 +121,24 @@ def _to_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(levels * (255 / white)).astype(np.uint8))
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB picture as float32 `(1, 3, H, W)` in `[-1, 1]`.
+def to_levels(image: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB picture as uint8 `(1, H, W, 3)`, as encoders take them.
 
     Raises:
         ValueError: The picture is not RGB.
     """
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, found {image.mode}; load_image makes one")
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return (pixels.float() / 127.5 - 1).unsqueeze(0).contiguous()
+    return torch.from_numpy(np.array(image)).unsqueeze(0)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB picture as float32 `(1, 3, H, W)` in `[-1, 1]`.
+
+    Raises:
+        ValueError: The picture is not RGB.
+    """
+    return sample_of(to_levels(image).permute(0, 3, 1, 2)).contiguous()
 
 
 def check_takes_pictures(channels: int) -> None:
@@ -141,11 +150,11 @@ def check_takes_pictures(channels: int) -> None:
         )
 
 
-def with_opacity(sample: torch.Tensor, channels: int) -> torch.Tensor:
-    """RGB samples as a model takes them: with an opaque fourth channel if it has one.
+def with_opacity(levels: torch.Tensor, channels: int) -> torch.Tensor:
+    """RGB pictures as an encoder takes them: with an opaque fourth channel if it has one.
 
     Args:
-        sample: `(N, 3, H, W)`, in `[-1, 1]`.
+        levels: uint8 `(N, H, W, 3)`.
         channels: The channels that the model takes.
 
     Raises:
@@ -153,8 +162,23 @@ def with_opacity(sample: torch.Tensor, channels: int) -> torch.Tensor:
     """
     check_takes_pictures(channels)
     if channels == 3:
-        return sample
-    return torch.cat([sample, torch.ones_like(sample[:, :1])], dim=1)
+        return levels
+    return torch.cat([levels, torch.full_like(levels[..., :1], 255)], dim=3)
+
+
+def from_levels(levels: torch.Tensor) -> Image.Image:
+    """Convert uint8 `(1, H, W, 3)`, as `decode_images` gives, to a picture.
+
+    Args:
+        levels: A fourth channel is the opacity.
+
+    Raises:
+        ValueError: The shape is another one.
+    """
+    shape = tuple(levels.shape)
+    if len(shape) != 4 or shape[0] != 1 or shape[3] not in (3, 4):
+        raise ValueError(f"expected one picture (1, H, W, 3), or of 4 channels, found {shape}")
+    return Image.fromarray(levels[0].numpy())
 
 
 def to_image(sample: torch.Tensor) -> Image.Image:
@@ -177,8 +201,7 @@ def to_image(sample: torch.Tensor) -> Image.Image:
     sample = sample.detach().to("cpu", torch.float32)
     if not torch.isfinite(sample).all():
         raise ValueError("the sample holds values that aren't finite")
-    levels = ((sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    return from_levels(levels_of(sample).permute(1, 2, 0).contiguous().unsqueeze(0))
 
 
 @dataclass(frozen=True)

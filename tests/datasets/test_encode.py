@@ -92,6 +92,23 @@ def test_latents_are_those_of_diffusers(images: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
+def test_latents_have_the_bits_of_those_of_samples(
+    images: Path, tmp_path: Path, flip: bool
+) -> None:
+    options = dataclasses.replace(OPTIONS, flip=flip, latent_dtype="float32")
+    encode_dataset(images, tmp_path / "out", default_compiled(), options)
+    dataset = LatentDataset(tmp_path / "out")
+    for number in range(0, COUNT, 5):
+        item = dataset[number]
+        sample = pixels_of(item, images)
+        found = default_compiled().encode(sample).latent_dist
+        assert torch.equal(item["mean"], found.mean[0])
+        if flip:
+            mirrored = default_compiled().encode(sample.flip(3)).latent_dist
+            assert torch.equal(item["logvar_flipped"], mirrored.logvar[0])
+
+
+@pytest.mark.parametrize("flip", [False, True])
 def test_a_sample_is_drawn_by_seed_and_key(images: Path, tmp_path: Path, flip: bool) -> None:
     options = dataclasses.replace(OPTIONS, sample=True, flip=flip, seed=3, latent_dtype="float32")
     encode_dataset(images, tmp_path / "out", default_compiled(), options)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import tiny_vaes
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from vaes import TOLERANCE, noise
 
@@ -159,6 +161,152 @@ def test_results_are_tuples_where_these_are_asked_for(name: str) -> None:
     z = latent(name, 1, 2, 2)
     result = vae.decode(z, return_dict=False, **options)  # type: ignore[attr-defined]
     assert isinstance(result, tuple) and torch.equal(result[0], decoded(vae, z))
+
+
+# Pictures
+
+
+def processed(sample: Tensor) -> Tensor:
+    """What diffusers' image processor shows of a result: uint8, channels last."""
+    with_frames = sample.dim() == 5
+    images = VaeImageProcessor().postprocess(
+        sample[:, :, 0] if with_frames else sample, output_type="pil"
+    )
+    levels = torch.stack([torch.from_numpy(np.array(image)) for image in images])
+    return levels.unsqueeze(1) if with_frames else levels
+
+
+@by_model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_pictures_are_those_of_diffusers_image_processor(
+    name: str, target: str, dtype: str
+) -> None:
+    vae = compiled(name, target=target, dtype=dtype)
+    for given_ in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        z = latent(name, 2, 3, 4).to(given_)
+        found = vae.decode_images(z)
+        assert found.is_contiguous()
+        assert torch.equal(found, processed(decoded(vae, z)))
+        if vae.frames:
+            assert torch.equal(vae.decode_images(z[:, :, 0]), found[:, 0])
+
+
+@by_model
+def test_pictures_are_written_where_the_caller_says(name: str) -> None:
+    vae, z = compiled(name), latent(name, 2, 2, 3)
+    expected = vae.decode_images(z)
+    out = torch.zeros_like(expected)
+    assert vae.decode_images(z, out=out) is out or torch.equal(out, expected)
+    array = np.zeros((*expected.shape[:-1], 5), np.uint8)[..., 1:-1]
+    if expected.shape[-1] == 3:
+        vae.decode_images(z, out=array)
+        assert np.array_equal(array, expected.numpy())
+    with pytest.raises(ValueError, match="out must have the shape"):
+        vae.decode_images(z, out=torch.empty(1, 2, 3, 4, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="out must hold uint8"):
+        vae.decode_images(z, out=expected.float())
+    with pytest.raises(TypeError, match="out must hold uint8"):
+        vae.decode_images(z, out=np.zeros(expected.shape, np.int8))  # type: ignore[arg-type]
+
+
+@by_model
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_rows_of_pictures_come_once_and_from_the_top(name: str, target: str) -> None:
+    vae, z, came = compiled(name, target=target), latent(name, 2, 16, 3), list[Tensor]()
+    expected, firsts = vae.decode_images(z), list[int]()
+
+    def on_rows(first: int, rows: Tensor) -> None:
+        firsts.append(first)
+        came.append(rows.clone())
+
+    vae.enable_tiling()
+    try:
+        vae.decode_images(z, on_rows=on_rows)
+    finally:
+        vae.disable_tiling()
+    assert torch.equal(torch.cat(came, dim=-3), expected)
+    assert firsts == [sum(rows.shape[-3] for rows in came[:i]) for i in range(len(came))]
+
+
+@by_model
+def test_a_run_for_pictures_can_be_stopped(name: str) -> None:
+    def refuse(first: int, rows: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(RBLNCancelledError):
+        compiled(name).decode_images(latent(name, 1, 32, 32), should_stop=lambda: True)
+    for target in ("cpu", "reference"):
+        with pytest.raises(ZeroDivisionError):
+            compiled(name, target=target).decode_images(latent(name, 1, 2, 2), on_rows=refuse)
+    with pytest.raises(TypeError, match="on_rows must be a function"):
+        compiled(name).decode_images(latent(name, 1, 2, 2), on_rows=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_values_that_are_not_finite_are_told(target: str) -> None:
+    vae, z = compiled("AutoencoderKL", target=target), latent("AutoencoderKL", 2, 2, 2)
+    z[1] = torch.nan
+    with pytest.warns(RuntimeWarning, match="aren't finite"):
+        found = vae.decode_images(z)
+    assert not found[1].any()
+    assert torch.equal(found[:1], vae.decode_images(z[:1]))
+    finite = torch.zeros(2, dtype=torch.bool)
+    assert torch.equal(vae.decode_images(z, finite=finite), found)
+    assert finite.tolist() == [True, False]
+    with pytest.raises(ValueError, match=r"bool tensor of the shape \(2,\)"):
+        vae.decode_images(z, finite=torch.ones(2))
+
+
+def test_pictures_may_have_a_condition() -> None:
+    vae: Any = compiled("AsymmetricAutoencoderKL")
+    z, picture = latent("AsymmetricAutoencoderKL", 1, 2, 3), noise(1, 3, 16, 24)
+    mask = (noise(1, 1, 16, 24, seed=2) > 0).float()
+    expected = processed(vae.decode(z, image=picture, mask=mask).sample)
+    assert torch.equal(vae.decode_images(z, image=picture, mask=mask), expected)
+    assert not torch.equal(vae.decode_images(z), expected)
+
+
+def pictures(name: str, batch: int, height: int, width: int) -> Tensor:
+    """Pictures as `encode` takes them, with sides in latent cells."""
+    shape = image(name, batch, height, width).shape
+    return torch.randint(256, (shape[0], *shape[2:], shape[1]), dtype=torch.uint8)
+
+
+@by_model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_pictures_are_encoded_as_diffusers_image_processor_takes_them(
+    name: str, target: str, dtype: str
+) -> None:
+    vae, given_ = compiled(name, target=target, dtype=dtype), pictures(name, 2, 2, 3)
+    levels = given_[:, 0] if vae.frames else given_
+    files = [Image.fromarray(each.numpy()) for each in levels]
+    sample = VaeImageProcessor(vae_scale_factor=1).preprocess(files)
+    found, expected = (
+        encoded(vae, given_),
+        encoded(vae, sample.unsqueeze(2) if vae.frames else sample),
+    )
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(mode(vae.encode_images(levels)), mode(vae.encode_images(sample)))
+
+
+@by_model
+def test_pictures_in_another_order_are_refused_with_the_right_one(name: str) -> None:
+    vae, x = compiled(name), pictures(name, 1, 2, 2)
+    order = (0, 4, 1, 2, 3) if vae.frames else (0, 3, 1, 2)
+    back = r"permute\(0, 2, 3, 4, 1\)" if vae.frames else r"permute\(0, 2, 3, 1\)"
+    with pytest.raises(ValueError, match=rf"channels last.*x\.{back} moves"):
+        encoded(vae, x.permute(order))
+    with pytest.raises(ValueError, match="channels last"):
+        encoded(vae, x[..., :2])
+    advice = r"unsqueeze\(1\) adds" if vae.frames else r"squeeze\(1\) removes"
+    with pytest.raises(ValueError, match=advice):
+        encoded(vae, x[:, 0] if vae.frames else x.unsqueeze(1))
+    if vae.frames:
+        with pytest.raises(ValueError, match="has 2 frames"):
+            encoded(vae, x.expand(-1, 2, -1, -1, -1))
 
 
 # Memory and place

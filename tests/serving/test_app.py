@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from services import PATIENCE, Answer, GatedModel, ask, call, make_app, measured, query_of, raw
@@ -98,6 +99,43 @@ def test_a_target_that_says_so_has_exact_batches(dtype: str) -> None:
                 assert torch.equal(vae.decode(latents[i : i + 1]).sample[0], together[i])
                 alone = vae.encode(images[i : i + 1]).latent_dist.parameters[0]
                 assert torch.equal(alone, moments[i])
+
+
+def test_pictures_that_are_decoded_together_are_those_of_diffusers_and_one_is_refused() -> None:
+    class Broken(GatedModel):
+        """A model that finds values that aren't finite in what ones show."""
+
+        def decode_images(self, latent: Any, should_stop: ShouldStop) -> Any:
+            images, finite = super().decode_images(latent, should_stop)
+            return images, finite & ~(latent == 1).flatten(1).all(1)
+
+    async def main() -> list[Answer]:
+        app = make_app(model, max_batch=4)
+        calls = [asyncio.ensure_future(decode(app, latents[0]))]
+        await asyncio.to_thread(model.started.acquire)
+        calls += [
+            asyncio.ensure_future(decode(app, latent, partial_postprocess="true"))
+            for latent in latents[1:]
+        ]
+        await measured(app, "rbln_vae_queue_images", (len(calls) - 1) * 120 / 256)
+        model.gate.set()
+        return await asyncio.gather(*calls)
+
+    model = Broken()
+    latents = [noise(1, 4, 6, 5, seed=1), torch.ones(1, 4, 6, 5), noise(1, 4, 6, 5, seed=2)]
+    _, refused, shown = asyncio.run(main())
+    assert model.shapes == [(1, 4, 6, 5), (2, 4, 6, 5)]
+    assert (refused.status, refused.code) == (422, "not_finite")
+    assert (shown.headers["shape"], shown.headers["dtype"]) == ("[1, 12, 10, 3]", "uint8")
+    expected = VaeImageProcessor().postprocess(default_compiled().decode(latents[2]).sample)
+    assert shown.body == expected[0].tobytes()
+
+
+def test_a_latent_whose_image_is_not_finite_is_refused_a_picture() -> None:
+    app = make_app()
+    latent = torch.full((1, 4, 4, 4), 3e38)
+    answer = asyncio.run(decode(app, latent, partial_postprocess="true"))
+    assert (answer.status, answer.code) == (422, "not_finite")
 
 
 def test_a_shape_that_the_target_doesnt_take_is_refused() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux2Pipeline, FluxPipeline, QwenImagePipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from services import raw
 from vaes import noise
 
+from rbln_vae.levels import sample_of
 from rbln_vae.models.latents import LatentScaling
 from rbln_vae.serving import protocol
 from rbln_vae.serving.errors import CODES, RefusedError
@@ -171,26 +173,51 @@ def test_refuses_what_isnt_finite(value: float) -> None:
 def test_a_result_that_isnt_finite_is_no_picture_but_can_be_had() -> None:
     sample = torch.full((1, 3, 8, 8), float("nan"))
     picture = DecodeQuery(shape=[1, 4, 1, 1], dtype="float32")
+    pictures = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     with refused("not_finite"):
-        protocol.decode_reply(sample, picture, "")
+        protocol.picture_reply(pictures, False, picture)
+    with refused("not_finite"):
+        protocol.sample_reply(sample, picture)
     tensor = picture.model_copy(update={"output_type": "pt"})
-    assert protocol.decode_reply(sample, tensor, "").body == raw(sample)
+    with refused("not_finite"):
+        protocol.picture_reply(pictures, False, tensor)
+    assert protocol.sample_reply(sample, tensor).body == raw(sample)
+
+
+@pytest.mark.parametrize(
+    ("output_type", "partial", "accept", "shown"),
+    [
+        ("pil", False, "", True),
+        ("pil", False, "tensor/binary", False),
+        ("pt", False, "tensor/binary", False),
+        ("pt", True, "tensor/binary", True),
+    ],
+)
+def test_a_model_decodes_to_pictures_where_these_are_shown(
+    output_type: Any, partial: bool, accept: str, shown: bool
+) -> None:
+    query = DecodeQuery(
+        shape=[1, 4, 1, 1],
+        dtype="float32",
+        output_type=output_type,
+        partial_postprocess=partial,
+    )
+    assert protocol.shows_pictures(query, accept) is shown
 
 
 def test_one_channel_is_a_grey_picture_and_a_fourth_is_the_opacity() -> None:
     query = DecodeQuery(shape=[1, 4, 1, 1], dtype="float32", image_format="png")
     for channels, mode in ((1, "L"), (4, "RGBA")):
-        sample = noise(1, channels, 8, 8)
-        shown = Image.open(io.BytesIO(protocol.decode_reply(sample, query, "").body))
-        levels = ((sample[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        levels = torch.randint(256, (1, 8, 8, channels), dtype=torch.uint8)
+        shown = Image.open(io.BytesIO(protocol.picture_reply(levels, True, query).body))
         pixels = torch.tensor(list(shown.tobytes()), dtype=torch.uint8)
         assert shown.mode == mode
-        assert torch.equal(pixels, levels.permute(1, 2, 0).flatten())
+        assert torch.equal(pixels, levels.flatten())
     with refused("wrong_shape"):
-        protocol.decode_reply(torch.ones(1, 2, 8, 8), query, "")
+        protocol.picture_reply(torch.ones(1, 8, 8, 2, dtype=torch.uint8), True, query)
     jpeg = query.model_copy(update={"image_format": "jpg"})
     with pytest.raises(RefusedError, match="image_format=png"):
-        protocol.decode_reply(torch.ones(1, 4, 8, 8), jpeg, "")
+        protocol.picture_reply(torch.ones(1, 8, 8, 4, dtype=torch.uint8), True, jpeg)
 
 
 # Models whose latents and images have an axis of frames
@@ -220,7 +247,7 @@ def test_the_result_has_an_axis_of_frames_if_the_latent_had() -> None:
     sample = noise(1, 3, 8, 8)
     for shape, expected in (([1, 4, 1, 1, 1], "[1, 3, 1, 8, 8]"), ([1, 4, 1, 1], "[1, 3, 8, 8]")):
         query = DecodeQuery(shape=shape, dtype="float32", output_type="pt")
-        assert protocol.decode_reply(sample, query, "").headers["shape"] == expected
+        assert protocol.sample_reply(sample, query).headers["shape"] == expected
 
 
 @pytest.mark.parametrize(
@@ -259,7 +286,17 @@ def test_a_picture_is_opaque_for_a_model_with_opacity() -> None:
     found = protocol.read_picture(bytearray(file.getvalue()), model(in_channels=4))
     plain = protocol.read_picture(bytearray(file.getvalue()), model())
     assert torch.equal(found[:, :3], plain)
-    assert torch.equal(found[:, 3:], torch.ones(1, 1, 8, 8))
+    assert torch.equal(found[:, 3:], torch.full((1, 1, 8, 8), 255, dtype=torch.uint8))
+
+
+def test_a_picture_is_scaled_as_by_diffusers() -> None:
+    picture = Image.effect_noise((29, 18), 90).convert("RGB")
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    found = protocol.read_picture(bytearray(file.getvalue()), model())
+    expected = VaeImageProcessor(vae_scale_factor=model().vae_scale_factor).preprocess(picture)
+    assert found.dtype == torch.uint8
+    assert torch.equal(sample_of(found), expected)
 
 
 def test_a_tensor_to_encode_needs_shape_and_dtype() -> None:

@@ -99,7 +99,7 @@ def test_a_run_whose_client_hangs_up_is_stopped() -> None:
 
     started, errors = threading.Event(), list[Exception]()
     with running(make_app(Endless("endless", default_compiled()))) as address:
-        query = "shape=1&shape=4&shape=4&shape=4&dtype=float32"
+        query = "shape=1&shape=4&shape=4&shape=4&dtype=float32&output_type=pt"
         head = f"POST /decode?{query} HTTP/1.1\r\nHost: x\r\nContent-Length: 256\r\n\r\n"
         with connect(address) as leaving:
             leaving.sendall(head.encode() + raw(noise(1, 4, 4, 4)))

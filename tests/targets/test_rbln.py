@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from vaes import TOLERANCE, assert_same_model, make_vae, make_vq, noise, pixels
+from vaes import TOLERANCE, assert_same_model, make_vae, make_vq, moments, noise, pixels
 
 import rbln_vae.rebel
 from rbln_vae import (
@@ -19,6 +19,7 @@ from rbln_vae import (
     RBLNTargetUnavailableError,
     RBLNVQModel,
 )
+from rbln_vae.levels import levels_of, sample_of
 from rbln_vae.metrics import relative_l2
 from rbln_vae.targets.base import default_target, get_target
 
@@ -229,6 +230,21 @@ def test_an_npu_that_hangs_is_given_up_after_a_minute_unless_told(monkeypatch, g
     monkeypatch.setattr(rbln_vae.rebel, "Runtime", start)
     compile_for_npu(make_vae(), uses_encoder=False, **given)
     assert seen == [expected]
+
+
+@pytest.mark.usefixtures("npus")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pictures_come_and_go_as_on_other_targets(dtype):
+    model = compile_for_npu(make_vae(), sample_size=(10, 8))
+    latent, came = noise(1, 4, 5, 4).to(dtype), []
+    found = model.decode_images(latent, on_rows=lambda first, rows: came.append((first, rows)))
+    assert torch.equal(found, levels_of(pixels(model, latent)).permute(0, 2, 3, 1))
+    ((first, rows),) = came
+    assert first == 0
+    assert torch.equal(rows, found)
+    image = torch.randint(256, (1, 10, 8, 3), dtype=torch.uint8)
+    sample = sample_of(image.permute(0, 3, 1, 2))
+    assert torch.equal(moments(model, image), moments(model, sample))
 
 
 @pytest.mark.usefixtures("npus")

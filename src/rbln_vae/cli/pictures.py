@@ -19,12 +19,13 @@ from ..images import (
     FitMode,
     Fitting,
     check_takes_pictures,
+    from_levels,
     load_image,
     side_by_side,
-    to_image,
-    to_tensor,
+    to_levels,
     with_opacity,
 )
+from ..levels import sample_of
 from ..metrics import SSIM_WINDOW, psnr, ssim
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.latents import mode
@@ -53,18 +54,19 @@ def reconstruct(
 
     def work(path: Path) -> tuple[str, ...]:
         original, fitting = fitted(path)
-        sample = with_opacity(to_tensor(original), model.resolved_config.in_channels)
+        levels = with_opacity(to_levels(original), model.resolved_config.in_channels)
         start = time.perf_counter()
-        latents = mode(model.encode_images(sample))
+        latents = mode(model.encode_images(levels))
         middle = time.perf_counter()
-        result = model.decode_latents(latents).clamp(-1, 1)
+        decoded = _decoded(model, latents)
         end = time.perf_counter()
 
         # Padding is easy to reconstruct, and nobody's picture.
         height, width = fitting.content
-        sample, result = (x[:, :3, :height, :width] for x in (sample, result))
-        _save(side_by_side({"original": to_image(sample), "reconstruction": to_image(result)}),
-              written[path])  # fmt: skip
+        shown = [x[:, :height, :width, :3].contiguous() for x in (levels, decoded)]
+        pictures = zip(("original", "reconstruction"), map(from_levels, shown), strict=True)
+        _save(side_by_side(dict(pictures)), written[path])
+        sample, result = (sample_of(x.permute(0, 3, 1, 2)) for x in shown)
         similarity = ssim(result, sample) if min(height, width) >= SSIM_WINDOW else None
         return (
             path.name,
@@ -98,8 +100,8 @@ def encode(
     def work(path: Path) -> tuple[str, ...]:
         original, fitting = fitted(path)
         start = time.perf_counter()
-        sample = with_opacity(to_tensor(original), model.resolved_config.in_channels)
-        encoded = model.encode_images(sample)
+        levels = with_opacity(to_levels(original), model.resolved_config.in_channels)
+        encoded = model.encode_images(levels)
         if seed is None or isinstance(encoded, torch.Tensor):
             latents = mode(encoded)
         else:
@@ -141,7 +143,8 @@ def decode(
     def work(path: Path) -> tuple[str, ...]:
         latents, fitting = read_latents(path)
         start = time.perf_counter()
-        image = to_image(model.decode_latents(latents))
+        # The dtype of the file isn't that of the pixels.
+        image = from_levels(_decoded(model, latents.float()))
         end = time.perf_counter()
         if fitting is not None:
             image = fitting.undo(image)
@@ -155,6 +158,19 @@ def decode(
         )
 
     _finish("Decoding", files, work, ("latents", "shape", "size", "ms", "written to"))
+
+
+def _decoded(model: RBLNAutoencoderModel, latents: torch.Tensor) -> torch.Tensor:
+    """The picture of the latents of one, as levels.
+
+    Raises:
+        ValueError: It can't be shown.
+    """
+    finite = torch.ones(1, dtype=torch.bool)
+    levels = model.decode_images(latents, finite=finite)
+    if not finite.item():
+        raise ValueError("the decoded image holds values that aren't finite")
+    return levels
 
 
 def read_latents(path: Path) -> tuple[torch.Tensor, Fitting | None]:

@@ -104,11 +104,9 @@ class LatentEncoder:
             One result per image; `None` if the latent is not finite in the stored dtype.
         """
         pixels = torch.stack([torch.from_numpy(image.pixels) for image in images])
-        # In the arithmetic and memory layout of the model's input.
-        sample = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
-        kept = self._kept(sample, [image.key for image in images], "")
+        kept = self._kept(pixels, [image.key for image in images], "")
         if self._options.flip:
-            mirrored = self._kept(sample.flip(3), [image.key for image in images], MIRRORED)
+            mirrored = self._kept(pixels.flip(2), [image.key for image in images], MIRRORED)
             kept = [{**one, **other} for one, other in zip(kept, mirrored, strict=True)]
         return [
             Encoded(self._record(image), tensors)
@@ -117,14 +115,14 @@ class LatentEncoder:
             for image, tensors in zip(images, kept, strict=True)
         ]
 
-    def _kept(self, sample: Tensor, keys: Sequence[str], suffix: str) -> list[dict[str, Tensor]]:
-        count = len(sample)
+    def _kept(self, pixels: Tensor, keys: Sequence[str], suffix: str) -> list[dict[str, Tensor]]:
+        count = len(pixels)
         if self._padded and count < self.batch_size:
-            sample = torch.cat(
-                [sample, sample.new_zeros(self.batch_size - count, *sample.shape[1:])]
+            pixels = torch.cat(
+                [pixels, pixels.new_zeros(self.batch_size - count, *pixels.shape[1:])]
             )
         channels = self._vae.resolved_config.in_channels
-        encoded = self._vae.encode_images(with_opacity(sample, channels))
+        encoded = self._vae.encode_images(with_opacity(pixels, channels))
         result = []
         for i, key in enumerate(keys):
             if isinstance(encoded, Tensor):

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from ..config import RBLNAsymmetricAutoencoderKLConfig
 from ..graph.capture import replica
+from ..targets.base import OnRows
 from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, check_tensor, writable
 from .autoencoder_kl import AutoencoderKLFamily, use_standard_attention
 from .family import CONDITIONED_DECODER
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -114,7 +116,8 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
         """Turn images into distributions of latents; see `RBLNAutoencoderKL.encode`.
 
         Args:
-            x: Images `(N, in_channels, H, W)` in `[-1, 1]`.
+            x: Images `(N, in_channels, H, W)` in `[-1, 1]`, or pictures `(N, H, W,
+                in_channels)` of uint8.
             return_dict: Whether to return an output class (default) or a tuple.
             should_stop: As of `RBLNAutoencoderKL.encode`. By default the run is not stopped.
 
@@ -174,12 +177,55 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
         if image is None or mask is None:
             sample = self.decode_latents(z, out=out, should_stop=should_stop)
         else:
-            sample = self._decoded_with_condition(z, image, mask, out, should_stop)
+            inputs = self._with_condition(z, image, mask)
+            shape = self.resolved_config.image_shape(tuple(z.shape))
+            to = None if out is None else writable(out, shape)
+            sample = self._run(CONDITIONED_DECODER, inputs, to, should_stop)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def _decoded_with_condition(
-        self, z: Tensor, image: Tensor, mask: Tensor, out: Any, should_stop: ShouldStop | None
+    def decode_images(
+        self,
+        z: Tensor,
+        *,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        out: Tensor | npt.NDArray[np.uint8] | None = None,
+        on_rows: OnRows | None = None,
+        should_stop: ShouldStop | None = None,
+        finite: Tensor | None = None,
     ) -> Tensor:
+        """Decode latents to uint8 pictures, given what they show outside a mask.
+
+        Args:
+            z: Unscaled latents `(N, latent_channels, h, w)`.
+            image: As of `decode`. By default nothing is given.
+            mask: As of `decode`. By default nothing is given.
+            out: As of `RBLNAutoencoderKL.decode_images`, and so are the others.
+            on_rows: By default nothing is called.
+            should_stop: By default the run is not stopped.
+            finite: By default a warning says if a value was not finite.
+
+        Returns:
+            `out` as a tensor, or a new tensor: uint8 `(N, H, W, out_channels)`.
+
+        Raises:
+            ValueError, TypeError, RBLNRuntimeError, TimeoutError, MemoryError: As `decode`.
+
+        Example:
+            >>> pixels = vae.decode_images(latent, image=image, mask=mask)  # doctest: +SKIP
+        """
+        if image is None or mask is None:
+            return super().decode_images(
+                z, out=out, on_rows=on_rows, should_stop=should_stop, finite=finite
+            )
+        inputs = self._with_condition(z, image, mask)
+        shape = self.resolved_config.image_shape(tuple(z.shape))
+        return self._pictures(
+            CONDITIONED_DECODER, inputs, shape, False, out, on_rows, should_stop, finite
+        )
+
+    def _with_condition(self, z: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+        """The input of the conditioned decoder."""
         resolved = self.resolved_config
         if not resolved.condition_channels:
             raise ValueError(
@@ -197,9 +243,7 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
                 )
         cells = F.interpolate(z, scale_factor=resolved.decoder_scale_factor, mode="nearest")
         conditions = torch.cat([(1 - mask) * image, mask.to(image.dtype)], dim=1).to(z)
-        inputs = torch.cat([cells, conditions.expand(shape[0], -1, -1, -1)], dim=1)
-        to = None if out is None else writable(out, shape)
-        return self._run(CONDITIONED_DECODER, inputs, to, should_stop)
+        return torch.cat([cells, conditions.expand(shape[0], -1, -1, -1)], dim=1)
 
     def forward(
         self,

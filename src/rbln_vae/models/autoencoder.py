@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import RBLNRuntimeError
+from ..targets.base import OnRows
 from ..targets.watch import ShouldStop
 from .base import RBLNModel
-from .family import DECODER, ENCODER
+from .family import DECODER, ENCODER, ImageShape
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -37,7 +41,8 @@ class RBLNAutoencoderModel(RBLNModel):
         """Encode images, in the same way for every class.
 
         Args:
-            x: Images `(N, in_channels, H, W)`, without an axis of frames.
+            x: Images `(N, in_channels, H, W)` in `[-1, 1]`, or uint8 pictures `(N, H, W,
+                in_channels)`, without an axis of frames.
             should_stop: As of `encode`. By default the run is not stopped.
 
         Returns:
@@ -84,6 +89,101 @@ class RBLNAutoencoderModel(RBLNModel):
         sample = self._run(DECODER, z, to, should_stop)
         return sample.clamp_(-1, 1) if self.clamps else sample
 
+    def decode_images(
+        self,
+        z: Tensor,
+        *,
+        out: Tensor | npt.NDArray[np.uint8] | None = None,
+        on_rows: OnRows | None = None,
+        should_stop: ShouldStop | None = None,
+        finite: Tensor | None = None,
+    ) -> Tensor:
+        """Decode latents to what a pipeline shows: uint8 pictures, channels last.
+
+        The pictures are bit by bit those that diffusers' `VaeImageProcessor` makes of the
+        result of `decode` in the dtype of `z`: float32 shows the finest colours. On the target
+        `cpu` no image of floats is made for them.
+
+        Args:
+            z: Latents as `decode_latents` takes them, `(N, latent_channels, h, w)`, or for
+                classes with an axis of frames as `decode` does, `(N, latent_channels, 1, h, w)`.
+            out: Where to write the pictures instead of to a new tensor: a tensor on the CPU, an
+                array or a memory map of uint8, in the shape of the result and of any strides. It
+                doesn't count against `memory_limit`.
+            on_rows: Called with the first row and with rows `(N, rows, W, out_channels)` as they
+                are finished in all pictures, from the top, once for each row; the rows lie in
+                the result. It is called on the calling thread, and the run waits for it. What
+                it raises ends the run and passes through. By default nothing is called.
+            should_stop: As of `decode`. By default the run is not stopped.
+            finite: A bool tensor `(N,)` that gets whether all values of each image were finite.
+                By default a warning says if one was not. Infinities are shown as 0 and 255, a
+                NaN as 0.
+
+        Returns:
+            `out` as a tensor, or a new tensor: uint8 `(N, H, W, out_channels)`, with an axis of
+            frames where `z` has one: `(N, 1, H, W, out_channels)`.
+
+        Raises:
+            ValueError, TypeError, RBLNRuntimeError, TimeoutError, MemoryError: As `decode`.
+
+        Example:
+            >>> pixels = vae.decode_images(latent)  # doctest: +SKIP
+            >>> Image.fromarray(pixels[0].numpy()).save("image.png")  # doctest: +SKIP
+        """
+        frames = self.frames and isinstance(z, Tensor) and z.dim() == 5
+        check_tensor(z, "z", self.resolved_config.latent_channels, frames=frames)
+        z = z[:, :, 0] if frames else z
+        shape = self.resolved_config.image_shape(tuple(z.shape))
+        return self._pictures(DECODER, z, shape, frames, out, on_rows, should_stop, finite)
+
+    def _pictures(
+        self,
+        part: str,
+        inputs: Tensor,
+        image_shape: ImageShape,
+        frames: bool,
+        out: Tensor | npt.NDArray[np.uint8] | None,
+        on_rows: OnRows | None,
+        should_stop: ShouldStop | None,
+        finite: Tensor | None,
+    ) -> Tensor:
+        """What a decoder gives for its checked input, as `decode_images`."""
+        batch, channels, height, width = image_shape
+        axis = (1,) if frames else ()
+        shape = (batch, *axis, height, width, channels)
+        to = None if out is None else writable(out, shape, (torch.uint8,))
+        seen = torch.ones(batch, dtype=torch.bool)
+        if finite is not None and (finite.dtype, finite.shape) != (seen.dtype, seen.shape):
+            raise ValueError(
+                f"finite must be a bool tensor of the shape ({batch},), and is {finite.dtype} of "
+                f"{tuple(finite.shape)}."
+            )
+
+        def shown(levels: Tensor) -> Tensor:
+            last = levels.permute(0, 2, 3, 1)
+            return last.unsqueeze(1) if frames else last
+
+        result = self._run(
+            part,
+            inputs,
+            None if to is None else (to[:, 0] if frames else to).permute(0, 3, 1, 2),
+            should_stop,
+            levels=True,
+            finite=seen,
+            on_rows=_on_pictures(on_rows, shown),
+        )
+        if finite is not None:
+            finite.copy_(seen)
+        elif not seen.all():
+            warnings.warn(
+                "decode_images met values that aren't finite, and shows NaN as 0. Scaling of the "
+                "latents that was left out or done twice is a common cause; decode gives the "
+                "values.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return shown(result) if to is None else to
+
     def _encoded(self, x: Tensor, should_stop: ShouldStop | None) -> Tensor:
         """The result of the encoder: moments if it gives a distribution, else latents."""
         if not self.resolved_config.uses_encoder:
@@ -91,7 +191,11 @@ class RBLNAutoencoderModel(RBLNModel):
                 "This model has a decoder only (uses_encoder=False), so it can't encode. Compile "
                 "it again with rbln_uses_encoder=True."
             )
-        check_tensor(x, "x", self.resolved_config.in_channels)
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
+            check_pictures(x, "x", self.resolved_config.in_channels)
+            x = x.permute(0, 3, 1, 2)
+        else:
+            check_tensor(x, "x", self.resolved_config.in_channels)
         size, factor = (x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor
         self.family.check_image_size(size, factor, self.config)
         return self._run(ENCODER, x, should_stop=should_stop)
@@ -150,18 +254,12 @@ def check_tensor(tensor: Tensor, name: str, channels: int, *, frames: bool = Fal
             f"{name} must be a floating tensor, and is {tensor.dtype}. Convert it, for images "
             "in 0…255 by x / 127.5 - 1."
         )
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        raise ValueError(
-            f"{name} must be a dense tensor with data, and is {tensor.layout} on {tensor.device}."
-        )
+    _check_dense(tensor, name)
     shape = tuple(tensor.shape)
     axes = 5 if frames else 4
     if len(shape) == axes and shape[1] == channels and 0 not in shape:
         if frames and shape[2] != 1:
-            raise ValueError(
-                f"{name} has {shape[2]} frames, and this model runs images of one frame, (N, "
-                f"{channels}, 1, H, W). Use diffusers' own class for videos."
-            )
+            raise _several_frames(name, shape[2], f"(N, {channels}, 1, H, W)")
         return
     wanted = f"(N, {channels}, 1, H, W)" if frames else f"(N, {channels}, H, W)"
     advice = {
@@ -173,8 +271,75 @@ def check_tensor(tensor: Tensor, name: str, channels: int, *, frames: bool = Fal
     )
 
 
-def writable(out: Tensor | npt.NDArray[Any], shape: tuple[int, ...]) -> Tensor:
-    """The tensor that a caller gave to write to, or that shares the memory of an array."""
+def check_pictures(pictures: Tensor, name: str, channels: int, *, frames: bool = False) -> None:
+    """Raise a `ValueError` unless a uint8 tensor can be the input of an encoder.
+
+    Args:
+        pictures: The input of the caller.
+        name: The name of the argument, for messages.
+        channels: The channels that it must have, as its last axis.
+        frames: Whether it must have an axis of frames, of length 1, after the batch. By default
+            it must have none.
+    """
+    _check_dense(pictures, name)
+    shape = tuple(pictures.shape)
+    axes = 5 if frames else 4
+    if len(shape) == axes and shape[-1] == channels and 0 not in shape:
+        if frames and shape[1] != 1:
+            raise _several_frames(name, shape[1], f"(N, 1, H, W, {channels})")
+        return
+    advice = ""
+    if len(shape) == axes and shape[1] == channels:
+        order = "0, 2, 3, 4, 1" if frames else "0, 2, 3, 1"
+        advice = f" {name}.permute({order}) moves its channels there."
+    elif len(shape) == 4 and frames:
+        advice = f" {name}.unsqueeze(1) adds the axis of frames."
+    elif len(shape) == 5 and not frames:
+        advice = f" {name}.squeeze(1) removes an axis of one frame."
+    wanted = f"(N, 1, H, W, {channels})" if frames else f"(N, H, W, {channels})"
+    raise ValueError(
+        f"{name} is uint8, so it must hold pictures {wanted}, channels last and no axis empty, "
+        f"and has the shape {shape}.{advice}"
+    )
+
+
+def _several_frames(name: str, frames: int, wanted: str) -> ValueError:
+    return ValueError(
+        f"{name} has {frames} frames, and this model runs images of one frame, {wanted}. Use "
+        "diffusers' own class for videos."
+    )
+
+
+def _check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} must be a dense tensor with data, and is {tensor.layout} on {tensor.device}."
+        )
+
+
+def _on_pictures(on_rows: OnRows | None, shown: Callable[[Tensor], Tensor]) -> OnRows | None:
+    """A caller's function, which gets rows as pictures."""
+    if not callable(on_rows):
+        return on_rows
+    return lambda first, rows: on_rows(first, shown(rows))
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def writable(
+    out: Tensor | npt.NDArray[Any],
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...] = _FLOATS,
+) -> Tensor:
+    """The tensor that a caller gave to write to, or that shares the memory of an array.
+
+    Args:
+        out: What the caller gave.
+        shape: That it must have.
+        dtypes: Of which it must have one. By default floats.
+    """
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     if not isinstance(out, Tensor):
         import numpy as np
 
@@ -182,11 +347,11 @@ def writable(out: Tensor | npt.NDArray[Any], shape: tuple[int, ...]) -> Tensor:
             raise TypeError(f"out must be a tensor or an array, and is a {type(out).__name__}.")
         if not out.flags.writeable:
             raise ValueError("out can't be written to. Open a memory map with mode 'r+' or 'w+'.")
-        if out.dtype.kind != "f" or out.dtype.itemsize > 4:
-            raise TypeError(f"out must hold float32 or float16, and holds {out.dtype}.")
+        if str(out.dtype) not in names:
+            raise TypeError(f"out must hold {' or '.join(names)}, and holds {out.dtype}.")
         out = torch.from_numpy(out)
-    if out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"out must hold float32, float16 or bfloat16, and holds {out.dtype}.")
+    if out.dtype not in dtypes:
+        raise TypeError(f"out must hold {' or '.join(names)}, and holds {out.dtype}.")
     if tuple(out.shape) != shape or out.device.type != "cpu":
         raise ValueError(
             f"out must have the shape {shape} and be on the CPU, and has {tuple(out.shape)} on "

@@ -74,7 +74,9 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
 
         Args:
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, of any floating dtype and
-                strides. Height and width are multiples of the scale factor.
+                strides; or pictures `(N, H, W, in_channels)` of uint8, which are taken as
+                diffusers' `VaeImageProcessor` takes them. Height and width are multiples of the
+                scale factor.
             return_dict: Whether to return an output class or a tuple.
             should_stop: A function without arguments that is asked during the run, at most
                 every 50 ms and on the calling thread; a true answer stops the run.
@@ -83,11 +85,11 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
         Returns:
             `AutoencoderKLOutput(latent_dist=…)`, or `(latent_dist,)`; `latent_dist` is
             diffusers' `DiagonalGaussianDistribution` over `(N, latent_channels, H / f, W /
-            f)`. The latents are unscaled.
+            f)`. The latents are unscaled, in the dtype of `x`, or float32 if `x` is uint8.
 
         Raises:
             ValueError: The shape or the device is wrong.
-            TypeError: It is no floating tensor, or a name is unknown.
+            TypeError: It is no tensor of floats or uint8, or a name is unknown.
             RBLNRuntimeError: The encoder was not compiled, or there are no runtimes.
             TimeoutError: The run took longer than `timeout`.
             RBLNCancelledError: `should_stop` said so; what it raises itself passes through.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import RBLNAutoencoderKLWanConfig
 from ..errors import RBLNCompileError
 from ..targets.watch import ShouldStop
-from .autoencoder import RBLNAutoencoderModel, check_tensor
+from .autoencoder import RBLNAutoencoderModel, check_pictures, check_tensor
 from .family import ENCODER, Family
 from .networks import Attention, Layers, Shuffled, conv2d, converted, means
 
@@ -103,7 +103,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
 
         Args:
             x: Images `(N, in_channels, 1, H, W)` in `[-1, 1]`, of any floating dtype and
-                strides.
+                strides; or pictures `(N, 1, H, W, in_channels)` of uint8.
             return_dict: Whether to return an output class (default) or a tuple.
             should_stop: A function without arguments that is asked during the run, at most
                 every 50 ms and on the calling thread; a true answer stops the run. By default
@@ -116,7 +116,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
 
         Raises:
             ValueError: The shape or the device is wrong, or there are several frames.
-            TypeError: It is no floating tensor.
+            TypeError: It is no tensor of floats or uint8.
             RBLNRuntimeError: The encoder was not compiled, or there are no runtimes.
             TimeoutError: The run took longer than `timeout`.
             RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
@@ -128,8 +128,14 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-        check_tensor(x, "x", self.resolved_config.in_channels, frames=True)
-        moments = self._encoded(x[:, :, 0], should_stop).unsqueeze(2)
+        channels = self.resolved_config.in_channels
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
+            check_pictures(x, "x", channels, frames=True)
+            x = x[:, 0]
+        else:
+            check_tensor(x, "x", channels, frames=True)
+            x = x[:, :, 0]
+        moments = self._encoded(x, should_stop).unsqueeze(2)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 

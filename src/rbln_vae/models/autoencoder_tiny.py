@@ -70,7 +70,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
 
         Args:
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, of any size, floating dtype and
-                strides.
+                strides; or pictures `(N, H, W, in_channels)` of uint8.
             return_dict: Whether to return an output class (default) or a tuple.
             should_stop: A function without arguments that is asked during the run, at most
                 every 50 ms and on the calling thread; a true answer stops the run. By default
@@ -82,7 +82,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
 
         Raises:
             ValueError: The shape or the device is wrong.
-            TypeError: It is no floating tensor.
+            TypeError: It is no tensor of floats or uint8.
             RBLNRuntimeError: The encoder was not compiled, or there are no runtimes.
             TimeoutError: The run took longer than `timeout`.
             RBLNCancelledError: `should_stop` said so; what it raises itself passes through.

@@ -17,7 +17,7 @@ from .. import hub
 from ..config import CONFIG_NAME, RBLNModelConfig, override, reject_unknown
 from ..errors import RBLNRuntimeError
 from ..profiler import Profile
-from ..targets.base import Runtime, RuntimeOptions, get_target
+from ..targets.base import OnRows, Runtime, RuntimeOptions, get_target
 from ..targets.placement import check_placement
 from ..targets.watch import ShouldStop
 from .compiling import CompiledModel, compile_model
@@ -321,14 +321,19 @@ class RBLNModel(ModuleMembers):
         image: Tensor,
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
+        *,
+        levels: bool = False,
+        finite: Tensor | None = None,
+        on_rows: OnRows | None = None,
     ) -> Tensor:
-        """Run a part on a checked image; a new result has its dtype and device."""
-        if should_stop is not None and not callable(should_stop):
-            raise TypeError(
-                f"should_stop must be a function, and is a {type(should_stop).__name__}."
-            )
+        """Run a part on a checked image, as `Runtime.run`; a new result is on its device."""
+        for name, function in (("should_stop", should_stop), ("on_rows", on_rows)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, and is a {type(function).__name__}.")
         runtime = self._runtime(part, tuple(image.shape))
-        result = runtime.run(image.detach().cpu(), out, should_stop)
+        result = runtime.run(
+            image.detach().cpu(), out, should_stop, levels=levels, finite=finite, on_rows=on_rows
+        )
         return result.to(image.device) if out is None else result
 
     def profile(self) -> Profile:

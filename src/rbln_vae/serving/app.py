@@ -200,9 +200,14 @@ class _Service:
             # What takes a while is done in threads, so that nobody else waits for it.
             latent = await asyncio.to_thread(expected.read, body)
             latent = protocol.prepare_latent(latent, query, model, expected)
-            outcome = await self._run(request, model, DECODER, latent)
-        accept = request.headers.get("accept", "")
-        reply = await asyncio.to_thread(protocol.decode_reply, outcome.tensor, query, accept)
+            pictures = protocol.shows_pictures(query, request.headers.get("accept", ""))
+            outcome = await self._run(request, model, DECODER, latent, pictures)
+        if pictures:
+            reply = await asyncio.to_thread(
+                protocol.picture_reply, outcome.tensor, outcome.finite, query
+            )
+        else:
+            reply = await asyncio.to_thread(protocol.sample_reply, outcome.tensor, query)
         return self._respond(request, reply, outcome)
 
     async def encode(self, request: Request, query: EncodeQuery) -> Response:
@@ -277,9 +282,13 @@ class _Service:
             length = expected.bytes
         return self.bodies.hold(most if length is None else length)
 
-    async def _run(self, request: Request, model: ModelInfo, part: str, tensor: Any) -> Outcome:
+    async def _run(
+        self, request: Request, model: ModelInfo, part: str, tensor: Any, pictures: bool = False
+    ) -> Outcome:
         try:
-            outcome = await unless_gone(request, self.backend.run(model.name, part, tensor))
+            outcome = await unless_gone(
+                request, self.backend.run(model.name, part, tensor, pictures)
+            )
         except RefusedError:
             raise
         except Exception as error:

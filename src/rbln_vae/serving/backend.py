@@ -22,8 +22,8 @@ class Backend(Protocol):
     async def check(self, model: str, part: str, shape: Shape) -> None:
         """Raise the exception that `run` would raise now; called before a body is read."""
 
-    async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
-        """Run a tensor.
+    async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
+        """Run a tensor, or decode it to pictures.
 
         If the caller is cancelled, a waiting tensor is not run, and a run stops unless other
         callers wait for it.
@@ -57,8 +57,8 @@ class LocalBackend:
     async def check(self, model: str, part: str, shape: Shape) -> None:
         await self._batcher.check(self._models[model], part, shape)
 
-    async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
-        return await self._batcher.submit(self._models[model], part, tensor)
+    async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
+        return await self._batcher.submit(self._models[model], part, tensor, pictures)
 
     def load(self) -> Mapping[str, float]:
         batcher = self._batcher

@@ -56,12 +56,14 @@ class Outcome:
 
     Attributes:
         tensor: What the model gave.
+        finite: Whether all values of pictures were finite; else true.
         waited: Seconds in the queue.
         ran: Seconds of the run that made it.
         batch: Samples of that run, those of other requests included.
     """
 
     tensor: Tensor
+    finite: bool
     waited: float
     ran: float
     batch: int
@@ -72,6 +74,7 @@ class _Job:
     runner: Runner
     part: str
     tensor: Tensor
+    pictures: bool
     weight: float
     memory: int
     arrived: float
@@ -82,9 +85,9 @@ class _Job:
         return tuple(self.tensor.shape)
 
     @property
-    def kind(self) -> tuple[str, str, torch.dtype, Shape]:
+    def kind(self) -> tuple[str, str, bool, torch.dtype, Shape]:
         """What jobs that run together have in common."""
-        return self.runner.name, self.part, self.tensor.dtype, self.shape[1:]
+        return self.runner.name, self.part, self.pictures, self.tensor.dtype, self.shape[1:]
 
 
 @dataclass(eq=False)
@@ -152,7 +155,9 @@ class Batcher:
         with self._room_for(runner, part, shape):
             await self._admitted_memory(runner, part, shape)
 
-    async def submit(self, runner: Runner, part: str, tensor: Tensor) -> Outcome:
+    async def submit(
+        self, runner: Runner, part: str, tensor: Tensor, pictures: bool = False
+    ) -> Outcome:
         """Run a tensor when its turn comes.
 
         If the caller is cancelled while the tensor waits, it is not run. If all callers of a
@@ -162,6 +167,7 @@ class Batcher:
             runner: The model.
             part: Which part of it.
             tensor: `(N, C, H, W)`; not to be written to any more.
+            pictures: Whether to decode to pictures, by default not.
 
         Raises:
             TooLargeError, QueueFullError, ClosedError, ValueError: As `check`.
@@ -172,7 +178,7 @@ class Batcher:
             memory = await self._admitted_memory(runner, part, shape)
         # Nothing can come between: the room that it had is the room that it takes now.
         done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        job = _Job(runner, part, tensor, weight, memory, arrived, done)
+        job = _Job(runner, part, tensor, pictures, weight, memory, arrived, done)
         self._waiting.append(job)
         self._wake()
         try:
@@ -329,19 +335,27 @@ class Batcher:
     def _run_together(self, jobs: Sequence[_Job], loop: asyncio.AbstractEventLoop) -> None:
         first = jobs[0]
         sizes = [job.shape[0] for job in jobs]
+
+        def nobody_waits() -> bool:
+            return all(job.done.done() for job in jobs)
+
         started = time.monotonic()
         try:
             tensor = first.tensor if len(jobs) == 1 else torch.cat([job.tensor for job in jobs])
-            result = first.runner.run(
-                first.part, tensor, lambda: all(job.done.done() for job in jobs)
-            )
+            if first.pictures:
+                result, finite = first.runner.decode_images(tensor, nobody_waits)
+            else:
+                result = first.runner.run(first.part, tensor, nobody_waits)
+                finite = torch.ones(len(tensor), dtype=torch.bool)
         except Exception as error:
             for job in jobs:
                 loop.call_soon_threadsafe(_fail, job, error)
             return
         ran = time.monotonic() - started
-        for job, tensor in zip(jobs, torch.split(result, sizes), strict=True):
-            outcome = Outcome(tensor, started - job.arrived, ran, sum(sizes))
+        parts = zip(torch.split(result, sizes), torch.split(finite, sizes), strict=True)
+        for job, (tensor, of_job) in zip(jobs, parts, strict=True):
+            waited = started - job.arrived
+            outcome = Outcome(tensor, bool(of_job.all()), waited, ran, sum(sizes))
             loop.call_soon_threadsafe(_succeed, job, outcome)
 
     # Back in the event loop

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..models.autoencoder import RBLNAutoencoderModel
@@ -142,11 +143,18 @@ class Runner(Protocol):
 
         Args:
             part: The name of the part.
-            tensor: The input of the part.
+            tensor: The input of the part: floats, or the levels of pictures to encode.
             should_stop: Called during the run; it returns true to stop the run.
 
         Raises:
             RBLNCancelledError: `should_stop` returned true.
+        """
+
+    def decode_images(self, latent: Tensor, should_stop: ShouldStop) -> tuple[Tensor, Tensor]:
+        """Decode to pictures, in the same way.
+
+        Returns:
+            The pictures, uint8 `(N, H, W, C)`, and whether all values of each were finite.
         """
 
 
@@ -175,7 +183,13 @@ class ServedModel:
     def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
         if part == DECODER:
             return self._vae.decode_latents(tensor, should_stop=should_stop)
-        return mode(self._vae.encode_images(tensor, should_stop=should_stop))
+        images = tensor if tensor.is_floating_point() else tensor.permute(0, 2, 3, 1)
+        return mode(self._vae.encode_images(images, should_stop=should_stop))
+
+    def decode_images(self, latent: Tensor, should_stop: ShouldStop) -> tuple[Tensor, Tensor]:
+        finite = torch.ones(len(latent), dtype=torch.bool)
+        images = self._vae.decode_images(latent, should_stop=should_stop, finite=finite)
+        return images, finite
 
 
 def open_models(

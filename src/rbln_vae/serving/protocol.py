@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..images import load_image, open_image, with_opacity
+from ..images import load_image, open_image, to_levels, with_opacity
 from ..models.latents import LatentScaling
 from ..sizes import check_image_size
 from .errors import RefusedError
@@ -276,28 +276,50 @@ class Reply:
     headers: dict[str, str]
 
 
-def decode_reply(sample: Tensor, query: DecodeQuery, accept: str) -> Reply:
-    """The response that `remote_decode` reads.
+def shows_pictures(query: DecodeQuery, accept: str) -> bool:
+    """Whether the response shows pictures, so that the model decodes to uint8.
+
+    Args:
+        query: The query of the request.
+        accept: The `Accept` header of the request. With `output_type=pil` and a processor,
+            the client asks for a tensor in `[0, 1]` with it.
+    """
+    return query.partial_postprocess if query.output_type == "pt" else TENSOR not in accept
+
+
+def sample_reply(sample: Tensor, query: DecodeQuery) -> Reply:
+    """The response that `remote_decode` reads if it shows no pictures.
 
     Args:
         sample: The decoded images `(N, C, H, W)`, approximately in `[-1, 1]`.
         query: The query of the request.
-        accept: The `Accept` header of the request. With `output_type=pil` and a processor,
-            the client asks for a tensor in `[0, 1]` with it.
 
     Raises:
         RefusedError: The result can't be returned in the requested form.
     """
     if query.output_type == "pt":
-        if query.partial_postprocess:
-            return tensor_reply(_as_bytes_of_colour(sample))
         # As it was asked: with an axis of frames if the latent had one.
         return tensor_reply(sample.unsqueeze(2) if len(query.shape) == 5 else sample)
-    _require_finite(sample)
-    if TENSOR in accept:
-        shown: Any = VaeImageProcessor.denormalize(sample)
-        return tensor_reply(shown)
-    picture = _as_bytes_of_colour(sample)[0].numpy()
+    _require_finite(_is_finite(sample))
+    shown: Any = VaeImageProcessor.denormalize(sample)
+    return tensor_reply(shown)
+
+
+def picture_reply(pictures: Tensor, finite: bool, query: DecodeQuery) -> Reply:
+    """The response that `remote_decode` reads if it shows pictures.
+
+    Args:
+        pictures: uint8 `(N, H, W, C)`.
+        finite: Whether all values that they show were.
+        query: The query of the request.
+
+    Raises:
+        RefusedError: The result can't be returned in the requested form.
+    """
+    _require_finite(finite)
+    if query.output_type == "pt":
+        return tensor_reply(pictures)
+    picture = pictures[0].numpy()
     shown_channels = (1, 3, 4) if query.image_format == "png" else (1, 3)
     if picture.shape[2] not in shown_channels:
         raise RefusedError(
@@ -318,22 +340,14 @@ def _encode_jpeg(levels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _as_bytes_of_colour(sample: Tensor) -> Tensor:
-    """Images in `[-1, 1]` as uint8, channels last, as diffusers' postprocessing computes them."""
-    _require_finite(sample)
-    shown: Any = VaeImageProcessor.denormalize(sample)
-    levels: Tensor = (shown.float() * 255).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous()
-
-
 def _is_finite(tensor: Tensor) -> bool:
     # One pass without a copy; both results are NaN if any element is.
     low, high = torch.aminmax(tensor)
     return math.isfinite(low) and math.isfinite(high)
 
 
-def _require_finite(sample: Tensor) -> None:
-    if not _is_finite(sample):
+def _require_finite(finite: bool) -> None:
+    if not finite:
         raise RefusedError(
             422,
             "not_finite",
@@ -426,7 +440,7 @@ def fitted_size(size: tuple[int, int], model: ModelInfo) -> tuple[int, int]:
 
 
 def read_picture(body: bytearray, model: ModelInfo) -> Tensor:
-    """A picture as the input of the encoder, prepared as in diffusers' pipelines.
+    """A picture as the input of the encoder, uint8 `(1, C, H, W)`, scaled as by diffusers.
 
     Raises:
         RefusedError: The picture is damaged.
@@ -436,8 +450,9 @@ def read_picture(body: bytearray, model: ModelInfo) -> Tensor:
     except UnidentifiedImageError:
         raise _not_an_image() from None
     processor: Any = VaeImageProcessor(vae_scale_factor=model.vae_scale_factor)
-    tensor: Tensor = processor.preprocess(image)
-    return with_opacity(tensor, model.in_channels)
+    height, width = processor.get_default_height_width(image)
+    levels = with_opacity(to_levels(processor.resize(image, height, width)), model.in_channels)
+    return levels.permute(0, 3, 1, 2)
 
 
 def _not_an_image() -> RefusedError:

@@ -148,9 +148,9 @@ class Worker:
         """The models by name."""
         return dict(self._backend.models)
 
-    async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
+    async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
         """Run a tensor, as `Backend.run`."""
-        return await self._backend.run(model, part, tensor)
+        return await self._backend.run(model, part, tensor, pictures)
 
 
 class Front:
@@ -179,19 +179,19 @@ class RemoteBackend:
     async def check(self, model: str, part: str, shape: Shape) -> None:
         """Does nothing: a worker checks when it gets the tensor."""
 
-    async def run(self, model: str, part: str, tensor: Tensor) -> Outcome:
+    async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
         end = time.monotonic() + _PATIENCE
         while True:
             try:
-                return await self._run_once(model, part, tensor)
+                return await self._run_once(model, part, tensor, pictures)
             except (RayActorError, DeploymentUnavailableError):
                 # The worker died. Runs have no side effects, so another worker can repeat it.
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(_PAUSE)
 
-    async def _run_once(self, model: str, part: str, tensor: Tensor) -> Outcome:
-        response: Any = self._workers.run.remote(model, part, tensor)
+    async def _run_once(self, model: str, part: str, tensor: Tensor, pictures: bool) -> Outcome:
+        response: Any = self._workers.run.remote(model, part, tensor, pictures)
         try:
             outcome: Outcome = await response
         except asyncio.CancelledError:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from ..config import TARGETS
@@ -20,6 +21,7 @@ from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
 from ..graph.ir import Graph, Shape
 from ..host import usable_memory
+from ..levels import levels_of
 from ..profiler import RunProfile
 from ..sizes import format_size
 from ..units import format_bytes
@@ -87,6 +89,10 @@ class RuntimeOptions:
     activate_profiler: bool = False
 
 
+OnRows: TypeAlias = Callable[[int, Tensor], object]
+"""Called with the first row and with rows `(N, C, rows, W)` of a result."""
+
+
 class Runtime(Protocol):
     """A compiled part on its device, ready to run; several threads may share it."""
 
@@ -95,18 +101,28 @@ class Runtime(Protocol):
         image: Tensor,
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
+        *,
+        levels: bool = False,
+        finite: Tensor | None = None,
+        on_rows: OnRows | None = None,
     ) -> Tensor:
         """Run the part.
 
         Args:
-            image: `(N, C, H, W)` on the CPU, of any floating dtype and strides; not
-                written to.
-            out: Where to write the result, on the CPU, of its shape and any floating dtype
-                and strides; it shares no memory with the image.
+            image: `(N, C, H, W)` on the CPU, of any strides and floating dtype, or uint8 for
+                the levels of a picture; not written to.
+            out: Where to write the result, on the CPU, of its shape and any strides and
+                floating dtype, or uint8 for levels; it shares no memory with the image.
             should_stop: Asked at most every 50 ms, on the calling thread; true stops the run.
+            levels: Whether the result is the levels that show it, instead of floats.
+            finite: Gets whether each image had only finite values before they became
+                levels: bool `(N,)`.
+            on_rows: Called on the calling thread as rows are finished in all images: from the
+                top, once for each row. What it raises ends the run and passes through.
 
         Returns:
-            `out`, or a new tensor on the CPU in the dtype of the input.
+            `out`, or a new tensor on the CPU: in the dtype of the input, float32 if that is
+            levels; or levels, whose channels are the last axis in memory.
 
         Raises:
             TimeoutError: The run took longer than its timeout.
@@ -243,6 +259,40 @@ class GraphTarget(Target):
         Raises:
             RBLNCompileError: The target can't run the graph.
         """
+
+
+def hand_over(
+    result: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    levels: bool,
+    finite: Tensor | None,
+    on_rows: OnRows | None,
+) -> Tensor:
+    """Give the whole result of a run to its caller, as `Runtime.run` promises.
+
+    Args:
+        result: Floats on any device, in which nobody else writes.
+        dtype: Of the input.
+        out: As of `Runtime.run`, and so are the others.
+        levels: As of `Runtime.run`.
+        finite: As of `Runtime.run`.
+        on_rows: As of `Runtime.run`.
+
+    Returns:
+        As `Runtime.run`.
+    """
+    dtype = dtype if dtype.is_floating_point else torch.float32
+    if levels:
+        result = result.to(dtype)
+        if finite is not None:
+            finite.copy_(result.isfinite().flatten(1).all(1))
+        result = levels_of(result).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        dtype = torch.uint8
+    given = result.to("cpu", dtype) if out is None else out.copy_(result)
+    if on_rows is not None:
+        on_rows(0, given)
+    return given
 
 
 def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> MemoryError:

@@ -26,9 +26,10 @@ from ..errors import (
     RBLNRuntimeError,
     RBLNTargetUnavailableError,
 )
+from ..levels import sample_of
 from ..profiler import RunProfile
 from ..sizes import format_size
-from .base import CompiledPart, CompileOptions, RuntimeOptions, Target
+from .base import CompiledPart, CompileOptions, OnRows, RuntimeOptions, Target, hand_over
 from .watch import ShouldStop, Watch
 
 DEFAULT_TIMEOUT = 60.0
@@ -173,12 +174,18 @@ class RblnRuntime:
         image: Tensor,
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
+        *,
+        levels: bool = False,
+        finite: Tensor | None = None,
+        on_rows: OnRows | None = None,
     ) -> Tensor:
         """Run the part. A run on the NPU can't be stopped; `should_stop` is called only before."""
         with self._lock:
             Watch(should_stop=should_stop).check()
-            result: Tensor = self._runtime(image.to(self._dtype).contiguous())
-            return result.to(image.dtype, copy=True) if out is None else out.copy_(result)
+            sample = image if image.is_floating_point() else sample_of(image)
+            # In a copy, since the compiler's runtime may write to its result again.
+            result: Tensor = self._runtime(sample.to(self._dtype).contiguous()).clone()
+        return hand_over(result, image.dtype, out, levels, finite, on_rows)
 
 
 def _devices_keyword(rebel: Any) -> str:

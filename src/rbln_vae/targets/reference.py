@@ -17,6 +17,7 @@ from ..errors import RBLNArtifactError
 from ..graph.interpreter import Interpreter
 from ..graph.ir import Graph, Operation, Shape, Value
 from ..graph.passes import optimise
+from ..levels import sample_of
 from ..profiler import RunProfile, Step
 from ..sizes import format_size
 from ..units import format_bytes
@@ -24,7 +25,9 @@ from .base import (
     CompiledPart,
     CompileOptions,
     GraphTarget,
+    OnRows,
     RuntimeOptions,
+    hand_over,
     over_memory_limit,
 )
 from .watch import ShouldStop, Watch
@@ -85,6 +88,10 @@ class InterpreterRuntime:
         image: Tensor,
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
+        *,
+        levels: bool = False,
+        finite: Tensor | None = None,
+        on_rows: OnRows | None = None,
     ) -> Tensor:
         interpreter = self._interpreter
         self._check_memory(image.shape)
@@ -97,12 +104,15 @@ class InterpreterRuntime:
                 stopwatch.lap()
 
         with _threads(self._options.num_threads):
-            result = interpreter.run(image, before)
+            source = image
+            if not image.is_floating_point():
+                source = sample_of(image.to(interpreter.device))
+            result = interpreter.run(source, before)
             if stopwatch is not None:
                 stopwatch.lap()
                 self._profiles.append(stopwatch.profile(tuple(image.shape)))
         watch.check()
-        return result.to(image.device, image.dtype) if out is None else out.copy_(result)
+        return hand_over(result, image.dtype, out, levels, finite, on_rows)
 
     def memory_needed(self, shape: Shape) -> int:
         return peak_elements(self._interpreter.graph, shape) * self._interpreter.dtype.itemsize

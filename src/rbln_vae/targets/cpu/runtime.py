@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
-from ..base import over_memory_limit
+from ..base import OnRows, over_memory_limit
 from ..watch import ShouldStop, Watch
 from .kept import Bound, KeptKernels
 from .lower import ADDRESSABLE, lower
@@ -139,6 +139,15 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     )
     begin = tensor.data_ptr()
     return begin, begin + (reach + 1) * tensor.element_size()
+
+
+def _new_result(shape: Shape, dtype: torch.dtype, levels: bool) -> Tensor:
+    """Memory for the result of an input of a dtype."""
+    if levels:
+        batch, channels, height, width = shape
+        last = torch.empty(batch, height, width, channels, dtype=torch.uint8)
+        return last.permute(0, 3, 1, 2)
+    return torch.empty(shape, dtype=dtype if dtype.is_floating_point else torch.float32)
 
 
 @contextlib.contextmanager
@@ -305,22 +314,34 @@ class CpuRuntime:
         image: Tensor,
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
+        *,
+        levels: bool = False,
+        finite: Tensor | None = None,
+        on_rows: OnRows | None = None,
     ) -> Tensor:
         """Run the part.
 
         Args:
-            image: The input `(N, C, H, W)` on the CPU, of any floating dtype and strides.
+            image: The input `(N, C, H, W)` on the CPU, of any floating dtype and strides, or
+                uint8 for the levels of a picture.
             out: The tensor to write to, in the shape of the result, in float32, float16 or
-                bfloat16, with any strides. Its elements must not overlap each other or
-                `image`. `None` makes a new tensor.
+                bfloat16, or uint8 for levels, with any strides. Its elements must not overlap
+                each other or `image`. `None` makes a new tensor.
             should_stop: Called at most every 50 ms, on the calling thread; a true result
                 stops the run, and an exception passes through. `None` never stops it.
+            levels: Whether the result is the levels that show it; by default it is floats.
+            finite: Gets whether each image had only finite values before they became
+                levels: bool `(N,)`, contiguous.
+            on_rows: Called on the calling thread with the first row and the rows `(N, C,
+                rows, W)` as they are finished in all images, from the top. Meanwhile the run
+                waits. A batch that runs in parts finishes its rows with the last part.
 
         Returns:
-            `out`, or a new contiguous tensor in the dtype of the input.
+            `out`, or a new tensor: contiguous and in the dtype of the input (float32 if that
+            is levels), or levels with channels last in memory.
 
         Raises:
-            TypeError: The input is not a floating-point tensor.
+            TypeError: The input is neither a floating-point tensor nor levels.
             ValueError: The shape of the input or `out` is not valid.
             TimeoutError: The run took longer than the timeout.
             RBLNCancelledError: `should_stop` returned true.
@@ -328,53 +349,96 @@ class CpuRuntime:
         """
         watch = Watch(self.timeout, should_stop)
         watch.check()
-        if not image.is_floating_point():
-            raise TypeError(f"The input is {image.dtype}, expected a floating-point tensor.")
+        if not image.is_floating_point() and image.dtype != torch.uint8:
+            raise TypeError(
+                f"The input is {image.dtype}, expected a floating-point tensor, or uint8."
+            )
         shape = tuple(image.shape)
-        room = self.memory_limit if out is not None else self._room(shape)
+        room = self.memory_limit if out is not None else self._room(shape, 1 if levels else 4)
         bound = self._bound_for(shape, room)
         source = image.detach()
         expected = (shape[0], *bound.program.schedule.output_shape[1:])
-        if out is not None and (tuple(out.shape) != expected or out.dtype not in EXCHANGED):
+        taken = (torch.uint8,) if levels else EXCHANGED
+        if out is not None and (tuple(out.shape) != expected or out.dtype not in taken):
             raise ValueError(
                 f"out is {out.dtype} of the shape {tuple(out.shape)}, expected "
-                f"{', '.join(map(str, EXCHANGED))} of {expected}."
+                f"{', '.join(map(str, taken))} of {expected}."
             )
         if out is not None:
             _check_apart(source, out)
         with _torch_allocates():
-            if source.dtype not in EXCHANGED:
+            if source.dtype not in (*EXCHANGED, torch.uint8):
                 source = source.to(torch.float32)
-            result = torch.empty(expected, dtype=source.dtype) if out is None else out
+            result = _new_result(expected, source.dtype, levels) if out is None else out
+        if finite is not None:
+            finite.fill_(True)
+
+        def rows_finished(first: int, rows: int) -> None:
+            assert on_rows is not None
+            on_rows(first, result[:, :, first : first + rows])
+
         size = bound.program.schedule.input_shape[0]
         for begin in range(0, shape[0], size):
             part = source[begin : begin + size]
             if len(part) < size:
                 bound = self._bound_for(tuple(part.shape), room)
-            self._execute(bound, part, result[begin : begin + size], watch)
+            last = begin + size >= shape[0]
+            self._execute(
+                bound,
+                part,
+                result[begin : begin + size],
+                watch,
+                None if finite is None else finite[begin : begin + size],
+                rows_finished if last and on_rows is not None else None,
+            )
+        if out is not None or levels or not image.is_floating_point():
+            return result
         with _torch_allocates():
-            return result if out is not None else result.to(image.dtype)
+            return result.to(image.dtype)
 
-    def _execute(self, bound: Bound, source: Tensor, result: Tensor, watch: Watch) -> None:
+    def _execute(
+        self,
+        bound: Bound,
+        source: Tensor,
+        result: Tensor,
+        watch: Watch,
+        finite: Tensor | None = None,
+        on_rows: Callable[[int, int], None] | None = None,
+    ) -> None:
         watch.check()
         nothing = torch.empty(EMPTY)
         bound = self.kept_kernels.beside(
             bound, lambda plan: self._run_plan(plan, nothing, nothing, watch)
         )
         start = time.time()
-        times = self._run_plan(bound.native, source, result, watch)
+        times = self._run_plan(bound.native, source, result, watch, finite, on_rows)
         if self._profiles is not None:
             self._profiles.append(self._profile(bound, start, times))
 
     def _run_plan(
-        self, plan: _engine.Plan, source: Tensor, result: Tensor, watch: Watch
+        self,
+        plan: _engine.Plan,
+        source: Tensor,
+        result: Tensor,
+        watch: Watch,
+        finite: Tensor | None = None,
+        on_rows: Callable[[int, int], None] | None = None,
     ) -> list[tuple[float, float]]:
         """Run a plan, and return the times of its steps if the profiler is active."""
         ask = watch.ask if watch.needs_asking else None
         profile = self._profiles is not None
         try:
             with _threads_start():
-                return self._executor.run(plan, source, result, watch.seconds_left, ask, profile)
+                return self._executor.run(
+                    plan,
+                    source,
+                    result,
+                    watch.seconds_left,
+                    ask,
+                    profile,
+                    on_rows,
+                    finite,
+                )
         except _engine.TimedOutError:
             raise watch.timed_out() from None
 
@@ -398,11 +462,16 @@ class CpuRuntime:
         self._bound.clear()
         return kept
 
-    def _room(self, shape: Shape) -> int:
-        """The bytes that the limit leaves for a run besides its result, counted as float32."""
+    def _room(self, shape: Shape, element_bytes: int = 4) -> int:
+        """The bytes that the limit leaves for a run besides its result.
+
+        Args:
+            shape: Of the input.
+            element_bytes: Of the result: 1 for levels. Floats count as float32 (default).
+        """
         self._check_shape(shape)
         result = self.graph.infer_shapes(shape)[self.graph.output]
-        return self.memory_limit - 4 * math.prod(result)
+        return self.memory_limit - element_bytes * math.prod(result)
 
     def _check_shape(self, shape: Shape) -> None:
         if len(shape) != 4 or min(shape) < 1 or shape[1] != self.graph.input_channels:
