@@ -90,10 +90,11 @@ struct ConvStep {
   bool winograd() const { return kernels != kNone; }
   // Rows and columns of the grid that are computed at once, and where they begin.
   Index unit() const { return doubles ? kOutputSquare / 2 : winograd() ? kOutputSquare : 1; }
-  // Rows and columns of the input that a tile reads.
-  Index rows_read() const { return read(tile_height, kernel_height); }
-  Index columns_read() const { return read(tile_width, kernel_width); }
-  Index read(Index size, Index kernel) const {
+  // Rows and columns of the input that a tile reads. Kernels of all instruction sets call these
+  // often enough that a compiler would rather not inline them, and they may share no code.
+  [[gnu::always_inline]] Index rows_read() const { return read(tile_height, kernel_height); }
+  [[gnu::always_inline]] Index columns_read() const { return read(tile_width, kernel_width); }
+  [[gnu::always_inline]] Index read(Index size, Index kernel) const {
     return (ceil_div(size, unit()) * unit() - 1) * stride + kernel;
   }
   Index tiles() const { return batch * tiles_down() * tiles_across(); }

@@ -23,7 +23,8 @@ struct ConvTile {
   Index height;
   Index width;
 
-  ConvTile(const ConvStep& s, Index tile) : index(tile) {
+  // Inlined, since kernels of several instruction sets may share no code.
+  [[gnu::always_inline]] ConvTile(const ConvStep& s, Index tile) : index(tile) {
     x = tile % s.tiles_across() * s.tile_width;
     y = tile / s.tiles_across() % s.tiles_down() * s.tile_height;
     n = tile / s.tiles_across() / s.tiles_down();
