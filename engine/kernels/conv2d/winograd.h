@@ -151,18 +151,15 @@ class Winograd {
     const Index first = all * split / s_.splits;
     const Index last = all * (split + 1) / s_.splits;
     load(tile);
-    float* partials = nullptr;
-    if (s_.partials != kNone) {
-      partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
-                 tile.index * 2 * panels * kPanel;
-    }
-    Epilogue<Images> epilogue(s_, partials, tile.height * tile.width * s_.phases());
+    Epilogue<Images> epilogue(s_);
     for (Index group = first; group < last; group += sizes_.groups) {
       const Index end = smaller(group + sizes_.groups, last);
       for (Index phase = 0; phase < s_.phases(); ++phase) {
         multiply(group, end, phase);
         for (Index each = group; each < end; ++each) {
-          store(tile, each, each - group, phase, epilogue);
+          tile.each_cell(s_, [&](const ConvTile& cell) {
+            store(tile, cell, each, each - group, phase, epilogue);
+          });
         }
       }
     }
@@ -237,30 +234,35 @@ class Winograd {
     }
   }
 
-  // Transforms the sums of one group back, a row of tiles at a time, and stores it.
-  void store(const ConvTile& tile, Index group, Index place, Index phase,
+  // Transforms the sums of one group back in one cell, a row of tiles at a time, and stores it.
+  void store(const ConvTile& tile, const ConvTile& cell, Index group, Index place, Index phase,
              Epilogue<Images>& epilogue) {
+    const Index down = ceil_div(cell.height, kTile);
+    const Index across = ceil_div(cell.width, kTile);
+    const Index first = (cell.y - tile.y) / kTile * across_ + (cell.x - tile.x) / kTile;
     const Index panel = group * Simd::kMaxPanels;
     const Index scale = s_.upsample ? 2 : 1;
     const Range range(s_.kernel_height, phase);
     typename Epilogue<Images>::Job job;
     job.sums = outputs_;
     job.bias = s_.bias + phase * s_.bias_step();
-    job.pitch = across_ * kTile;
+    job.pitch = across * kTile;
     job.panel = panel;
     job.panels = smaller(Simd::kMaxPanels, s_.panels() - panel);
-    job.pixels = tile.width;
+    job.pixels = cell.width;
     job.pixel_step = scale * kBlock;
     job.row_step = scale * s_.output.width * kBlock;
     job.block_step = s_.output.plane * kBlock;
     job.residual_block_step = s_.residual.plane * kBlock;
+    job.partials = cell.partials(s_, context_);
+    job.points = cell.height * cell.width * s_.phases();
     const float* sums = sums_ + place * sizes_.chunks * kGroup;
-    for (Index row = 0; row < down_; ++row) {
-      job.rows = smaller(kTile, tile.height - row * kTile);
+    for (Index row = 0; row < down; ++row) {
+      job.rows = smaller(kTile, cell.height - row * kTile);
       // Surplus rows are overwritten by the next panel, or lie in the buffer's slack.
       for (Index each = 0; each < job.panels; ++each) {
-        for (Index x = 0; x < across_; ++x) {
-          const Index at = row * across_ + x;
+        for (Index x = 0; x < across; ++x) {
+          const Index at = first + row * across_ + x;
           const float* from = sums + at / sizes_.chunk * kGroup +
                               (each * Simd::kMaxPixels + at % sizes_.chunk) * kPanel;
           float* to = outputs_ + (each * job.rows * job.pitch + x * kTile) * kPanel;
@@ -268,14 +270,14 @@ class Winograd {
           transform(range, from, sizes_.sums, to, job.pitch * kPanel);
         }
       }
-      const Index y = (tile.y + row * kTile) * scale + (s_.upsample ? phase / 2 : 0);
-      const Index x = tile.x * scale + (s_.upsample ? phase % 2 : 0);
-      job.output = pixel(s_.output, tile.n, panel / 2, y, x);
+      const Index y = (cell.y + row * kTile) * scale + (s_.upsample ? phase / 2 : 0);
+      const Index x = cell.x * scale + (s_.upsample ? phase % 2 : 0);
+      job.output = pixel(s_.output, cell.n, panel / 2, y, x);
       job.residual = s_.residual.channels == 0
                          ? nullptr
-                         : pixel(s_.residual, tile.n, panel / 2, y, x);
+                         : pixel(s_.residual, cell.n, panel / 2, y, x);
       job.first = phase == 0 && row == 0;
-      job.last = phase + 1 == s_.phases() && row + 1 == down_;
+      job.last = phase + 1 == s_.phases() && row + 1 == down;
       epilogue.start(job);
       epilogue.finish();
     }
