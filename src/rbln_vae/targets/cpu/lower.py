@@ -184,6 +184,9 @@ class _Lowering:
         # Sums are made by cells of the whole image; else tiles are free.
         tall, wide = conv.unit if sums is None else rules.cell(whole)
         tile, splits = rules.partition(conv, (tall, wide))
+        assert task.output is not None
+        if task.output.buffer.offset == task.inputs[0].buffer.offset:
+            splits = 1  # no other item may read what one has overwritten
         cell = tile if sums is None else (min(tall, end - begin), wide)
         partials = _offset(sums)
         if sums is not None:
