@@ -10,6 +10,7 @@ that. What memory, caches and counters add is computed from an assumed machine (
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,14 +78,29 @@ class Work:
     Attributes:
         costs: What each takes, in products of float32.
         streamed: Bytes of kernels, keys and values that each reads.
-        shared: Bytes of them that all items read together.
+        parts: Into how many parts what is streamed is divided. Items that read the same part
+            follow each other, and there are as many for each.
         image: Bytes of images that all items read and write together.
     """
 
     costs: Sequence[float]
     streamed: float = 0
-    shared: float = 0
+    parts: int = 1
     image: float = 0
+
+    def read(self, system: System, threads: int) -> float:
+        """Bytes that come from memory: clusters read each part once where it fits their cache."""
+        count, clusters = len(self.costs), -(-threads // system.cluster)
+        if self.streamed > system.cache:
+            return self.image + self.streamed * count / min(threads, system.cluster)
+        ends = [count * each // clusters for each in range(clusters + 1)]
+        each = max(1, count // self.parts)
+        parts = sum(
+            (last - 1) // each - first // each + 1
+            for first, last in itertools.pairwise(ends)
+            if last > first
+        )
+        return self.image + self.streamed * parts
 
 
 def work(step: Step, machine: Machine) -> Work:
@@ -108,9 +124,7 @@ def work(step: Step, machine: Machine) -> Work:
             one = [min(native.queries, pixels - first) * pixels * channels for first in parts]
             streamed = pixels * channels * size
             matrices = native.batch * native.heads
-            return Work(
-                [costs.product * each for each in one] * matrices, streamed, matrices * streamed
-            )
+            return Work([costs.product * each for each in one] * matrices, streamed, matrices)
         case _engine.AttentionPackStep(key=key, value=value):
             count = native.batch * native.heads * -(-key.height * key.width // BLOCK)
             channels = (key.channels + value.channels) / native.heads
@@ -173,18 +187,18 @@ def _convolution(native: _engine.ConvStep, machine: Machine) -> Work:
         return known[tile, panels]
 
     costs = []
-    for first in range(0, len(tiles), native.together):
-        for split in range(native.splits):
-            begin, end = (groups * s // native.splits for s in (split, split + 1))
-            panels = min(conv.panels, end * machine.kernels.panels)
-            panels -= begin * machine.kernels.panels
-            costs.append(sum(cost(tile, panels) for tile in tiles[first : first + native.together]))
+    for split in range(native.splits):
+        begin, end = (groups * s // native.splits for s in (split, split + 1))
+        panels = min(conv.panels, end * machine.kernels.panels) - begin * machine.kernels.panels
+        for first in range(0, len(tiles), native.together):
+            several = tiles[first : first + native.together]
+            costs.append(sum(cost(tile, panels) for tile in several))
     pixels = native.input.height * native.input.width * native.input.channels
     pixels += native.output.height * native.output.width * native.output.channels
     return Work(
         costs,
-        streamed=kernels * native.together / native.splits,
-        shared=kernels,
+        streamed=kernels / native.splits,
+        parts=native.splits,
         image=float(native.batch * pixels * machine.element_bytes),
     )
 
@@ -239,7 +253,6 @@ def simulate(program: Program, rates: Mapping[Name, float], system: System) -> f
         system: The machine.
     """
     threads = program.machine.threads
-    clusters = -(-threads // system.cluster)
     idle = [0.0] * threads
     now = 0.0
     for step in program.steps:
@@ -248,12 +261,8 @@ def simulate(program: Program, rates: Mapping[Name, float], system: System) -> f
         streaming = items.streamed / system.cache_bandwidth
         seconds = [max(cost * rate, streaming) for cost in items.costs]
         end = share_out(seconds, threads, system, idle, now)
-        # Each cluster reads what is shared once, or for each item where its cache is too small.
-        reads = clusters * items.shared
-        if items.shared > system.cache:
-            reads = max(reads, items.streamed * len(items.costs) / min(threads, system.cluster))
         memory = min(system.bandwidth, threads * system.share)
-        now = max(end, now + (reads + items.image) / memory)
+        now = max(end, now + items.read(system, threads) / memory)
     return now
 
 

@@ -96,6 +96,10 @@ struct ConvStep {
   }
   Index tiles() const { return batch * tiles_down() * tiles_across(); }
   Index items() const { return ceil_div(tiles(), together) * splits; }
+  // Items of the same channels follow each other, so that neighbouring threads read the same
+  // weights.
+  Index split(Index item) const { return item / ceil_div(tiles(), together); }
+  Index first_tile(Index item) const { return item % ceil_div(tiles(), together) * together; }
   // Bytes of scratch for the factors of an RMS norm: a float for each pixel that a tile reads.
   Index norm_bytes() const {
     return gamma == nullptr ? 0 : ceil_div(rows_read() * columns_read() * 4, 64) * 64;

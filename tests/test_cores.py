@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from benchmarks.cores import IDEAL, System, estimated, kernels_of, share_out
+from benchmarks.cores import IDEAL, System, Work, estimated, kernels_of, share_out
 from benchmarks.models import MODELS, make_model
 
 from rbln_vae import RBLNAutoencoderKL, _engine
@@ -50,6 +50,25 @@ def test_threads_sleep_where_steps_have_no_items_for_them_and_are_woken_one_by_o
     assert share_out([10.0] * 3, 3, LATE, idle, start=3.0) == 3.0 + 2.0 + 5.0 + 10.0
     # All have worked until then: none sleeps.
     assert share_out([1.0] * 3, 3, LATE, idle, start=20.0) == 21.0
+
+
+@pytest.mark.parametrize(
+    ("parts", "threads", "expected"),
+    [
+        (1, 1, 1 + 4),
+        (1, 32, 4 + 4),  # each of four clusters reads all of it
+        (4, 32, 4 + 4),  # each reads its quarter
+        (4, 8, 4 + 4),  # one reads all quarters
+        (2, 32, 4 + 4),  # each half is read by two
+        (8, 32, 8 + 4),
+    ],
+)
+def test_a_cluster_reads_what_its_items_share_once(parts: int, threads: int, expected: int) -> None:
+    items = Work([1.0] * 32, streamed=1.0, parts=parts, image=4.0)
+    assert items.read(System(cluster=8, cache=2.0), threads) == expected
+    # Without room in the cache, the cores of a cluster read it together, item for item.
+    together = min(threads, 8)
+    assert items.read(System(cluster=8, cache=0.5), threads) == 32 / together + 4
 
 
 @pytest.fixture(scope="module")

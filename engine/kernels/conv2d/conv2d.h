@@ -55,8 +55,8 @@ class Conv2d {
 
   void run(Index item) {
     Simd::enter();
-    const Index split = item % s_.splits;
-    const Index begin = item / s_.splits * s_.together;
+    const Index split = s_.split(item);
+    const Index begin = s_.first_tile(item);
     const Index end = smaller(begin + s_.together, s_.tiles());
     const Index panels = s_.panels();
     // Whole groups of panels, in even parts.

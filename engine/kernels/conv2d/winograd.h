@@ -144,8 +144,8 @@ class Winograd {
   }
 
   void run(Index item) {
-    const ConvTile tile(s_, item / s_.splits);
-    const Index split = item % s_.splits;
+    const ConvTile tile(s_, s_.first_tile(item));
+    const Index split = s_.split(item);
     const Index panels = s_.panels();
     const Index all = ceil_div(panels, Simd::kMaxPanels);
     const Index first = all * split / s_.splits;
