@@ -191,8 +191,11 @@ class Convolution:
 
     @property
     def phases_apart(self) -> bool:
-        """Whether the engine makes a phase of a whole tile after the other, so a tile is a cell."""
-        return self.winograd and self.upsample
+        """Whether a tile is one cell, because it is computed phase by phase.
+
+        The weights of all phases would not fit in the L2 cache beside a tile's input.
+        """
+        return self.upsample
 
     @property
     def unit(self) -> tuple[int, int]:
