@@ -133,7 +133,7 @@ def work(step: Step, machine: Machine) -> Work:
             cells = -(-native.grid_height // native.cell_height)
             cells *= -(-native.grid_width // native.cell_width)
             values = cells * native.channels
-            parts = min(native.groups, max(1, values // 16384)) * native.batch
+            parts = min(native.groups, max(1, values // 1024)) * native.batch
             return Work([costs.product * costs.copy * 2 * values * native.batch / parts] * parts)
         case _engine.StatisticsStep(input=image):
             cells = -(-image.height // native.cell_height) * -(-image.width // native.cell_width)
@@ -244,6 +244,11 @@ def share_out(
     return last + (system.transfer if threads > 1 else 0.0)
 
 
+def steps_of(program: Program) -> list[Step]:
+    """The steps of a later run, which has the transformed kernels of the first."""
+    return [step for step in program.steps if step.made is None]
+
+
 def simulate(program: Program, rates: Mapping[Name, float], system: System) -> float:
     """Seconds of a run of a program.
 
@@ -255,7 +260,7 @@ def simulate(program: Program, rates: Mapping[Name, float], system: System) -> f
     threads = program.machine.threads
     idle = [0.0] * threads
     now = 0.0
-    for step in program.steps:
+    for step in steps_of(program):
         items = work(step, program.machine)
         rate = rates[step.kind, step.name]
         streaming = items.streamed / system.cache_bandwidth
@@ -280,7 +285,7 @@ def rates_of(program: Program, seconds: Mapping[Name, float] | None) -> dict[Nam
         seconds: What was measured for each kind and name; `None` assumes AMX.
     """
     costs: defaultdict[Name, float] = defaultdict(float)
-    for step in program.steps:
+    for step in steps_of(program):
         costs[step.kind, step.name] += sum(work(step, program.machine).costs)
     if seconds is None:
         rate = 1 / (AMX_PRODUCTS * program.machine.kernels.costs.product)

@@ -192,7 +192,7 @@ struct NormStep {
   // Groups are divided among threads only where there is work for several.
   Index parts() const {
     const Index work = cells_down() * cells_across() * channels;
-    return smaller(groups, larger(1, work / 16384));
+    return smaller(groups, larger(1, work / 1024));
   }
   Index items() const { return batch * parts(); }
 };
