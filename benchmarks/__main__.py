@@ -133,6 +133,17 @@ def overhead(
 
 
 @app.command()
+def cores(
+    sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "256,512",
+    rounds: Annotated[int, typer.Option(help="runs by one thread and two; the fastest counts")] = 3,
+) -> None:
+    """How a run would share up to 256 cores, by simulation."""
+    from .cores import measure
+
+    print(measure([int(s) for s in sizes.split(",")], rounds))
+
+
+@app.command()
 def startup(
     sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "256,512,1024",
     rounds: Annotated[int, typer.Option(help="new processes")] = 9,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rbln_vae._engine import Kernels
+from rbln_vae._engine import ConvStep, Kernels
 from rbln_vae.graph.ir import Conv2d
 from rbln_vae.targets.cpu.packing import BLOCK, PANEL
 from rbln_vae.targets.cpu.runtime import CpuRuntime, usable_kernels
@@ -109,6 +109,11 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
     fastest: defaultdict[tuple[str, str], float] = defaultdict(float)
     flops: defaultdict[tuple[str, str], int] = defaultdict(int)
     runs = native.profiles[1:]
+    tiles = {
+        step.name: (step.native.tile_height, step.native.tile_width)
+        for step in program.steps
+        if isinstance(step.native, ConvStep)
+    }
     for index, step in enumerate(program.steps):
         # Strips of one operation count together.
         fastest[step.kind, step.name] += min(run.steps[index].seconds for run in runs)
@@ -117,7 +122,7 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
         conv = convolutions.get(name)
         if kind == "Conv2d" and conv is not None:
             how = "doubling" if conv.doubles else "Winograd" if conv.winograd else "definition"
-            told = counts(conv, made.tile(conv), case.batch)
+            told = counts(conv, tiles[name], case.batch)
             yield Timing(case, how, seconds, flops[kind, name], told)
         elif kind == "Winograd" and conv is not None:
             yield Timing(case, "its kernels", seconds, 0, (conv.product_cost((1, 1)),))

@@ -26,7 +26,12 @@ Index product(const char* what, std::initializer_list<Index> sizes) {
 
 void check_tiles(Index height, Index width, Index grid_height, Index grid_width) {
   require(height > 0 && width > 0 && height <= grid_height && width <= grid_width,
-          "tiles larger than the image, or empty");
+          "tiles or cells larger than the image, or empty");
+}
+
+// Whether parts of a side consist of whole smaller parts.
+bool consists(Index large, Index small, Index side) {
+  return large % small == 0 || large >= side;
 }
 
 // Whether the rows of an image are rows of a tensor, from the first one given.
@@ -140,6 +145,10 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
               s.left < far,
           "stride or padding out of range");
   check_tiles(s.tile_height, s.tile_width, s.grid_height(), s.grid_width());
+  check_tiles(s.cell_height, s.cell_width, s.grid_height(), s.grid_width());
+  require(consists(s.tile_height, s.cell_height, s.grid_height()) &&
+              consists(s.tile_width, s.cell_width, s.grid_width()),
+          "tiles that don't consist of whole cells");
   require(s.splits > 0 && s.splits <= s.panels(), "more splits than panels");
   if (s.upsample) {
     require(s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1,
@@ -152,9 +161,11 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
           "doubling is a kind of upsampling, and has an algorithm of its own");
   if (s.unit() > 1) {
     require(s.together == 1, "one tile for each item");
-    require((s.tile_height % s.unit() == 0 || s.tiles_down() == 1) &&
-                (s.tile_width % s.unit() == 0 || s.tiles_across() == 1),
-            "tiles that don't begin where squares of outputs do");
+    require(consists(s.cell_height, s.unit(), s.grid_height()) &&
+                consists(s.cell_width, s.unit(), s.grid_width()),
+            "cells that don't begin where squares of outputs do");
+    require(s.phases() == 1 || (s.cell_height >= s.tile_height && s.cell_width >= s.tile_width),
+            "several cells in a tile whose phases are computed one after the other");
     product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 16});
   }
   if (s.winograd()) {
@@ -174,7 +185,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
           "a bias of another size");
   if (s.partials != kNone) {
     check_range("statistics", s.partials,
-                product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2, s.panels(),
+                product("statistics", {s.batch, s.cells_down(), s.cells_across(), 2, s.panels(),
                                        kPanel, 4}));
   }
   product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 8});
@@ -198,11 +209,11 @@ void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
 
 void Plan::add(const StatisticsStep& s) {
   check_image("statistics input", s.batch, s.input);
-  check_tiles(s.tile_height, s.tile_width, s.input.height, s.input.width);
+  check_tiles(s.cell_height, s.cell_width, s.input.height, s.input.width);
   check_range("statistics", s.partials,
-              product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2,
+              product("statistics", {s.batch, s.cells_down(), s.cells_across(), 2,
                                      s.input.blocks(), kBlock, 4}));
-  append(s, product("items", {s.batch, s.tiles_down(), s.tiles_across()}), 0);
+  append(s, product("items", {s.batch, s.cells_down(), s.cells_across()}), 0);
 }
 
 void Plan::add(const NormStep& s, Index weight_bytes, Index bias_bytes) {
@@ -215,9 +226,9 @@ void Plan::add(const NormStep& s, Index weight_bytes, Index bias_bytes) {
               s.partial_channels >= s.channels,
           "statistics without pixels");
   product("statistics", {s.batch, s.grid_height, s.grid_width, s.points, s.partial_channels});
-  check_tiles(s.tile_height, s.tile_width, s.grid_height, s.grid_width);
+  check_tiles(s.cell_height, s.cell_width, s.grid_height, s.grid_width);
   check_range("statistics", s.partials,
-              product("statistics", {s.batch, s.tiles_down(), s.tiles_across(), 2,
+              product("statistics", {s.batch, s.cells_down(), s.cells_across(), 2,
                                      s.partial_channels, 4}));
   check_range("coefficients", s.coefficients,
               product("coefficients", {s.batch, 2, ceil_div(s.channels, kBlock), kBlock, 4}));

@@ -72,9 +72,11 @@ struct ConvStep {
   const float* bias = nullptr;    // [panels * 16], or [phases][panels * 16]
   Index tile_height = 1;          // of the grid
   Index tile_width = 1;
+  Index cell_height = 1;  // of the grid; tiles consist of whole cells, whose statistics are summed
+  Index cell_width = 1;
   Index splits = 1;        // parts that the output panels are divided into
   Index together = 1;      // tiles of one item; the next is loaded during one
-  Index partials = kNone;  // floats [N][tiles][2][panels * 16]: means, sums of squares
+  Index partials = kNone;  // floats [N][cells][2][panels * 16]: means, sums of squares
 
   Index points() const { return upsample ? 4 : 1; }  // outputs of a point of the grid
   Index phases() const { return doubles ? 1 : points(); }
@@ -83,6 +85,8 @@ struct ConvStep {
   Index grid_width() const { return output.width / (upsample ? 2 : 1); }
   Index tiles_down() const { return ceil_div(grid_height(), tile_height); }
   Index tiles_across() const { return ceil_div(grid_width(), tile_width); }
+  Index cells_down() const { return ceil_div(grid_height(), cell_height); }
+  Index cells_across() const { return ceil_div(grid_width(), cell_width); }
   Index panels() const { return ceil_div(output.channels, kPanel); }
   Index taps() const { return kernel_height * kernel_width; }
   // Matrices in which the weights are packed, for each phase.
@@ -99,6 +103,10 @@ struct ConvStep {
   }
   Index tiles() const { return batch * tiles_down() * tiles_across(); }
   Index items() const { return ceil_div(tiles(), together) * splits; }
+  // Items of the same channels follow each other, so that neighbouring threads read the same
+  // weights.
+  Index split(Index item) const { return item / ceil_div(tiles(), together); }
+  Index first_tile(Index item) const { return item % ceil_div(tiles(), together) * together; }
   // Bytes of scratch for the factors of an RMS norm: a float for each pixel that a tile reads.
   Index norm_bytes() const {
     return gamma == nullptr ? 0 : ceil_div(rows_read() * columns_read() * 4, 64) * 64;
@@ -157,16 +165,16 @@ struct AttentionStep {
 struct StatisticsStep {
   Index batch = 1;
   Image input;
-  Index tile_height = 1;
-  Index tile_width = 1;
+  Index cell_height = 1;
+  Index cell_width = 1;
   Index partials = 0;  // as a convolution's, with blocks * 32 channels
 
-  Index tiles_down() const { return ceil_div(input.height, tile_height); }
-  Index tiles_across() const { return ceil_div(input.width, tile_width); }
-  Index items() const { return batch * tiles_down() * tiles_across(); }
+  Index cells_down() const { return ceil_div(input.height, cell_height); }
+  Index cells_across() const { return ceil_div(input.width, cell_width); }
+  Index items() const { return batch * cells_down() * cells_across(); }
 };
 
-// From the statistics of tiles to the coefficients of a group norm.
+// From the statistics of cells to the coefficients of a group norm.
 struct NormStep {
   Index batch = 1;
   Index channels = 0;
@@ -178,17 +186,17 @@ struct NormStep {
   Index partial_channels = 0;  // stride of a row of partials
   Index grid_height = 1;
   Index grid_width = 1;
-  Index tile_height = 1;
-  Index tile_width = 1;
+  Index cell_height = 1;
+  Index cell_width = 1;
   Index points = 1;  // outputs of one grid point: 4 after upsampling
   Index coefficients = 0;
 
-  Index tiles_down() const { return ceil_div(grid_height, tile_height); }
-  Index tiles_across() const { return ceil_div(grid_width, tile_width); }
+  Index cells_down() const { return ceil_div(grid_height, cell_height); }
+  Index cells_across() const { return ceil_div(grid_width, cell_width); }
   // Groups are divided among threads only where there is work for several.
   Index parts() const {
-    const Index work = tiles_down() * tiles_across() * channels;
-    return smaller(groups, larger(1, work / 16384));
+    const Index work = cells_down() * cells_across() * channels;
+    return smaller(groups, larger(1, work / 1024));
   }
   Index items() const { return batch * parts(); }
 };

@@ -12,9 +12,6 @@
 namespace rbln_vae {
 namespace {
 
-// Replaces the number of the next item while the leader prepares a phase.
-constexpr std::uint32_t kClosed = 0xffffffffu;
-
 // How often a thread polls before it sleeps. That takes some tens of microseconds, longer than
 // the time between most phases.
 constexpr int kLooks = 2000;
@@ -25,9 +22,9 @@ void pause() {
 #endif
 }
 
-std::uint64_t packed(std::uint32_t phase, std::uint32_t item) {
-  return (std::uint64_t{phase} << 32) | item;
-}
+std::uint64_t packed(std::uint64_t phase, std::uint64_t items) { return (phase << 32) | items; }
+std::uint32_t phase_of(std::uint64_t count) { return static_cast<std::uint32_t>(count >> 32); }
+std::uint32_t items_of(std::uint64_t count) { return static_cast<std::uint32_t>(count); }
 
 // The pools of this process by their number of threads; guarded by fork_guard().
 std::map<int, std::weak_ptr<ThreadPool>>& pools() {
@@ -54,9 +51,9 @@ std::vector<std::thread> start_threads(int count, const std::function<void()>& w
 }
 
 ThreadPool::Run::Run(ThreadPool& pool, Watch& watch, Work work)
-    : in_use_(static_cast<std::size_t>(pool.threads()), false), pool_(pool), watch_(watch),
+    : shares_(static_cast<std::size_t>(pool.threads())),
+      in_use_(static_cast<std::size_t>(pool.threads()), false), pool_(pool), watch_(watch),
       work_(std::move(work)) {
-  next_ = packed(0, kClosed);
   in_use_[0] = true;
   std::unique_lock lock(pool_.mutex_);
   pool_.runs_.push_back(this);
@@ -66,8 +63,8 @@ ThreadPool::Run::Run(ThreadPool& pool, Watch& watch, Work work)
 
 ThreadPool::Run::~Run() {
   finished_ = true;
-  next_ = packed(phase_ + 1, kClosed);
-  next_.notify_all();
+  open_ = packed(phase_ + 1, 0);
+  open_.notify_all();
   if (pool_.lost()) return;
   std::unique_lock lock(pool_.mutex_);
   std::erase(pool_.runs_, this);
@@ -75,26 +72,49 @@ ThreadPool::Run::~Run() {
   pool_.left_.wait(lock, [this] { return helpers_ == 0; });
 }
 
-bool ThreadPool::Run::take(std::uint32_t& phase, std::int64_t& item) {
-  std::uint64_t seen = next_.load();
+// The first item of a slot's range. The range ends where that of the next slot begins.
+std::int64_t ThreadPool::Run::begin(std::size_t slot, Count open) const {
+  return static_cast<std::int64_t>(items_of(open) * std::uint64_t{slot} / shares_.size());
+}
+
+// Takes an item of the slot's own range, or else of another, the next ones first.
+bool ThreadPool::Run::take(Count open, int slot, std::int64_t& item) {
+  if (items_of(open) == 0) return false;
+  const auto own = static_cast<std::size_t>(slot);
+  for (std::size_t other = own; other < shares_.size(); ++other) {
+    if (take_from(other, open, item)) return true;
+  }
+  for (std::size_t other = 0; other < own; ++other) {
+    if (take_from(other, open, item)) return true;
+  }
+  return false;
+}
+
+bool ThreadPool::Run::take_from(std::size_t slot, Count open, std::int64_t& item) {
+  const std::int64_t first = begin(slot, open);
+  const std::int64_t count = begin(slot + 1, open) - first;
+  if (count == 0) return false;
+  std::atomic<Count>& taken = shares_[slot].taken;
+  Count seen = taken.load();
   for (;;) {
-    const auto number = static_cast<std::uint32_t>(seen);
-    if (number == kClosed || number >= items_.load()) return false;
-    if (next_.compare_exchange_weak(seen, seen + 1)) {
-      phase = static_cast<std::uint32_t>(seen >> 32);
-      item = number;
+    // All items of earlier phases are taken. In a later phase, this thread is late.
+    if (phase_of(seen) > phase_of(open)) return false;
+    const std::uint32_t next = phase_of(seen) == phase_of(open) ? items_of(seen) : 0;
+    if (next >= count) return false;
+    if (taken.compare_exchange_weak(seen, packed(phase_of(open), next + 1))) {
+      item = first + next;
       return true;
     }
   }
 }
 
-void ThreadPool::Run::do_item(std::uint32_t phase, std::int64_t item, int slot) {
+void ThreadPool::Run::do_item(Count open, std::int64_t item, int slot) {
   // Phases count from one; zero is the time before the first.
-  work_(phase - 1, item, slot);
-  // items_ can't change before the last item of the phase is counted, and the leader does not
-  // leave while a helper holds its mutex.
-  const std::int64_t items = items_.load();
-  if (done_.fetch_add(1) + 1 == items && asleep_.load()) {
+  work_(phase_of(open) - 1, item, slot);
+  std::atomic<std::int64_t>& done = shares_[static_cast<std::size_t>(slot)].done;
+  done.store(done.load(std::memory_order_relaxed) + 1);
+  // The leader does not leave while a helper holds its mutex.
+  if (asleep_.load()) {
     const std::lock_guard lock(mutex_);
     done_all_.notify_one();
   }
@@ -111,14 +131,32 @@ bool ThreadPool::Run::goes_on() {
   return leading_;
 }
 
-void ThreadPool::Run::wait_for(std::int64_t items) {
+// Has no thread take an item of the phase any more, and returns how many were taken.
+std::int64_t ThreadPool::Run::close() {
+  const Count open = open_.exchange(packed(phase_, 0));
+  std::int64_t items = 0;
+  for (std::size_t slot = 0; slot < shares_.size(); ++slot) {
+    const std::int64_t count = begin(slot + 1, open) - begin(slot, open);
+    const Count taken = shares_[slot].taken.exchange(packed(phase_, items_of(open)));
+    if (phase_of(taken) == phase_) items += std::min<std::int64_t>(count, items_of(taken));
+  }
+  return items;
+}
+
+bool ThreadPool::Run::done_all() const {
+  std::int64_t sum = 0;
+  for (const Share& share : shares_) sum += share.done.load();
+  return sum >= expected_;
+}
+
+void ThreadPool::Run::wait() {
   for (int look = 0; look < kLooks; ++look) {
-    if (done_.load() >= items) return;
+    if (done_all()) return;
     pause();
   }
   std::unique_lock lock(mutex_);
   asleep_ = true;
-  while (!done_all_.wait_for(lock, Watch::kPatience, [&] { return done_.load() >= items; })) {
+  while (!done_all_.wait_for(lock, Watch::kPatience, [&] { return done_all(); })) {
     // An item may take long: meanwhile the run can be stopped, and other leaders get turns.
     lock.unlock();
     if (!goes_on() && pool_.lost()) break;
@@ -129,47 +167,40 @@ void ThreadPool::Run::wait_for(std::int64_t items) {
 
 bool ThreadPool::Run::phase(std::int64_t items) {
   if (!leading_) return false;
-  ++phase_;
-  next_ = packed(phase_, kClosed);
-  items_ = items;
-  done_ = 0;
-  next_ = packed(phase_, 0);
-  if (items > 1) next_.notify_all();
-  std::uint32_t phase;
+  const Count open = packed(++phase_, static_cast<std::uint64_t>(items));
+  open_ = open;
+  if (items > 1) open_.notify_all();
   std::int64_t item;
   bool on = true;
-  while (on && take(phase, item)) {
-    do_item(phase, item, 0);
+  while (on && take(open, 0, item)) {
+    do_item(open, item, 0);
     on = goes_on();
   }
-  if (!on) {
-    // Close the phase, and wait for the items that were taken.
-    const std::uint64_t seen = next_.exchange(packed(phase_, kClosed));
-    items = std::min<std::int64_t>(items, static_cast<std::uint32_t>(seen));
-  }
-  wait_for(items);
+  expected_ += on ? items : close();
+  wait();
   // If stopped, items may be unfinished.
   return !watch_.stopped();
 }
 
 // Returns whether the thread still has its turn when it leaves.
 bool ThreadPool::Run::help(int slot) {
+  Count empty = ~Count{0};  // what was open when no item was left of it
   int looks = 0;
   while (!finished_.load()) {
-    const std::uint64_t seen = next_.load();
-    std::uint32_t phase;
+    const Count open = open_.load();
     std::int64_t item;
-    if (take(phase, item)) {
-      do_item(phase, item, slot);
+    if (open != empty && take(open, slot, item)) {
+      do_item(open, item, slot);
       looks = 0;
     } else if (++looks < kLooks) {
+      empty = open;
       pause();
     } else if (!finished_.load()) {
       {
         const std::lock_guard lock(pool_.mutex_);
         pool_.give_turn();
       }
-      next_.wait(seen);
+      open_.wait(open);
       if (!pool_.try_turn()) return false;
       looks = 0;
     }

@@ -5,6 +5,10 @@
 // that has room. So a run never waits for a free thread, and several runs share the threads
 // without knowing of each other.
 //
+// The items of a phase are divided into a range for each thread. A thread takes the items of its
+// own range one by one, then those that are left in the ranges of others. So threads write to
+// the same cache line only where one helps another out.
+//
 // The pool limits how many threads work at the same time, including leaders. If there are
 // more runs than that, their leaders take turns, one item at a time.
 #pragma once
@@ -29,6 +33,10 @@ class ThreadsUnavailable : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
+
+// Variables that different threads write are so many bytes apart: processors fetch cache lines
+// in pairs.
+constexpr std::size_t kApart = 128;
 
 // Starts threads that do the same work. If the system can't start all of them, it calls `stop`
 // to end the started ones, joins them, and throws ThreadsUnavailable.
@@ -68,24 +76,35 @@ class ThreadPool {
    private:
     friend class ThreadPool;
 
-    // The phase in the upper half and the next item in the lower half, in one atomic, so that a
-    // late thread never takes an item of a phase whose start it has not seen.
-    std::atomic<std::uint64_t> next_{0};
-    std::atomic<std::int64_t> items_{0};  // of the current phase
-    std::atomic<std::int64_t> done_{0};
+    // A phase in the upper half and a number of items in the lower half, in one atomic, so that
+    // a late thread never takes an item of a phase whose start it has not seen.
+    using Count = std::uint64_t;
+
+    struct Share {
+      alignas(kApart) std::atomic<Count> taken{0};       // items of the slot's range
+      alignas(kApart) std::atomic<std::int64_t> done{0};  // items by the slot, of all phases
+    };
+
+    alignas(kApart) std::atomic<Count> open_{0};  // the items of the phase; 0 between phases
     std::atomic<bool> finished_{false};
     std::atomic<bool> asleep_{false};  // whether the leader sleeps until the last item is done
-    std::mutex mutex_;                 // for the leader's sleep
+    std::vector<Share> shares_;        // one for each slot
+    alignas(kApart) std::mutex mutex_;  // for the leader's sleep
     std::condition_variable done_all_;
-    int helpers_ = 0;           // guarded by the pool's mutex
-    std::vector<bool> in_use_;  // for each slot; guarded by the pool's mutex
-    std::uint32_t phase_ = 0;   // used only by the leader
-    bool leading_ = false;      // whether the leader has its turn; used only by the leader
+    int helpers_ = 0;            // guarded by the pool's mutex
+    std::vector<bool> in_use_;   // for each slot; guarded by the pool's mutex
+    std::uint32_t phase_ = 0;    // these are used only by the leader
+    std::int64_t expected_ = 0;  // items that must be done, of all phases
+    bool leading_ = false;       // whether the leader has its turn
 
-    bool take(std::uint32_t& phase, std::int64_t& item);
-    void do_item(std::uint32_t phase, std::int64_t item, int slot);
+    std::int64_t begin(std::size_t slot, Count open) const;
+    bool take(Count open, int slot, std::int64_t& item);
+    bool take_from(std::size_t slot, Count open, std::int64_t& item);
+    void do_item(Count open, std::int64_t item, int slot);
     bool goes_on();
-    void wait_for(std::int64_t items);
+    std::int64_t close();
+    bool done_all() const;
+    void wait();
     bool help(int slot);
 
     ThreadPool& pool_;
@@ -123,8 +142,8 @@ class ThreadPool {
   std::vector<Run*> runs_;
   int turns_;  // free turns
   std::deque<Waiting*> queue_;
-  std::atomic<int> waiters_{0};  // the length of the queue
-  bool stopping_ = false;
+  alignas(kApart) std::atomic<int> waiters_{0};  // the length of the queue
+  alignas(kApart) bool stopping_ = false;
   std::vector<std::thread> workers_;
 };
 

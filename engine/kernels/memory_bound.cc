@@ -18,14 +18,14 @@ T* at(const Context& context, Index offset) {
 
 template <class T>
 void statistics_of(const StatisticsStep& s, const Context& context, Index item) {
-  const Index tile = item;
-  const Index x = item % s.tiles_across() * s.tile_width;
-  const Index y = item / s.tiles_across() % s.tiles_down() * s.tile_height;
-  const Index n = item / s.tiles_across() / s.tiles_down();
-  const Index height = smaller(s.tile_height, s.input.height - y);
-  const Index width = smaller(s.tile_width, s.input.width - x);
+  const Index cell = item;
+  const Index x = item % s.cells_across() * s.cell_width;
+  const Index y = item / s.cells_across() % s.cells_down() * s.cell_height;
+  const Index n = item / s.cells_across() / s.cells_down();
+  const Index height = smaller(s.cell_height, s.input.height - y);
+  const Index width = smaller(s.cell_width, s.input.width - x);
   const Index blocks = s.input.blocks();
-  float* partials = at<float>(context, s.partials) + tile * 2 * blocks * kBlock;
+  float* partials = at<float>(context, s.partials) + cell * 2 * blocks * kBlock;
   for (Index block = 0; block < blocks; ++block) {
     const T* from =
         at<const T>(context, s.input.offset) + s.input.at(n, block, y) + x * kBlock;
@@ -282,7 +282,7 @@ void statistics(DType dtype, const StatisticsStep& s, const Context& context, In
   }
 }
 
-// Means of tiles are weighted by their pixels and summed in the order of the tiles, so the result
+// Means of cells are weighted by their pixels and summed in the order of the cells, so the result
 // does not depend on the number of threads.
 void norm(const NormStep& s, const Context& context, Index item) {
   const Index n = item / s.parts();
@@ -291,28 +291,28 @@ void norm(const NormStep& s, const Context& context, Index item) {
   const Index begin = s.groups * part / s.parts();
   const Index end = s.groups * (part + 1) / s.parts();
   const Index width = ceil_div(s.channels, kBlock) * kBlock;
-  const Index down = s.tiles_down();
-  const Index across = s.tiles_across();
+  const Index down = s.cells_down();
+  const Index across = s.cells_across();
   const float* partials =
       at<const float>(context, s.partials) + n * down * across * 2 * s.partial_channels;
   float* scale = at<float>(context, s.coefficients) + n * 2 * width;
   float* shift = scale + width;
 
-  // One group at a time, so that the lines that are read of all tiles stay in the cache.
+  // One group at a time, so that the lines that are read of all cells stay in the cache.
   for (Index group = begin; group < end; ++group) {
     const Index first = group * size;
-    const auto each_tile = [&](auto&& use) {
-      for (Index tile = 0; tile < down * across; ++tile) {
+    const auto each_cell = [&](auto&& use) {
+      for (Index cell = 0; cell < down * across; ++cell) {
         const Index height =
-            smaller(s.tile_height, s.grid_height - tile / across * s.tile_height);
+            smaller(s.cell_height, s.grid_height - cell / across * s.cell_height);
         const Index columns =
-            smaller(s.tile_width, s.grid_width - tile % across * s.tile_width);
-        use(partials + tile * 2 * s.partial_channels + first,
+            smaller(s.cell_width, s.grid_width - cell % across * s.cell_width);
+        use(partials + cell * 2 * s.partial_channels + first,
             static_cast<double>(height * columns * s.points));
       }
     };
     double total = 0;
-    each_tile([&](const float* means, double count) {
+    each_cell([&](const float* means, double count) {
       double sum = 0;
       for (Index c = 0; c < size; ++c) sum += means[c];
       total += count * sum;
@@ -321,7 +321,7 @@ void norm(const NormStep& s, const Context& context, Index item) {
         static_cast<double>(s.grid_height * s.grid_width * s.points) * static_cast<double>(size);
     const double mean = total / count;
     double squares = 0;
-    each_tile([&](const float* means, double weight) {
+    each_cell([&](const float* means, double weight) {
       const float* within = means + s.partial_channels;
       double inner = 0, outer = 0;
       for (Index c = 0; c < size; ++c) {

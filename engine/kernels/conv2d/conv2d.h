@@ -54,8 +54,8 @@ class Conv2d {
 
   void run(Index item) {
     Simd::enter();
-    const Index split = item % s_.splits;
-    const Index begin = item / s_.splits * s_.together;
+    const Index split = s_.split(item);
+    const Index begin = s_.first_tile(item);
     const Index end = smaller(begin + s_.together, s_.tiles());
     const Index panels = s_.panels();
     // Whole groups of panels, in even parts.
@@ -73,18 +73,19 @@ class Conv2d {
       }
       loader.finish();
       if (tile + 1 < end) loader.start(ConvTile(s_, tile + 1), there, plane_);
-      float* partials = nullptr;
-      if (s_.partials != kNone) {
-        partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
-                   tile * 2 * panels * kPanel;
-      }
-      Epilogue<Simd> epilogue(s_, partials, current.height * current.width * s_.points());
+      Epilogue<Simd> epilogue(s_);
+      // The loading of the next tile is distributed over the groups and cells.
+      Index parts = (last - first) * ceil_div(current.height, s_.cell_height) *
+                    ceil_div(current.width, s_.cell_width);
       for (Index group = first; group < last && !stopped(context_); ++group) {
         const Index panel = group * Simd::kMaxPanels;
-        // The loading of the next tile is distributed over the groups.
-        const Index share = ceil_div(loader.left(), last - group);
-        convolve(current, here, panel, smaller(Simd::kMaxPanels, panels - panel), epilogue,
-                 loader, share);
+        current.each_cell(s_, [&](const ConvTile& cell) {
+          const Index share = ceil_div(loader.left(), parts--);
+          const Scratch* const input =
+              here + ((cell.y - current.y) * pitch_ + cell.x - current.x) * s_.stride * kBlock;
+          convolve(cell, input, panel, smaller(Simd::kMaxPanels, panels - panel), epilogue,
+                   loader, share);
+        });
       }
       epilogue.finish();
       Scratch* const swapped = here;
@@ -94,8 +95,8 @@ class Conv2d {
     Simd::leave();
   }
 
-  // All pixels of the tile for a few panels.
-  void convolve(const ConvTile& tile, const Scratch* scratch, Index panel, Index panels,
+  // All pixels of a cell for a few panels.
+  void convolve(const ConvTile& cell, const Scratch* input, Index panel, Index panels,
                 Epilogue<Simd>& epilogue, Loader<Simd>& loader, Index to_load) {
     const Index phases = s_.phases();
     const Index blocks = s_.input.blocks();
@@ -103,8 +104,8 @@ class Conv2d {
     const Index panel_step = phases * blocks * taps * kPanelBlock;
     // Strides above 2 have no product of several pixels.
     const Index most = s_.stride <= 2 ? Simd::kMaxPixels : 1;
-    const Index chunks = ceil_div(tile.width, most);
-    const Index together = Simd::rows_at_once(smaller(tile.width, most));
+    const Index chunks = ceil_div(cell.width, most);
+    const Index stripes = ceil_div(cell.height, Simd::rows_at_once(smaller(cell.width, most)));
     Index offsets[kMaxTaps];
     for (Index tap = 0; tap < taps; ++tap) {
       offsets[tap] = (tap / s_.kernel_width * pitch_ + tap % s_.kernel_width) * kBlock;
@@ -128,10 +129,12 @@ class Conv2d {
     job.row_step = scale * s_.output.width * kBlock;
     job.block_step = s_.output.plane * kBlock;
     job.residual_block_step = s_.residual.plane * kBlock;
+    job.partials = cell.partials(s_, context_);
+    job.points = cell.height * cell.width * s_.points();
 
     // How many times a part of the next tile can be loaded.
     [[maybe_unused]] const Index turns =
-        phases * ceil_div(tile.height, together) * chunks * blocks * taps;
+        phases * stripes * chunks * blocks * taps;
     [[maybe_unused]] Index credit = 0;
 
     for (Index phase = 0; phase < phases; ++phase) {
@@ -140,28 +143,30 @@ class Conv2d {
       job.bias = s_.bias + phase * s_.bias_step();
       g.b = static_cast<const T*>(s_.weights) + panel * panel_step +
             phase * blocks * taps * kPanelBlock;
-      for (Index row = 0; row < tile.height; row += together) {
-        g.rows = smaller(together, tile.height - row);
+      for (Index stripe = 0; stripe < stripes; ++stripe) {
+        // Even parts: a product of a single row is slow where one makes several.
+        const Index row = cell.height * stripe / stripes;
+        g.rows = cell.height * (stripe + 1) / stripes - row;
         for (Index chunk = 0; chunk < chunks; ++chunk) {
           // Even parts, or whole tiles and a rest.
-          const Index column = Simd::kWholeTiles ? chunk * most : tile.width * chunk / chunks;
-          const Index end = Simd::kWholeTiles ? smaller(column + most, tile.width)
-                                              : tile.width * (chunk + 1) / chunks;
+          const Index column = Simd::kWholeTiles ? chunk * most : cell.width * chunk / chunks;
+          const Index end = Simd::kWholeTiles ? smaller(column + most, cell.width)
+                                              : cell.width * (chunk + 1) / chunks;
           g.pixels = end - column;
-          g.a = scratch + row * g.row_step + column * g.pixel_step;
+          g.a = input + row * g.row_step + column * g.pixel_step;
           g.c = sums_[turn_];
-          const Index y = (tile.y + row) * scale + down;
-          const Index x = (tile.x + column) * scale + right;
+          const Index y = (cell.y + row) * scale + down;
+          const Index x = (cell.x + column) * scale + right;
           job.sums = g.c;
           job.pitch = Simd::sums_pitch(g.pixels);
           job.rows = g.rows;
           job.pixels = g.pixels;
-          job.output = pixel(s_.output, tile.n, panel / 2, y, x);
+          job.output = pixel(s_.output, cell.n, panel / 2, y, x);
           job.residual = s_.residual.channels == 0
                              ? nullptr
-                             : pixel(s_.residual, tile.n, panel / 2, y, x);
+                             : pixel(s_.residual, cell.n, panel / 2, y, x);
           job.first = phase == 0 && row == 0 && chunk == 0;
-          job.last = phase + 1 == phases && row + g.rows == tile.height && chunk + 1 == chunks;
+          job.last = phase + 1 == phases && row + g.rows == cell.height && chunk + 1 == chunks;
           if constexpr (Simd::kOverlaps) {
             // While this product runs, the sums of the previous one are stored and the next tile
             // is loaded.

@@ -29,12 +29,13 @@ class Epilogue {
     Index row_step;
     Index block_step;
     Index residual_block_step;
-    bool first;  // of the tile, for these panels
+    float* partials;  // of the cell that the pixels belong to, or null
+    Index points;     // outputs of the cell, by channel
+    bool first;       // of the cell, for these panels
     bool last;
   };
 
-  Epilogue(const ConvStep& s, float* partials, Index points)
-      : s_(s), partials_(partials), points_(points) {}
+  explicit Epilogue(const ConvStep& s) : s_(s) {}
 
   // The previous job must be finished.
   void start(const Job& job) {
@@ -56,7 +57,7 @@ class Epilogue {
       end_row();
       pixel_ = 0;
       if (++row_ < job_.rows) continue;
-      if (job_.last && partials_ != nullptr) end_panel();
+      if (job_.last && job_.partials != nullptr) end_panel();
       row_ = 0;
       ++p_;
     }
@@ -65,7 +66,7 @@ class Epilogue {
   void finish() { advance(left_); }
 
  private:
-  // Statistics of a panel. Values are relative to the tile's first pixel, so that a mean far from
+  // Statistics of a panel. Values are relative to the cell's first pixel, so that a mean far from
   // zero loses no precision.
   struct Statistics {
     alignas(64) float shift[kPanel];
@@ -89,7 +90,7 @@ class Epilogue {
     const Vector bias = Simd::load(job_.bias + panel * kPanel);
     // Padding channels of the last block must read as zero.
     const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();
-    const bool count_in = partials_ != nullptr;
+    const bool count_in = job_.partials != nullptr;
     Statistics& statistics = statistics_[p_];
     Vector shift = bias, sum = bias, square = bias;
     if (count_in) {
@@ -131,7 +132,7 @@ class Epilogue {
 
   // Sums of rows are accumulated in double precision.
   void end_row() {
-    if (partials_ == nullptr) return;
+    if (job_.partials == nullptr) return;
     Statistics& statistics = statistics_[p_];
     for (Index i = 0; i < kPanel; ++i) {
       statistics.sum[i] += static_cast<double>(statistics.row_sum[i]);
@@ -139,13 +140,13 @@ class Epilogue {
     }
   }
 
-  // Stores the mean of each channel over the tile, and the sum of squared distances from it.
+  // Stores the mean of each channel over the cell, and the sum of squared distances from it.
   void end_panel() {
     const Statistics& statistics = statistics_[p_];
-    float* means = partials_ + (job_.panel + p_) * kPanel;
+    float* means = job_.partials + (job_.panel + p_) * kPanel;
     float* squares = means + s_.panels() * kPanel;
     for (Index i = 0; i < kPanel; ++i) {
-      const double mean = statistics.sum[i] / static_cast<double>(points_);
+      const double mean = statistics.sum[i] / static_cast<double>(job_.points);
       const double rest = statistics.square[i] - statistics.sum[i] * mean;
       means[i] = static_cast<float>(static_cast<double>(statistics.shift[i]) + mean);
       squares[i] = static_cast<float>(rest < 0 ? 0 : rest);
@@ -153,8 +154,6 @@ class Epilogue {
   }
 
   const ConvStep& s_;
-  float* partials_;  // of the tile, or null
-  Index points_;     // outputs of the tile, by channel
   Job job_ = {};
   Index p_ = 0;
   Index row_ = 0;

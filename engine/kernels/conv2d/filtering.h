@@ -105,25 +105,22 @@ class Filtering {
 
   void run(Index item) {
     Simd::enter();
-    const ConvTile tile(s_, item / s_.splits);
-    const Index split = item % s_.splits;
+    const ConvTile tile(s_, s_.first_tile(item));
+    const Index split = s_.split(item);
     const Index panels = s_.panels();
     const Index all = ceil_div(panels, Simd::kMaxPanels);
     const Index first = all * split / s_.splits;
     const Index last = all * (split + 1) / s_.splits;
     load(tile);
-    float* partials = nullptr;
-    if (s_.partials != kNone) {
-      partials = reinterpret_cast<float*>(context_.arena + s_.partials) +
-                 tile.index * 2 * panels * kPanel;
-    }
-    Epilogue<Images> epilogue(s_, partials, tile.height * tile.width * s_.points());
+    Epilogue<Images> epilogue(s_);
     for (Index group = first; group < last; group += sizes_.groups) {
       const Index end = smaller(group + sizes_.groups, last);
       for (Index phase = 0; phase < s_.phases(); ++phase) {
         multiply(group, end, phase);
         for (Index each = group; each < end; ++each) {
-          store(tile, each, each - group, phase, epilogue);
+          tile.each_cell(s_, [&](const ConvTile& cell) {
+            store(tile, cell, each, each - group, phase, epilogue);
+          });
         }
       }
     }
@@ -191,44 +188,49 @@ class Filtering {
     }
   }
 
-  // Transforms the sums of one group back, a row of squares at a time, and stores it.
-  void store(const ConvTile& tile, Index group, Index place, Index phase,
+  // Transforms the sums of one group back in one cell, a row of squares at a time, and stores it.
+  void store(const ConvTile& tile, const ConvTile& cell, Index group, Index place, Index phase,
              Epilogue<Images>& epilogue) {
+    const Index down = ceil_div(cell.height, kPoints);
+    const Index across = ceil_div(cell.width, kPoints);
+    const Index first = (cell.y - tile.y) / kPoints * across_ + (cell.x - tile.x) / kPoints;
     const Index panel = group * Simd::kMaxPanels;
     const Index apart = s_.phases() > 1 ? 2 : 1;  // pixels from one output to the next
-    const Index height = tile.height * kScale;
+    const Index height = cell.height * kScale;
     typename Epilogue<Images>::Job job;
     job.sums = outputs_;
     job.bias = s_.bias + phase * s_.bias_step();
-    job.pitch = across_ * kSquare;
+    job.pitch = across * kSquare;
     job.panel = panel;
     job.panels = smaller(Simd::kMaxPanels, s_.panels() - panel);
-    job.pixels = tile.width * kScale;
+    job.pixels = cell.width * kScale;
     job.pixel_step = apart * kBlock;
     job.row_step = apart * s_.output.width * kBlock;
     job.block_step = s_.output.plane * kBlock;
     job.residual_block_step = s_.residual.plane * kBlock;
+    job.partials = cell.partials(s_, context_);
+    job.points = cell.height * cell.width * s_.points();
     const float* sums = sums_ + place * sizes_.chunks * kGroup;
-    for (Index row = 0; row < down_; ++row) {
+    for (Index row = 0; row < down; ++row) {
       job.rows = smaller(kSquare, height - row * kSquare);
       // Surplus rows are overwritten by the next panel, or lie in the buffer's slack.
       for (Index each = 0; each < job.panels; ++each) {
-        for (Index x = 0; x < across_; ++x) {
-          const Index at = row * across_ + x;
+        for (Index x = 0; x < across; ++x) {
+          const Index at = first + row * across_ + x;
           const float* from =
               sums + at / sizes_.chunk * kGroup + (each * kMost + at % sizes_.chunk) * kPanel;
           float* to = outputs_ + (each * job.rows * job.pitch + x * kSquare) * kPanel;
           Algorithm::output(from, sizes_.sums, to, job.pitch * kPanel);
         }
       }
-      const Index y = (tile.y * kScale + row * kSquare) * apart + phase / 2;
-      const Index x = tile.x * kScale * apart + phase % 2;
-      job.output = pixel(s_.output, tile.n, panel / 2, y, x);
+      const Index y = (cell.y * kScale + row * kSquare) * apart + phase / 2;
+      const Index x = cell.x * kScale * apart + phase % 2;
+      job.output = pixel(s_.output, cell.n, panel / 2, y, x);
       job.residual = s_.residual.channels == 0
                          ? nullptr
-                         : pixel(s_.residual, tile.n, panel / 2, y, x);
+                         : pixel(s_.residual, cell.n, panel / 2, y, x);
       job.first = phase == 0 && row == 0;
-      job.last = phase + 1 == s_.phases() && row + 1 == down_;
+      job.last = phase + 1 == s_.phases() && row + 1 == down;
       epilogue.start(job);
       epilogue.finish();
     }

@@ -14,9 +14,8 @@
 
 namespace rbln_vae {
 
-// A part of the grid of one image.
+// A part of the grid of one image: a tile, or a cell of one.
 struct ConvTile {
-  Index index;  // among all tiles of the step
   Index n;
   Index y;
   Index x;
@@ -24,12 +23,35 @@ struct ConvTile {
   Index width;
 
   // Inlined, since kernels of several instruction sets may share no code.
-  [[gnu::always_inline]] ConvTile(const ConvStep& s, Index tile) : index(tile) {
+  [[gnu::always_inline]] ConvTile(const ConvStep& s, Index tile) {
     x = tile % s.tiles_across() * s.tile_width;
     y = tile / s.tiles_across() % s.tiles_down() * s.tile_height;
     n = tile / s.tiles_across() / s.tiles_down();
     height = smaller(s.tile_height, s.grid_height() - y);
     width = smaller(s.tile_width, s.grid_width() - x);
+  }
+
+  // Calls `use` for each cell of the tile.
+  template <class Use>
+  void each_cell(const ConvStep& s, Use&& use) const {
+    for (Index down = 0; down < height; down += s.cell_height) {
+      for (Index right = 0; right < width; right += s.cell_width) {
+        ConvTile cell = *this;
+        cell.y += down;
+        cell.x += right;
+        cell.height = smaller(s.cell_height, height - down);
+        cell.width = smaller(s.cell_width, width - right);
+        use(cell);
+      }
+    }
+  }
+
+  // The statistics of a cell, or null where none are wanted.
+  float* partials(const ConvStep& s, const Context& context) const {
+    if (s.partials == kNone) return nullptr;
+    const Index cell =
+        (n * s.cells_down() + y / s.cell_height) * s.cells_across() + x / s.cell_width;
+    return reinterpret_cast<float*>(context.arena + s.partials) + cell * 2 * s.panels() * kPanel;
   }
 };
 

@@ -333,6 +333,8 @@ def test_kernels_of_another_size_are_refused() -> None:
         kernels=0,
         tile_height=8,
         tile_width=8,
+        cell_height=8,
+        cell_width=8,
     )
     plan = _engine.Plan(kernels, 2**20, shape, shape)
     size = 2 * 36 * 512

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -128,12 +129,50 @@ def test_tiles_of_one_item_follow_each_other(
     case: ConvCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     isa = BFLOAT16[-1] if BFLOAT16 else "generic"
-    monkeypatch.setattr(
-        Convolution, "tile", lambda self, _: (min(4, self.grid[0]), min(19, self.grid[1]))
-    )
+
+    def small(conv: Convolution, cell: tuple[int, int], *_: object) -> tuple[tuple[int, int], int]:
+        # Where nothing is summed, cells don't matter.
+        least = (1, 1) if cell == conv.unit else cell
+        sides = zip((4, 19), least, conv.grid, strict=True)
+        height, width = (min(-(-wanted // n) * n, most) for wanted, n, most in sides)
+        return (height, width), 1
+
+    monkeypatch.setattr(Convolution, "partition", small)
     alone = run(case, isa, "bfloat16", monkeypatch, NEVER)
     monkeypatch.setattr(Convolution, "together", lambda *_: 3)
     assert torch.equal(run(case, isa, "bfloat16", monkeypatch, NEVER), alone)
+
+
+SUMMED = [
+    *(case for case in CONVOLUTIONS if case.normed_after and case.height * case.width > 60),
+    # It may be written over its input, and its channels are not divided then.
+    ConvCase(64, 64, 12, 32, kernel=(1, 1), padding=(0, 0, 0, 0), normed_after=32),
+]
+
+
+@pytest.mark.parametrize(("isa", "dtype"), WINOGRAD[-3:] + [(isa, "bfloat16") for isa in BFLOAT16])
+@pytest.mark.parametrize("choices", [NEVER, WHEREVER_IT_CAN], ids=["definition", "winograd"])
+@pytest.mark.parametrize("case", SUMMED, ids=str)
+def test_statistics_do_not_depend_on_how_work_is_divided(
+    case: ConvCase, choices: Choices, isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(case, isa, dtype, monkeypatch, choices)
+    for threads in (1, 5, 8, 64):
+        native = CpuRuntime(case.graph(), dtype=dtype, num_threads=threads, choices=choices)
+        assert torch.equal(native.run(image(case)), expected)
+    for times in ((1, 1, 2), (2, 1, 1), (1, 3, 1)):
+        monkeypatch.setattr(Convolution, "partition", functools.partialmethod(divided, times))
+        assert torch.equal(run(case, isa, dtype, monkeypatch, choices), expected)
+
+
+def divided(
+    conv: Convolution, times: tuple[int, int, int], cell: tuple[int, int], *_: object
+) -> tuple[tuple[int, int], int]:
+    """Tiles of some cells down and right, and some parts of the channels."""
+    *sides, splits = (1, 1, times[2]) if conv.phases_apart else times
+    height, width = (n * side for n, side in zip(sides, cell, strict=True))
+    tile = min(height, conv.grid[0]), min(width, conv.grid[1])
+    return tile, min(splits, -(-conv.outputs // 32))
 
 
 SUITABLE = [case for case in CONVOLUTIONS if case.suits_winograd]
@@ -198,10 +237,9 @@ def test_winograd_takes_any_shape_and_tiles(
     # Neither the batch nor tiles and threads change a bit.
     assert torch.equal(convolved(case, image(case)[-1:], dtype), found[-1:])
     tile = tuple(min(size, 4 * data.draw(st.integers(1, 6))) for size in (height, width))
-    splits = data.draw(st.integers(1, 2))
+    splits = min(data.draw(st.integers(1, 2)), -(-outputs // 16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Convolution, "tile", lambda *_: tile)
-        patch.setattr(Convolution, "splits", lambda self, *_: min(splits, -(-self.outputs // 16)))
+        patch.setattr(Convolution, "partition", lambda *_: (tile, splits))
         assert torch.equal(convolved(case, image(case), dtype, threads=2), found)
 
 
@@ -405,8 +443,11 @@ def test_winograd_is_chosen_for_the_widest_layers_of_large_images(machine: Machi
 @multiplies
 def test_tiles_are_those_of_float32_where_products_are() -> None:
     conv = Convolution(256, 512, (3, 3), 1, False, (96, 96), normed=True)
-    assert conv.tile(STORES_BFLOAT16) == conv.tile(FLOAT32)
-    assert math.prod(conv.tile(MULTIPLIES_BFLOAT16)) > math.prod(conv.tile(STORES_BFLOAT16))
+    stores, wide, multiplies = (
+        conv.tile(conv.unit, machine) for machine in (STORES_BFLOAT16, FLOAT32, MULTIPLIES_BFLOAT16)
+    )
+    assert stores == wide
+    assert math.prod(multiplies) > math.prod(stores)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), WINOGRAD)

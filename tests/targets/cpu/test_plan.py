@@ -15,6 +15,7 @@ AFTER = 32 * 64 * 4
 """The first byte behind an image of float32."""
 BEHIND = _engine.Image(offset=AFTER, channels=32, height=8, width=8, plane=64, sample=64)
 TILE = {"tile_height": 8, "tile_width": 8}
+CELL = {"cell_height": 8, "cell_width": 8}
 FLOATS, PACKED = torch.zeros(32), torch.zeros(2, 1, 1, 1, 512)
 
 
@@ -36,17 +37,17 @@ def norm(**changes: Any) -> _engine.NormStep:
         "grid_height": 8,
         "grid_width": 8,
         "coefficients": 2 * AFTER,
-        **TILE,
+        **CELL,
     }
     return _engine.NormStep(**{**usual, **changes})
 
 
 def convolution(**changes: Any) -> _engine.ConvStep:
-    return _engine.ConvStep(**{"input": IMAGE, "output": BEHIND, **TILE, **changes})
+    return _engine.ConvStep(**{"input": IMAGE, "output": BEHIND, **TILE, **CELL, **changes})
 
 
 def statistics(**changes: Any) -> _engine.StatisticsStep:
-    return _engine.StatisticsStep(**{"input": IMAGE, "partials": AFTER, **TILE, **changes})
+    return _engine.StatisticsStep(**{"input": IMAGE, "partials": AFTER, **CELL, **changes})
 
 
 def modulation(**changes: Any) -> _engine.ModulateStep:
@@ -101,18 +102,18 @@ def test_rows_that_a_tensor_does_not_have_are_refused(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"grid_height": 2**40, "grid_width": 2**40, "tile_height": 2**40, "tile_width": 2**40},
-        {"grid_height": 2**62, "tile_height": 2**62},
+        {"grid_height": 2**40, "grid_width": 2**40, "cell_height": 2**40, "cell_width": 2**40},
+        {"grid_height": 2**62, "cell_height": 2**62},
         {"points": 2**62},
         {
             "grid_height": 2**31,
             "grid_width": 2**31,
-            "tile_height": 2**31,
-            "tile_width": 2**31,
+            "cell_height": 2**31,
+            "cell_width": 2**31,
             "points": 4,
         },
-        {"tile_height": 2**62},
-        {"tile_height": 0},
+        {"cell_height": 2**62},
+        {"cell_height": 0},
         {"partials": 2**20},
     ],
 )
@@ -121,10 +122,10 @@ def test_a_norm_whose_sizes_overflow_is_refused(changes: dict[str, Any]) -> None
         make_plan().add(norm(**changes), FLOATS, FLOATS)
 
 
-@pytest.mark.parametrize("tile", [(2**62, 2**62), (8, 2**63 - 1), (9, 8), (0, 8), (-1, 8)])
-def test_statistics_of_tiles_beyond_the_image_are_refused(tile: tuple[int, int]) -> None:
+@pytest.mark.parametrize("cell", [(2**62, 2**62), (8, 2**63 - 1), (9, 8), (0, 8), (-1, 8)])
+def test_statistics_of_cells_beyond_the_image_are_refused(cell: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="tiles"):
-        make_plan().add(statistics(tile_height=tile[0], tile_width=tile[1]))
+        make_plan().add(statistics(cell_height=cell[0], cell_width=cell[1]))
 
 
 SMALL = modulation().scale
@@ -226,3 +227,9 @@ def test_weights_of_a_convolution_have_the_type_of_its_kernels(
         make_plan(dtype).add(convolution(), FLOATS, weights)
     with pytest.raises(TypeError, match="another type"):
         make_plan().add(convolution(), torch.zeros(32, dtype=torch.int32), PACKED)
+
+
+@pytest.mark.parametrize("cell", [{"cell_height": 3}, {"cell_width": 5}, {"cell_height": 0}])
+def test_tiles_that_do_not_consist_of_whole_cells_are_refused(cell: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="cells"):
+        make_plan().add(convolution(**{"tile_height": 4, "tile_width": 4, **cell}), FLOATS, PACKED)

@@ -89,6 +89,27 @@ def test_a_run_that_waits_for_its_turn_can_be_stopped() -> None:
     other.join()
 
 
+@pytest.mark.parametrize("threads", [16, 64])
+def test_threads_far_beyond_the_cores_share_out_every_item_once(threads: int) -> None:
+    graph = attention_graph()
+    image = torch.randn(1, 32, 24, 40)
+    expected = CpuRuntime(graph, dtype="float32", num_threads=1).run(image)
+    many = CpuRuntime(graph, dtype="float32", num_threads=threads)
+    found: list[torch.Tensor] = []
+
+    def work() -> None:
+        # Runs that meet each other, and a thread that comes late to a step.
+        found.extend(many.run(image) for _ in range(10))
+
+    others = [threading.Thread(target=work) for _ in range(3)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert len(found) == 30
+    assert all(torch.equal(each, expected) for each in found)
+
+
 NO_MORE = """
 import resource
 from rbln_vae import RBLNError

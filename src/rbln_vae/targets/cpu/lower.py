@@ -27,7 +27,7 @@ from ...schedule.sweep import Keep, top_row
 from ...units import format_bytes
 from .packing import BLOCK, PANEL, bias_name, kernels_name, order_name
 from .program import Kernels, Native, Program, Step
-from .rules import CpuRules, statistics_tile
+from .rules import CpuRules, statistics_cell
 from .tiles import attention_blocks, convolution_work, kernels_work
 
 ADDRESSABLE = 2**62
@@ -178,10 +178,13 @@ class _Lowering:
         begin, end = task.rows[0] // scale, task.rows[1] // scale
         conv = dataclasses.replace(whole, grid=(end - begin, whole.grid[1]))
         sums, kernels = task.buffers.get("sums"), task.buffers.get("kernels")
-        # Sums are made by tiles of the whole image; else strips have tiles of their own.
-        tall, wide = rules.tile(conv if sums is None else whole)
-        tile = (min(tall, end - begin), wide)
-        splits = rules.splits(conv, tile)
+        # Sums are made by cells of the whole image; else tiles are free.
+        tall, wide = conv.unit if sums is None else rules.cell(whole)
+        tile, splits = rules.partition(conv, (tall, wide))
+        assert task.output is not None
+        if task.output.buffer.offset == task.inputs[0].buffer.offset:
+            splits = 1  # no other item may read what one has overwritten
+        cell = tile if sums is None else (min(tall, end - begin), wide)
         partials = _offset(sums)
         if sums is not None:
             partials += begin // tall * -(-whole.grid[1] // wide) * whole.sums_bytes
@@ -216,6 +219,8 @@ class _Lowering:
             kernels=_offset(kernels),
             tile_height=tile[0],
             tile_width=tile[1],
+            cell_height=cell[0],
+            cell_width=cell[1],
             splits=splits,
             together=rules.together(conv, tile, splits),
             partials=partials,
@@ -234,12 +239,12 @@ class _Lowering:
 
     def statistics(self, task: Task) -> Step:
         (view,) = task.inputs
-        tile = statistics_tile(self.shape(task))
+        cell = statistics_cell(self.shape(task))
         native = _engine.StatisticsStep(
             batch=self.batch,
             input=self.image(view),
-            tile_height=tile[0],
-            tile_width=tile[1],
+            cell_height=cell[0],
+            cell_width=cell[1],
             partials=_offset(task.buffers["sums"]),
         )
         return self.make(task, native)
@@ -250,11 +255,11 @@ class _Lowering:
         _, channels, height, width = self.shape(task)
         if isinstance(operation, Conv2d):
             conv = self.rules.convolution(operation)
-            summed, grid, tile = conv.panels * PANEL, conv.grid, self.rules.tile(conv)
+            summed, grid, cell = conv.panels * PANEL, conv.grid, self.rules.cell(conv)
             points = 4 if operation.upsample else 1
         else:
             summed, grid = -(-channels // BLOCK) * BLOCK, (height, width)
-            tile, points = statistics_tile(self.shape(task)), 1
+            cell, points = statistics_cell(self.shape(task)), 1
         native = _engine.NormStep(
             batch=self.batch,
             channels=channels,
@@ -264,8 +269,8 @@ class _Lowering:
             partial_channels=summed,
             grid_height=grid[0],
             grid_width=grid[1],
-            tile_height=tile[0],
-            tile_width=tile[1],
+            cell_height=cell[0],
+            cell_width=cell[1],
             points=points,
             coefficients=_offset(task.buffers["coefficients"]),
         )

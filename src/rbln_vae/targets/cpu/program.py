@@ -167,9 +167,11 @@ class Program:
             first = self.steps[indices[0]]
             note, native = "", first.native
             if isinstance(native, (_engine.ConvStep, _engine.StatisticsStep, _engine.NormStep)):
+                note += f", cells of {native.cell_height}x{native.cell_width}"
+            if isinstance(native, _engine.ConvStep):
                 note += f", tiles of {native.tile_height}x{native.tile_width}"
-            if isinstance(native, _engine.ConvStep) and native.splits > 1:
-                note += f", channels in {native.splits} parts"
+                if native.splits > 1:
+                    note += f", channels in {native.splits} parts"
             note += ", unless they are kept" if first.made else ""
             note += f", sweep {sweep} in {len(indices)} strips" if sweep else ""
             flops = sum(self.steps[i].flops for i in indices) / 1e9

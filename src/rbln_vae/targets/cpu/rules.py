@@ -16,7 +16,7 @@ from ...graph.ir import (
 )
 from ...schedule.sweep import Sweep
 from .packing import BLOCK, PANEL
-from .tiles import FASTEST, Choices, Convolution, Machine, gains_by_winograd
+from .tiles import FASTEST, FEW_CELLS, Choices, Convolution, Machine, gains_by_winograd
 
 MAX_TAPS = 64
 """The most taps of a convolution kernel."""
@@ -45,8 +45,11 @@ class CpuRules:
         self.shapes = graph.infer_shapes(tuple(input_shape))
         self.batch = input_shape[0]
         self._convolutions: dict[str, Convolution] = {}
+        self._cells: dict[Convolution, tuple[int, int]] = {}
         self._tiles: dict[Convolution, tuple[int, int]] = {}
-        self._splits: dict[tuple[Convolution, tuple[int, int]], int] = {}
+        self._partitions: dict[
+            tuple[Convolution, tuple[int, int]], tuple[tuple[int, int], int]
+        ] = {}
 
     def require(self, operation: Operation) -> None:
         match operation:
@@ -87,12 +90,12 @@ class CpuRules:
 
     def sums_bytes(self, operation: Conv2d) -> int:
         conv = self.convolution(operation)
-        return self.batch * conv.tiles(self.tile(conv)) * conv.sums_bytes
+        return self.batch * conv.tiles(self.cell(conv)) * conv.sums_bytes
 
     def statistics_bytes(self, shape: Shape) -> int:
-        grid, tile = (shape[2], shape[3]), statistics_tile(shape)
-        tiles = -(-grid[0] // tile[0]) * -(-grid[1] // tile[1])
-        return self.batch * tiles * 2 * _blocks(shape[1]) * BLOCK * 4
+        height, width = statistics_cell(shape)
+        cells = -(-shape[2] // height) * -(-shape[3] // width)
+        return self.batch * cells * 2 * _blocks(shape[1]) * BLOCK * 4
 
     def coefficients_bytes(self, channels: int) -> int:
         return self.batch * 2 * _blocks(channels) * BLOCK * 4
@@ -101,8 +104,8 @@ class CpuRules:
         conv = self.convolution(operation)
         if not summed:
             return conv.rows_at_once
-        # Sums are made per tile of the whole image.
-        return self.tile(conv)[0] * (2 if operation.upsample else 1)
+        # Sums are made per cell of the whole image.
+        return self.cell(conv)[0] * (2 if operation.upsample else 1)
 
     def strip_rows(self, sweep: Sweep) -> int:
         tiles = min(
@@ -134,7 +137,7 @@ class CpuRules:
             and operation.residual is None
             and _blocks(conv.outputs) <= _blocks(conv.inputs)
             # Each tile is read once, before it is written.
-            and self.splits(conv, self.tile(conv)) == 1
+            and self.partition(conv, conv.unit)[1] == 1
         )
 
     # Lowering uses these, too.
@@ -171,19 +174,30 @@ class CpuRules:
         gains = gains_by_winograd(conv, self.machine, self.choices.winograd)
         return dataclasses.replace(conv, winograd=gains)
 
+    def cell(self, conv: Convolution) -> tuple[int, int]:
+        """The height and width of the parts of a whole convolution that are summed together."""
+        if conv not in self._cells:
+            self._cells[conv] = conv.cell(self.machine)
+        return self._cells[conv]
+
     def tile(self, conv: Convolution) -> tuple[int, int]:
-        """The height and width of a convolution's tiles, cached for its strips."""
+        """The height and width of the tiles with the least overhead for a few threads."""
         if conv not in self._tiles:
-            self._tiles[conv] = conv.tile(self.machine)
+            self._tiles[conv] = conv.tile(conv.unit, self.machine)
         return self._tiles[conv]
 
-    def splits(self, conv: Convolution, tile: tuple[int, int]) -> int:
-        """The number of parts of a convolution's output channels, cached for its strips."""
+    def partition(self, conv: Convolution, cell: tuple[int, int]) -> tuple[tuple[int, int], int]:
+        """The height and width of a convolution's tiles, and the parts of its output channels.
+
+        Args:
+            conv: The convolution, or some rows of one.
+            cell: What its tiles are multiples of.
+        """
         if not self.choices.splits:
-            return 1
-        if (conv, tile) not in self._splits:
-            self._splits[conv, tile] = conv.splits(tile, self.batch, self.machine)
-        return self._splits[conv, tile]
+            return conv.tile(cell, self.machine), 1
+        if (conv, cell) not in self._partitions:
+            self._partitions[conv, cell] = conv.partition(cell, self.batch, self.machine)
+        return self._partitions[conv, cell]
 
     def together(self, conv: Convolution, tile: tuple[int, int], splits: int) -> int:
         """The number of tiles that one item of work computes."""
@@ -192,10 +206,11 @@ class CpuRules:
         return conv.together(tile, self.batch, splits, self.machine)
 
 
-def statistics_tile(shape: Shape) -> tuple[int, int]:
-    """The height and width of tiles for summing an image that no convolution has summed."""
+def statistics_cell(shape: Shape) -> tuple[int, int]:
+    """The height and width of cells of an image that no convolution has summed."""
     height, width = shape[2], shape[3]
-    return max(1, min(height, 4096 // width)), min(width, 4096)
+    pixels = min(4096, max(64, height * width // FEW_CELLS))
+    return max(1, min(height, pixels // width)), min(width, pixels)
 
 
 def _blocks(channels: int) -> int:

@@ -1,7 +1,8 @@
 """Chooses the tiles and the algorithms of convolutions and attention.
 
-Tiles and algorithms depend on sizes and on the engine's table of kernels. They do not depend
-on the memory limit, and those that affect bits do not depend on the number of threads.
+What affects bits depends only on sizes and on the engine's table of kernels: algorithms, and
+*cells*, the parts of an image whose statistics are summed together. Tiles consist of whole
+cells, and divide the work among the threads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,18 @@ SQUARES = 32
 Enough that fetching weights costs little compared with the products; few enough that the
 transformed 128 channels stay in the L2 cache.
 """
+
+FEW_CELLS, MANY_CELLS = 64, 1024
+"""With fewer cells than these, or more, cells are half as high, or twice.
+
+More cells can be divided among more threads, but their statistics must be read again.
+"""
+
+GAIN = 0.97
+"""The most time that other tiles may take of what those with the least overhead take."""
+
+MOST_PARTS = 32
+"""The most parts of a side of a tile, or more rounds of attention, that are tried."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Choices:
     Attributes:
         winograd: The most time that Winograd's algorithm may take of what the definition takes.
             Below 1, since it needs more memory; 0 is never, and infinity wherever it can.
-        splits: Divide output channels where tiles are too few for the threads.
+        splits: Divide output channels and tiles where tiles are too few for the threads.
         together: Load the next tile during the products of one, where kernels can.
         in_place: Write a result over an input that nothing reads later.
         kept_kernels: Keep transformed kernels for later runs, where there is memory.
@@ -157,70 +170,150 @@ class Convolution:
         points = math.prod(-(-size // self.row_step) for size in tile)
         return points * self.products * self.inputs * self.outputs
 
-    def tile(self, machine: Machine) -> tuple[int, int]:
-        """The height and width of tiles: those with the least overhead that fit in the cache."""
-        if self.row_step > 1:
-            return self.tile_of_squares(machine)
+    def cell(self, machine: Machine) -> tuple[int, int]:
+        """The height and width of the parts of the grid whose statistics are summed together.
+
+        They do not depend on the number of threads.
+        """
+        if self.phases_apart:
+            return self.tile(self.unit, machine)
         height, width = self.grid
-        pixel = -(-self.inputs // BLOCK) * BLOCK * machine.scratch_element_bytes
-        # Enough tiles for a few threads. Their number must not matter here; splits make more.
+        scale = 2 if self.doubles else 1  # a grid of half the outputs' size has cells as small
+        columns = _rounded(-(-width // -(-width // (32 // scale))), self.unit[1])
+        rows, count = 8, -(-height * scale // 8) * -(-width // columns)
+        if count < FEW_CELLS:
+            rows = 4
+        elif count > MANY_CELLS:
+            rows = 16
+        rows //= scale
+        if self.row_step == 1:
+            while (
+                rows > 1 and self.tile_bytes((rows, columns), machine) > machine.kernels.tile_bytes
+            ):
+                rows //= 2
+        return min(rows, height), min(columns, width)
+
+    @property
+    def phases_apart(self) -> bool:
+        """Whether a tile is one cell, because it is computed phase by phase.
+
+        The weights of all phases would not fit in the L2 cache beside a tile's input.
+        """
+        return self.phases > 1
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The height and width whose multiples tiles are where nothing is summed."""
+        return (self.row_step, self.row_step) if self.row_step > 1 else (1, 16)
+
+    def tile_bytes(self, tile: tuple[int, int], machine: Machine) -> int:
+        """The bytes of a tile's input."""
+        blocks = -(-self.inputs // BLOCK)
+        return math.prod(self.read(tile)) * blocks * BLOCK * machine.scratch_element_bytes
+
+    def tile(self, cell: tuple[int, int], machine: Machine) -> tuple[int, int]:
+        """The height and width of the tiles with the least overhead for a few threads.
+
+        Args:
+            cell: What tiles are multiples of.
+            machine: The machine; its number of threads does not matter.
+        """
+        if self.phases_apart and cell != self.unit:
+            return min(cell[0], self.grid[0]), min(cell[1], self.grid[1])
+        if self.row_step > 1:
+            return self.tile_of_squares(cell, machine)
+        height, width = self.grid
         enough = max(256, height * width // 8)
         best, best_cost = (1, 1), math.inf
         for wanted in (width, 512, 256, 192, 128, 96, 64, 48, 32, 16):
             if wanted > width:
                 continue
-            columns = -(-width // -(-width // wanted))
-            columns = min(width, -(-columns // 16) * 16)
-            across = self.read((1, columns))[1] * pixel
-            rows = machine.kernels.tile_bytes // across
-            rows = (rows - self.kernel[0]) // self.stride + 1
-            rows = max(1, min(height, rows, 32, max(1, enough // columns)))
-            if rows > machine.kernels.rows:
-                rows -= rows % machine.kernels.rows
+            columns = min(width, _rounded(-(-width // -(-width // wanted)), cell[1]))
+            row = self.tile_bytes((1, columns), machine) / self.read((1, columns))[0]
+            rows = (int(machine.kernels.tile_bytes / row) - self.kernel[0]) // self.stride + 1
+            rows = min(height, rows, 32, enough // columns)
+            step = cell[0]
+            if step == 1 and rows >= machine.kernels.rows:
+                step = machine.kernels.rows
+            rows = max(cell[0], rows - rows % step)
             # The same number of tiles, but with equal heights.
-            down = -(-height // rows)
-            even = -(-height // down)
-            even = min(rows, -(-even // machine.kernels.rows) * machine.kernels.rows)
-            tile = (even, columns)
-            # Products have fixed shapes: points beyond the tile are computed in vain.
-            padded = (
-                -(-even // machine.kernels.rows) * machine.kernels.rows * -(-columns // 16) * 16
-                if machine.kernels.rows > 1
-                else even * columns
-            )
-            filled = self.product_cost(tile) * padded / (even * columns)
-            weights = self.product_cost((1, 1)) * self.costs(machine).weights
-            cost = (filled + self.load_cost(tile, machine) + weights) * self.tiles(tile)
-            if self.read(tile)[0] * across > machine.kernels.tile_bytes:
+            even = _rounded(-(-height // -(-height // rows)), step)
+            tile = min(rows, even), columns
+            cost = self.tiles(tile) * self.item_cost(tile, self.panels, machine)
+            if self.tile_bytes(tile, machine) > machine.kernels.tile_bytes:
                 cost *= 1.5
             if cost < best_cost:
                 best, best_cost = tile, cost
-        return best
+        return min(best[0], height), best[1]
 
-    def tile_of_squares(self, machine: Machine) -> tuple[int, int]:
+    def tile_of_squares(self, cell: tuple[int, int], machine: Machine) -> tuple[int, int]:
         """The tile of at most `SQUARES` squares of 4x4 outputs that reads the least."""
-        down, across = (-(-size // self.row_step) for size in self.grid)
-        best, best_cost = (1, 1), math.inf
+        step = self.row_step
+        down, across = (-(-size // step) for size in self.grid)
+        high, wide = (-(-size // step) for size in cell)
+        best, best_cost = (high, wide), math.inf
         for columns in range(min(across, SQUARES), 0, -1):
             rows = min(down, SQUARES // columns)
-            tile = rows * self.row_step, columns * self.row_step
+            if rows < down:
+                rows -= rows % high
+            if rows == 0 or (columns % wide and columns < across):
+                continue
+            tile = rows * step, columns * step
             weights = self.product_cost((1, 1)) * self.costs(machine).weights
             cost = self.tiles(tile) * (self.load_cost(tile, machine) + weights)
             if cost < best_cost:
-                best, best_cost = tile, cost
-        return min(best[0], self.grid[0]), min(best[1], self.grid[1])
+                best, best_cost = (rows, columns), cost
+        rows, columns = (size * step for size in best)
+        return min(rows, self.grid[0]), min(columns, self.grid[1])
 
-    def splits(self, tile: tuple[int, int], batch: int, machine: Machine) -> int:
-        """The number of parts to divide the output channels into, so that all threads work."""
-        groups = -(-self.outputs // (PANEL * machine.kernels.panels))
+    def item_cost(self, tile: tuple[int, int], panels: int, machine: Machine) -> float:
+        """The cost of a number of panels of outputs of a tile, in the units of `product_cost`."""
+        share = panels * PANEL / self.outputs
+        # Products have fixed shapes: points beyond the tile are computed in vain.
+        columns = _rounded(tile[1], 16) if machine.kernels.rows > 1 else tile[1]
+        products = self.product_cost((tile[0], columns)) * share
+        weights = self.product_cost((1, 1)) * share * self.costs(machine).weights
+        load = self.load_cost(tile, machine)
+        if self.row_step > 1:
+            costs = machine.kernels.doubling if self.doubles else _winograd_costs(machine)
+            load += _transforms(dataclasses.replace(self, grid=tile), costs, panels)
+            products *= costs.product
+        return load + products + weights
+
+    def partition(
+        self, cell: tuple[int, int], batch: int, machine: Machine
+    ) -> tuple[tuple[int, int], int]:
+        """The height and width of tiles, and the number of parts of the output channels.
+
+        An item of work is one part of the channels of a tile. Where the tiles with the least
+        overhead are too few for the threads, or too many for whole rounds, others may be faster.
+
+        Args:
+            cell: What tiles are multiples of.
+            batch: The number of images.
+            machine: The machine.
+        """
+        groups = -(-self.panels // machine.kernels.panels)
+
+        def time(tile: tuple[int, int], splits: int) -> float:
+            rounds = -(-batch * self.tiles(tile) * splits // machine.threads)
+            panels = min(self.panels, -(-groups // splits) * machine.kernels.panels)
+            return rounds * self.item_cost(tile, panels, machine)
+
+        tile = self.tile(cell, machine)
+        best, least = (tile, 1), time(tile, 1) * GAIN
         tiles = batch * self.tiles(tile)
-        best, best_cost = 1, math.inf
-        for splits in range(1, min(groups, 4 * machine.threads) + 1):
-            rounds = -(-tiles * splits // machine.threads)
-            part = self.product_cost(tile) * -(-groups // splits) / groups
-            cost = rounds * (self.load_cost(tile, machine) + part)
-            if cost < best_cost * 0.97:
-                best, best_cost = splits, cost
+        if -(-tiles // machine.threads) * machine.threads * GAIN <= tiles:
+            return best
+        splits = {-(-groups // share) for share in range(1, groups + 1)}
+        for parts in sorted(splits):
+            if parts > 4 * machine.threads:
+                break
+            for rows in _parts(tile[0], cell[0]):
+                for columns in _parts(tile[1], cell[1]):
+                    taken = time((rows, columns), parts)
+                    if taken < least:
+                        best, least = ((rows, columns), parts), taken
         return best
 
     def together(self, tile: tuple[int, int], batch: int, splits: int, machine: Machine) -> int:
@@ -264,11 +357,29 @@ def _winograd_costs(machine: Machine) -> _engine.WinogradCosts:
     return costs
 
 
-def _transforms(conv: Convolution, costs: _engine.WinogradCosts | _engine.DoublingCosts) -> float:
-    """The work of transforming the images, in the products of the costs."""
-    inputs, outputs = -(-conv.inputs // BLOCK) * BLOCK, conv.panels * PANEL
+def _transforms(
+    conv: Convolution,
+    costs: _engine.WinogradCosts | _engine.DoublingCosts,
+    panels: int | None = None,
+) -> float:
+    """The work of transforming the images, in the products of the costs.
+
+    `panels` of the outputs are computed, or all.
+    """
+    inputs = -(-conv.inputs // BLOCK) * BLOCK
+    outputs = (conv.panels if panels is None else panels) * PANEL
     points = 4 if conv.upsample else 1
     return math.prod(conv.grid) * (costs.input * inputs + costs.output * outputs * points)
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _parts(size: int, multiple: int) -> list[int]:
+    """The sizes of even parts of a size, from all of it down to a multiple; all are multiples."""
+    counts = range(1, min(MOST_PARTS, -(-size // multiple)) + 1)
+    return sorted({min(size, _rounded(-(-size // n), multiple)) for n in counts}, reverse=True)
 
 
 def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST.winograd) -> bool:
@@ -303,10 +414,23 @@ def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int,
     """The number of queries of an item, and of keys that it works on at once.
 
     The number of keys determines the order of sums, so it does not depend on the threads.
+
+    Args:
+        pixels: The number of queries, and of keys.
+        matrices: The number of heads of all images.
+        machine: The machine.
     """
-    together = machine.kernels.rows * machine.kernels.pixels
-    queries = max(together, machine.kernels.most_queries // together * together)
-    # Make items smaller if there are too few of them.
-    while queries > together and matrices * -(-pixels // queries) < 3 * machine.threads:
-        queries -= together
-    return min(queries, pixels), 256
+    kernels = machine.kernels
+    # Where products have several rows, points beyond the queries are computed in vain.
+    whole = kernels.pixels if kernels.rows > 1 else 1
+    items = matrices * -(-pixels // kernels.most_queries)
+    fewest = -(-items // machine.threads)
+    best, least = kernels.most_queries, math.inf
+    for rounds in range(fewest, min(2 * fewest, fewest + MOST_PARTS) + 1):
+        parts = min(pixels, -(-rounds * machine.threads // matrices))
+        queries = min(kernels.most_queries, _rounded(-(-pixels // parts), whole))
+        taken = -(-matrices * -(-pixels // queries) // machine.threads)
+        cost = taken * (queries + kernels.costs.weights)
+        if cost < least:
+            best, least = queries, cost
+    return min(best, pixels), 256
