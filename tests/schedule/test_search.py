@@ -323,10 +323,11 @@ def test_a_sketch_is_estimated_like_all_of_its_strips(part: str, dtype: str) -> 
         # Tiles of the last strip are smaller, and cost more for each pixel.
         assert lower(sketch, search.rules(1)).work == pytest.approx(whole, rel=0.1)
         work.append(whole)
-    # Twice the pixels are about twice the work; what is computed again comes on top.
+    # Twice the pixels are about twice the work.
     twice = runtime.search(tuple(image_of(graph, 176, 72).shape))
     assert 1.9 < lower(twice.keeping_all(1), twice.rules(1)).work / work[0] < 4.1
-    assert work == sorted(work)
+    # What is computed again comes on top, but for what smaller tiles cost.
+    assert all(more >= 0.99 * less for less, more in itertools.pairwise(work))
 
 
 RESIDENT = """

@@ -184,6 +184,7 @@ def test_a_convolution_has_weights_of_its_size_or_kernels_made_of_them() -> None
 
 
 DOUBLED = _engine.Image(offset=AFTER, channels=32, height=16, width=16, plane=256, sample=256)
+SIDES = ("tile_height", "tile_width", "cell_height", "cell_width")
 KERNELS_OF_DOUBLING = torch.zeros(2, 25, 1, 512)
 
 
@@ -200,16 +201,17 @@ def doubling(**changes: Any) -> _engine.ConvStep:
         ({"kernel_height": 2, "kernel_width": 2}, "kernels of 3x3"),
         ({"stride": 2}, "stride 1"),
         ({"together": 2}, "one tile"),
-        ({"tile_height": 3}, "squares of outputs"),
-        ({"tile_width": 5}, "squares of outputs"),
-        ({"output": BEHIND}, "twice its input"),
+        ({"cell_height": 3, "tile_height": 3}, "squares of outputs"),
+        ({"cell_width": 5, "tile_width": 5}, "squares of outputs"),
+        ({"output": BEHIND, **dict.fromkeys(SIDES, 4)}, "twice its input"),
         ({"doubles": False}, "weights of another size"),
     ],
 )
 def test_a_convolution_that_doubles_what_it_cannot_is_refused(
     changes: dict[str, Any], message: str
 ) -> None:
-    make_plan().add(doubling(tile_height=6, tile_width=4), FLOATS, KERNELS_OF_DOUBLING)
+    whole = doubling(tile_height=6, tile_width=4, cell_height=2, cell_width=4)
+    make_plan().add(whole, FLOATS, KERNELS_OF_DOUBLING)
     with pytest.raises(ValueError, match=message):
         make_plan().add(doubling(**changes), FLOATS, KERNELS_OF_DOUBLING)
 

@@ -109,7 +109,7 @@ def test_a_model_that_is_loaded_copies_no_weights(tmp_path: Path, dtype: str) ->
     compile_vae(vae, dtype=dtype).save_pretrained(tmp_path)
     model = RBLNAutoencoderKL.from_pretrained(tmp_path)
     for part, compiled in model.compiled_models.items():
-        native = model._runtime(part)
+        native = model._runtimes[part]
         assert isinstance(native, CpuRuntime) and isinstance(compiled, Artifact)
         assert compiled.packed
         for name, tensor in compiled.packed.items():
