@@ -311,10 +311,9 @@ def test_doubling_takes_any_shape_and_tiles(
     # Neither the batch nor tiles and threads change a bit.
     assert torch.equal(doubled(image(case)[-1:]), found[-1:])
     tile = tuple(min(size, 2 * data.draw(st.integers(1, 12))) for size in (height, width))
-    splits = data.draw(st.integers(1, 2))
+    splits = min(data.draw(st.integers(1, 2)), -(-outputs // 16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Convolution, "tile", lambda *_: tile)
-        patch.setattr(Convolution, "splits", lambda self, *_: min(splits, -(-self.outputs // 16)))
+        patch.setattr(Convolution, "partition", lambda *_: (tile, splits))
         assert torch.equal(doubled(image(case), threads=2), found)
 
 
