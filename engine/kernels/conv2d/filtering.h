@@ -99,7 +99,7 @@ class Filtering {
     norms_ = outputs_ + sizes_.outputs;
     const void* kernels = s.weights;
     if (s.winograd()) kernels = context.arena + s.kernels;
-    if (s.kept != nullptr) kernels = s.kept;
+    if (s.winograd() && s.kept != nullptr) kernels = s.kept;
     kernels_ = static_cast<const Weight*>(kernels);
   }
 
