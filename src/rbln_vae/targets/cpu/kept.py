@@ -54,10 +54,10 @@ class Bound:
         """Whether it may run beside so many bytes of kernels, and would be faster by them.
 
         The time that kernels take grows with their size, and that of all else with the
-        activations. Where these are more than half as large, less than a fiftieth of the time is
-        at stake.
+        activations. Where these are more than a quarter as large, a twentieth of the time is at
+        stake at most.
         """
-        return 2 * self.bytes < kernels <= self.spare
+        return 4 * self.program.schedule.arena_bytes < kernels <= self.spare
 
 
 @dataclass(frozen=True)
