@@ -179,6 +179,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
     const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(),
                                               s.matrices(), kBlock, kPanel, element_bytes()});
     require(s.weights != nullptr && weights == weight_bytes, "packed weights of another size");
+    require(s.kept == nullptr, "kept kernels of a convolution without Winograd's algorithm");
   }
   const Index biases = s.bias_step() == 0 ? 1 : s.phases();
   require(s.bias != nullptr && bias_bytes == biases * s.panels() * kPanel * 4,

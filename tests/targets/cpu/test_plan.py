@@ -177,6 +177,14 @@ def test_weights_of_a_norm_are_float32(place: int, dtype: torch.dtype) -> None:
         make_plan().add(norm(), *weights)
 
 
+@pytest.mark.parametrize("doubles", [False, True])
+def test_only_winograds_algorithm_takes_kept_kernels(doubles: bool) -> None:
+    step, packed = (doubling(), KERNELS_OF_DOUBLING) if doubles else (convolution(), PACKED)
+    make_plan().add(step, FLOATS, packed)
+    with pytest.raises(ValueError, match="kept kernels of a convolution without"):
+        make_plan().add(step, FLOATS, packed, None, _engine.allocate(1))
+
+
 def test_a_convolution_has_weights_of_its_size_or_kernels_made_of_them() -> None:
     for weights in (None, PACKED[1:].clone()):
         with pytest.raises(ValueError, match="weights of another size"):
