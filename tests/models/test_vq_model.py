@@ -126,14 +126,13 @@ def test_the_latent_counts_in_every_norm() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_target_and_dtype(target: str, dtype: str) -> None:
     found = compiled(target=target, dtype=dtype)
-    latent, image = noise(4, 4, 16, 16), noise(4, 3, 32, 32)
+    # The error of one image of so small a model varies by a tenth.
+    latent, image = noise(24, 4, 16, 16), noise(24, 3, 32, 32)
     half = make_vq().to(torch.bfloat16)
     for run, input_ in ((pixels, latent), (latents, image)):
         expected = run(MOVQ, input_)
         own = relative_l2(run(half, input_.bfloat16()).float(), expected)
-        # Half of the layers of so small a decoder are at the doubling, which rounds sums of pixels.
-        most = EQUAL if dtype == "float32" else 1.05 * own
-        assert relative_l2(run(found, input_), expected) <= most
+        assert relative_l2(run(found, input_), expected) <= (EQUAL if dtype == "float32" else own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
