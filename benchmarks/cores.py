@@ -104,19 +104,15 @@ class Work:
 
 
 def work(step: Step, machine: Machine) -> Work:
-    """The items of a step as the engine numbers them, with costs of the engine's table."""
+    """The items of a step as the engine numbers them, with costs of the engine's table.
+
+    It is none that transforms kernels: these are taken to be kept.
+    """
     native, costs = step.native, machine.kernels.costs
     size = machine.element_bytes
     match native:
         case _engine.ConvStep():
             return _convolution(native, machine)
-        case _engine.WinogradStep():
-            assert machine.kernels.winograd is not None
-            positions = (25 if native.side == 2 else 36) * (4 if native.upsample else 1)
-            each = positions * BLOCK * PANEL
-            count = native.panels * native.blocks
-            cost = machine.kernels.winograd.kernel * each
-            return Work([cost] * count, image=4.0 * each * count)
         case _engine.AttentionStep(query=query, output=output):
             pixels = query.height * query.width
             channels = (query.channels + output.channels) // native.heads
@@ -161,6 +157,7 @@ def _convolution(native: _engine.ConvStep, machine: Machine) -> Work:
         kernel=(native.kernel_height, native.kernel_width),
         stride=native.stride,
         upsample=native.upsample,
+        doubles=native.doubles,
         grid=(height, width),
         normed=reading.coefficients != _engine.NONE
         or reading.activation != _engine.Activation.none,
@@ -355,7 +352,8 @@ def timed(label: str, artifact: Artifact, shape: Shape, latent: Tensor, rounds: 
         fastest.append(seconds)
     kernels = runtime.machine.kernels
     program = program_for(artifact, shape, Machine(kernels, 1))
-    measured = tuple(sum(each.values()) for each in fastest)
+    names = {(step.kind, step.name) for step in steps_of(program)}
+    measured = tuple(sum(each[name] for name in names) for each in fastest)
     return Case(label, program, rates_of(program, fastest[0]), artifact, kernels, measured)
 
 
