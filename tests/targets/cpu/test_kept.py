@@ -97,6 +97,19 @@ def test_what_is_kept_counts_as_memory_that_a_run_needs(decoder: Graph) -> None:
         assert limited.kept_kernels.bytes == kept
 
 
+def test_kernels_take_an_eighth_of_the_memory_of_the_machine_at_most(
+    decoder: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = kernels_of(runtime_of(decoder), SHAPE)
+    for memory, kept in ((8 * kernels, kernels), (8 * kernels - 8, 0)):
+        monkeypatch.setattr("rbln_vae.targets.cpu.runtime.usable_memory", lambda m=memory: m)
+        for limit in (None, 2 * memory):
+            runtime = runtime_of(decoder, limit=limit)
+            for _ in range(2):
+                runtime.run(image_of(SHAPE))
+            assert runtime.kept_kernels.bytes == kept
+
+
 def test_kernels_smaller_than_the_activations_are_not_kept_and_given_back(decoder: Graph) -> None:
     runtime, never = runtime_of(decoder), never_keeping(decoder)
     assert runtime.memory_needed(LARGE) == never.memory_needed(LARGE)

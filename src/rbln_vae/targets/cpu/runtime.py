@@ -40,7 +40,7 @@ EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
 CACHED_PROGRAMS = 64
 KEPT_PROFILES = 16
 KEPT_SHARE = 1 / 8
-"""The most transformed kernels that are kept without a limit, as a share of all memory."""
+"""The most transformed kernels that are kept, as a share of the memory of the machine."""
 
 
 def usable_kernels() -> list[_engine.Kernels]:
@@ -176,9 +176,8 @@ class CpuRuntime:
         num_threads: The threads of a run; `None` is one per core that this process may use.
         memory_limit: The most bytes of a run besides the weights: activations, scratch memory
             of its threads, transformed kernels that are kept for the next run, and the result.
-            `None` is the memory of the machine or of the control group, whichever is less, an
-            eighth of it for kept kernels. A run is as fast as the limit allows, and the limit
-            does not change its bits.
+            `None` is the memory of the machine or of the control group, whichever is less. A
+            run is as fast as the limit allows, and the limit does not change its bits.
         timeout: The most seconds of a run; `None` is no limit.
         activate_profiler: Whether to keep the times of the latest runs, by default not.
         choices: What its programs may do to be faster; by default everything.
@@ -205,9 +204,7 @@ class CpuRuntime:
         self.timeout = timeout
         limit = usable_memory() if memory_limit is None else memory_limit
         self.memory_limit = min(limit, ADDRESSABLE)
-        self._most_kept = int(limit * (KEPT_SHARE if memory_limit is None else 1))
-        if not choices.kept_kernels:
-            self._most_kept = 0
+        self._most_kept = int(KEPT_SHARE * usable_memory()) if choices.kept_kernels else 0
         weights = pack(graph, dtype) if packed is None else packed
         self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
         self._kernels = _chosen_kernels(dtype)
