@@ -121,7 +121,7 @@ void bind_steps(nb::module_& m) {
   bind_struct(m, "Image", "An image in the arena, or some rows of one.",
               Field{"offset", &Image::offset}, Field{"channels", &Image::channels},
               Field{"height", &Image::height}, Field{"width", &Image::width},
-              Field{"plane", &Image::plane}, Field{"sample", &Image::sample});
+              Field{"row", &Image::row}, Field{"sample", &Image::sample});
   bind_struct(m, "Reading", "What is done with an image while it is read.",
               Field{"coefficients", &Reading::coefficients},
               Field{"activation", &Reading::activation});

@@ -85,12 +85,11 @@ void Plan::check_image(const char* what, Index batch, const Image& image) const 
   require(image.channels < (Index{1} << 31), "an image with too many channels");
   // Before any sum: neither of the steps can overflow it.
   product(what, {batch, image.sample, kBlock, element_bytes()});
-  require(image.plane >= product(what, {image.height, image.width}) &&
-              image.sample >= product(what, {image.blocks(), image.plane}),
-          "planes of an image overlap");
-  const Index last = (batch - 1) * image.sample + (image.blocks() - 1) * image.plane;
-  check_range(what, image.offset,
-              product(what, {last + image.pixels(), kBlock, element_bytes()}));
+  const Index row = product(what, {image.blocks(), image.width});
+  require(image.row >= row && image.sample >= product(what, {image.height, image.row}),
+          "rows of an image overlap");
+  const Index last = (batch - 1) * image.sample + (image.height - 1) * image.row;
+  check_range(what, image.offset, product(what, {last + row, kBlock, element_bytes()}));
 }
 
 void Plan::check_residual(Index batch, const Image& residual, const Image& output) const {

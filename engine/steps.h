@@ -21,20 +21,20 @@ constexpr Index kDoublingSide = 5;
 enum class Activation : int { kNone = 0, kSilu, kGelu, kMish, kRelu, kTanh };
 constexpr Activation kLastActivation = Activation::kTanh;
 
-// An image in the arena, or some rows of one.
+// An image in the arena, or some rows of one: of each row, one block of channels after the other.
 struct Image {
   Index offset = 0;  // of the first pixel
   Index channels = 0;
   Index height = 0;
   Index width = 0;
-  Index plane = 0;   // pixels from one block of channels to the next
+  Index row = 0;     // pixels of all blocks from one row to the next
   Index sample = 0;  // and from one image of the batch to the next
 
   Index blocks() const { return (channels + kBlock - 1) / kBlock; }
   Index pixels() const { return height * width; }
   // Elements from the first pixel to a row of a block.
   Index at(Index n, Index block, Index y) const {
-    return (n * sample + block * plane + y * width) * kBlock;
+    return (n * sample + y * row + block * width) * kBlock;
   }
 };
 

@@ -35,7 +35,7 @@ void statistics_of(const StatisticsStep& s, const Context& context, Index item) 
     for (Index row = 0; row < height; ++row) {
       float row_sum[kBlock] = {}, row_square[kBlock] = {};
       for (Index column = 0; column < width; ++column) {
-        const T* pixel = from + (row * s.input.width + column) * kBlock;
+        const T* pixel = from + (row * s.input.row + column) * kBlock;
         for (Index c = 0; c < kBlock; ++c) {
           const float d = to_float(pixel[c]) - shift[c];
           row_sum[c] += d;
@@ -370,10 +370,14 @@ void shuffle(DType dtype, const ShuffleStep& s, const Context& context, Index it
 
 void move_rows(DType dtype, const MoveRowsStep& s, const Context& context, Index item) {
   const Index size = dtype == DType::kBFloat16 ? 2 : 4;
-  const Index row = s.image.width * kBlock * size;
+  const Index row = s.image.row * kBlock * size;
   std::byte* to = context.arena + s.image.offset +
                   s.image.at(item / s.image.blocks(), item % s.image.blocks(), 0) * size;
-  std::memmove(to, to + s.from_row * row, static_cast<std::size_t>(s.rows * row));
+  // From the top: no row is overwritten before it is moved.
+  for (Index y = 0; y < s.rows; ++y, to += row) {
+    std::memmove(to, to + s.from_row * row,
+                 static_cast<std::size_t>(s.image.width * kBlock * size));
+  }
 }
 
 void import_image(DType dtype, const ImportStep& s, const Context& context, Index item) {

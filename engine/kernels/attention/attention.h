@@ -13,9 +13,19 @@
 
 namespace rbln_vae {
 
-template <class T>
 static inline Index element_at(const Image& image, Index n, Index channel, Index pixel) {
-  return image.at(n, channel / kBlock, 0) + pixel * kBlock + channel % kBlock;
+  return image.at(n, channel / kBlock, pixel / image.width) + pixel % image.width * kBlock +
+         channel % kBlock;
+}
+
+// Calls `use(i, pixels)` for each part of `count` pixels that lies in one row.
+template <class Use>
+static inline void each_row(const Image& image, Index first, Index count, Use&& use) {
+  for (Index i = 0; i < count;) {
+    const Index pixels = smaller(count - i, image.width - (first + i) % image.width);
+    use(i, pixels);
+    i += pixels;
+  }
 }
 
 template <InstructionSet Simd>
@@ -44,13 +54,15 @@ class AttentionPack {
       const Index channel = head * channels + begin;
       const Index together = smaller(smaller(channels - begin, kBlock - channel % kBlock),
                                      kBlock - begin % kBlock);
-      const T* from = key + element_at<T>(s.key, n, channel, first);
-      for (Index i = 0; i < count; ++i) {
-        T* to = keys + (i / kPanel * channel_blocks + begin / kBlock) * kPanelBlock;
-        for (Index c = 0; c < together; ++c) {
-          to[panel_index(none, begin % kBlock + c, i % kPanel)] = from[i * kBlock + c];
+      each_row(s.key, first, count, [&](Index part, Index pixels) {
+        const T* from = key + element_at(s.key, n, channel, first + part);
+        for (Index i = part; i < part + pixels; ++i, from += kBlock) {
+          T* to = keys + (i / kPanel * channel_blocks + begin / kBlock) * kPanelBlock;
+          for (Index c = 0; c < together; ++c) {
+            to[panel_index(none, begin % kBlock + c, i % kPanel)] = from[c];
+          }
         }
-      }
+      });
       begin += together;
     }
 
@@ -67,12 +79,14 @@ class AttentionPack {
       for (Index begin = 0; begin < width;) {
         const Index channel = head * outputs + panel * kPanel + begin;
         const Index together = smaller(width - begin, kBlock - channel % kBlock);
-        const T* from = value + element_at<T>(s.value, n, channel, first);
-        for (Index i = 0; i < count; ++i) {
-          for (Index c = 0; c < together; ++c) {
-            to[panel_index(none, i, begin + c)] = from[i * kBlock + c];
+        each_row(s.value, first, count, [&](Index part, Index pixels) {
+          const T* from = value + element_at(s.value, n, channel, first + part);
+          for (Index i = part; i < part + pixels; ++i, from += kBlock) {
+            for (Index c = 0; c < together; ++c) {
+              to[panel_index(none, i, begin + c)] = from[c];
+            }
           }
-        }
+        });
         begin += together;
       }
     }
@@ -174,20 +188,21 @@ class Attention {
     if (begin % kBlock == 0 && (channels % kBlock == 0 || s_.heads == 1)) {
       // Whole blocks, in which padding channels are already zero.
       for (Index block = 0; block < layout_.blocks; ++block) {
-        const T* from = query + element_at<T>(s_.query, n_, begin + block * kBlock, first_);
-        Scratch* line = to + block * layout_.rows * kBlock;
-        for (Index i = 0; i < count_ * kBlock; i += kPanel) {
-          put<Simd>(line + i, Simd::load_elements(from + i));
-        }
+        each_row(s_.query, first_, count_, [&](Index part, Index pixels) {
+          const T* from = query + element_at(s_.query, n_, begin + block * kBlock, first_ + part);
+          Scratch* line = to + (block * layout_.rows + part) * kBlock;
+          for (Index i = 0; i < pixels * kBlock; i += kPanel) {
+            put<Simd>(line + i, Simd::load_elements(from + i));
+          }
+        });
       }
       return;
     }
     std::memset(static_cast<void*>(to), 0,
                 static_cast<std::size_t>(layout_.blocks * layout_.rows * kBlock) * sizeof(Scratch));
     for (Index c = 0; c < channels; ++c) {
-      const T* from = query + element_at<T>(s_.query, n_, begin + c, first_);
       for (Index i = 0; i < count_; ++i) {
-        from_float(to_float(from[i * kBlock]),
+        from_float(to_float(query[element_at(s_.query, n_, begin + c, first_ + i)]),
                    to[(c / kBlock * layout_.rows + i) * kBlock + c % kBlock]);
       }
     }
@@ -321,10 +336,10 @@ class Attention {
       for (Index i = 0; i < count_; ++i) {
         const float* sums = floats(layout_.output) + (panel * layout_.rows + i) * kPanel;
         Vector v = Simd::multiply(Simd::load(sums), Simd::set(1.0f / floats(layout_.sum)[i]));
-        const Index at = element_at<T>(s_.output, n_, channel, first_ + i);
+        const Index at = element_at(s_.output, n_, channel, first_ + i);
         if (lanes == kPanel && channel % kPanel == 0) {
           if (residual != nullptr) {
-            const Index from = element_at<T>(s_.residual, n_, channel, first_ + i);
+            const Index from = element_at(s_.residual, n_, channel, first_ + i);
             v = Simd::add(v, Simd::load_elements(residual + from));
           }
           Simd::store_elements(output + at, v);
@@ -333,11 +348,11 @@ class Attention {
         alignas(64) float values[kPanel];
         Simd::store(values, v);
         for (Index c = 0; c < lanes; ++c) {
-          const Index each = element_at<T>(s_.output, n_, channel + c, first_ + i);
+          const Index each = element_at(s_.output, n_, channel + c, first_ + i);
           const float add =
               residual == nullptr
                   ? 0.0f
-                  : to_float(residual[element_at<T>(s_.residual, n_, channel + c, first_ + i)]);
+                  : to_float(residual[element_at(s_.residual, n_, channel + c, first_ + i)]);
           from_float(values[c] + add, output[each]);
         }
       }
@@ -345,8 +360,9 @@ class Attention {
     if (head_ + 1 < s_.heads) return;
     // Padding channels of the last block must read as zero.
     for (Index c = s_.output.channels; c < s_.output.blocks() * kBlock; ++c) {
-      T* to = output + element_at<T>(s_.output, n_, c, first_);
-      for (Index i = 0; i < count_; ++i) from_float(0.0f, to[i * kBlock]);
+      for (Index i = 0; i < count_; ++i) {
+        from_float(0.0f, output[element_at(s_.output, n_, c, first_ + i)]);
+      }
     }
   }
 

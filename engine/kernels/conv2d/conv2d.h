@@ -126,9 +126,9 @@ class Conv2d {
     job.panel = panel;
     job.panels = panels;
     job.pixel_step = scale * kBlock;
-    job.row_step = scale * s_.output.width * kBlock;
-    job.block_step = s_.output.plane * kBlock;
-    job.residual_block_step = s_.residual.plane * kBlock;
+    job.row_step = scale * s_.output.row * kBlock;
+    job.residual_row_step = scale * s_.residual.row * kBlock;
+    job.block_step = s_.output.width * kBlock;
     job.partials = cell.partials(s_, context_);
     job.points = cell.height * cell.width * s_.points();
 

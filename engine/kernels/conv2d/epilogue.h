@@ -27,8 +27,8 @@ class Epilogue {
     const T* residual;  // the same for the residual, or null
     Index pixel_step;   // elements from one output pixel to the next
     Index row_step;
+    Index residual_row_step;
     Index block_step;
-    Index residual_block_step;
     float* partials;  // of the cell that the pixels belong to, or null
     Index points;     // outputs of the cell, by channel
     bool first;       // of the cell, for these panels
@@ -80,13 +80,13 @@ class Epilogue {
     const Index panel = job_.panel + p_;
     const Index block = panel / 2 - job_.panel / 2;
     const Index at =
-        row_ * job_.row_step + pixel_ * job_.pixel_step + panel % 2 * kPanel;
+        block * job_.block_step + pixel_ * job_.pixel_step + panel % 2 * kPanel;
     const float* sums =
         job_.sums + ((p_ * job_.rows + row_) * job_.pitch + pixel_) * kPanel;
-    T* to = job_.output + block * job_.block_step + at;
-    const T* residual =
-        job_.residual == nullptr ? nullptr
-                                 : job_.residual + block * job_.residual_block_step + at;
+    T* to = job_.output + row_ * job_.row_step + at;
+    const T* residual = job_.residual == nullptr
+                            ? nullptr
+                            : job_.residual + row_ * job_.residual_row_step + at;
     const Vector bias = Simd::load(job_.bias + panel * kPanel);
     // Padding channels of the last block must read as zero.
     const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();

@@ -205,9 +205,9 @@ class Filtering {
     job.panels = smaller(Simd::kMaxPanels, s_.panels() - panel);
     job.pixels = cell.width * kScale;
     job.pixel_step = apart * kBlock;
-    job.row_step = apart * s_.output.width * kBlock;
-    job.block_step = s_.output.plane * kBlock;
-    job.residual_block_step = s_.residual.plane * kBlock;
+    job.row_step = apart * s_.output.row * kBlock;
+    job.residual_row_step = apart * s_.residual.row * kBlock;
+    job.block_step = s_.output.width * kBlock;
     job.partials = cell.partials(s_, context_);
     job.points = cell.height * cell.width * s_.points();
     const float* sums = sums_ + place * sizes_.chunks * kGroup;

@@ -231,7 +231,7 @@ class Loader {
   // the rows of a tile are short.
   template <class Function>
   void each_half(const T* from, Scratch* to, Index pixels, Function&& function) const {
-    const Index below = row_ + 1 < rows_ ? s_.input.width * kBlock : 0;
+    const Index below = row_ + 1 < rows_ ? s_.input.row * kBlock : 0;
     for (Index i = 0; i < pixels; ++i, from += kBlock, to += kBlock) {
       if constexpr (!Simd::kOverlaps) {
         __builtin_prefetch(from + below);

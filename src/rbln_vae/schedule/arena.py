@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..graph.ir import Value
+
 ALIGNMENT = 4096
 """The alignment of buffers in bytes: each begins on its own page."""
 
@@ -15,21 +17,23 @@ ALIGNMENT = 4096
 class Buffer:
     """A range of the arena, and the first and the last task that need it.
 
-    `over` fixes the place of a buffer inside another one, whose lifetime ends before, because
-    its contents overwrite those of the other.
+    `holds` names the values that are kept in it, one after the other or side by side.
+    `over` fixes the place of a buffer relative to another one, whose lifetime ends before,
+    because its contents overwrite those of the other.
     """
 
     name: str
     bytes: int
     first: int
     last: int
+    holds: tuple[Value, ...] = ()
     over: Place | None = None
     offset: int = -1
 
 
 @dataclass(frozen=True)
 class Place:
-    """An offset in bytes into a buffer."""
+    """An offset in bytes from the beginning of a buffer; it may be negative."""
 
     buffer: Buffer
     offset: int
@@ -42,20 +46,23 @@ class View:
     Attributes:
         buffer: The buffer of the image.
         channels, height, width: The size of the view.
-        room: The channels and rows of the buffer's layout; its width is that of the view.
-        row: The first row of the view in the buffer.
+        row_bytes: Bytes from one row to the next.
+        image_bytes: Bytes from one image of the batch to the next.
+        offset: Bytes from the beginning of the buffer to the first row.
     """
 
     buffer: Buffer
     channels: int
     height: int
     width: int
-    room: tuple[int, int]
-    row: int = 0
+    row_bytes: int
+    image_bytes: int
+    offset: int = 0
 
     def rows(self, begin: int, end: int) -> View:
         """A view of the rows from `begin` up to `end`."""
-        return dataclasses.replace(self, height=end - begin, row=self.row + begin)
+        offset = self.offset + begin * self.row_bytes
+        return dataclasses.replace(self, height=end - begin, offset=offset)
 
 
 def lay_out(buffers: list[Buffer], times: Sequence[int]) -> int:
@@ -103,7 +110,7 @@ def _first_fit(buffers: list[Buffer]) -> dict[Buffer, int]:
             root, within = over.buffer, within + over.offset
         groups.setdefault(root, {})[buffer] = within
     for group in groups.values():
-        base, moved = 0, True
+        base, moved = max(0, -min(group.values())), True
         while moved:
             moved = False
             for buffer, within in group.items():

@@ -19,8 +19,6 @@ class Kind(enum.Enum):
     """Copy rows of the caller's tensor to the input."""
     EXPORT = "Export"
     """Copy rows of the output to the caller's tensor."""
-    KEEP = "Keep"
-    """Copy rows of a value before they are overwritten."""
     MOVE = "MoveRows"
     """Move the rows that a window still needs to its beginning."""
     PREPARE = "Prepare"

@@ -13,14 +13,17 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..graph.ir import Attention, Conv2d, Graph, Identity, Modulate, Operation, Shuffle, Value
-from .arena import Buffer, View, lay_out
+from .arena import ALIGNMENT, Buffer, Place, View, lay_out
 from .rules import Rules
 from .schedule import Kind, Schedule
-from .sweep import SWEPT, Export, Import, Keep, Rows, Sweep
+from .sweep import SWEPT, Export, Import, Rows, Sweep
 from .tasks import TaskList
 
 REPLACED_BYTES = 2**28
-"""The smallest value, in bytes, that a sweep overwrites with its results."""
+"""The size of an image, in bytes, from which on it takes the memory of its only input.
+
+That takes a sweep, which costs more than a step for smaller images.
+"""
 
 LARGEST_UNIT = 64
 """The largest multiple of rows that strips with several targets may need."""
@@ -33,7 +36,6 @@ def make_schedule(
     recomputed: Iterable[Value] = (),
     *,
     sketch: bool = False,
-    over: bool = True,
 ) -> Schedule:
     """Schedule a run.
 
@@ -46,8 +48,6 @@ def make_schedule(
         sketch: Whether to include only the first strip of each sweep, whose tasks then count
             the work of all strips. That is enough to know memory and work. By default
             all strips are included.
-        over: Whether a sweep may overwrite the value that all its targets read (default).
-            Without effect if values are rematerialised.
 
     Raises:
         GraphError: The operations do not fit the input.
@@ -55,7 +55,7 @@ def make_schedule(
     """
     shape = tuple(input_shape)
     chosen = frozenset(recomputed)
-    return _Scheduler(graph, shape, rules, chosen, sketch, over and not chosen).schedule()
+    return _Scheduler(graph, shape, rules, chosen, sketch).schedule()
 
 
 def droppable(graph: Graph) -> frozenset[Value]:
@@ -92,13 +92,11 @@ class _Scheduler:
         rules: Rules,
         recomputed: frozenset[Value],
         sketch: bool,
-        over: bool,
     ) -> None:
         self.graph = graph
         self.rules = rules
         self.recomputed = recomputed
         self.sketch = sketch
-        self.over = over and input_shape[0] == 1
         self.tasks = TaskList(graph, input_shape, rules, sketch)
         self.shapes, self.heights = self.tasks.shapes, self.tasks.heights
         self.images, self.norms = self.tasks.images, self.tasks.norms
@@ -135,7 +133,7 @@ class _Scheduler:
             elif self.recomputed.intersection(operation.inputs):
                 self.sweep([operation, *self.partners(index)])
             elif readers := self.replacing(index, operation):
-                self.sweep(readers, kept=readers[0].inputs[0])
+                self.sweep(readers)
             else:
                 self.compute_whole(index, operation)
         departure = Export("", graph.output)
@@ -164,13 +162,31 @@ class _Scheduler:
         if not self.rules.overwrites:
             return None
         image = self.images[value]
-        # Another value may be stored in the same buffer, as after an identity.
-        others = (
-            other.buffer
-            for name, other in self.images.items()
-            if name != value and self.needed_until.get(name, -1) >= index
-        )
-        return None if any(b is image.buffer for b in others) else image
+        # Another value may be stored in the same place, as after an identity.
+        others = self.sharing(index, value)
+        return None if any(view.offset == image.offset for view in others) else image
+
+    def sharing(self, index: int, value: Value) -> list[View]:
+        """The images in the buffer of a value that an operation or a later one needs."""
+        buffer = self.images[value].buffer
+        return [
+            view
+            for name, view in self.images.items()
+            if view.buffer is buffer and name != value and self.needed_until.get(name, -1) >= index
+        ]
+
+    def vacant(self, index: int, value: Value) -> View | None:
+        """The place of a value that is no longer needed, beside another one that is."""
+        for name, view in self.images.items():
+            if (
+                self.needed_until.get(name, -1) < index
+                and self.shapes[name][2:] == self.shapes[value][2:]
+                and self.tasks.row_bytes(name) >= self.tasks.row_bytes(value)
+                and (others := self.sharing(index, name))
+                and all(other.offset != view.offset for other in others)
+            ):
+                return view
+        return None
 
     def compute_whole(self, index: int, operation: Operation) -> None:
         """Compute all rows of an operation at once."""
@@ -187,7 +203,7 @@ class _Scheduler:
             over = self.replaceable(index, added, operation.input)
             if over is None and self.rules.runs_in_place(operation):
                 over = self.replaceable(index, operation.input)
-            target = self.tasks.image(value, over)
+            target = self.tasks.image(value, over or self.vacant(index, value))
             sums = self.tasks.sums(operation)
             prepared = self.tasks.prepare(operation)
         else:
@@ -199,7 +215,7 @@ class _Scheduler:
             over = self.replaceable(index, added, *operation.inputs[:-1])
             if isinstance(operation, Modulate):
                 over = self.replaceable(index, operation.input, *operation.inputs[1:])
-            target = self.tasks.image(value, over)
+            target = self.tasks.image(value, over or self.vacant(index, value))
         self.tasks.compute(operation, (0, self.heights[value]), 0, inputs, target, sums, prepared)
         self.tasks.prepare_norms(operation, sums)
 
@@ -254,61 +270,96 @@ class _Scheduler:
     def strip_height(self, sweep: Sweep) -> int:
         """Rows of a strip."""
         wanted = self.rules.strip_rows(sweep)
-        if any(isinstance(member, Keep) for member in sweep.members):
-            # The whole value is in memory anyway, so a few more rows matter little, and fewer
-            # strips cost less.
-            wanted = max(wanted, sweep.height // 16)
         unit = self.strip_unit(sweep.targets)
         return unit * max(1, round(wanted / unit))
 
     def replacing(self, index: int, operation: Operation) -> list[Operation]:
-        """All readers of an operation's input, if they can overwrite it in one sweep.
+        """All readers of an operation's input, if they take its memory in one sweep.
 
-        An example are the first convolution of a residual block and its shortcut, if they
-        halve the channels. Computed in one sweep over the value itself, they need no memory
-        besides it except for a few rows.
+        Examples are the first convolution of a residual block and its shortcut, if they halve
+        the channels, and a convolution that doubles the image. Operations that shrink an image
+        are left alone: those before them need more memory.
 
         Returns:
-            The readers, or an empty list if they can't.
+            The readers, or an empty list.
         """
-        if not self.over or not isinstance(operation, Conv2d):
+        if self.tasks.batch > 1 or not isinstance(operation, Conv2d):
             return []
         value = operation.input
         readers = [other for other in self.graph.operations[index:] if value in other.inputs]
-        image = self.images[value]
+        shape, made = self.shapes[value], self.shapes[operation.output]
+        before = shape[2] * self.tasks.row_bytes(value)
+        after = made[2] * sum(self.tasks.row_bytes(o.output) for o in readers)
         if (
-            len(readers) < 2
-            or value == self.graph.output
-            or image.height * self.tasks.row_bytes(value) < REPLACED_BYTES
-            or sum(self.tasks.row_bytes(o.output) for o in readers) > self.tasks.row_bytes(value)
-            or self.strip_unit(readers) > LARGEST_UNIT
-        ):
-            return []
-        for reader in readers:
-            if (
+            max(before, after) < REPLACED_BYTES
+            or after < before
+            or any(
                 not isinstance(reader, Conv2d)
                 or reader.residual is not None
-                or self.shapes[reader.output][2:] != (image.height, image.width)
-            ):
-                return []
-        if self.replaceable(self.graph.operations.index(readers[-1]), value) is None:
+                or reader.output in self.recomputed
+                or self.shapes[reader.output][2:] != made[2:]
+                for reader in readers
+            )
+            or self.strip_unit(readers) > LARGEST_UNIT
+            or not self.consumable(self.graph.operations.index(readers[-1]), value)
+        ):
             return []
         return readers
 
-    def sweep(self, targets: Sequence[Operation], kept: Value | None = None) -> None:
+    def consumable(self, index: int, value: Value) -> bool:
+        """Whether the memory of a value can be taken while operations up to one read it."""
+        return self.replaceable(index, value) is not None and not self.sharing(index, value)
+
+    def consumed(self, sweep: Sweep) -> Value | None:
+        """The largest value that the targets of a sweep may be written over, if any."""
+        index = max(map(self.graph.operations.index, sweep.targets))
+        read = dict.fromkeys(v for o in (*sweep.members, *sweep.targets) for v in o.inputs)
+        found = [v for v in read if v in self.images and self.consumable(index, v)]
+        return max(
+            found, key=lambda v: self.images[v].height * self.images[v].row_bytes, default=None
+        )
+
+    def place(self, sweep: Sweep) -> tuple[Buffer, Buffer, Buffer] | None:
+        """Find places for the targets of a sweep that are not rematerialised.
+
+        Returns:
+            If the targets are written over a value that the sweep reads: the buffers of the
+            value, of both during the sweep, and of the targets.
+        """
+        (target, *others) = sweep.targets
+        values = [each.output for each in sweep.targets]
+        if not others:
+            index = self.graph.operations.index(target)
+            over = self.overwritten(sweep) or self.vacant(index, target.output)
+            if over is not None:
+                self.tasks.image(target.output, over)
+                return None
+        value = self.consumed(sweep) if self.tasks.batch == 1 else None
+        if value is None:
+            for each in values:
+                self.tasks.image(each)
+            return None
+        view = self.images[value]
+        row = sum(map(self.tasks.row_bytes, values))
+        begin = view.offset - sweep.head_start(value, row, view.row_bytes)
+        begin = begin // ALIGNMENT * ALIGNMENT
+        end = max(begin + sweep.height * row, view.offset + view.height * view.row_bytes)
+        both = self.tasks.buffer(f"{value} and {' and '.join(values)}", end - begin)
+        both.holds = (value, *values)
+        both.over = Place(view.buffer, begin)
+        return view.buffer, both, self.tasks.beside(values, both.over)
+
+    def sweep(self, targets: Sequence[Operation]) -> None:
         """Compute targets strip by strip, with the recomputed values that they need.
 
         A target that is itself recomputed is computed only for its sums.
-
-        Args:
-            targets: The operations to compute.
-            kept: The value that the targets overwrite, next to each other; by default none.
         """
         self.sweeps += 1
         self.tasks.sweep = self.sweeps
+        start = len(self.tasks.tasks)
         convolutions = [o for o in self.graph.operations if isinstance(o, Conv2d)]
         sweep = Sweep(
-            self.members(targets) if kept is None else [Keep(kept)],
+            self.members(targets),
             targets,
             self.heights,
             {o.output: o.kernel(self.graph.weights)[2] for o in convolutions},
@@ -319,22 +370,14 @@ class _Scheduler:
         windows = {
             value: self.tasks.rows_of(value, rows) for value, rows in sweep.window_heights().items()
         }
-        sums: dict[Value, Buffer | None] = {}
         dropped: dict[Value, View] = {}
-        taken = 0
-        for target in targets:
-            if isinstance(target, Export):
-                continue
-            if kept is not None:
-                self.images[target.output] = self.tasks.beside(kept, target.output, taken)
-                taken += self.images[target.output].buffer.bytes
-            elif target.output in self.recomputed:
-                most = min(sweep.step, sweep.height)
-                dropped[target.output] = self.tasks.rows_of(target.output, most)
-            else:
-                self.tasks.image(target.output, self.overwritten(sweep))
-            if isinstance(target, Conv2d):
-                sums[target.output] = self.tasks.sums(target)
+        replaced: tuple[Buffer, Buffer, Buffer] | None = None
+        if targets[0].output in self.recomputed:
+            (value,) = (target.output for target in targets)
+            dropped[value] = self.tasks.rows_of(value, min(sweep.step, sweep.height))
+        elif not isinstance(targets[0], Export):
+            replaced = self.place(sweep)
+        sums = {o.output: self.tasks.sums(o) for o in targets if isinstance(o, Conv2d)}
         prepared = {
             operation.output: self.tasks.prepare(operation)
             for operation in (*sweep.members, *targets)
@@ -363,12 +406,6 @@ class _Scheduler:
                         self.tasks.add(
                             Kind.IMPORT, operation, rows=rows, output=view_of(value, rows)
                         )
-                    case Keep():
-                        source = self.images[value].rows(*rows)
-                        output = view_of(value, rows)
-                        self.tasks.add(
-                            Kind.KEEP, operation, rows=rows, inputs=(source,), output=output
-                        )
                     case Export(input=result):
                         view = view_of(result, rows)
                         self.tasks.add(Kind.EXPORT, operation, rows=rows, inputs=(view,))
@@ -388,10 +425,11 @@ class _Scheduler:
                             prepared.get(value, {}),
                         )
         self.tasks.sweep = 0
-        if kept is not None:
-            self.images[kept].buffer.last = len(self.tasks.tasks) - 1
-            for target in targets:
-                self.images[target.output].buffer.first = len(self.tasks.tasks)
+        if replaced is not None:
+            before, both, after = replaced
+            before.last = start - 1
+            both.first, both.last = start, len(self.tasks.tasks) - 1
+            after.first = after.last = len(self.tasks.tasks)
         for target in targets:
             if not isinstance(target, Export):
                 self.tasks.prepare_norms(target, sums.get(target.output))

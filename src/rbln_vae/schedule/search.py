@@ -131,7 +131,7 @@ class _Choices:
     def sketch(self, choice: Choice) -> Schedule:
         if choice not in self.sketches:
             self.sketches[choice] = make_schedule(
-                self.graph, self.input_shape, self.rules, choice, sketch=True, over=False
+                self.graph, self.input_shape, self.rules, choice, sketch=True
             )
         return self.sketches[choice]
 
@@ -245,7 +245,8 @@ class _Choices:
             # Only holes between buffers exceed the limit, and any value may help.
             return set(self.candidates)
         return {
-            buffer.name
+            value
             for buffer in schedule.buffers
             if any(buffer.first <= i <= buffer.last for i in peaks)
+            for value in buffer.holds
         }

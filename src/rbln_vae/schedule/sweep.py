@@ -36,11 +36,6 @@ class Export(Operation):
     input: Value = field(metadata={"role": "value"})
 
 
-@dataclass(frozen=True)
-class Keep(Operation):
-    """Copies rows of a value before the sweep overwrites them with its results."""
-
-
 def top_row(operation: Conv2d, begin: int) -> int:
     """The first input row that an output row reads; negative rows lie above the image."""
     if operation.upsample:
@@ -156,23 +151,68 @@ class Sweep:
                 most[value] = max(most[value], high - low)
         return most
 
+    def next_reads(self, begin: int) -> Iterator[tuple[Operation, Value, int]]:
+        """The next row of each value that each operation reads.
+
+        Args:
+            begin: The targets have their rows before this one; members have the rows that these
+                need, and may have more.
+        """
+        ends = {operation.output: 0 for operation in self.members}
+        ends |= {target.output: begin for target in self.targets}
+        for operation in (*self.targets, *reversed(self.members)):
+            end = ends[operation.output]
+            if end > 0:
+                for value, rows in self.read(operation, (end - 1, end)):
+                    ends[value] = max(ends.get(value, 0), rows[1])
+        for operation in (*self.members, *self.targets):
+            end = ends[operation.output]
+            if end < self.heights.get(operation.output, self.height):
+                for value, rows in self.read(operation, (end, end + 1)):
+                    yield operation, value, rows[0]
+
     def may_overwrite(self, value: Value) -> bool:
-        """Whether the only target may overwrite a value during the sweep.
+        """Whether the only target may overwrite each pixel of a value with its own.
 
         It may if the value has the rows of the target, and no strip reads rows that an
         earlier strip has overwritten.
         """
         (target,) = self.targets
-        if isinstance(target, Export) or self.heights[value] != self.height:
+        if self.heights[value] != self.height:
             return False
         if isinstance(target, Conv2d) and target.input == value:
             return False
-        for strip in itertools.islice(self.strips(), PERIOD):
-            begin = strip.computed[target.output][0]
-            for operation in (*self.members, target):
-                first, last = strip.computed[operation.output]
-                if first == last:
-                    continue
-                if any(n == value and r[0] < begin for n, r in self.read(operation, (first, last))):
-                    return False
-        return True
+        return all(
+            row >= begin
+            for begin in self._some_strips()
+            for _, read, row in self.next_reads(begin)
+            if read == value
+        )
+
+    def head_start(self, value: Value, written: int, read: int) -> int:
+        """The bytes by which the targets must begin before a value that they are written over.
+
+        Then no strip overwrites rows of the value that are still needed.
+
+        Args:
+            value: A value that is held whole.
+            written: Bytes of a row of all targets together.
+            read: Bytes from one row of the value to the next.
+        """
+        most = 0
+        for begin in self._some_strips():
+            end = min(self.height, begin + self.step)
+            # When a strip of a target is written, members have read what it needs.
+            needed = [
+                row
+                for done, operations in ((begin, self.targets), (end, self.members))
+                for operation, each, row in self.next_reads(done)
+                if each == value and operation in operations
+            ]
+            most = max(most, end * written - min(needed, default=self.heights[value]) * read)
+        return most
+
+    def _some_strips(self) -> Sequence[int]:
+        """The first rows of strips that show all that the others do."""
+        begins = range(0, self.height, self.step)
+        return sorted({*begins[:PERIOD], *begins[-PERIOD:]})

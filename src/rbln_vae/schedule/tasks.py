@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..graph.ir import Conv2d, Graph, Norm, Operation, Shape, Value
 from .arena import ALIGNMENT, Buffer, Place, View
@@ -78,8 +78,10 @@ class TaskList:
     def rows_of(self, value: Value, rows: int) -> View:
         """A view of a new buffer for some rows of a value."""
         _, channels, _, width = self.shapes[value]
-        buffer = self.buffer(value, self.batch * rows * self.row_bytes(value))
-        return View(buffer, channels, rows, width, (channels, rows))
+        row = self.row_bytes(value)
+        buffer = self.buffer(value, self.batch * rows * row)
+        buffer.holds = (value,)
+        return View(buffer, channels, rows, width, row, rows * row)
 
     def image(self, value: Value, over: View | None = None) -> View:
         """A view for a value that the next task produces.
@@ -92,14 +94,21 @@ class TaskList:
             self.images[value] = self.rows_of(value, self.heights[value])
         else:
             self.images[value] = dataclasses.replace(over, channels=self.shapes[value][1])
+            over.buffer.holds += (value,)
         return self.images[value]
 
-    def beside(self, value: Value, output: Value, offset: int) -> View:
-        """A view for an output of the current sweep that overwrites a value from an offset on."""
-        made = self.rows_of(output, self.heights[value])
-        made.buffer.bytes = self.heights[value] * self.row_bytes(output)
-        made.buffer.over = Place(self.images[value].buffer, offset)
-        return made
+    def beside(self, values: Sequence[Value], place: Place) -> Buffer:
+        """Give several values a common buffer at a place, row beside row; batches of one."""
+        row = sum(self.row_bytes(value) for value in values)
+        _, _, height, width = self.shapes[values[0]]
+        buffer = self.buffer(" and ".join(values), height * row)
+        buffer.holds, buffer.over = tuple(values), place
+        offset = 0
+        for value in values:
+            channels = self.shapes[value][1]
+            self.images[value] = View(buffer, channels, height, width, row, height * row, offset)
+            offset += self.row_bytes(value)
+        return buffer
 
     # Tasks.
 

@@ -130,7 +130,7 @@ def test_levels_and_floats_are_what_was_asked_for() -> None:
 
 
 def test_the_engine_refuses_flags_for_other_images() -> None:
-    image = _engine.Image(channels=1, height=1, width=1, plane=1, sample=1)
+    image = _engine.Image(channels=1, height=1, width=1, row=1, sample=1)
     plan = _engine.Plan(_engine.all_kernels()[-1], 128, (1, 1, 1, 1), (1, 1, 1, 1))
     plan.add(_engine.ExportStep(image=image))
     tensor, flags = torch.zeros(1, 1, 1, 1), torch.ones(2, dtype=torch.bool)

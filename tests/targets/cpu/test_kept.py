@@ -334,7 +334,7 @@ def test_a_description_says_what_is_kept(decoder: Graph) -> None:
 def test_kernels_of_another_size_are_refused() -> None:
     kernels = next(k for k in _engine.all_kernels() if k.dtype == "float32" and k.winograd)
     weights, shape = torch.zeros(2, 1, 1, 9, 512), (1, 32, 8, 8)
-    image = _engine.Image(channels=32, height=8, width=8, plane=64, sample=64)
+    image = _engine.Image(channels=32, height=8, width=8, row=8, sample=64)
     step = _engine.WinogradStep(panels=2, blocks=1)
     conv = _engine.ConvStep(
         input=image,

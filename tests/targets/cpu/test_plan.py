@@ -10,10 +10,10 @@ import torch
 from rbln_vae import _engine
 
 SHAPE = (1, 32, 8, 8)
-IMAGE = _engine.Image(channels=32, height=8, width=8, plane=64, sample=64)
+IMAGE = _engine.Image(channels=32, height=8, width=8, row=8, sample=64)
 AFTER = 32 * 64 * 4
 """The first byte behind an image of float32."""
-BEHIND = _engine.Image(offset=AFTER, channels=32, height=8, width=8, plane=64, sample=64)
+BEHIND = _engine.Image(offset=AFTER, channels=32, height=8, width=8, row=8, sample=64)
 TILE = {"tile_height": 8, "tile_width": 8}
 CELL = {"cell_height": 8, "cell_width": 8}
 FLOATS, PACKED = torch.zeros(32), torch.zeros(2, 1, 1, 1, 512)
@@ -51,7 +51,7 @@ def statistics(**changes: Any) -> _engine.StatisticsStep:
 
 
 def modulation(**changes: Any) -> _engine.ModulateStep:
-    small = _engine.Image(channels=32, height=4, width=4, plane=16, sample=16)
+    small = _engine.Image(channels=32, height=4, width=4, row=4, sample=16)
     usual = {"input": BEHIND, "output": BEHIND, "scale": small, "shift": small, "factor": 2}
     return _engine.ModulateStep(**{**usual, **changes})
 
@@ -132,7 +132,7 @@ SMALL = modulation().scale
 
 
 def changed(image: _engine.Image, **changes: int) -> _engine.Image:
-    names = ("offset", "channels", "height", "width", "plane", "sample")
+    names = ("offset", "channels", "height", "width", "row", "sample")
     return _engine.Image(**{**{name: getattr(image, name) for name in names}, **changes})
 
 
@@ -153,7 +153,7 @@ def changed(image: _engine.Image, **changes: int) -> _engine.Image:
         ({"output": changed(BEHIND, width=7)}, "output of another size"),
         ({"output": changed(BEHIND, offset=2**20)}, "don't lie"),
         ({"input": changed(BEHIND, offset=-64)}, "don't lie"),
-        ({"input": changed(BEHIND, plane=63)}, "overlap"),
+        ({"input": changed(BEHIND, row=7)}, "overlap"),
         ({"batch": 2}, "don't lie"),
         ({"batch": 0}, "without pixels"),
         ({"coefficients": 2**20}, "don't lie"),
@@ -191,7 +191,7 @@ def test_a_convolution_has_weights_of_its_size_or_kernels_made_of_them() -> None
             make_plan().add(convolution(), FLOATS, weights)
 
 
-DOUBLED = _engine.Image(offset=AFTER, channels=32, height=16, width=16, plane=256, sample=256)
+DOUBLED = _engine.Image(offset=AFTER, channels=32, height=16, width=16, row=16, sample=256)
 SIDES = ("tile_height", "tile_width", "cell_height", "cell_width")
 KERNELS_OF_DOUBLING = torch.zeros(2, 25, 1, 512)
 

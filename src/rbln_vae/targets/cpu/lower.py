@@ -23,7 +23,7 @@ from ...graph.ir import (
 )
 from ...schedule.arena import Buffer, View
 from ...schedule.schedule import Kind, Schedule, Task
-from ...schedule.sweep import Keep, top_row
+from ...schedule.sweep import top_row
 from ...units import format_bytes
 from .packing import BLOCK, PANEL, bias_name, kernels_name, order_name
 from .program import Kernels, Native, Program, Step
@@ -66,8 +66,6 @@ class _Lowering:
                 return self.transfer(_engine.ImportStep, task, task.output)
             case Kind.EXPORT:
                 return self.transfer(_engine.ExportStep, task, task.inputs[0])
-            case Kind.KEEP:
-                return self.pointwise(task)
             case Kind.MOVE:
                 return self.move(task)
             case Kind.PREPARE if isinstance(task.operation, Conv2d):
@@ -120,16 +118,14 @@ class _Lowering:
         """An image as the engine takes it, or one without channels."""
         if view is None:
             return _engine.Image()
-        channels, rows = view.room
-        plane = rows * view.width
-        before = view.row * view.width * BLOCK * self.machine.element_bytes
+        pixel = BLOCK * self.machine.element_bytes
         return _engine.Image(
-            offset=view.buffer.offset + before,
+            offset=view.buffer.offset + view.offset,
             channels=view.channels,
             height=view.height,
             width=view.width,
-            plane=plane,
-            sample=-(-channels // BLOCK) * plane,
+            row=view.row_bytes // pixel,
+            sample=view.image_bytes // pixel,
         )
 
     def transfer(
@@ -342,7 +338,7 @@ class _Lowering:
                 pass
             case Pad(padding=(above, _, left, _)):
                 pass
-            case GroupNorm() | Add() | Identity() | Upsample() | Keep():
+            case GroupNorm() | Add() | Identity() | Upsample():
                 pass
             case _:
                 raise NotImplementedError(f"no step for {operation.kind}")

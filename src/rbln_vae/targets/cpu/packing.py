@@ -15,7 +15,7 @@ from torch import Tensor
 from ...graph.ir import Conv2d, Graph, Operation, RMSNorm, Shuffle
 
 BLOCK = 32
-"""Channels of a block: images have the memory layout `[N][blocks][H][W][32]`."""
+"""Channels of a block: images have the memory layout `[N][H][blocks][W][32]`."""
 
 PANEL = 16
 """Output channels of a panel, which a kernel computes together."""
