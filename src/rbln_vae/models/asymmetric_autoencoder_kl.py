@@ -21,7 +21,7 @@ from ..config import RBLNAsymmetricAutoencoderKLConfig
 from ..graph.capture import replica
 from ..targets.base import OnRows
 from ..targets.watch import ShouldStop
-from .autoencoder import RBLNAutoencoderModel, check_tensor, writable
+from .autoencoder import RBLNAutoencoderModel, check_tensor, decoded, writable
 from .autoencoder_kl import AutoencoderKLFamily, use_standard_attention
 from .family import CONDITIONED_DECODER
 
@@ -172,8 +172,6 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
         Example:
             >>> image = vae.decode(latent, image=image, mask=mask).sample  # doctest: +SKIP
         """
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
         if image is None or mask is None:
             sample = self.decode_latents(z, out=out, should_stop=should_stop)
         else:
@@ -181,7 +179,7 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
             shape = self.resolved_config.image_shape(tuple(z.shape))
             to = None if out is None else writable(out, shape)
             sample = self._run(CONDITIONED_DECODER, inputs, to, should_stop)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return decoded(sample, return_dict)
 
     def decode_images(
         self,

@@ -18,7 +18,7 @@ from .family import DECODER, ENCODER, ImageShape
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 
 
 class RBLNAutoencoderModel(RBLNModel):
@@ -205,10 +205,16 @@ class RBLNAutoencoderModel(RBLNModel):
     use_tiling = use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Run each image in the least memory that it can; the pixels stay the same.
+        """Run each image in less memory; the pixels stay the same.
 
-        Nothing is tiled: the target `cpu` computes some of the image twice instead of
-        keeping all of it. A decode of 512² took 43% more time by that, one of 2048² 30%.
+        Nothing is tiled: the target `cpu` computes some of the image again instead of keeping
+        all of it. It takes the least memory that it can in at most 1.5 times the time, by
+        estimate. Models whose norms need no statistics of the image, such as Qwen-Image's,
+        compute nothing again. `rbln-vae plan` shows what each limit costs, and `memory_limit`
+        allows for less memory still.
+
+        Args:
+            use_tiling: Whether to do so, by default `True`.
         """
         self.use_tiling = use_tiling
         self._save_memory()
@@ -231,6 +237,16 @@ class RBLNAutoencoderModel(RBLNModel):
     def _save_memory(self) -> None:
         for runtime in self._runtimes.values():
             runtime.save_memory(slicing=self.use_slicing, tiling=self.use_tiling)
+
+
+def decoded(sample: Tensor, return_dict: bool) -> DecoderOutput | tuple[Tensor]:
+    """Images as the `decode` of diffusers returns them."""
+    if not return_dict:
+        return (sample,)
+    # A process that does without has 0.1 GB less to load.
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    return DecoderOutput(sample=sample)
 
 
 def check_tensor(tensor: Tensor, name: str, channels: int, *, frames: bool = False) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import RBLNAutoencoderKLConfig, reject_unknown
 from ..graph.capture import replica
 from ..targets.watch import ShouldStop
-from .autoencoder import RBLNAutoencoderModel
+from .autoencoder import RBLNAutoencoderModel, decoded
 from .family import ENCODER, Family
 
 if TYPE_CHECKING:
@@ -149,11 +149,9 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
             ... )  # doctest: +SKIP
             >>> vae.decode(latents, out=pixels)  # doctest: +SKIP
         """
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
         reject_unknown(kwargs, ["generator"], "argument of decode")
         sample = self.decode_latents(z, out=out, should_stop=should_stop)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return decoded(sample, return_dict)
 
     def forward(
         self,

@@ -66,7 +66,7 @@ class RBLNAutoencoderKLHunyuanImage(RBLNAutoencoderKL):
     def enable_tiling(
         self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
     ) -> None:
-        """Run each image in the least memory that it can; the pixels stay the same.
+        """Run each image in less memory; the pixels stay the same.
 
         Nothing is tiled, so the sizes of tiles, which diffusers takes, change nothing.
         """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import RBLNAutoencoderKLWanConfig
 from ..errors import RBLNCompileError
 from ..targets.watch import ShouldStop
-from .autoencoder import RBLNAutoencoderModel, check_pictures, check_tensor
+from .autoencoder import RBLNAutoencoderModel, check_pictures, check_tensor, decoded
 from .family import ENCODER, Family
 from .networks import Attention, Layers, Shuffled, conv2d, converted, means
 
@@ -173,12 +173,10 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
         Example:
             >>> image = vae.decode(latent).sample[:, :, 0]  # doctest: +SKIP
         """
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
         check_tensor(z, "z", self.resolved_config.latent_channels, frames=True)
         sample = self.decode_latents(z[:, :, 0], out=_frame_of(out), should_stop=should_stop)
         sample = sample.unsqueeze(2)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return decoded(sample, return_dict)
 
     def forward(
         self,
@@ -214,7 +212,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
         tile_sample_stride_height: float | None = None,
         tile_sample_stride_width: float | None = None,
     ) -> None:
-        """Run each image in the least memory that it can; the pixels stay the same.
+        """Run each image in less memory; the pixels stay the same.
 
         Nothing is tiled, so the sizes of tiles, which diffusers takes, change nothing.
         """

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import RBLNAutoencoderTinyConfig
 from ..graph.capture import replica
 from ..targets.watch import ShouldStop
-from .autoencoder import RBLNAutoencoderModel
+from .autoencoder import RBLNAutoencoderModel, decoded
 from .family import ENCODER, Family
 
 if TYPE_CHECKING:
@@ -129,10 +129,8 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
         Example:
             >>> image = vae.decode(latents).sample  # doctest: +SKIP
         """
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
         sample = self.decode_latents(x, out=out, should_stop=should_stop)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return decoded(sample, return_dict)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encode images, round the latents to bytes as diffusers does, and decode them.

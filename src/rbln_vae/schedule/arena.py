@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from ..graph.ir import Value
 
@@ -17,7 +18,8 @@ ALIGNMENT = 4096
 class Buffer:
     """A range of the arena, and the first and the last task that need it.
 
-    `holds` names the values that are kept in it, one after the other or side by side.
+    `holds` has the values that are kept in it, one after the other or side by side, and for each
+    the first task that needs it.
     `over` fixes the place of a buffer relative to another one, whose lifetime ends before,
     because its contents overwrite those of the other.
     """
@@ -26,7 +28,7 @@ class Buffer:
     bytes: int
     first: int
     last: int
-    holds: tuple[Value, ...] = ()
+    holds: dict[Value, int] = field(default_factory=dict)
     over: Place | None = None
     offset: int = -1
 
@@ -65,6 +67,15 @@ class View:
         return dataclasses.replace(self, height=end - begin, offset=offset)
 
 
+def live_bytes(buffers: Iterable[Buffer], tasks: int) -> list[int]:
+    """The bytes of all live buffers at each task."""
+    changes = [0] * (tasks + 1)
+    for buffer in buffers:
+        changes[buffer.first] += buffer.bytes
+        changes[buffer.last + 1] -= buffer.bytes
+    return list(itertools.accumulate(changes[:-1]))
+
+
 def lay_out(buffers: list[Buffer], times: Sequence[int]) -> int:
     """Give each buffer an offset; buffers with disjoint lifetimes may share memory.
 
@@ -79,8 +90,7 @@ def lay_out(buffers: list[Buffer], times: Sequence[int]) -> int:
     Returns:
         The size of the arena in bytes.
     """
-    ends = {buffer.last for buffer in buffers}
-    least = max((sum(b.bytes for b in buffers if b.first <= e <= b.last) for e in ends), default=0)
+    least = max(live_bytes(buffers, len(times)), default=0)
     best: tuple[int, dict[Buffer, int]] | None = None
     orders: tuple[Callable[[Buffer], tuple[int, int]], ...] = (
         lambda b: (-b.bytes, b.first),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import enum
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..graph.ir import Norm, Operation, Shape, Value
-from .arena import Buffer, View
+from .arena import Buffer, View, live_bytes
 from .sweep import Rows
 
 
@@ -98,8 +97,4 @@ class Schedule:
 
     def live_bytes(self) -> list[int]:
         """The bytes of all live buffers at each task."""
-        changes = [0] * (len(self.tasks) + 1)
-        for buffer in self.buffers:
-            changes[buffer.first] += buffer.bytes
-            changes[buffer.last + 1] -= buffer.bytes
-        return list(itertools.accumulate(changes[:-1]))
+        return live_bytes(self.buffers, len(self.tasks))

@@ -7,14 +7,12 @@ Strips begin only where the rules allow, so no decision changes a bit of the res
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 from ..graph.ir import Attention, Conv2d, Graph, Identity, Modulate, Operation, Shuffle, Value
 from .arena import ALIGNMENT, Buffer, Place, View, lay_out
-from .rules import Rules
+from .problem import Problem
 from .schedule import Kind, Schedule
 from .sweep import SWEPT, Export, Import, Rows, Sweep
 from .tasks import TaskList
@@ -30,32 +28,19 @@ LARGEST_UNIT = 64
 
 
 def make_schedule(
-    graph: Graph,
-    input_shape: Iterable[int],
-    rules: Rules,
-    recomputed: Iterable[Value] = (),
-    *,
-    sketch: bool = False,
+    problem: Problem, recomputed: Iterable[Value] = (), *, sketch: bool = False
 ) -> Schedule:
     """Schedule a run.
 
     Args:
-        graph: The optimised graph; its weights may be on the meta device.
-        input_shape: `(N, input_channels, H, W)`.
-        rules: The target's rules for this graph and shape.
+        problem: What to schedule.
         recomputed: Values to rematerialise, a subset of `droppable(graph)`, by default none;
             only for a batch of one.
         sketch: Whether to include only the first strip of each sweep, whose tasks then count
             the work of all strips. That is enough to know memory and work. By default
             all strips are included.
-
-    Raises:
-        GraphError: The operations do not fit the input.
-        RBLNCompileError: The target can't run an operation.
     """
-    shape = tuple(input_shape)
-    chosen = frozenset(recomputed)
-    return _Scheduler(graph, shape, rules, chosen, sketch).schedule()
+    return _Scheduler(problem, frozenset(recomputed), sketch).schedule()
 
 
 def droppable(graph: Graph) -> frozenset[Value]:
@@ -85,24 +70,17 @@ def droppable(graph: Graph) -> frozenset[Value]:
 
 
 class _Scheduler:
-    def __init__(
-        self,
-        graph: Graph,
-        input_shape: tuple[int, ...],
-        rules: Rules,
-        recomputed: frozenset[Value],
-        sketch: bool,
-    ) -> None:
-        self.graph = graph
-        self.rules = rules
+    def __init__(self, problem: Problem, recomputed: frozenset[Value], sketch: bool) -> None:
+        self.problem = problem
+        self.graph = problem.graph
+        self.rules = problem.rules
+        self.shapes, self.heights = problem.shapes, problem.heights
+        self.norms = problem.norms
         self.recomputed = recomputed
         self.sketch = sketch
-        self.tasks = TaskList(graph, input_shape, rules, sketch)
-        self.shapes, self.heights = self.tasks.shapes, self.tasks.heights
-        self.images, self.norms = self.tasks.images, self.tasks.norms
+        self.tasks = TaskList(problem, sketch)
+        self.images = self.tasks.images
         self.sweeps = 0
-        for operation in graph.operations:
-            rules.require(operation)
         self.needed_until = self.last_needs()
 
     def last_needs(self) -> dict[Value, int]:
@@ -148,12 +126,9 @@ class _Scheduler:
             tuple(self.tasks.tasks),
             tuple(self.tasks.buffers),
             arena,
-            tuple(o.output for o in self.makers() if o.output in self.recomputed),
-            sum(self.tasks.flops(operation) for operation in graph.operations),
+            tuple(o.output for o in self.problem.makers if o.output in self.recomputed),
+            sum(self.problem.flops.values()),
         )
-
-    def makers(self) -> Sequence[Operation]:
-        return (Import(self.graph.input), *self.graph.operations)
 
     def replaceable(self, index: int, value: Value | None, *read: Value) -> View | None:
         """The image of a value, if the operation may overwrite it with its output."""
@@ -181,7 +156,7 @@ class _Scheduler:
             if (
                 self.needed_until.get(name, -1) < index
                 and self.shapes[name][2:] == self.shapes[value][2:]
-                and self.tasks.row_bytes(name) >= self.tasks.row_bytes(value)
+                and self.problem.row_bytes(name) >= self.problem.row_bytes(value)
                 and (others := self.sharing(index, name))
                 and all(other.offset != view.offset for other in others)
             ):
@@ -236,42 +211,22 @@ class _Scheduler:
                 and {m.output for m in self.members([other])} <= members
                 and all(v in members or v in self.images for v in other.inputs)
                 and self.heights[other.output] == self.heights[operation.output]
-                and self.strip_unit([operation, *found, other]) <= LARGEST_UNIT
+                and self.problem.strip_unit([operation, *found, other]) <= LARGEST_UNIT
             ):
                 found.append(other)
         return found
 
     def members(self, targets: Sequence[Operation]) -> list[Operation]:
         """The producers of the recomputed values that the targets need, in order."""
-        makers = {maker.output: maker for maker in self.makers()}
         needed: set[Value] = set()
         waiting = [value for target in targets for value in target.inputs]
         while waiting:
             value = waiting.pop()
             if value in self.recomputed and value not in needed:
                 needed.add(value)
-                waiting.extend(makers[value].inputs)
-        return [maker for maker in self.makers() if maker.output in needed]
-
-    def strip_unit(self, targets: Iterable[Operation]) -> int:
-        """The number of which the rows of a strip must be a multiple."""
-        return math.lcm(*(self.rows_at_once(o, summed=o.output in self.norms) for o in targets))
-
-    def rows_at_once(self, operation: Operation, *, summed: bool) -> int:
-        """Rows of the output that a strip must not cut."""
-        if isinstance(operation, Conv2d):
-            return self.rules.rows_at_once(operation, summed=summed)
-        if isinstance(operation, Modulate):  # the squares that one pixel modulates
-            return self.heights[operation.input] // self.heights[operation.scale]
-        if isinstance(operation, Shuffle):  # the rows of a cell
-            return 2 if operation.way == "up" else 1
-        return 1
-
-    def strip_height(self, sweep: Sweep) -> int:
-        """Rows of a strip."""
-        wanted = self.rules.strip_rows(sweep)
-        unit = self.strip_unit(sweep.targets)
-        return unit * max(1, round(wanted / unit))
+                if value != self.graph.input:
+                    waiting.extend(self.graph.operations[self.problem.positions[value]].inputs)
+        return [maker for maker in self.problem.makers if maker.output in needed]
 
     def replacing(self, index: int, operation: Operation) -> list[Operation]:
         """All readers of an operation's input, if they take its memory in one sweep.
@@ -283,13 +238,13 @@ class _Scheduler:
         Returns:
             The readers, or an empty list.
         """
-        if self.tasks.batch > 1 or not isinstance(operation, Conv2d):
+        if self.problem.batch > 1 or not isinstance(operation, Conv2d):
             return []
         value = operation.input
         readers = [other for other in self.graph.operations[index:] if value in other.inputs]
         shape, made = self.shapes[value], self.shapes[operation.output]
-        before = shape[2] * self.tasks.row_bytes(value)
-        after = made[2] * sum(self.tasks.row_bytes(o.output) for o in readers)
+        before = shape[2] * self.problem.row_bytes(value)
+        after = made[2] * sum(self.problem.row_bytes(o.output) for o in readers)
         if (
             max(before, after) < REPLACED_BYTES
             or after < before
@@ -300,8 +255,8 @@ class _Scheduler:
                 or self.shapes[reader.output][2:] != made[2:]
                 for reader in readers
             )
-            or self.strip_unit(readers) > LARGEST_UNIT
-            or not self.consumable(self.graph.operations.index(readers[-1]), value)
+            or self.problem.strip_unit(readers) > LARGEST_UNIT
+            or not self.consumable(self.problem.positions[readers[-1].output], value)
         ):
             return []
         return readers
@@ -312,7 +267,7 @@ class _Scheduler:
 
     def consumed(self, sweep: Sweep) -> Value | None:
         """The largest value that the targets of a sweep may be written over, if any."""
-        index = max(map(self.graph.operations.index, sweep.targets))
+        index = max(self.problem.positions[target.output] for target in sweep.targets)
         read = dict.fromkeys(v for o in (*sweep.members, *sweep.targets) for v in o.inputs)
         found = [v for v in read if v in self.images and self.consumable(index, v)]
         return max(
@@ -329,23 +284,23 @@ class _Scheduler:
         (target, *others) = sweep.targets
         values = [each.output for each in sweep.targets]
         if not others:
-            index = self.graph.operations.index(target)
+            index = self.problem.positions[target.output]
             over = self.overwritten(sweep) or self.vacant(index, target.output)
             if over is not None:
                 self.tasks.image(target.output, over)
                 return None
-        value = self.consumed(sweep) if self.tasks.batch == 1 else None
+        value = self.consumed(sweep) if self.problem.batch == 1 else None
         if value is None:
             for each in values:
                 self.tasks.image(each)
             return None
         view = self.images[value]
-        row = sum(map(self.tasks.row_bytes, values))
+        row = sum(map(self.problem.row_bytes, values))
         begin = view.offset - sweep.head_start(value, row, view.row_bytes)
         begin = begin // ALIGNMENT * ALIGNMENT
         end = max(begin + sweep.height * row, view.offset + view.height * view.row_bytes)
         both = self.tasks.buffer(f"{value} and {' and '.join(values)}", end - begin)
-        both.holds = (value, *values)
+        both.holds = dict.fromkeys([value, *values], both.first)
         both.over = Place(view.buffer, begin)
         return view.buffer, both, self.tasks.beside(values, both.over)
 
@@ -357,18 +312,9 @@ class _Scheduler:
         self.sweeps += 1
         self.tasks.sweep = self.sweeps
         start = len(self.tasks.tasks)
-        convolutions = [o for o in self.graph.operations if isinstance(o, Conv2d)]
-        sweep = Sweep(
-            self.members(targets),
-            targets,
-            self.heights,
-            {o.output: o.kernel(self.graph.weights)[2] for o in convolutions},
-            {o.output: self.rows_at_once(o, summed=False) for o in self.graph.operations},
-            step=1,
-        )
-        sweep = dataclasses.replace(sweep, step=self.strip_height(sweep))
+        sweep = self.problem.sweep(self.members(targets), targets)
         windows = {
-            value: self.tasks.rows_of(value, rows) for value, rows in sweep.window_heights().items()
+            value: self.tasks.rows_of(value, rows) for value, rows in sweep.window_heights.items()
         }
         dropped: dict[Value, View] = {}
         replaced: tuple[Buffer, Buffer, Buffer] | None = None
@@ -439,7 +385,7 @@ class _Scheduler:
         (target, *others) = sweep.targets
         if others:
             return None
-        index = self.graph.operations.index(target)
+        index = self.problem.positions[target.output]
         _, _, height, width = self.shapes[target.output]
         read = dict.fromkeys(v for o in (*sweep.members, target) for v in o.inputs)
         for value in read:
@@ -447,7 +393,7 @@ class _Scheduler:
             if (
                 image is not None
                 and (image.height, image.width) == (height, width)
-                and self.tasks.row_bytes(target.output) <= self.tasks.row_bytes(value)
+                and self.problem.row_bytes(target.output) <= self.problem.row_bytes(value)
                 and self.replaceable(index, value)
                 and sweep.may_overwrite(value)
             ):

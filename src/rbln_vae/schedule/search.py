@@ -7,10 +7,12 @@ for the memory it saves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from ..graph.ir import Graph, Shape, Shuffle, Value
+from .problem import Problem
 from .rules import Rules
 from .schedule import Schedule
 from .scheduler import droppable, make_schedule
@@ -20,9 +22,9 @@ FINER = 0.97
 
 DEARER = 1.05
 """The most work of a choice with a chain of values more, as a multiple of the work before."""
-HOPELESS = 1.2
-"""The same of a chain that is not complete: a value may be computed twice until its other
-readers join the chain."""
+HOPELESS = 1.15
+"""How many times the same a chain may cost that is not complete: a value may be computed twice
+until its other readers join the chain."""
 
 Choice = frozenset[Value]
 
@@ -47,7 +49,8 @@ class Search(Generic[RulesType]):
         self._rules_of = rules_of
         self._rules: dict[int, RulesType] = {}
         self._keeping_all: dict[int, Schedule] = {}
-        self._choices = _Choices(graph, self.shape(1), self.rules(1))
+        self._one = Problem(graph, self.shape(1), self.rules(1))
+        self._choices = _Choices(self._one)
 
     def shape(self, batch: int) -> Shape:
         """The input shape for a batch of another size."""
@@ -62,9 +65,8 @@ class Search(Generic[RulesType]):
     def keeping_all(self, batch: int) -> Schedule:
         """The schedule for a batch of another size that keeps all values."""
         if batch not in self._keeping_all:
-            self._keeping_all[batch] = make_schedule(
-                self.graph, self.shape(batch), self.rules(batch)
-            )
+            problem = Problem(self.graph, self.shape(batch), self.rules(batch))
+            self._keeping_all[batch] = make_schedule(problem)
         return self._keeping_all[batch]
 
     def fit(self, limit: int) -> Schedule | None:
@@ -91,7 +93,7 @@ class Search(Generic[RulesType]):
             return None
         choice = self._choices.within(limit, frozenset())
         if choice is None:
-            choice = self._choices.tradeoffs()[-1]
+            *_, choice = self._choices.walk()
             if self._choices.arena(choice) > limit:
                 return None
         return self.recomputing(choice)
@@ -106,22 +108,32 @@ class Search(Generic[RulesType]):
 
     def recomputing(self, choice: Iterable[Value], *, sketch: bool = False) -> Schedule:
         """The schedule for one image that rematerialises the chosen values."""
-        return make_schedule(self.graph, self.shape(1), self.rules(1), choice, sketch=sketch)
+        return make_schedule(self._one, choice, sketch=sketch)
 
     def tradeoffs(self) -> list[Schedule]:
-        """Sketches of schedules for one image, from least work to least memory."""
-        free = self.recomputing((), sketch=True)
-        others = (self._choices.sketch(choice) for choice in self._choices.tradeoffs())
-        return [free, *(each for each in others if each.arena_bytes < FINER * free.arena_bytes)]
+        """Sketches of schedules for one image, from least work to least memory.
+
+        None of them takes as much work as one that needs less memory, or nearly so.
+        """
+        free, *others = self.walk()
+        found: list[Schedule] = []
+        for sketch in reversed(others):
+            if sketch.flops < FINER * min((each.flops for each in found), default=math.inf):
+                found.append(sketch)
+        return [free, *reversed(found)]
+
+    def walk(self) -> Iterator[Schedule]:
+        """Find sketches of schedules for one image with less and less memory, mostly dearer."""
+        for choice in self._choices.walk():
+            yield self._choices.sketch(choice)
 
 
 class _Choices:
     """The greedy search over sets of values to rematerialise."""
 
-    def __init__(self, graph: Graph, input_shape: Shape, rules: Rules) -> None:
-        self.graph = graph
-        self.input_shape = input_shape
-        self.rules = rules
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.graph = graph = problem.graph
         self.candidates = droppable(graph)
         self.shuffled = self.candidates.intersection(
             operation.output for operation in graph.operations if isinstance(operation, Shuffle)
@@ -130,26 +142,21 @@ class _Choices:
 
     def sketch(self, choice: Choice) -> Schedule:
         if choice not in self.sketches:
-            self.sketches[choice] = make_schedule(
-                self.graph, self.input_shape, self.rules, choice, sketch=True
-            )
+            self.sketches[choice] = make_schedule(self.problem, choice, sketch=True)
         return self.sketches[choice]
 
     def arena(self, choice: Choice) -> int:
         return self.sketch(choice).arena_bytes
 
-    def tradeoffs(self) -> list[Choice]:
+    def walk(self) -> Iterator[Choice]:
         """Choices with decreasing memory."""
         nothing: Choice = frozenset()
-        found = [nothing]
-        while True:
-            least = self.arena(found[-1])
-            finer = int(FINER * least)
+        choice: Choice | None = nothing
+        while choice is not None:
+            yield choice
+            finer = int(FINER * self.arena(choice))
             # Only if no choice grows from the last one, search again from the start.
-            choice = self.within(finer, found[-1]) or self.within(least - 1, nothing)
-            if choice is None:
-                return found
-            found.append(choice)
+            choice = self.within(finer, choice) or self.within(finer, nothing)
 
     def within(self, limit: int, choice: Choice) -> Choice | None:
         """Extend a choice until its arena is within the limit; `None` if that fails."""
@@ -174,6 +181,9 @@ class _Choices:
             # A value and its reader may have the same size, so that both must go.
             chains = (self.with_chain(limit, choice, value) for value in kept)
             result = self.cheapest(limit, choice, chains)
+        if result is None:
+            chains = (self.with_chain(limit, choice, value, math.inf) for value in kept)
+            result = self.cheapest(limit, choice, chains)
         return result
 
     def cheapest(self, limit: int, choice: Choice, grown: Iterable[Choice]) -> Choice | None:
@@ -191,7 +201,9 @@ class _Choices:
                 best, result = key, more
         return result
 
-    def with_chain(self, limit: int, choice: Choice, value: Value) -> Choice:
+    def with_chain(
+        self, limit: int, choice: Choice, value: Value, dearest: float = DEARER
+    ) -> Choice:
         """Add a value, and values computed from it until that saves memory or costs much."""
         excess, work = self.excess(limit, choice), self.work(choice)
         more, following = choice, {value}
@@ -202,9 +214,12 @@ class _Choices:
             # Shuffles cost nothing, and what they make is as large as what reads it.
             shuffled = self.shuffled.intersection(operation.inputs)
             more = more | shuffled | {operation.output}
-            if operation.output not in self.candidates or self.work(more) > HOPELESS * work:
+            if (
+                operation.output not in self.candidates
+                or self.work(more) > dearest * HOPELESS * work
+            ):
                 break
-            if self.work(more) <= DEARER * work and self.excess(limit, more) < excess:
+            if self.work(more) <= dearest * work and self.excess(limit, more) < excess:
                 return more
         return choice
 
@@ -247,6 +262,6 @@ class _Choices:
         return {
             value
             for buffer in schedule.buffers
-            if any(buffer.first <= i <= buffer.last for i in peaks)
-            for value in buffer.holds
+            for value, first in buffer.holds.items()
+            if any(first <= i <= buffer.last for i in peaks)
         }

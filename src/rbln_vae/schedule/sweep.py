@@ -8,6 +8,7 @@ later strips need, so that a sweep computes no row twice.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ class Sweep:
             operation, rows, self.kernel_heights.get(operation.output, 1), self.heights
         )
 
+    @functools.cached_property
     def window_heights(self) -> dict[Value, int]:
         """The most rows that the window of each member holds."""
         most = {member.output: 1 for member in self.members}
@@ -151,25 +153,29 @@ class Sweep:
                 most[value] = max(most[value], high - low)
         return most
 
-    def next_reads(self, begin: int) -> Iterator[tuple[Operation, Value, int]]:
-        """The next row of each value that each operation reads.
+    def next_row(self, value: Value, readers: Sequence[Operation], begin: int) -> int:
+        """The next row of a value that some operations of the sweep read.
 
         Args:
+            value: The value.
+            readers: The operations.
             begin: The targets have their rows before this one; members have the rows that these
                 need, and may have more.
         """
-        ends = {operation.output: 0 for operation in self.members}
-        ends |= {target.output: begin for target in self.targets}
+        ends = {target.output: begin for target in self.targets}
         for operation in (*self.targets, *reversed(self.members)):
-            end = ends[operation.output]
+            end = ends.setdefault(operation.output, 0)
             if end > 0:
-                for value, rows in self.read(operation, (end - 1, end)):
-                    ends[value] = max(ends.get(value, 0), rows[1])
-        for operation in (*self.members, *self.targets):
-            end = ends[operation.output]
-            if end < self.heights.get(operation.output, self.height):
-                for value, rows in self.read(operation, (end, end + 1)):
-                    yield operation, value, rows[0]
+                for each, rows in self.read(operation, (end - 1, end)):
+                    ends[each] = max(ends.get(each, 0), rows[1])
+        row = self.heights[value]
+        for reader in readers:
+            end = ends[reader.output]
+            if end < self.heights.get(reader.output, self.height):
+                for each, rows in self.read(reader, (end, end + 1)):
+                    if each == value:
+                        row = min(row, rows[0])
+        return row
 
     def may_overwrite(self, value: Value) -> bool:
         """Whether the only target may overwrite each pixel of a value with its own.
@@ -182,12 +188,9 @@ class Sweep:
             return False
         if isinstance(target, Conv2d) and target.input == value:
             return False
-        return all(
-            row >= begin
-            for begin in self._some_strips()
-            for _, read, row in self.next_reads(begin)
-            if read == value
-        )
+        readers = [o for o in (*self.members, target) if value in o.inputs]
+        begins = range(0, self.height, self.step)
+        return all(self.next_row(value, readers, begin) >= begin for begin in begins[:PERIOD])
 
     def head_start(self, value: Value, written: int, read: int) -> int:
         """The bytes by which the targets must begin before a value that they are written over.
@@ -199,20 +202,14 @@ class Sweep:
             written: Bytes of a row of all targets together.
             read: Bytes from one row of the value to the next.
         """
-        most = 0
-        for begin in self._some_strips():
-            end = min(self.height, begin + self.step)
-            # When a strip of a target is written, members have read what it needs.
-            needed = [
-                row
-                for done, operations in ((begin, self.targets), (end, self.members))
-                for operation, each, row in self.next_reads(done)
-                if each == value and operation in operations
-            ]
-            most = max(most, end * written - min(needed, default=self.heights[value]) * read)
-        return most
-
-    def _some_strips(self) -> Sequence[int]:
-        """The first rows of strips that show all that the others do."""
+        targets = [target for target in self.targets if value in target.inputs]
+        members = [member for member in self.members if value in member.inputs]
         begins = range(0, self.height, self.step)
-        return sorted({*begins[:PERIOD], *begins[-PERIOD:]})
+        grows = self.height * written > self.heights[value] * read
+        most = 0
+        for begin in begins[-PERIOD:] if grows else begins[:PERIOD]:
+            end = min(self.height, begin + self.step)
+            # Before a strip of a target is written, members have read what it needs.
+            row = min(self.next_row(value, targets, begin), self.next_row(value, members, end))
+            most = max(most, end * written - row * read)
+        return most

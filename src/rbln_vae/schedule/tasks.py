@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from ..graph.ir import Conv2d, Graph, Norm, Operation, Shape, Value
+from ..graph.ir import Conv2d, Norm, Operation, Value
 from .arena import ALIGNMENT, Buffer, Place, View
-from .rules import Rules
+from .problem import Problem
 from .schedule import Kind, Task
 from .sweep import Rows
 
@@ -17,36 +17,24 @@ class TaskList:
     """The tasks of a schedule in order, with the places and lifetimes of their buffers.
 
     Args:
-        graph: The graph to schedule.
-        input_shape: `(N, C, H, W)`.
-        rules: The target's rules.
+        problem: What is scheduled.
         sketch: Whether a task in a strip counts the work of all strips.
 
     Attributes:
         images: The view of each value that is held whole.
-        norms: The norms that read each value.
         sweep: The number of the sweep that tasks are added to; 0 for none.
     """
 
-    def __init__(self, graph: Graph, input_shape: Shape, rules: Rules, sketch: bool) -> None:
-        self.graph = graph
-        self.rules = rules
+    def __init__(self, problem: Problem, sketch: bool) -> None:
+        self.problem = problem
+        self.rules = problem.rules
         self.sketch = sketch
-        self.shapes = graph.infer_shapes(input_shape)
-        self.heights = {value: shape[2] for value, shape in self.shapes.items()}
-        self.batch = input_shape[0]
+        self.shapes, self.heights, self.norms = problem.shapes, problem.heights, problem.norms
         self.tasks: list[Task] = []
         self.buffers: list[Buffer] = []
         self.images: dict[Value, View] = {}
-        self.norms: dict[Value, list[Norm]] = {}
         self.sweep = 0
         self._coefficients: dict[tuple[Value, Norm], Buffer] = {}
-        for operation in graph.operations:
-            norm = operation.group_norm
-            if norm is not None:
-                norms = self.norms.setdefault(operation.inputs[0], [])
-                if norm not in norms:
-                    norms.append(norm)
 
     def times(self) -> list[int]:
         """The time of each task, and the time after the last; all tasks of a sweep share one.
@@ -57,10 +45,6 @@ class TaskList:
         passes = [int(not (a and a == b)) for a, b in itertools.pairwise([0, *sweeps])]
         return [*itertools.accumulate(passes), len(sweeps)]
 
-    def flops(self, operation: Operation) -> int:
-        """Floating-point operations of an operation on the whole image."""
-        return operation.flops(self.shapes, self.graph.weights)
-
     # Memory.
 
     def buffer(self, name: str, size: int) -> Buffer:
@@ -70,17 +54,12 @@ class TaskList:
         self.buffers.append(result)
         return result
 
-    def row_bytes(self, value: Value) -> int:
-        """Bytes of one row of a value."""
-        _, channels, _, width = self.shapes[value]
-        return self.rules.row_bytes(channels, width)
-
     def rows_of(self, value: Value, rows: int) -> View:
         """A view of a new buffer for some rows of a value."""
         _, channels, _, width = self.shapes[value]
-        row = self.row_bytes(value)
-        buffer = self.buffer(value, self.batch * rows * row)
-        buffer.holds = (value,)
+        row = self.problem.row_bytes(value)
+        buffer = self.buffer(value, self.problem.batch * rows * row)
+        buffer.holds[value] = buffer.first
         return View(buffer, channels, rows, width, row, rows * row)
 
     def image(self, value: Value, over: View | None = None) -> View:
@@ -94,20 +73,20 @@ class TaskList:
             self.images[value] = self.rows_of(value, self.heights[value])
         else:
             self.images[value] = dataclasses.replace(over, channels=self.shapes[value][1])
-            over.buffer.holds += (value,)
+            over.buffer.holds[value] = len(self.tasks)
         return self.images[value]
 
     def beside(self, values: Sequence[Value], place: Place) -> Buffer:
         """Give several values a common buffer at a place, row beside row; batches of one."""
-        row = sum(self.row_bytes(value) for value in values)
+        row = sum(self.problem.row_bytes(value) for value in values)
         _, _, height, width = self.shapes[values[0]]
         buffer = self.buffer(" and ".join(values), height * row)
-        buffer.holds, buffer.over = tuple(values), place
+        buffer.holds, buffer.over = dict.fromkeys(values, buffer.first), place
         offset = 0
         for value in values:
             channels = self.shapes[value][1]
             self.images[value] = View(buffer, channels, height, width, row, height * row, offset)
-            offset += self.row_bytes(value)
+            offset += self.problem.row_bytes(value)
         return buffer
 
     # Tasks.
@@ -168,7 +147,7 @@ class TaskList:
             sums: The sums of the whole output, if norms need them.
             prepared: The result of `prepare`.
         """
-        flops = self.flops(operation)
+        flops = self.problem.flops[operation.output]
         if not self.sketch:
             flops = flops * (rows[1] - rows[0]) // self.heights[operation.output]
         buffers = dict(prepared)

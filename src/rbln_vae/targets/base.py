@@ -143,7 +143,7 @@ class Runtime(Protocol):
 
         Args:
             slicing: Whether to run the images of a batch one by one.
-            tiling: Whether to run each in the least memory that it can.
+            tiling: Whether to run each in less memory, for some more time.
         """
 
     def describe(self, shape: tuple[int, ...], *, steps: bool = False) -> str:

@@ -119,7 +119,7 @@ class CpuRules:
             default=1.0,
         )
         return min(
-            max(8, min(32, sweep.height // 16), int(4 * self.machine.threads / tiles)),
+            max(8, min(16, sweep.height // 16), int(4 * self.machine.threads / tiles)),
             max(1, sweep.height // 8),
         )
 

@@ -37,6 +37,10 @@ from .tiles import FASTEST, Choices, Machine
 EXCHANGED = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of callers' tensors that the engine reads and writes."""
 
+TILING_TIME = 1.5
+"""The most time of a run that saves memory (`enable_tiling`), by estimate, as a multiple of the
+time of the fastest."""
+
 CACHED_PROGRAMS = 64
 KEPT_PROFILES = 16
 KEPT_SHARE = 1 / 8
@@ -302,7 +306,9 @@ class CpuRuntime:
 
         Args:
             slicing: Whether to run the images of a batch one by one.
-            tiling: Whether to run each image in the least memory possible.
+            tiling: Whether to run each image in the least memory that takes at most
+                `TILING_TIME` times as long, by estimate. Less memory is used only if the limit
+                requires it.
         """
         self._slicing, self._tiling = slicing, tiling
 
@@ -505,13 +511,28 @@ class CpuRuntime:
             if bound.bytes <= room and not tiling:
                 return bound
             scratch = bound.bytes - free.arena_bytes
-        while not tiling and (schedule := search.fit(room - scratch)):
+        if tiling and not search.is_hopeless(room):
+            bound = self._thrifty(search)
+            if bound.bytes <= room:
+                return bound
+        while schedule := search.fit(room - scratch):
             bound = self._lowered(schedule, search)
             if bound.bytes <= room:
                 return bound
             # Strips have their own tiles, which may need more scratch than those of whole images.
             scratch = bound.bytes - schedule.arena_bytes
         return self._least(search, room, scratch)
+
+    def _thrifty(self, search: Search[CpuRules]) -> Bound:
+        """The program for one image that needs the least memory of those within `TILING_TIME`."""
+        chosen: tuple[Value, ...] = ()
+        most = math.inf
+        for sketch in search.walk():
+            work = lower(sketch, search.rules(1)).work
+            if work > most:
+                break
+            chosen, most = sketch.recomputed, min(most, TILING_TIME * work)
+        return self._lowered(search.recomputing(chosen), search)
 
     def _least(self, search: Search[CpuRules], room: int, scratch: int) -> Bound:
         """The program for one image that needs the least memory, if it fits in `room`."""
@@ -544,7 +565,7 @@ class CpuRuntime:
 
     @functools.cached_property
     def _usual_choice(self) -> tuple[Value, ...]:
-        shape = (1, self.graph.input_channels, 512, 512)
+        shape = (1, self.graph.input_channels, 1024, 1024)
         return self.search(shape).tradeoffs()[-1].recomputed
 
     def _lowered(self, schedule: Schedule, search: Search[CpuRules]) -> Bound:

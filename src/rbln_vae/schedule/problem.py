@@ -1,0 +1,92 @@
+"""What is to be scheduled, and what all schedules of it have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+from ..graph.ir import Conv2d, Graph, Modulate, Norm, Operation, Shape, Shuffle, Value
+from .rules import Rules
+from .sweep import Import, Sweep
+
+
+class Problem:
+    """A graph, the shape of its input, and the rules of a target.
+
+    Args:
+        graph: The optimised graph; its weights may be on the meta device.
+        input_shape: `(N, input_channels, H, W)`.
+        rules: The target's rules for this graph and shape.
+
+    Attributes:
+        batch: The number of images.
+        shapes: The shape of every value.
+        heights: The height of every value.
+        norms: The norms that read each value.
+        makers: The producers of all values, in order.
+        positions: The index of the operation of the graph that produces each value.
+        flops: Floating-point operations that produce each value.
+
+    Raises:
+        GraphError: The operations do not fit the input.
+        RBLNCompileError: The target can't run an operation.
+    """
+
+    def __init__(self, graph: Graph, input_shape: Iterable[int], rules: Rules) -> None:
+        self.graph = graph
+        self.rules = rules
+        self.shapes: dict[Value, Shape] = graph.infer_shapes(input_shape)
+        self.heights = {value: shape[2] for value, shape in self.shapes.items()}
+        self.batch = self.shapes[graph.input][0]
+        self.makers: tuple[Operation, ...] = (Import(graph.input), *graph.operations)
+        self.positions = {o.output: index for index, o in enumerate(graph.operations)}
+        self.norms: dict[Value, list[Norm]] = {}
+        for operation in graph.operations:
+            rules.require(operation)
+            norm = operation.group_norm
+            if norm is not None:
+                norms = self.norms.setdefault(operation.inputs[0], [])
+                if norm not in norms:
+                    norms.append(norm)
+        self.flops = {o.output: o.flops(self.shapes, graph.weights) for o in graph.operations}
+        self._row_bytes = {
+            value: rules.row_bytes(shape[1], shape[3]) for value, shape in self.shapes.items()
+        }
+        self._kernel_heights = {
+            operation.output: operation.kernel(graph.weights)[2]
+            for operation in graph.operations
+            if isinstance(operation, Conv2d)
+        }
+        self._multiples = {o.output: self.rows_at_once(o, summed=False) for o in graph.operations}
+        self._sweeps: dict[tuple[tuple[Value, ...], ...], Sweep] = {}
+
+    def row_bytes(self, value: Value) -> int:
+        """Bytes of one row of a value."""
+        return self._row_bytes[value]
+
+    def rows_at_once(self, operation: Operation, *, summed: bool) -> int:
+        """Rows of the output that a strip must not cut."""
+        if isinstance(operation, Conv2d):
+            return self.rules.rows_at_once(operation, summed=summed)
+        if isinstance(operation, Modulate):  # the squares that one pixel modulates
+            return self.heights[operation.input] // self.heights[operation.scale]
+        if isinstance(operation, Shuffle):  # the rows of a cell
+            return 2 if operation.way == "up" else 1
+        return 1
+
+    def strip_unit(self, targets: Iterable[Operation]) -> int:
+        """The number of which the rows of a strip must be a multiple."""
+        return math.lcm(*(self.rows_at_once(o, summed=o.output in self.norms) for o in targets))
+
+    def sweep(self, members: Sequence[Operation], targets: Sequence[Operation]) -> Sweep:
+        """The sweep that computes the targets in strips of the right height."""
+        key = tuple(m.output for m in members), tuple(t.output for t in targets)
+        if key not in self._sweeps:
+            sweep = Sweep(
+                members, targets, self.heights, self._kernel_heights, self._multiples, step=1
+            )
+            unit = self.strip_unit(targets)
+            step = unit * max(1, round(self.rules.strip_rows(sweep) / unit))
+            self._sweeps[key] = dataclasses.replace(sweep, step=step)
+        return self._sweeps[key]
