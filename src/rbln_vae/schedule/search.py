@@ -154,9 +154,10 @@ class _Choices:
         choice: Choice | None = nothing
         while choice is not None:
             yield choice
-            finer = int(FINER * self.arena(choice))
+            least = self.arena(choice)
+            finer = int(FINER * least)
             # Only if no choice grows from the last one, search again from the start.
-            choice = self.within(finer, choice) or self.within(finer, nothing)
+            choice = self.within(finer, choice) or self.within(least - 1, nothing)
 
     def within(self, limit: int, choice: Choice) -> Choice | None:
         """Extend a choice until its arena is within the limit; `None` if that fails."""
