@@ -10,6 +10,9 @@ from ..graph.ir import Conv2d, Graph, Modulate, Norm, Operation, Shape, Shuffle,
 from .rules import Rules
 from .sweep import Import, Sweep
 
+MOST_STRIPS = 128
+"""About the most strips of a sweep that rematerialises nothing."""
+
 
 class Problem:
     """A graph, the shape of its input, and the rules of a target.
@@ -86,7 +89,10 @@ class Problem:
             sweep = Sweep(
                 members, targets, self.heights, self._kernel_heights, self._multiples, step=1
             )
-            unit = self.strip_unit(targets)
-            step = unit * max(1, round(self.rules.strip_rows(sweep) / unit))
+            unit, wanted = self.strip_unit(targets), self.rules.strip_rows(sweep)
+            if not members:
+                # Only few rows lie between what is read and what is written over it.
+                wanted = max(wanted, sweep.height // MOST_STRIPS)
+            step = unit * max(1, round(wanted / unit))
             self._sweeps[key] = dataclasses.replace(sweep, step=step)
         return self._sweeps[key]
