@@ -178,7 +178,7 @@ class _Lowering:
         tall, wide = conv.unit if sums is None else rules.cell(whole)
         tile, splits = rules.partition(conv, (tall, wide))
         assert task.output is not None
-        if task.output.buffer.offset == task.inputs[0].buffer.offset:
+        if self.image(task.output).offset == self.image(task.inputs[0]).offset:
             splits = 1  # no other item may read what one has overwritten
         cell = tile if sums is None else (min(tall, end - begin), wide)
         partials = _offset(sums)
