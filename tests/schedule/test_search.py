@@ -228,7 +228,7 @@ def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype
 
 def test_the_last_level_is_made_in_strips_with_a_pass_for_each_norm() -> None:
     runtime = runtime_of("without attention", "decoder", "bfloat16")
-    shape = tuple(image_of(runtime.graph, 352, 288).shape)
+    shape = tuple(image_of(runtime.graph, 704, 576).shape)
     free, *_, least = runtime.search(shape).tradeoffs()
     first = "decoder.up_blocks.0.upsamplers.0.conv"
     level = {first} | {
@@ -249,7 +249,7 @@ def test_the_last_level_is_made_in_strips_with_a_pass_for_each_norm() -> None:
 def test_tiling_takes_the_least_memory_within_a_multiple_of_the_time() -> None:
     graph = graph_of("without attention", "decoder")
     free = runtime_of("without attention", "decoder", "bfloat16")
-    image = image_of(graph, 352, 288)
+    image = image_of(graph, 704, 576)
     shape = tuple(image.shape)
     thrifty = CpuRuntime(graph, dtype="bfloat16", num_threads=2)
     thrifty.save_memory(slicing=False, tiling=True)
