@@ -157,7 +157,8 @@ def test_sizes_beyond_any_memory_are_refused_before_it_is_asked_for(file: Path) 
     result = in_a_process(PRELUDE + OVERFLOWS, file)
     assert len(result["answers"]) > 1000
     assert set(result["answers"]) <= {"MemoryError", "ValueError"}
-    assert result["grown"] < 2**24
+    # The search for what to advise, which each model makes once, takes half of that.
+    assert result["grown"] < 2**25
 
 
 ADDRESS_SPACE = """
