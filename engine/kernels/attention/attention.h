@@ -227,7 +227,11 @@ class Attention {
     for (Index panel = 0; panel < panels; panel += Simd::kMaxPanels) {
       g.b = b + panel * panel_step;
       g.panels = smaller(Simd::kMaxPanels, panels - panel);
+      const T* const next = g.b + g.panels * panel_step;
+      const Index left = panels - panel - g.panels;
       for (Index chunk = 0; chunk < chunks; ++chunk) {
+        // The next panels arrive while these are multiplied.
+        g.ahead = chunk < smaller(g.panels, left) ? next + chunk * panel_step : nullptr;
         // Even parts, or whole tiles and a rest.
         const Index begin =
             Simd::kWholeTiles ? chunk * kTogether : count_ * chunk / chunks;
