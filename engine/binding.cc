@@ -7,7 +7,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -28,8 +30,25 @@ using Weights = nb::ndarray<nb::pytorch, nb::ro, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::pytorch, float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using AnyTensor = nb::ndarray<nb::pytorch, nb::ndim<4>, nb::device::cpu>;
 using Flags = nb::ndarray<bool, nb::pytorch, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-constexpr nb::dlpack::dtype kBFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat),
-                                      16, 1};
+
+// The types of elements, as tensors and as Python name them.
+struct ElementType {
+  DType dtype;
+  nb::dlpack::dtype stored;
+  const char* name;
+};
+constexpr nb::dlpack::dtype of_bits(nb::dlpack::dtype_code code, std::uint8_t bits) {
+  return {static_cast<std::uint8_t>(code), bits, 1};
+}
+constexpr ElementType kElementTypes[] = {
+    {DType::kFloat32, of_bits(nb::dlpack::dtype_code::Float, 32), "float32"},
+    {DType::kBFloat16, of_bits(nb::dlpack::dtype_code::Bfloat, 16), "bfloat16"},
+    {DType::kFloat16, of_bits(nb::dlpack::dtype_code::Float, 16), "float16"},
+};
+const ElementType& element_type(DType dtype) {
+  return *std::find_if(std::begin(kElementTypes), std::end(kElementTypes),
+                       [dtype](const ElementType& each) { return each.dtype == dtype; });
+}
 
 // A plan, and the arrays whose memory its steps point into.
 class BoundPlan {
@@ -38,11 +57,16 @@ class BoundPlan {
       : plan(kernels, arena_bytes, input, output) {}
 
   void add(ConvStep step, const Weights& bias, const std::optional<Weights>& weights,
-           const std::optional<Weights>& gamma, const std::optional<Weights>& kernels) {
+           const std::optional<Weights>& gamma, const std::optional<Weights>& factor,
+           const std::optional<Weights>& kernels) {
     step.bias = keep_floats(bias);
     step.weights = weights ? keep(*weights) : nullptr;
     step.gamma = gamma ? keep_floats(*gamma) : nullptr;
     step.kept = kernels ? keep_floats(*kernels) : nullptr;
+    if (factor) {
+      if (factor->size() != 1) throw nb::value_error("a factor that isn't one number");
+      step.factor = *keep_floats(*factor);
+    }
     plan.add(step, weights ? bytes(*weights) : 0, bytes(bias), gamma ? bytes(*gamma) : 0,
              kernels ? bytes(*kernels) : 0);
   }
@@ -68,8 +92,7 @@ class BoundPlan {
  private:
   // Weights of the type in which the kernels read them.
   const void* keep(const Weights& weights) {
-    const bool wide = plan.kernels().dtype == DType::kFloat32;
-    return keep(weights, wide ? nb::dtype<float>() : kBFloat16);
+    return keep(weights, element_type(plan.kernels().dtype).stored);
   }
   // Biases and the like, which are float32 for all kernels.
   const float* keep_floats(const Weights& weights) {
@@ -212,17 +235,14 @@ Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what,
               DType shown = DType::kFloat32) {
   Tensor result;
   result.data = given.data();
-  const nb::dlpack::dtype type = given.dtype();
-  if (type == nb::dtype<std::uint8_t>()) {
+  const auto type = std::find_if(
+      std::begin(kElementTypes), std::end(kElementTypes),
+      [&given](const ElementType& each) { return each.stored == given.dtype(); });
+  if (given.dtype() == nb::dtype<std::uint8_t>()) {
     result.levels = true;
     result.dtype = shown;
-  } else if (type == nb::dtype<float>()) {
-    result.dtype = DType::kFloat32;
-  } else if (type == kBFloat16) {
-    result.dtype = DType::kBFloat16;
-  } else if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) &&
-             type.bits == 16) {
-    result.dtype = DType::kFloat16;
+  } else if (type != std::end(kElementTypes)) {
+    result.dtype = type->dtype;
   } else {
     throw nb::type_error("tensors of float32, float16, bfloat16 or uint8 are expected");
   }
@@ -268,9 +288,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<Kernels>(m, "Kernels", "The kernels of one instruction set for one element type.")
       .def_prop_ro("isa", [](const Kernels& k) { return std::string(name(k.isa)); })
       .def_prop_ro("dtype",
-                   [](const Kernels& k) {
-                     return k.dtype == DType::kFloat32 ? "float32" : "bfloat16";
-                   })
+                   [](const Kernels& k) { return std::string(element_type(k.dtype).name); })
       .def_prop_ro(
           "multiplies_bfloat16", [](const Kernels& k) { return k.products == DType::kBFloat16; },
           "Whether products take bfloat16; elsewhere they are made in float32.")
@@ -372,10 +390,10 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
       .def("add",
            nb::overload_cast<ConvStep, const Weights&, const std::optional<Weights>&,
-                             const std::optional<Weights>&, const std::optional<Weights>&>(
-               &BoundPlan::add),
+                             const std::optional<Weights>&, const std::optional<Weights>&,
+                             const std::optional<Weights>&>(&BoundPlan::add),
            "step"_a, "bias"_a, "weights"_a = nb::none(), "gamma"_a = nb::none(),
-           "kernels"_a = nb::none(),
+           "factor"_a = nb::none(), "kernels"_a = nb::none(),
            "Adds a step; weights are as `packing.pack` makes them, and kept by the plan. Kernels\n"
            "that were transformed before are read instead of those in the arena.")
       .def("add",
@@ -414,6 +432,7 @@ void bind_engine(nb::module_& m) {
               to.finite = finite->data();
             }
             std::vector<StepTime> times;
+            std::vector<Index> overflowed;
             std::function<void()> ask_caller;
             if (ask) {
               ask_caller = [&ask] {
@@ -431,16 +450,18 @@ void bind_engine(nb::module_& m) {
             }
             {
               const nb::gil_scoped_release release;
-              e.run(p.plan, from, to, timeout, ask_caller, rows_finished,
-                    profile ? &times : nullptr);
+              overflowed = e.run(p.plan, from, to, timeout, ask_caller, rows_finished,
+                                 profile ? &times : nullptr);
             }
-            std::vector<std::pair<double, double>> result;
-            for (const StepTime& each : times) result.emplace_back(each.begin, each.end);
-            return result;
+            std::vector<std::pair<double, double>> spans;
+            for (const StepTime& each : times) spans.emplace_back(each.begin, each.end);
+            return std::make_pair(std::move(overflowed), std::move(spans));
           },
           "plan"_a, "input"_a, "output"_a, "timeout"_a, "ask"_a.none(), "profile"_a,
           "on_rows"_a.none() = nb::none(), "finite"_a.none() = nb::none(),
-          "Runs a plan; gives the begin and end of each step where they are asked for.\n"
+          "Runs a plan. Gives the numbers of the images with values beyond the range of the\n"
+          "type in which images are stored, whose results are not valid; and where they are\n"
+          "asked for the begin and end of each step that was run.\n"
           "Tensors of uint8 hold levels of pictures; those of the output show values in the\n"
           "dtype of the input.\n"
           "`ask` is called now and then, on the calling thread, where signals are looked for\n"

@@ -1,5 +1,7 @@
 #include "engine/executor.h"
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 
 #include "engine/float_control.h"
@@ -80,10 +82,10 @@ std::size_t Executor::bytes(const Plan& plan) const {
   return total;
 }
 
-void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, double timeout,
-                   const std::function<void()>& ask,
-                   const std::function<void(Index, Index)>& on_rows,
-                   std::vector<StepTime>* times) {
+std::vector<Index> Executor::run(const Plan& plan, const Tensor& input, const Tensor& output,
+                                 double timeout, const std::function<void()>& ask,
+                                 const std::function<void(Index, Index)>& on_rows,
+                                 std::vector<StepTime>* times) {
   const Clock::time_point begin = Clock::now();
   const std::shared_ptr<ThreadPool> pool = ThreadPool::present(pool_);
   const std::size_t total = bytes(plan);
@@ -98,10 +100,11 @@ void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, 
     const FloatControl::Suspended callers(control);
     ask();
   };
+  std::vector<std::atomic<bool>> overflowed(static_cast<std::size_t>(plan.input_shape()[0]));
   Watch watch(timeout, ask ? std::function<void()>(ask_caller) : nullptr);
   ThreadPool::Run run(*pool, watch, [&](std::size_t step, std::int64_t item, int slot) {
     const Context context{arena.data(), scratches + static_cast<std::size_t>(slot) * stride,
-                          &input,       &output,
+                          &input,       &output,           overflowed.data(),
                           &watch,       slot == 0};
     plan.run_item(step, context, item);
   });
@@ -126,7 +129,17 @@ void Executor::run(const Plan& plan, const Tensor& input, const Tensor& output, 
       });
       if (watch.stopped()) watch.raise();
     }
+    if (!overflowed.empty() &&
+        std::all_of(overflowed.begin(), overflowed.end(),
+                    [](const std::atomic<bool>& each) { return each.load(); })) {
+      break;
+    }
   }
+  std::vector<Index> result;
+  for (std::size_t n = 0; n < overflowed.size(); ++n) {
+    if (overflowed[n]) result.push_back(static_cast<Index>(n));
+  }
+  return result;
 }
 
 }  // namespace rbln_vae

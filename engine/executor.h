@@ -30,12 +30,15 @@ class Executor {
   // The calling thread works, too, and regularly calls `ask`, which may be empty; an exception
   // from it ends the run. So does one from `on_rows`, which is called with the first row and the
   // number of rows when these are finished in all images of the output; it may be empty, too.
-  // `times`, if not null, gets one entry per step.
+  // `times`, if not null, gets one entry per step that was run.
+  // Returns the numbers of the images with values beyond the range of the type in which images are
+  // stored, whose outputs are not valid; the run ends early if all images have such values.
   // Throws TimedOut after `timeout` seconds, exceptions of `ask` and `on_rows`, OutOfMemory and, in
   // a forked child, ThreadsUnavailable.
-  void run(const Plan& plan, const Tensor& input, const Tensor& output, double timeout,
-           const std::function<void()>& ask, const std::function<void(Index, Index)>& on_rows,
-           std::vector<StepTime>* times);
+  std::vector<Index> run(const Plan& plan, const Tensor& input, const Tensor& output,
+                         double timeout, const std::function<void()>& ask,
+                         const std::function<void(Index, Index)>& on_rows,
+                         std::vector<StepTime>* times);
 
   int threads() const { return threads_; }
   // The bytes of a run of the plan.

@@ -60,7 +60,7 @@ class Plan {
 
  private:
   void append(Step step, Index items, Index scratch);
-  Index element_bytes() const { return kernels_.dtype == DType::kFloat32 ? 4 : 2; }
+  Index element_bytes() const { return bytes(kernels_.dtype); }
   void check_range(const char* what, Index offset, Index bytes) const;
   // Transformed kernels, which lie in the arena or are kept.
   void check_kernels(Index offset, const float* kept, Index kept_bytes, Index bytes) const;

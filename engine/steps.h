@@ -4,6 +4,7 @@
 // rounded to float32 in the run, under its own control of floating point.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 
 #include "engine/kernels/element.h"
@@ -67,6 +68,7 @@ struct ConvStep {
   bool doubles = false;           // also true for `upsample` then
   const void* weights = nullptr;  // [panels][phases][input blocks][taps][512], or of a step that
                                   // doubles [panels][25][input blocks][512]
+  float factor = 1;               // of the sums: the weights are divided by it
   Index kernels = kNone;          // made of them by a WinogradStep, where one did
   const float* kept = nullptr;    // instead of those in the arena: made in an earlier run
   const float* bias = nullptr;    // [panels * 16], or [phases][panels * 16]
@@ -293,6 +295,8 @@ struct Context {
   std::byte* scratch = nullptr;  // of the thread
   const Tensor* input = nullptr;
   const Tensor* output = nullptr;
+  // By image: whether a value is beyond the range of the type in which it is stored.
+  std::atomic<bool>* overflowed = nullptr;
   Watch* watch = nullptr;
   bool leads = false;  // whether the thread asks the watch, or sees what it found
 };

@@ -93,7 +93,7 @@ def sealed(
     "graph",
     [graph_of_every_kind, lambda: captured("encoder"), lambda: optimise(captured("decoder"))],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_written_comes_back(tmp_path: Path, graph: Callable[[], Graph], dtype: str) -> None:
     made = artifact(graph(), dtype=dtype, version="1.2.3", target="cpu")
     made.save(tmp_path / "part.rbln")
@@ -105,7 +105,7 @@ def test_what_is_written_comes_back(tmp_path: Path, graph: Callable[[], Graph], 
 
 
 def test_packed_weights_come_back_beside_the_shapes_of_the_graph(tmp_path: Path) -> None:
-    packed = {"w": torch.randn(7).bfloat16(), "other": torch.randn(3)}
+    packed = {"w": torch.randn(7).bfloat16(), "v": torch.randn(5).half(), "other": torch.randn(3)}
     made = artifact(packed=packed)
     made.save(tmp_path / "part")
     again = read_artifact(tmp_path / "part")

@@ -98,6 +98,7 @@ def test_tensor_parallel_size_is_another_name_of_num_devices():
 
 def test_a_torch_dtype_is_as_good_as_its_name():
     assert RBLNModelConfig(dtype=torch.bfloat16).dtype == "bfloat16"
+    assert RBLNModelConfig(dtype=torch.float16).dtype == "float16"
 
 
 @pytest.mark.parametrize(
@@ -207,8 +208,8 @@ def test_a_remainder_is_found_whichever_of_the_two_is_set_last():
         ("timeout", -1, ValueError, "a positive number"),
         ("timeout", float("nan"), ValueError, "a positive number"),
         ("timeout", "60", TypeError, "a number"),
-        ("dtype", "float16", ValueError, "float32, bfloat16"),
-        ("dtype", torch.float64, ValueError, "float32, bfloat16"),
+        ("dtype", "float64", ValueError, "float32, float16, bfloat16"),
+        ("dtype", torch.int8, ValueError, "float32, float16, bfloat16"),
         ("target", "gpu", ValueError, "cpu, cuda, rbln, reference"),
         ("target", ["cpu"], ValueError, "cpu, cuda, rbln, reference"),
         ("num_threads", 0, ValueError, "a positive integer"),
@@ -333,7 +334,7 @@ def test_what_was_saved_is_loaded_but_for_the_options_of_a_run(tmp_path):
     batch_size=st.integers(1, 64),
     sample_size=st.tuples(st.integers(1, 99), st.integers(1, 99)),
     factor=st.sampled_from([1, 2, 4, 8, 16]),
-    dtype=st.sampled_from([None, "float32", "bfloat16"]),
+    dtype=st.sampled_from([None, "float32", "float16", "bfloat16"]),
     uses_encoder=st.sampled_from([None, True, False]),
 )
 def test_save_and_load_keep_every_combination(

@@ -23,7 +23,14 @@ struct Float16 {
   std::uint16_t bits;
 };
 
+// The smallest number that rounds to infinity.
+constexpr float kFloat16Infinity = 65520.0f;
+
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+[[maybe_unused]] static inline Index bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 [[maybe_unused]] static inline float to_float(float x) { return x; }
 
@@ -35,27 +42,23 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 }
 
 [[maybe_unused]] static inline float to_float(Float16 x) {
-  const std::uint32_t sign = std::uint32_t(x.bits & 0x8000) << 16;
   const std::uint32_t exponent = (x.bits >> 10) & 31;
   const std::uint32_t fraction = x.bits & 0x3ff;
+  const std::uint32_t normal = (exponent + (exponent == 31 ? 224 : 112)) << 23 | fraction << 13;
+  // A denormal: the fraction times 2^-24. Both are computed, so that a loop of these can be
+  // vectorised.
+  const float small = static_cast<float>(static_cast<std::int32_t>(fraction)) * 0x1p-24f;
   std::uint32_t word;
+  std::memcpy(&word, &small, sizeof word);
+  word = (exponent == 0 ? word : normal) | std::uint32_t(x.bits & 0x8000) << 16;
   float result;
-  if (exponent == 0) {  // zero, or a denormal: fraction times 2^-24
-    result = static_cast<float>(fraction) * (1.0f / 16777216.0f);
-    return sign ? -result : result;
-  }
-  if (exponent == 31) {
-    word = sign | 0x7f800000u | (fraction << 13);
-  } else {
-    word = sign | ((exponent + 112) << 23) | (fraction << 13);
-  }
   std::memcpy(&result, &word, sizeof result);
   return result;
 }
 
 [[maybe_unused]] static inline void from_float(float x, float& out) { out = x; }
 
-// Rounds to nearest, ties to even; a NaN stays a NaN.
+// Rounds to the nearest, ties to even; a NaN stays a NaN.
 [[maybe_unused]] static inline void from_float(float x, BFloat16& out) {
   std::uint32_t word;
   std::memcpy(&word, &x, sizeof word);
@@ -65,30 +68,31 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
   out.bits = static_cast<std::uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
+// The same; beyond the range, the nearest is an infinity.
 [[maybe_unused]] static inline void from_float(float x, Float16& out) {
   std::uint32_t word;
   std::memcpy(&word, &x, sizeof word);
-  const std::uint32_t sign = (word >> 16) & 0x8000;
-  const std::uint32_t magnitude = word & 0x7fffffffu;
-  std::uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00;  // NaN
-  } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00;  // rounds to infinity
-  } else if (magnitude < 0x38800000u) {
-    // A denormal half: its unit is 2^-24, and rounding to it is rounding to an integer.
-    float absolute;
-    std::memcpy(&absolute, &magnitude, sizeof absolute);
-    const float scaled = absolute * 16777216.0f;
-    const auto whole = static_cast<std::uint32_t>(scaled);
-    const float rest = scaled - static_cast<float>(whole);
-    half = whole + ((rest > 0.5f || (rest == 0.5f && (whole & 1))) ? 1 : 0);
-  } else {
-    const std::uint32_t shifted = magnitude - (112u << 23);
-    half = (shifted + 0xfff + ((shifted >> 13) & 1)) >> 13;
-  }
-  out.bits = static_cast<std::uint16_t>(sign | half);
+  // Signed numbers are compared by one instruction everywhere.
+  const auto magnitude = static_cast<std::int32_t>(word & 0x7fffffffu);
+  const std::int32_t unbiased = magnitude - (112 << 23);
+  const std::int32_t normal = (unbiased + 0xfff + ((unbiased >> 13) & 1)) >> 13;
+  // A denormal: its unit is 2^-24, and that of float32 at 2^23 is 1, to which the sum rounds.
+  float small;
+  std::memcpy(&small, &magnitude, sizeof small);
+  small = small * 0x1p24f + 0x1p23f;
+  std::int32_t denormal;
+  std::memcpy(&denormal, &small, sizeof denormal);
+  std::int32_t half = magnitude < 0x38800000 ? denormal & 0x7fff : normal;
+  half = magnitude >= 0x477ff000 ? 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  out.bits = static_cast<std::uint16_t>(static_cast<std::uint32_t>(half) |
+                                        ((word >> 16) & 0x8000u));
 }
+
+// Whether an element is an infinity in a type whose range is smaller than that of float32.
+[[maybe_unused]] static inline bool overflowed(float) { return false; }
+[[maybe_unused]] static inline bool overflowed(BFloat16) { return false; }
+[[maybe_unused]] static inline bool overflowed(Float16 x) { return (x.bits & 0x7fff) == 0x7c00; }
 
 [[maybe_unused]] static inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 [[maybe_unused]] static inline Index smaller(Index a, Index b) { return a < b ? a : b; }

@@ -16,6 +16,16 @@ T* at(const Context& context, Index offset) {
   return reinterpret_cast<T*>(context.arena + offset);
 }
 
+// Calls a function with a value of the type.
+template <class F>
+void with_type(DType dtype, F&& use) {
+  switch (dtype) {
+    case DType::kFloat32: return use(float{});
+    case DType::kBFloat16: return use(BFloat16{});
+    case DType::kFloat16: return use(Float16{});
+  }
+}
+
 template <class T>
 void statistics_of(const StatisticsStep& s, const Context& context, Index item) {
   const Index cell = item;
@@ -54,6 +64,14 @@ void statistics_of(const StatisticsStep& s, const Context& context, Index item) 
       partials[(blocks + block) * kBlock + c] = static_cast<float>(rest < 0 ? 0 : rest);
     }
   }
+}
+
+// Tells the run if a stored line of an image holds an infinity.
+template <class T>
+void check_range(const T* line, Index width, const Context& context, Index n) {
+  bool any = false;
+  for (Index i = 0; i < width * kBlock; ++i) any |= overflowed(line[i]);
+  if (any) context.overflowed[n].store(true, std::memory_order_relaxed);
 }
 
 template <class T>
@@ -97,6 +115,7 @@ void modulate_of(const ModulateStep& s, const Context& context, Index item) {
       for (Index c = 0; c < kBlock; ++c) from_float(values[c], to[x * kBlock + c]);
     }
   }
+  check_range(to, s.output.width, context, n);
 }
 
 template <class T>
@@ -153,6 +172,7 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
       from_float(values[c] + add, to[x * kBlock + c]);
     }
   }
+  check_range(to, s.output.width, context, n);
 }
 
 // Consecutive channels that come from consecutive channels of the same pixels move together.
@@ -226,6 +246,7 @@ void import_line(const ImportStep& s, const Context& context, Index n, Index blo
       from_float(to_float(from[x * tensor.strides[3]]), to[x * kBlock + c]);
     }
   }
+  check_range(to, width, context, n);
 }
 
 template <class T, class Outside>
@@ -265,21 +286,13 @@ void with_element(const Tensor& tensor, const Run& run) {
       run(element);
     }
   };
-  switch (tensor.dtype) {
-    case DType::kFloat32: return shown(float{});
-    case DType::kBFloat16: return shown(BFloat16{});
-    case DType::kFloat16: return shown(Float16{});
-  }
+  with_type(tensor.dtype, shown);
 }
 
 }  // namespace
 
 void statistics(DType dtype, const StatisticsStep& s, const Context& context, Index item) {
-  if (dtype == DType::kBFloat16) {
-    statistics_of<BFloat16>(s, context, item);
-  } else {
-    statistics_of<float>(s, context, item);
-  }
+  with_type(dtype, [&]<class T>(T) { statistics_of<T>(s, context, item); });
 }
 
 // Means of cells are weighted by their pixels and summed in the order of the cells, so the result
@@ -345,31 +358,19 @@ void norm(const NormStep& s, const Context& context, Index item) {
 }
 
 void modulate(DType dtype, const ModulateStep& s, const Context& context, Index item) {
-  if (dtype == DType::kBFloat16) {
-    modulate_of<BFloat16>(s, context, item);
-  } else {
-    modulate_of<float>(s, context, item);
-  }
+  with_type(dtype, [&]<class T>(T) { modulate_of<T>(s, context, item); });
 }
 
 void pointwise(DType dtype, const PointwiseStep& s, const Context& context, Index item) {
-  if (dtype == DType::kBFloat16) {
-    pointwise_of<BFloat16>(s, context, item);
-  } else {
-    pointwise_of<float>(s, context, item);
-  }
+  with_type(dtype, [&]<class T>(T) { pointwise_of<T>(s, context, item); });
 }
 
 void shuffle(DType dtype, const ShuffleStep& s, const Context& context, Index item) {
-  if (dtype == DType::kBFloat16) {
-    shuffle_of<BFloat16>(s, context, item);
-  } else {
-    shuffle_of<float>(s, context, item);
-  }
+  with_type(dtype, [&]<class T>(T) { shuffle_of<T>(s, context, item); });
 }
 
 void move_rows(DType dtype, const MoveRowsStep& s, const Context& context, Index item) {
-  const Index size = dtype == DType::kBFloat16 ? 2 : 4;
+  const Index size = bytes(dtype);
   const Index row = s.image.row * kBlock * size;
   std::byte* to = context.arena + s.image.offset +
                   s.image.at(item / s.image.blocks(), item % s.image.blocks(), 0) * size;
@@ -384,12 +385,10 @@ void import_image(DType dtype, const ImportStep& s, const Context& context, Inde
   const Index y = item % s.image.height;
   const Index block = item / s.image.height % s.image.blocks();
   const Index n = item / s.image.height / s.image.blocks();
-  with_element(*context.input, [&]<class Outside>(Outside) {
-    if (dtype == DType::kBFloat16) {
-      import_line<BFloat16, Outside>(s, context, n, block, y);
-    } else {
-      import_line<float, Outside>(s, context, n, block, y);
-    }
+  with_type(dtype, [&]<class T>(T) {
+    with_element(*context.input, [&]<class Outside>(Outside) {
+      import_line<T, Outside>(s, context, n, block, y);
+    });
   });
 }
 
@@ -397,12 +396,10 @@ void export_image(DType dtype, const ExportStep& s, const Context& context, Inde
   const Index y = item % s.image.height;
   const Index block = item / s.image.height % s.image.blocks();
   const Index n = item / s.image.height / s.image.blocks();
-  with_element(*context.output, [&]<class Outside>(Outside) {
-    if (dtype == DType::kBFloat16) {
-      export_line<BFloat16, Outside>(s, context, n, block, y);
-    } else {
-      export_line<float, Outside>(s, context, n, block, y);
-    }
+  with_type(dtype, [&]<class T>(T) {
+    with_element(*context.output, [&]<class Outside>(Outside) {
+      export_line<T, Outside>(s, context, n, block, y);
+    });
   });
 }
 

@@ -8,13 +8,14 @@
 namespace rbln_vae {
 namespace {
 
-// The best kernels come last. Where both element types multiply in float32, those of float32 are
-// better: bfloat16 only saves memory, and rounds.
+// The best kernels come last. Where all element types multiply in float32, those of float32 are
+// better: the others only save memory, and round; float16 rounds less.
 const std::vector<Kernels>& table() {
   static const std::vector<Kernels> list = {
-      generic::bfloat16,     generic::float32,
+      generic::bfloat16,     generic::float16, generic::float32,
 #if defined(RBLN_VAE_X86_KERNELS)
-      avx2::bfloat16,        avx2::float32,    avx512::bfloat16, avx512::float32,
+      avx2::bfloat16,        avx2::float16,    avx2::float32,
+      avx512::bfloat16,      avx512::float16,  avx512::float32,
       avx512_bf16::bfloat16,
 #endif
 #if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
@@ -51,7 +52,7 @@ bool available(Isa isa) {
   switch (isa) {
     case Isa::kGeneric: return true;
 #if defined(RBLN_VAE_X86_KERNELS)
-    case Isa::kAvx2: return f.avx2 && f.fma;
+    case Isa::kAvx2: return f.avx2 && f.fma && f.f16c;
     case Isa::kAvx512: return avx512;
     case Isa::kAvx512Bf16: return avx512 && f.avx512_bf16;
 #endif

@@ -10,15 +10,15 @@ constexpr Index kTileBytes = 560'000;
 constexpr Index kMostQueries = 112;
 
 namespace generic {
-extern const Kernels float32, bfloat16;
+extern const Kernels float32, float16, bfloat16;
 }
 
 #if defined(RBLN_VAE_X86_KERNELS)
 namespace avx2 {
-extern const Kernels float32, bfloat16;
+extern const Kernels float32, float16, bfloat16;
 }
 namespace avx512 {
-extern const Kernels float32, bfloat16;
+extern const Kernels float32, float16, bfloat16;
 }
 namespace avx512_bf16 {
 extern const Kernels bfloat16;

@@ -764,6 +764,8 @@ class Plan:
         weights: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)]
         | None = None,
         gamma: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)] | None = None,
+        factor: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)]
+        | None = None,
         kernels: Annotated[torch.Tensor, dict(order="C", device="cpu", writable=False)]
         | None = None,
     ) -> None:
@@ -839,9 +841,11 @@ class Executor:
         on_rows: Callable[[int, int], None] | None = None,
         finite: Annotated[torch.Tensor, dict(dtype="bool", shape=(None,), order="C", device="cpu")]
         | None = None,
-    ) -> list[tuple[float, float]]:
+    ) -> tuple[list[int], list[tuple[float, float]]]:
         """
-        Runs a plan; gives the begin and end of each step where they are asked for.
+        Runs a plan. Gives the numbers of the images with values beyond the range of the
+        type in which images are stored, whose results are not valid; and where they are
+        asked for the begin and end of each step that was run.
         Tensors of uint8 hold levels of pictures; those of the output show values in the
         dtype of the input.
         `ask` is called now and then, on the calling thread, where signals are looked for

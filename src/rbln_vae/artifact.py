@@ -38,6 +38,7 @@ _LINE = 64  # bytes of a cache line, to which tensors are aligned
 _STORED = {
     torch.float32: ("F32", torch.int32, "<i4"),
     torch.int32: ("I32", torch.int32, "<i4"),
+    torch.float16: ("F16", torch.int16, "<i2"),
     torch.bfloat16: ("BF16", torch.int16, "<i2"),
 }
 
@@ -50,7 +51,7 @@ class Artifact:
         graph: The graph. Its weights are float32 or, with `packed`, only shapes on the meta
             device.
         target: The name of the target that it was compiled for.
-        dtype: The dtype of the computation: `"float32"` or `"bfloat16"`.
+        dtype: The dtype of the computation: `"float32"`, `"float16"` or `"bfloat16"`.
         source: The source of the part: the model's id or class, and the `sha256` of its
             weights.
         version: The version of the package that compiled it.

@@ -29,7 +29,7 @@ from .version import __version__
 CONFIG_NAME = "rbln_config.json"
 TARGETS = ("cpu", "cuda", "rbln", "reference")
 """The names of all targets; each is the `TARGET` of the module of that name in `targets`."""
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
 """In what models compute."""
 MAX_THREADS = 1024
 """Of a run: no machine has more cores, and a larger number is a mistake."""

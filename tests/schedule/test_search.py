@@ -58,7 +58,7 @@ GRAPHS = [
     *itertools.product(["spatial norm", "pixel norms"], PARTS),
     ("cells", "decoder"),
 ]
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @functools.cache

@@ -7,11 +7,20 @@ import types
 
 import pytest
 import torch
-from vaes import assert_same_model, default_compiled, default_vae
+from vaes import (
+    assert_same_model,
+    compile_vae,
+    default_compiled,
+    default_vae,
+    make_vae,
+    noise,
+    pixels,
+)
 
 from rbln_vae import RBLNAutoencoderKL, RBLNModelConfig, RBLNTargetUnavailableError
 from rbln_vae.config import DTYPES, TARGETS
 from rbln_vae.host import usable_memory
+from rbln_vae.metrics import relative_l2
 from rbln_vae.models.autoencoder_kl import AutoencoderKLFamily
 from rbln_vae.targets.base import Target, all_targets, default_target, get_target
 
@@ -266,3 +275,17 @@ def test_one_device_is_no_option_of_the_npu():
     assert place(target="cpu", dtype="float32", num_devices=1).rbln_config == RBLNModelConfig.copy(
         default_compiled().rbln_config
     )
+
+
+def test_the_reference_runs_images_again_that_float16_cannot_hold():
+    vae = make_vae()
+    for weight in vae.decoder.conv_in.parameters():
+        weight.data.mul_(1e5)
+    model = compile_vae(vae, target="reference", dtype="float16")
+    latents = noise(2, 4, 8, 6)
+    latents[1] *= 1e-6
+    with pytest.warns(RuntimeWarning, match="beyond the range"):
+        found = model.decode(latents).sample
+    assert found.isfinite().all()
+    assert relative_l2(found[:1], pixels(vae, latents[:1])) < 0.05
+    assert torch.equal(found[1:], model.decode(latents[1:]).sample)

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "engine/kernels/simd/instruction_set.h"
+#include "engine/kernels/simd/range.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
@@ -334,6 +335,7 @@ class Attention {
         s_.residual.channels == 0
             ? nullptr
             : reinterpret_cast<const T*>(context_.arena + s_.residual.offset);
+    Vector largest = Simd::set(0.0f);
     for (Index panel = 0; panel < layout_.panels; ++panel) {
       const Index channel = head_ * channels + panel * kPanel;
       const Index lanes = smaller(kPanel, channels - panel * kPanel);
@@ -347,6 +349,7 @@ class Attention {
             v = Simd::add(v, Simd::load_elements(residual + from));
           }
           Simd::store_elements(output + at, v);
+          see<Simd>(v, largest);
           continue;
         }
         alignas(64) float values[kPanel];
@@ -357,10 +360,14 @@ class Attention {
               residual == nullptr
                   ? 0.0f
                   : to_float(residual[element_at(s_.residual, n_, channel + c, first_ + i)]);
-          from_float(values[c] + add, output[each]);
+          values[c] += add;
+          from_float(values[c], output[each]);
         }
+        for (Index c = lanes; c < kPanel; ++c) values[c] = 0.0f;
+        see<Simd>(Simd::load(values), largest);
       }
     }
+    report<Simd>(largest, context_, n_);
     if (head_ + 1 < s_.heads) return;
     // Padding channels of the last block must read as zero.
     for (Index c = s_.output.channels; c < s_.output.blocks() * kBlock; ++c) {

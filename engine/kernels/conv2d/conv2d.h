@@ -73,7 +73,7 @@ class Conv2d {
       }
       loader.finish();
       if (tile + 1 < end) loader.start(ConvTile(s_, tile + 1), there, plane_);
-      Epilogue<Simd> epilogue(s_);
+      Epilogue<Simd> epilogue(s_, context_, current.n);
       // The loading of the next tile is distributed over the groups and cells.
       Index parts = (last - first) * ceil_div(current.height, s_.cell_height) *
                     ceil_div(current.width, s_.cell_width);

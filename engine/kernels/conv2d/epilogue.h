@@ -4,6 +4,7 @@
 #pragma once
 
 #include "engine/kernels/simd/instruction_set.h"
+#include "engine/kernels/simd/range.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
@@ -35,7 +36,12 @@ class Epilogue {
     bool last;
   };
 
-  explicit Epilogue(const ConvStep& s) : s_(s) {}
+  // For outputs of image `n`.
+  Epilogue(const ConvStep& s, const Context& context, Index n)
+      : s_(s), context_(context), n_(n) {}
+  ~Epilogue() { report<Simd>(largest_, context_, n_); }
+  Epilogue(const Epilogue&) = delete;
+  Epilogue& operator=(const Epilogue&) = delete;
 
   // The previous job must be finished.
   void start(const Job& job) {
@@ -87,7 +93,9 @@ class Epilogue {
     const T* residual = job_.residual == nullptr
                             ? nullptr
                             : job_.residual + row_ * job_.residual_row_step + at;
+    const Vector factor = Simd::set(s_.factor);
     const Vector bias = Simd::load(job_.bias + panel * kPanel);
+    Vector largest = largest_;
     // Padding channels of the last block must read as zero.
     const bool pad = panel % 2 == 0 && panel + 1 == s_.panels();
     const bool count_in = job_.partials != nullptr;
@@ -95,7 +103,7 @@ class Epilogue {
     Vector shift = bias, sum = bias, square = bias;
     if (count_in) {
       if (job_.first && row_ == 0 && pixel_ == 0) {
-        Simd::store(statistics.shift, output(sums, bias, residual));
+        Simd::store(statistics.shift, output(sums, factor, bias, residual));
         for (Index i = 0; i < kPanel; ++i) statistics.sum[i] = statistics.square[i] = 0.0;
       }
       if (pixel_ == 0) {
@@ -107,8 +115,9 @@ class Epilogue {
       square = Simd::load(statistics.row_square);
     }
     for (Index i = 0; i < count; ++i) {
-      const Vector v = output(sums + i * kPanel, bias,
+      const Vector v = output(sums + i * kPanel, factor, bias,
                               residual == nullptr ? nullptr : residual + i * job_.pixel_step);
+      see<Simd>(v, largest);
       Simd::store_elements(to + i * job_.pixel_step, v);
       if (pad) Simd::store_elements(to + i * job_.pixel_step + kPanel, Simd::set(0.0f));
       if (count_in) {
@@ -117,6 +126,7 @@ class Epilogue {
         square = Simd::multiply_add(distance, distance, square);
       }
     }
+    largest_ = largest;
     if (count_in) {
       Simd::store(statistics.row_sum, sum);
       Simd::store(statistics.row_square, square);
@@ -124,8 +134,9 @@ class Epilogue {
   }
 
   // The output of one pixel for 16 channels.
-  Vector output(const float* sums, const Vector& bias, const T* residual) const {
-    Vector v = Simd::add(Simd::load(sums), bias);
+  Vector output(const float* sums, const Vector& factor, const Vector& bias,
+                const T* residual) const {
+    Vector v = Simd::multiply_add(Simd::load(sums), factor, bias);
     if (residual != nullptr) v = Simd::add(v, Simd::load_elements(residual));
     return activated<Simd>(s_.output_activation, v);
   }
@@ -154,12 +165,15 @@ class Epilogue {
   }
 
   const ConvStep& s_;
+  const Context& context_;
+  const Index n_;
   Job job_ = {};
   Index p_ = 0;
   Index row_ = 0;
   Index pixel_ = 0;
   Index left_ = 0;
   Statistics statistics_[Simd::kMaxPanels];
+  Vector largest_ = Simd::set(0.0f);  // magnitudes of the tile's outputs
 };
 
 }  // namespace rbln_vae

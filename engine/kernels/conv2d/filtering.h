@@ -112,7 +112,7 @@ class Filtering {
     const Index first = all * split / s_.splits;
     const Index last = all * (split + 1) / s_.splits;
     load(tile);
-    Epilogue<Images> epilogue(s_);
+    Epilogue<Images> epilogue(s_, context_, tile.n);
     for (Index group = first; group < last; group += sizes_.groups) {
       const Index end = smaller(group + sizes_.groups, last);
       for (Index phase = 0; phase < s_.phases(); ++phase) {

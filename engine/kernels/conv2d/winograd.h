@@ -6,8 +6,8 @@
 // instead of 4x4x9, at the points 0, a, -a, b, -b and infinity in each direction. The weights are
 // transformed before that, in each run or once for many.
 //
-// Images may be stored in bfloat16, but everything in between is float32: products in bfloat16
-// are not fast enough to make direct convolution, with four times the products, faster.
+// Images may be stored in a narrower type, but everything in between is float32: products in
+// bfloat16 are not fast enough to make direct convolution, with four times the products, faster.
 //
 // The algorithm: "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308. The error
 // as a function of the points: "Error Analysis and Improving the Accuracy of Winograd Convolution
@@ -163,8 +163,8 @@ class WinogradKernels {
  private:
   // The weights of a tap for 16 output channels and one input channel of a block.
   static Vector tap(const T* block, Index channel) {
-    if constexpr (std::is_same_v<T, float>) {
-      return Simd::load(block + panel_index(block, channel, 0));
+    if constexpr (panel_index(static_cast<const T*>(nullptr), 0, 1) == 1) {
+      return Images::load_elements(block + panel_index(block, channel, 0));
     } else if constexpr (requires { Images::load_alternate(block, channel); }) {
       // Two input channels are side by side.
       const Index pair = channel & ~Index{1};

@@ -21,7 +21,13 @@ struct Facts {
 };
 
 template <class T>
-constexpr DType kDType = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
+constexpr DType kDType;
+template <>
+constexpr DType kDType<float> = DType::kFloat32;
+template <>
+constexpr DType kDType<BFloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDType<Float16> = DType::kFloat16;
 
 // Direct convolutions, and those that double an image.
 template <InstructionSet Simd>

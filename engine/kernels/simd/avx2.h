@@ -1,5 +1,5 @@
-// AVX2 with fused multiply-add: a vector of 16 floats is two registers. Products are computed in
-// float32, with weights in float32 or bfloat16.
+// AVX2 with fused multiply-add and F16C: a vector of 16 floats is two registers. Products are
+// computed in float32, with weights in any type.
 #pragma once
 
 #include <immintrin.h>
@@ -53,6 +53,10 @@ struct Vectors {
   static Pair maximum(const Pair& a, const Pair& b) {
     return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
   }
+  static Pair magnitude(const Pair& v) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, v.low), _mm256_andnot_ps(sign, v.high)};
+  }
   static float largest(const Pair& v) {
     alignas(32) float lanes[8];
     _mm256_store_ps(lanes, _mm256_max_ps(v.low, v.high));
@@ -80,6 +84,23 @@ struct Float32Images : Vectors {
 
   static Pair load_elements(const T* p) { return load(p); }
   static void store_elements(T* p, const Pair& v) { store(p, v); }
+};
+
+// Images in float16.
+struct Float16Images : Vectors {
+  using T = Float16;
+
+  static Pair load_elements(const T* p) { return {widened(p), widened(p + 8)}; }
+  static void store_elements(T* p, const Pair& v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), nearest(v.low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), nearest(v.high));
+  }
+  static __m256 widened(const T* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+ private:
+  static __m128i nearest(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 // Images in bfloat16, which is the upper half of float32.
@@ -121,7 +142,7 @@ struct BFloat16Images : Vectors {
   }
 };
 
-// The registers for Broadcast, with weights of either type.
+// The registers for Broadcast, with weights of any type.
 struct Registers {
   using Scratch = float;
   using Vector = __m256;
@@ -139,6 +160,11 @@ struct Registers {
 struct Float32Weights : Registers {
   using T = float;
   static Weights weights(const T* p, int) { return _mm256_loadu_ps(p); }
+};
+
+struct Float16Weights : Registers {
+  using T = Float16;
+  static Weights weights(const T* p, int) { return Float16Images::widened(p); }
 };
 
 struct BFloat16Weights : Registers {

@@ -1,5 +1,4 @@
-// AVX-512: vectors of 16 floats. Products are computed in float32, with weights in float32 or
-// bfloat16.
+// AVX-512: vectors of 16 floats. Products are computed in float32, with weights in any type.
 #pragma once
 
 #include <immintrin.h>
@@ -19,6 +18,7 @@ struct Vectors {
   static Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
   static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static Vector maximum(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+  static Vector magnitude(Vector v) { return _mm512_abs_ps(v); }
   static float largest(Vector v) { return _mm512_reduce_max_ps(v); }
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 
@@ -44,6 +44,11 @@ struct Vectors {
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, whole);
   }
+
+  static Vector silu(Vector x) {
+    const Vector e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+  }
 };
 
 struct Float32Images : Vectors {
@@ -51,10 +56,18 @@ struct Float32Images : Vectors {
 
   static Vector load_elements(const T* p) { return load(p); }
   static void store_elements(T* p, Vector v) { store(p, v); }
+};
 
-  static Vector silu(Vector x) {
-    const Vector e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+// Images in float16; arithmetic is in float32.
+struct Float16Images : Vectors {
+  using T = Float16;
+
+  static Vector load_elements(const T* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_elements(T* p, Vector v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 };
 
@@ -103,7 +116,7 @@ struct BFloat16Images : Vectors {
   }
 };
 
-// The registers for Broadcast, with weights of either type.
+// The registers for Broadcast, with weights of any type.
 struct Registers {
   using Scratch = float;
   using Vector = __m512;
@@ -121,6 +134,11 @@ struct Registers {
 struct Float32Weights : Registers {
   using T = float;
   static Weights weights(const T* p, int) { return _mm512_loadu_ps(p); }
+};
+
+struct Float16Weights : Registers {
+  using T = Float16;
+  static Weights weights(const T* p, int) { return Float16Images::load_elements(p); }
 };
 
 struct BFloat16Weights : Registers {

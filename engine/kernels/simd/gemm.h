@@ -13,6 +13,9 @@ constexpr Index kPanelBlock = kBlock * kPanel;
 [[maybe_unused]] static constexpr Index panel_index(const float*, Index k, Index n) {
   return k * kPanel + n;
 }
+[[maybe_unused]] static constexpr Index panel_index(const Float16*, Index k, Index n) {
+  return k * kPanel + n;
+}
 [[maybe_unused]] static constexpr Index panel_index(const BFloat16*, Index k, Index n) {
   return (k / 2) * 2 * kPanel + n * 2 + k % 2;
 }
@@ -41,7 +44,7 @@ struct RowProducts {
 //
 // In c, rows are sums_pitch(pixels) pixels apart, and panels are `rows` rows apart. All steps count
 // elements. Only the first `last_channels` of the last block are summed: the others are zero.
-// Pixels are in the scratch, as float32 if weights of bfloat16 are multiplied in float32.
+// Pixels are in the scratch, as float32 if weights of a narrower type are multiplied in float32.
 template <class T, class Scratch = T>
 struct Gemm {
   const Scratch* a;

@@ -43,6 +43,9 @@ struct Vectors {
   static Vector maximum(const Vector& a, const Vector& b) {
     return each([&](Index i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
+  static Vector magnitude(const Vector& v) {
+    return each([&](Index i) { return std::fabs(v.lane[i]); });
+  }
   static float largest(const Vector& v) {
     float result = v.lane[0];
     for (Index i = 1; i < kPanel; ++i) result = v.lane[i] > result ? v.lane[i] : result;
@@ -76,26 +79,35 @@ struct Images : Vectors {
 
 // Products in float32, for weights of any type.
 template <class Element>
-struct Products : RowProducts<4, 1> {
+struct Products : RowProducts<16, 1> {
   using T = Element;
   using Scratch = float;
 
   static void gemm(const Gemm<T, Scratch>& g) {
-    for (Index pixel = 0; pixel < g.pixels; ++pixel) {
-      float sums[kPanel] = {};
-      for (Index block = 0; block < g.blocks; ++block) {
-        const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
-        for (Index tap = 0; tap < g.tap_count; ++tap) {
-          const float* a = g.a + block * g.plane + g.taps[tap] + pixel * g.pixel_step;
-          const T* b = g.b + (block * g.tap_count + tap) * kPanelBlock;
+    float sums[kMaxPixels][kPanel] = {};
+    for (Index block = 0; block < g.blocks; ++block) {
+      const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
+      for (Index tap = 0; tap < g.tap_count; ++tap) {
+        const float* a = g.a + block * g.plane + g.taps[tap];
+        const T* b = g.b + (block * g.tap_count + tap) * kPanelBlock;
+        // Converted once for all pixels, whose sums stay in registers meanwhile.
+        float weights[kBlock][kPanel];
+        for (Index k = 0; k < channels; ++k) {
+          for (Index n = 0; n < kPanel; ++n) weights[k][n] = to_float(b[panel_index(b, k, n)]);
+        }
+        for (Index pixel = 0; pixel < g.pixels; ++pixel) {
+          float lanes[kPanel];
+          for (Index n = 0; n < kPanel; ++n) lanes[n] = sums[pixel][n];
           for (Index k = 0; k < channels; ++k) {
-            for (Index n = 0; n < kPanel; ++n) {
-              sums[n] += a[k] * to_float(b[panel_index(b, k, n)]);
-            }
+            const float x = a[pixel * g.pixel_step + k];
+            for (Index n = 0; n < kPanel; ++n) lanes[n] += x * weights[k][n];
           }
+          for (Index n = 0; n < kPanel; ++n) sums[pixel][n] = lanes[n];
         }
       }
-      for (Index n = 0; n < kPanel; ++n) g.c[pixel * kPanel + n] = sums[n];
+    }
+    for (Index pixel = 0; pixel < g.pixels; ++pixel) {
+      for (Index n = 0; n < kPanel; ++n) g.c[pixel * kPanel + n] = sums[pixel][n];
     }
   }
 };

@@ -25,6 +25,8 @@ concept StoresImages = requires(const typename S::Vector& v, const float* floats
   { S::subtract(v, v) } -> std::same_as<typename S::Vector>;
   { S::multiply(v, v) } -> std::same_as<typename S::Vector>;
   { S::multiply_add(v, v, v) } -> std::same_as<typename S::Vector>;  // v * v + v
+  { S::magnitude(v) } -> std::same_as<typename S::Vector>;
+  // Of a NaN and another, the second.
   { S::maximum(v, v) } -> std::same_as<typename S::Vector>;
   { S::largest(v) } -> std::same_as<float>;
   { S::sum(v) } -> std::same_as<float>;

@@ -23,7 +23,7 @@ from ..targets.base import all_targets
 from .models import open_model, open_reference, original_moments, original_pixels
 from .terminal import err, out, table, working
 
-TOLERANCES = {"float32": 1e-4, "bfloat16": 0.03}
+TOLERANCES = {"float32": 1e-4, "float16": 0.005, "bfloat16": 0.03}
 """The largest relative L2 error that `verify` lets pass, for each precision."""
 
 

@@ -47,7 +47,7 @@ class ResolvedConfig:
 
     Attributes:
         target: The name of the target.
-        dtype: In what it computes: `"float32"` or `"bfloat16"`.
+        dtype: In what it computes: `"float32"`, `"float16"` or `"bfloat16"`.
         batch_size: Images of a run.
         sample_size: `(height, width)` of an image in pixels.
         uses_encoder: Whether it has an encoder, too.

@@ -304,6 +304,15 @@ def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> Memory
     )
 
 
+def beyond_float16(part: str) -> str:
+    """The warning about a part whose images don't fit float16."""
+    return (
+        f"The {part} has values beyond the range of float16, which ends at 65504. Images with such "
+        "values are run again in bfloat16, which takes longer and is less exact. Compile the "
+        "model with dtype='bfloat16' or 'float32' to run each once."
+    )
+
+
 def get_target(name: str) -> Target:
     """The target of that name.
 

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..artifact import Artifact, read_artifact
 from ..errors import RBLNArtifactError
-from ..graph.interpreter import Interpreter
+from ..graph.interpreter import Interpreter, OnOperation
 from ..graph.ir import Graph, Operation, Shape, Value
 from ..graph.passes import optimise
 from ..levels import sample_of
@@ -27,6 +28,7 @@ from .base import (
     GraphTarget,
     OnRows,
     RuntimeOptions,
+    beyond_float16,
     hand_over,
     over_memory_limit,
 )
@@ -76,6 +78,7 @@ class InterpreterRuntime:
 
     def __init__(self, artifact: Artifact, device: str, options: RuntimeOptions) -> None:
         self._interpreter = Interpreter(artifact.graph, getattr(torch, artifact.dtype), device)
+        self._wider: Interpreter | None = None
         self._options = options
         self._profiles: collections.deque[RunProfile] = collections.deque(maxlen=_PROFILES_KEPT)
 
@@ -111,8 +114,24 @@ class InterpreterRuntime:
             if stopwatch is not None:
                 stopwatch.lap()
                 self._profiles.append(stopwatch.profile(tuple(image.shape)))
+            result = self._in_range(result, source, lambda *_: watch.check())
         watch.check()
         return hand_over(result, image.dtype, out, levels, finite, on_rows)
+
+    def _in_range(self, result: Tensor, image: Tensor, before: OnOperation) -> Tensor:
+        """The result, with images that float16 could not hold run again in bfloat16."""
+        first = self._interpreter
+        if first.dtype != torch.float16:
+            return result
+        for n in range(len(result)):
+            if result[n].isfinite().all() or not image[n].isfinite().all():
+                continue
+            if self._wider is None:
+                warnings.warn(beyond_float16(first.graph.name), RuntimeWarning, stacklevel=2)
+                self._wider = Interpreter(first.graph, torch.bfloat16, first.device)
+            result = result.to(torch.float32)
+            result[n] = self._wider.run(image[n : n + 1], before)[0].to(torch.float32)
+        return result
 
     def memory_needed(self, shape: Shape) -> int:
         return peak_elements(self._interpreter.graph, shape) * self._interpreter.dtype.itemsize

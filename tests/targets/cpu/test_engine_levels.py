@@ -76,7 +76,7 @@ def test_every_number_of_16_bits_is_shown_as_the_result_of_its_dtype(
     assert torch.equal(levels(runtime, image), levels_of(runtime.run(image)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_level_is_read_as_by_the_definition(dtype: str) -> None:
     image = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     found = copying(dtype).run(image)

@@ -31,7 +31,7 @@ LARGE = (1, 4, 112, 112)
 """Its kernels are smaller than its activations."""
 PAGE = 2**21
 """What memory is rounded up to."""
-DTYPES = ["float32", "bfloat16"]
+DTYPES = ["float32", "float16", "bfloat16"]
 
 
 def wide_decoder() -> Graph:
@@ -352,8 +352,8 @@ def test_kernels_of_another_size_are_refused() -> None:
     plan = _engine.Plan(kernels, 2**20, shape, shape)
     size = 2 * 36 * 512
     plan.add(step, weights, _engine.allocate(size))
-    plan.add(conv, torch.zeros(32), None, None, _engine.allocate(size))
+    plan.add(conv, torch.zeros(32), kernels=_engine.allocate(size))
     with pytest.raises(ValueError, match="kept kernels of another size"):
         plan.add(step, weights, _engine.allocate(size - 1))
     with pytest.raises(ValueError, match="kept kernels of another size"):
-        plan.add(conv, torch.zeros(32), None, None, _engine.allocate(size - 1))
+        plan.add(conv, torch.zeros(32), kernels=_engine.allocate(size - 1))

@@ -27,6 +27,10 @@ FLOAT32 = [k.isa for k in _engine.all_kernels() if k.dtype == "float32" and k.is
 WINOGRAD = [(k.isa, k.dtype) for k in _engine.all_kernels() if k.winograd]
 BEST = {k.dtype: k.isa for k in _engine.all_kernels()}
 BFLOAT16 = [k.isa for k in _engine.all_kernels() if k.dtype == "bfloat16" and k.isa != "generic"]
+NARROW = [(k.isa, k.dtype) for k in _engine.all_kernels() if k.dtype != "float32"]
+"""What stores images in two bytes."""
+ROUNDING = {"float16": 0.002, "bfloat16": 0.015}
+"""How far results in these types may be from those in float32."""
 
 NEVER, WHEREVER_IT_CAN = Choices(winograd=0), Choices(winograd=math.inf)
 """Where Winograd's algorithm is taken."""
@@ -65,10 +69,14 @@ def test_portable_float32_is_what_torch_computes(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_portable_bfloat16_is_near_float32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_portable_kernels_of_two_bytes_are_near_float32(
+    case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Interpreter(case.graph()).run(image(case))
-    limit = 0.05 if isinstance(case, AttentionCase) and case.sharp > 1 else 0.015
-    assert difference(run(case, "generic", "bfloat16", monkeypatch), expected) < limit
+    sharp = isinstance(case, AttentionCase) and case.sharp > 1
+    limit = ROUNDING[dtype] * (3.5 if sharp else 1)
+    assert difference(run(case, "generic", dtype, monkeypatch), expected) < limit
 
 
 @pytest.mark.parametrize("isa", FLOAT32)
@@ -78,13 +86,16 @@ def test_float32_kernels_agree(case: Case, isa: str, monkeypatch: pytest.MonkeyP
     assert difference(run(case, isa, "float32", monkeypatch), expected) < 2e-6
 
 
-@pytest.mark.parametrize("isa", BFLOAT16)
+@pytest.mark.parametrize(("isa", "dtype"), [each for each in NARROW if each[0] != "generic"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bfloat16_kernels_agree(case: Case, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run(case, "generic", "bfloat16", monkeypatch)
+def test_kernels_of_two_bytes_agree(
+    case: Case, isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(case, "generic", dtype, monkeypatch)
     # A value near the middle of two may be rounded to the other.
-    limit = 0.03 if isinstance(case, AttentionCase) and case.sharp > 1 else 0.008
-    assert difference(run(case, isa, "bfloat16", monkeypatch), expected) < limit
+    sharp = isinstance(case, AttentionCase) and case.sharp > 1
+    limit = ROUNDING[dtype] * (2 if sharp else 0.5)
+    assert difference(run(case, isa, dtype, monkeypatch), expected) < limit
 
 
 @pytest.mark.slow
@@ -94,27 +105,47 @@ def test_layers_of_stable_diffusion_are_what_torch_computes(
     case: Case, isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = Interpreter(case.graph()).run(image(case))
-    limit = {"float32": 3e-6, "bfloat16": 0.015}[dtype]
+    limit = {"float32": 3e-6, **ROUNDING}[dtype]
     assert difference(run(case, isa, dtype, monkeypatch), expected) < limit
 
 
-@pytest.mark.parametrize("isa", ["generic", *BFLOAT16])
-def test_bfloat16_is_the_nearest_with_ties_to_even(
-    isa: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("isa", "dtype"), NARROW)
+def test_what_is_stored_is_the_nearest_with_ties_to_even(
+    isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = torch.arange(0x3F80, 0x3F88).repeat_interleave(3) * 0x10000
-    near = words + torch.tensor([0x7FFF, 0x8000, 0x8001]).repeat(8)
+    dropped = 0x10000 if dtype == "bfloat16" else 0x2000
+    words = 0x3F800000 + torch.arange(8).repeat_interleave(3) * dropped
+    near = words + dropped // 2 + torch.tensor([-1, 0, 1]).repeat(8)
     # The largest of float32, infinity, and NaN with all bits that there are.
     odd = torch.tensor([0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7FFFFFFF])
     bits = torch.cat([near, odd, *(random_words(8) for _ in range(4))]).to(torch.int32)
-    values = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
+    # The bounds of float16 and of its normal numbers, and halves of its smallest one.
+    bounds = [65504.0, 65519.9, 65520.0, 2**-14, 2**-14 - 2**-25, *(n * 2**-25 for n in range(9))]
+    positive = torch.cat([bits.view(torch.float32), torch.tensor(bounds)])
+    if dtype == "float16":  # what is beyond its range is another test's
+        positive = positive[positive.isnan() | (positive < 65520)]
+    values = torch.cat([positive, -positive])
     weights = {"w": torch.zeros(len(values), 1, 1, 1), "b": values}
     graph = Graph("case", "x", 1, "y", (Conv2d("y", "x", "w", "b"),), weights).verify()
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
-    found = CpuRuntime(graph, dtype="bfloat16").run(torch.zeros(1, 1, 1, 5))
-    expected = values.to(torch.bfloat16).float().view(1, -1, 1, 1).expand_as(found)
+    native, shape = CpuRuntime(graph, dtype=dtype), (1, 1, 1, 5)
+    found = native.execute(native.program(shape), torch.zeros(shape))
+    expected = values.to(getattr(torch, dtype)).float().view(1, -1, 1, 1).expand_as(found)
     assert torch.equal(found.nan_to_num(nan=123.0), expected.nan_to_num(nan=123.0))
     assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("isa", [isa for isa, dtype in NARROW if dtype == "float16"])
+def test_every_float16_is_read_as_it_is(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.arange(2**16).to(torch.int16).view(torch.float16)
+    values = values[values.isfinite()]
+    graph = ConvCase(64, 32, 31, 32, kernel=(1, 1), padding=(0, 0, 0, 0)).graph()
+    weights = {"y.weight": torch.eye(32).repeat(1, 2)[..., None, None], "y.bias": torch.zeros(32)}
+    monkeypatch.setenv("RBLN_VAE_ISA", isa)
+    native = CpuRuntime(dataclasses.replace(graph, weights=weights), dtype="float16")
+    image = torch.cat([values, torch.zeros(-len(values) % (64 * 31 * 32))]).view(-1, 64, 31, 32)
+    halves = image.double().split(32, dim=1)
+    assert torch.equal(native.run(image).double(), (halves[0] + halves[1]).half().double())
 
 
 def random_words(count: int) -> torch.Tensor:
@@ -176,7 +207,7 @@ def divided(
 
 
 SUITABLE = [case for case in CONVOLUTIONS if case.suits_winograd]
-CLOSE = {"float32": 3e-6, "bfloat16": 0.008}
+CLOSE = {"float32": 3e-6, "float16": 0.001, "bfloat16": 0.008}
 """How far apart two ways to convolve may be, by what the result is stored in."""
 
 
@@ -204,7 +235,7 @@ def test_winograd_is_what_the_definition_gives(
 
 
 sizes = st.integers(1, 70)
-dtypes = st.sampled_from(["float32", "bfloat16"])
+dtypes = st.sampled_from(["float32", *ROUNDING])
 
 
 @settings(max_examples=40, deadline=None)
@@ -307,7 +338,7 @@ def test_doubling_takes_any_shape_and_tiles(
 
     found = doubled(image(case))
     expected = Interpreter(case.graph()).run(image(case))
-    assert difference(found, expected) < {"float32": 3e-6, "bfloat16": 0.015}[dtype]
+    assert difference(found, expected) < {"float32": 3e-6, **ROUNDING}[dtype]
     # Neither the batch nor tiles and threads change a bit.
     assert torch.equal(doubled(image(case)[-1:]), found[-1:])
     tile = tuple(min(size, 2 * data.draw(st.integers(1, 12))) for size in (height, width))
@@ -350,7 +381,9 @@ def test_doubling_spreads_nan_and_infinity_no_further_than_its_squares(
 BUILT = {(k.isa, k.dtype): k for k in _engine.built_kernels()}
 WITH_WINOGRAD = [k for k in BUILT.values() if k.winograd]
 FLOAT32 = Machine(next(k for k in WITH_WINOGRAD[::-1] if k.dtype == "float32"), threads=2)
-STORES_BFLOAT16 = Machine(BUILT[FLOAT32.isa, "bfloat16"], threads=2)
+STORES_FLOAT16, STORES_BFLOAT16 = (
+    Machine(BUILT[FLOAT32.isa, dtype], threads=2) for dtype in ROUNDING
+)
 # Elsewhere no instruction set of the build multiplies bfloat16.
 MULTIPLIES_BFLOAT16 = Machine(
     next((k for k in WITH_WINOGRAD if k.multiplies_bfloat16), FLOAT32.kernels), threads=2
@@ -358,7 +391,7 @@ MULTIPLIES_BFLOAT16 = Machine(
 multiplies = pytest.mark.skipif(
     MULTIPLIES_BFLOAT16 == FLOAT32, reason="no kernels in this build multiply bfloat16"
 )
-MACHINES = st.sampled_from([FLOAT32, MULTIPLIES_BFLOAT16, STORES_BFLOAT16])
+MACHINES = st.sampled_from([FLOAT32, MULTIPLIES_BFLOAT16, STORES_FLOAT16, STORES_BFLOAT16])
 WHOLE_TILES = st.integers(1, 64).map(lambda tiles: 4 * tiles)
 WHOLE_BLOCKS = st.integers(1, 16).map(lambda blocks: 32 * blocks)
 
@@ -397,7 +430,8 @@ def test_more_channels_never_speak_against_winograd(
 @given(convolutions())
 def test_faster_products_speak_against_winograd_and_storage_does_not(conv: Convolution) -> None:
     chosen = gains_by_winograd(conv, FLOAT32)
-    assert gains_by_winograd(conv, STORES_BFLOAT16) is chosen
+    for stores in (STORES_FLOAT16, STORES_BFLOAT16):
+        assert gains_by_winograd(conv, stores) is chosen
     assert chosen or not gains_by_winograd(conv, MULTIPLIES_BFLOAT16)
 
 

@@ -182,7 +182,7 @@ def test_only_winograds_algorithm_takes_kept_kernels(doubles: bool) -> None:
     step, packed = (doubling(), KERNELS_OF_DOUBLING) if doubles else (convolution(), PACKED)
     make_plan().add(step, FLOATS, packed)
     with pytest.raises(ValueError, match="kept kernels of a convolution without"):
-        make_plan().add(step, FLOATS, packed, None, _engine.allocate(1))
+        make_plan().add(step, FLOATS, packed, kernels=_engine.allocate(1))
 
 
 def test_a_convolution_has_weights_of_its_size_or_kernels_made_of_them() -> None:
@@ -226,7 +226,12 @@ def test_a_convolution_that_doubles_what_it_cannot_is_refused(
 
 @pytest.mark.parametrize(
     ("dtype", "wrong"),
-    [("float32", torch.int32), ("float32", torch.bfloat16), ("bfloat16", torch.float16)],
+    [
+        ("float32", torch.int32),
+        ("float32", torch.bfloat16),
+        ("float16", torch.bfloat16),
+        ("bfloat16", torch.float16),
+    ],
 )
 def test_weights_of_a_convolution_have_the_type_of_its_kernels(
     dtype: str, wrong: torch.dtype

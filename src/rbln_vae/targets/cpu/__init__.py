@@ -9,6 +9,7 @@ import torch
 
 from ...artifact import Artifact, read_artifact
 from ...errors import RBLNArtifactError
+from ...graph.headroom import give_headroom
 from ...graph.ir import Graph
 from ...graph.passes import optimise
 from ..base import CompiledPart, CompileOptions, GraphTarget, RuntimeOptions
@@ -23,7 +24,7 @@ class CpuTarget(GraphTarget):
     description = "this machine's processor, by the native engine"
     exact_batches = True  # how work is divided doesn't change the order of any sum
     # Goes up with every change of bits: of algorithms, of when they are taken, of sums, of packing.
-    arithmetic = 2
+    arithmetic = 3
 
     def unavailable_reason(self) -> str | None:
         return None
@@ -37,6 +38,8 @@ class CpuTarget(GraphTarget):
     def compile(self, graph: Graph, options: CompileOptions) -> Artifact:
         graph = optimise(graph)
         dtype = options.dtype or self.best_dtype()
+        if dtype == "float16":
+            graph = give_headroom(graph)
         packed = pack(graph, dtype)
         shapes = {
             name: torch.empty(weight.shape, device="meta") for name, weight in graph.weights.items()

@@ -25,7 +25,7 @@ from ...schedule.arena import Buffer, View
 from ...schedule.schedule import Kind, Schedule, Task
 from ...schedule.sweep import top_row
 from ...units import format_bytes
-from .packing import BLOCK, PANEL, bias_name, kernels_name, order_name
+from .packing import BLOCK, PANEL, bias_name, factor_name, kernels_name, order_name
 from .program import Kernels, Native, Program, Step
 from .rules import CpuRules, statistics_cell
 from .tiles import attention_blocks, convolution_work, kernels_work
@@ -184,10 +184,12 @@ class _Lowering:
         partials = _offset(sums)
         if sums is not None:
             partials += begin // tall * -(-whole.grid[1] // wide) * whole.sums_bytes
-        weights: list[str | None] = [bias_name(operation), None, None]
+        weights: list[str | None] = [bias_name(operation), None, None, None]
         weight_bytes, eps = 0, 0.0
         if isinstance(operation.norm, RMSNorm):
             weights[2], eps = operation.norm.weight, operation.norm.eps
+        if machine.dtype == "float16":
+            weights[3] = factor_name(operation)
         if kernels is None:
             weights[1] = kernels_name(operation)
             weight_bytes = conv.products * conv.inputs * conv.outputs * machine.element_bytes

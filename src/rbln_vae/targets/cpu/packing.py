@@ -6,12 +6,14 @@ one machine can be mapped and used on any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import config
 from ...graph.ir import Conv2d, Graph, Operation, RMSNorm, Shuffle
 
 BLOCK = 32
@@ -20,7 +22,8 @@ BLOCK = 32
 PANEL = 16
 """Output channels of a panel, which a kernel computes together."""
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
+"""In which images and kernels are stored."""
 
 
 def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
@@ -28,12 +31,13 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
 
     Args:
         graph: The optimised graph.
-        dtype: The dtype of the computation, `"float32"` or `"bfloat16"`.
+        dtype: The dtype in which images and kernels are stored, one of `DTYPES`.
 
     Returns:
         A tensor for each weight of the graph, under its name (that of an RMS norm padded with
         zeros to whole blocks of channels; kernels under `kernels_name`), and a bias of zeros
-        for each convolution without one, under `bias_name`.
+        for each convolution without one, under `bias_name`. In float16 kernels are divided by
+        a power of two that makes the most of its range, which stands under `factor_name`.
     """
     packed: dict[str, Tensor] = {}
     for operation in graph.operations:
@@ -44,6 +48,10 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
             kernels = graph.weights[operation.weight].detach()
             if operation.doubles(graph.weights):
                 kernels = doubling_kernels(kernels)
+            if dtype == "float16":
+                factor = _factor(kernels)
+                kernels = kernels / factor
+                packed[factor_name(operation)] = torch.tensor([factor])
             packed[kernels_name(operation)] = pack_kernels(kernels, DTYPES[dtype])
             outputs = operation.kernel(graph.weights)[0]
             phases = 4 if operation.has_phases(graph.weights) else 1
@@ -83,6 +91,8 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
             matrices = DOUBLING_PRODUCTS if doubles else phases * height * width
             size = panels * PANEL * matrices * blocks * BLOCK
             expected[kernels_name(operation)] = ((size,), DTYPES[dtype])
+            if dtype == "float16":
+                expected[factor_name(operation)] = ((1,), torch.float32)
             expected[bias_name(operation)] = ((phases * panels * PANEL,), torch.float32)
             if isinstance(operation.norm, RMSNorm):
                 expected[operation.norm.weight] = ((blocks * BLOCK,), torch.float32)
@@ -116,6 +126,36 @@ def bias_name(operation: Conv2d) -> str:
     return operation.bias if operation.bias is not None else f"{operation.weight}.no_bias"
 
 
+def factor_name(operation: Conv2d) -> str:
+    """The name of the number by which a convolution's kernels were divided."""
+    return f"{kernels_name(operation)}.factor"
+
+
+def _factor(kernels: Tensor) -> float:
+    """The power of two that brings the largest weight between 2^14 and 2^15.
+
+    So none is beyond the range of float16, and only those are denormal that are less than 2^-28
+    of the largest.
+    """
+    largest = float(kernels.abs().max())
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** max(math.frexp(largest)[1] - 15, -100)
+
+
+def in_bfloat16(graph: Graph, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that `pack` packed in float16, in bfloat16 for the same steps."""
+    result = dict(packed)
+    for operation in graph.operations:
+        if isinstance(operation, Conv2d):
+            name, factor = kernels_name(operation), factor_name(operation)
+            pairs = packed[name].view(-1, BLOCK // 2, 2, PANEL).transpose(2, 3)
+            kernels = (pairs.float() * packed[factor]).to(torch.bfloat16)
+            result[name] = kernels.contiguous().view(-1)
+            result[factor] = torch.ones(1)
+    return result
+
+
 def order_name(operation: Shuffle) -> str:
     """The name of the order of a shuffle's channels."""
     return f"{operation.output}.order"
@@ -142,8 +182,8 @@ def doubling_kernels(kernels: Tensor) -> Tensor:
 def pack_kernels(kernels: Tensor, dtype: torch.dtype) -> Tensor:
     """Pack the kernels of one convolution as `[panels][phases][input blocks][taps][512]`.
 
-    The last axis holds 32 input by 16 output channels: as `[32][16]` in float32, and as
-    `[16][16][2]`, with pairs of input channels together, in bfloat16.
+    The last axis holds 32 input by 16 output channels: as `[32][16]` in float32 and float16,
+    and as `[16][16][2]`, with pairs of input channels together, in bfloat16.
 
     Args:
         kernels: The kernels `(out, in, height, width)`, with any axes of phases before.

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -25,11 +26,11 @@ from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
-from ..base import OnRows, over_memory_limit
+from ..base import OnRows, beyond_float16, over_memory_limit
 from ..watch import ShouldStop, Watch
 from .kept import Bound, KeptKernels
 from .lower import ADDRESSABLE, lower
-from .packing import DTYPES, pack
+from .packing import DTYPES, in_bfloat16, pack
 from .program import EMPTY, Program, Step
 from .rules import CpuRules
 from .tiles import FASTEST, Choices, Machine
@@ -217,6 +218,7 @@ class CpuRuntime:
         self.machine = Machine(self._kernels, self._executor.threads)
         self.choices = choices
         self._slicing = self._tiling = False
+        self._packed_in_bfloat16: Mapping[str, Tensor] | None = None
         self._bound: dict[tuple[Shape, int, bool, bool], Bound] = {}
         self.kept_kernels = KeptKernels(self._packed, self._executor.release)
         self._profiles: deque[RunProfile] | None = None
@@ -380,24 +382,49 @@ class CpuRuntime:
             assert on_rows is not None
             on_rows(first, result[:, :, first : first + rows])
 
+        may_overflow = self.machine.dtype == "float16"
         size = bound.program.schedule.input_shape[0]
         for begin in range(0, shape[0], size):
             part = source[begin : begin + size]
             if len(part) < size:
                 bound = self._bound_for(tuple(part.shape), room)
             last = begin + size >= shape[0]
-            self._execute(
-                bound,
-                part,
-                result[begin : begin + size],
-                watch,
-                None if finite is None else finite[begin : begin + size],
-                rows_finished if last and on_rows is not None else None,
-            )
+            images = result[begin : begin + size]
+            flags = None if finite is None else finite[begin : begin + size]
+            rows = rows_finished if last and on_rows is not None and not may_overflow else None
+            for n in self._execute(bound, part, images, watch, flags, rows):
+                # In a run of its own, so that its bits don't depend on the batch.
+                alone = slice(n, n + 1)
+                flag = None if flags is None else flags[alone].fill_(True)
+                self._run_wide(part[alone], images[alone], room, watch, flag)
+        if may_overflow and on_rows is not None:
+            # No row is valid before the whole image is.
+            on_rows(0, result)
         if out is not None or levels or not image.is_floating_point():
             return result
         with _torch_allocates():
             return result.to(image.dtype)
+
+    def _run_wide(
+        self, source: Tensor, result: Tensor, room: int, watch: Watch, finite: Tensor | None
+    ) -> None:
+        """Run an image again whose values are beyond the range of float16, in bfloat16.
+
+        That has the range of float32. The run has the steps of one in float16, and takes the same
+        memory: the kernels are of the same instruction set, and multiply in float32, too. It makes
+        all kernels itself, since those that are kept are of other weights.
+        """
+        if self._packed_in_bfloat16 is None:
+            warnings.warn(beyond_float16(self.graph.name), RuntimeWarning, stacklevel=2)
+            self._packed_in_bfloat16 = in_bfloat16(self.graph, self._packed)
+        wanted = (self._kernels.isa, "bfloat16")
+        kernels = next(k for k in _engine.all_kernels() if (k.isa, k.dtype) == wanted)
+        machine = dataclasses.replace(self.machine, kernels=kernels)
+        program = self._bound_for(tuple(source.shape), room).program
+        bound = self._bind(dataclasses.replace(program, machine=machine), self._packed_in_bfloat16)
+        if bound.bytes + self.kept_kernels.bytes > room:
+            self.kept_kernels.give_back()
+        self._run_bound(bound, source, result, watch, finite)
 
     def _execute(
         self,
@@ -407,16 +434,35 @@ class CpuRuntime:
         watch: Watch,
         finite: Tensor | None = None,
         on_rows: Callable[[int, int], None] | None = None,
-    ) -> None:
+    ) -> list[int]:
+        """Run a program, and keep its kernels.
+
+        Returns:
+            The numbers of the images that have values beyond the range of the dtype, whose
+            results are not valid.
+        """
         watch.check()
         nothing = torch.empty(EMPTY)
         bound = self.kept_kernels.beside(
             bound, lambda plan: self._run_plan(plan, nothing, nothing, watch)
         )
+        return self._run_bound(bound, source, result, watch, finite, on_rows)
+
+    def _run_bound(
+        self,
+        bound: Bound,
+        source: Tensor,
+        result: Tensor,
+        watch: Watch,
+        finite: Tensor | None,
+        on_rows: Callable[[int, int], None] | None = None,
+    ) -> list[int]:
+        """Run what is bound, and keep the times of its steps if the profiler is active."""
         start = time.time()
-        times = self._run_plan(bound.native, source, result, watch, finite, on_rows)
+        beyond, times = self._run_plan(bound.native, source, result, watch, finite, on_rows)
         if self._profiles is not None:
             self._profiles.append(self._profile(bound, start, times))
+        return beyond
 
     def _run_plan(
         self,
@@ -426,8 +472,8 @@ class CpuRuntime:
         watch: Watch,
         finite: Tensor | None = None,
         on_rows: Callable[[int, int], None] | None = None,
-    ) -> list[tuple[float, float]]:
-        """Run a plan, and return the times of its steps if the profiler is active."""
+    ) -> tuple[list[int], list[tuple[float, float]]]:
+        """Run a plan, and return what `_engine.Executor.run` does."""
         ask = watch.ask if watch.needs_asking else None
         profile = self._profiles is not None
         try:
@@ -571,14 +617,15 @@ class CpuRuntime:
     def _lowered(self, schedule: Schedule, search: Search[CpuRules]) -> Bound:
         return self._bind(lower(schedule, search.rules(schedule.input_shape[0])))
 
-    def _bind(self, program: Program) -> Bound:
-        native = program.bind(self._packed)
+    def _bind(self, program: Program, packed: Mapping[str, Tensor] | None = None) -> Bound:
+        native = program.bind(self._packed if packed is None else packed)
         return Bound(program, native, program.steps, self._executor.bytes(native))
 
     def _profile(self, bound: Bound, start: float, times: list[tuple[float, float]]) -> RunProfile:
         steps = tuple(
             StepTime(step.name, step.kind, begin, end - begin, step.flops, step.bytes)
-            for step, (begin, end) in zip(bound.steps, times, strict=True)
+            # A run ends early when no image fits the range of the dtype.
+            for step, (begin, end) in zip(bound.steps, times, strict=False)
         )
         shape = bound.program.schedule.input_shape
         return RunProfile(self.graph.name, shape, start, steps, self._limit)
