@@ -144,7 +144,8 @@ def throughput(size: int, count: int, rounds: int, peer: bool) -> list[Row]:
         if peer:
             torch.set_num_threads(threads())
             # Where no instruction multiplies bfloat16, it takes diffusers eight times as long.
-            theirs = AutoencoderKL.from_pretrained(directory / "model", torch_dtype=ours.dtype).to(
+            dtype = getattr(torch, ours.resolved_config.dtype_of("encoder"))
+            theirs = AutoencoderKL.from_pretrained(directory / "model", torch_dtype=dtype).to(
                 memory_format=torch.channels_last
             )
         seconds: dict[str, list[float]] = {"bare": [], "files": [], "diffusers": []}

@@ -510,6 +510,28 @@ def test_verify_fails_on_other_weights(compiled, tmp_path) -> None:
     assert float(row(result.stdout, "pixels")[3]) > 1e-2
 
 
+def test_parts_are_compiled_and_verified_in_dtypes_of_their_own(source, photo, tmp_path) -> None:
+    text = "encoder=float16,decoder=bfloat16"
+    done(run("compile", source, tmp_path / "mixed", "--dtype", text))
+    shown = done(run("inspect", tmp_path / "mixed"))
+    assert row(shown, "dtype")[1] == text
+    assert row(shown, "encoder")[2] == "float16" and row(shown, "decoder")[2] == "bfloat16"
+    found = done(run("verify", tmp_path / "mixed", source))
+    assert 1e-5 < float(row(found, "moments")[3]) < 0.005 < float(row(found, "pixels")[3]) < 0.03
+    done(run("encode", photo, "--model", tmp_path / "mixed", "-o", tmp_path))
+    with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
+        assert file.metadata()["dtype"] == "float16"
+
+
+def test_a_model_is_compiled_in_float16(source, photo, tmp_path) -> None:
+    done(run("compile", source, tmp_path / "half", "--dtype", "float16"))
+    found = done(run("verify", tmp_path / "half", source))
+    for name in ("moments", "pixels"):
+        assert 1e-5 < float(row(found, name)[3]) < 0.005
+    said = failed(run("compile", source, tmp_path / "out", "--dtype", "encoder=half"), 2)
+    assert "bfloat16" in said
+
+
 def test_verify_is_as_strict_as_asked(compiled, source) -> None:
     assert "more than 1e-12 allows" in failed(
         run("verify", compiled, source, "--tolerance", "1e-12"), 1

@@ -18,7 +18,7 @@ from rbln_vae import (
     RBLNModelConfig,
     __version__,
 )
-from rbln_vae.config import CONFIG_NAME
+from rbln_vae.config import CONFIG_NAME, format_dtypes
 
 MODEL_OPTIONS: dict[str, tuple[Any, Any, Any]] = {
     # option: its default, a value that may be given, what is then read
@@ -99,6 +99,27 @@ def test_tensor_parallel_size_is_another_name_of_num_devices():
 def test_a_torch_dtype_is_as_good_as_its_name():
     assert RBLNModelConfig(dtype=torch.bfloat16).dtype == "bfloat16"
     assert RBLNModelConfig(dtype=torch.float16).dtype == "float16"
+
+
+BY_PART = {"encoder": "float32", "decoder": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        BY_PART,
+        {"encoder": torch.float32, "decoder": torch.bfloat16},
+        "encoder=float32,decoder=bfloat16",
+        "encoder = float32, decoder = bfloat16",
+    ],
+)
+def test_parts_may_have_dtypes_of_their_own(value, tmp_path):
+    config = RBLNModelConfig(dtype=value)
+    assert config.dtype == BY_PART
+    assert format_dtypes(config.dtype) == "encoder=float32,decoder=bfloat16"
+    config.save(tmp_path)
+    assert RBLNModelConfig.load(tmp_path).dtype == BY_PART
+    assert json.loads((tmp_path / "rbln_config.json").read_text())["dtype"] == BY_PART
 
 
 @pytest.mark.parametrize(
@@ -210,6 +231,13 @@ def test_a_remainder_is_found_whichever_of_the_two_is_set_last():
         ("timeout", "60", TypeError, "a number"),
         ("dtype", "float64", ValueError, "float32, float16, bfloat16"),
         ("dtype", torch.int8, ValueError, "float32, float16, bfloat16"),
+        ("dtype", {"encoder": "int8"}, ValueError, "float32, float16, bfloat16"),
+        ("dtype", {}, ValueError, "name of a part and its dtype"),
+        ("dtype", {1: "float32"}, ValueError, "name of a part and its dtype"),
+        ("dtype", "=float32", ValueError, "name of a part and its dtype"),
+        ("dtype", "encoder=", ValueError, "float32, float16, bfloat16"),
+        ("dtype", "encoder=float32,float16", ValueError, "float32, float16, bfloat16"),
+        ("dtype", "encoder=float32,encoder=float16", ValueError, "each part once"),
         ("target", "gpu", ValueError, "cpu, cuda, rbln, reference"),
         ("target", ["cpu"], ValueError, "cpu, cuda, rbln, reference"),
         ("num_threads", 0, ValueError, "a positive integer"),

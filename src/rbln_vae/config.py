@@ -69,6 +69,27 @@ def _dtype(value: object) -> str:
     return name
 
 
+def _dtypes(value: object) -> str | dict[str, str]:
+    """One for all parts, or by part: a mapping, or text as `format_dtypes` makes it."""
+    if isinstance(value, str) and "=" in value:
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        value = {part.strip(): dtype.strip() for part, _, dtype in pairs}
+        if len(value) < len(pairs):
+            raise ValueError("expected each part once")
+    if not isinstance(value, Mapping):
+        return _dtype(value)
+    if not value or not all(isinstance(part, str) and part for part in value):
+        raise ValueError("expected the name of a part and its dtype, such as encoder=float32")
+    return {part: _dtype(dtype) for part, dtype in value.items()}
+
+
+def format_dtypes(value: str | Mapping[str, str]) -> str:
+    """An option `dtype` as text, such as `encoder=float32,decoder=bfloat16`."""
+    if isinstance(value, str):
+        return value
+    return ",".join(f"{part}={dtype}" for part, dtype in value.items())
+
+
 def _target(value: object) -> str:
     if value not in TARGETS:
         raise ValueError(f"expected one of {', '.join(TARGETS)}")
@@ -214,10 +235,11 @@ class RBLNModelConfig:
         "since large images take minutes; on the target `rbln` it is 60.",
         of_run=True,
     )
-    dtype = Option[str | None](
-        _dtype,
-        f"In what the model computes: {' or '.join(DTYPES)}; in Python, a torch dtype is as good. "
-        "By default what is best on the target.",
+    dtype = Option[str | dict[str, str] | None](
+        _dtypes,
+        f"In what the model stores images and weights: {', '.join(DTYPES)}; or by part, as "
+        "`encoder=float32,decoder=bfloat16`. In Python, a dict and torch's dtypes are as good. By "
+        "default, also of a part that isn't named, what is best on the target.",
     )
     target = Option[str | None](
         _target,

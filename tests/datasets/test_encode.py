@@ -417,6 +417,18 @@ def test_bits_of_one_version_of_the_arithmetic_are_not_mixed_with_those_of_anoth
     assert digests(whole) == before
 
 
+def test_the_dtype_of_a_job_is_that_of_the_encoder(images: Path, tmp_path: Path) -> None:
+    options = {"dtype": {"encoder": "float16", "decoder": "float32"}}
+    model = compile_vae(default_vae(), **options)
+    encode_dataset(images, tmp_path, model, OPTIONS)
+    assert json.loads((tmp_path / "manifest.json").read_text())["model"]["dtype"] == "float16"
+    before = digests(tmp_path)
+    encode_dataset(images, tmp_path, compile_vae(default_vae(), dtype="float16"), OPTIONS)
+    assert digests(tmp_path) == before
+    with pytest.raises(RBLNDatasetError, match=r"model\.dtype"):
+        encode_dataset(images, tmp_path, compile_vae(default_vae(), dtype="float32"), OPTIONS)
+
+
 def test_a_source_that_has_changed_is_refused(images: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -33,6 +33,8 @@ from rbln_vae import (
     RBLNCompileError,
     RBLNModelConfig,
 )
+from rbln_vae.config import DTYPES
+from rbln_vae.targets.cpu.runtime import best_dtype
 
 CPU = {"target": "cpu", "dtype": "float32"}
 FILES = {"config.json", "rbln_config.json", "encoder.rbln", "decoder.rbln"}
@@ -266,6 +268,48 @@ def test_what_was_compiled_in_can_not_be_changed_while_loading(compiled, name, v
     ):
         with pytest.raises(ValueError, match=f"{name}=.*was compiled with {name}=.*export=True"):
             load(compiled, **options)
+
+
+def test_parts_are_compiled_in_dtypes_of_their_own_and_loaded_again(tmp_path):
+    vae, x = default_vae(), noise(1, 3, 16, 16)
+    wide, narrow = (compile_vae(vae, dtype=dtype) for dtype in ("float32", "float16"))
+    dtype = {"encoder": "float32", "decoder": "float16"}
+    mixed = compile_vae(vae, dtype=dtype)
+    mixed.save_pretrained(tmp_path)
+    for model in (
+        mixed,
+        load(tmp_path),
+        load(tmp_path, rbln_dtype=dtype),
+        load(tmp_path, rbln_dtype={"decoder": "float16"}),
+    ):
+        assert model.rbln_config.dtype == model.resolved_config.dtype == dtype
+        assert {name: part.dtype for name, part in model.compiled_models.items()} == dtype
+        z = model.encode(x).latent_dist.mode()
+        assert torch.equal(z, wide.encode(x).latent_dist.mode())
+        assert torch.equal(model.decode(z).sample, narrow.decode(z).sample)
+    for other in ("float16", "float32", {"decoder": "float32"}, {"conditioned_decoder": "float16"}):
+        with pytest.raises(ValueError, match=r"dtype=.*was compiled with dtype=.*export=True"):
+            load(tmp_path, rbln_dtype=other)
+
+
+def test_a_part_whose_dtype_is_left_open_has_what_is_best_on_the_target():
+    best = best_dtype()
+    for other in DTYPES:
+        config = compile_vae(default_vae(), dtype={"encoder": other}).rbln_config
+        parts = {"encoder": other, "decoder": best}
+        assert config.dtype == (other if other == best else parts)
+
+
+def test_a_dtype_of_a_part_that_is_not_compiled_is_an_error():
+    with pytest.raises(ValueError, match=r"'encodr' is no compiled part in dtype.*'encoder'"):
+        compile_vae(default_vae(), dtype={"encodr": "float32"})
+    with pytest.raises(ValueError, match="'encoder' is no compiled part in dtype"):
+        compile_vae(default_vae(), dtype={"encoder": "float32"}, uses_encoder=False)
+
+
+def test_one_dtype_of_every_part_may_be_said_part_by_part(compiled):
+    for dtype in ({"encoder": "float32", "decoder": "float32"}, {"decoder": "float32"}):
+        assert load(compiled, rbln_dtype=dtype).rbln_config.dtype == "float32"
 
 
 def test_what_was_compiled_in_may_be_said_again(compiled):

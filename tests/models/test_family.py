@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 from vaes import default_compiled
 
 from rbln_vae.models.family import ResolvedConfig
@@ -49,8 +48,10 @@ def test_an_image_is_as_much_larger_than_its_latent_as_the_scale_factor_says() -
     assert RESOLVED.image_shape((3, 16, 5, 7)) == (3, 4, 40, 56)
 
 
-def test_the_dtype_is_that_of_torch() -> None:
-    assert RESOLVED.torch_dtype is torch.bfloat16
+def test_parts_have_one_dtype_or_each_its_own() -> None:
+    assert RESOLVED.dtype_of("encoder") == RESOLVED.dtype_of("decoder") == "bfloat16"
+    own = {"encoder": "float32", "decoder": "float16"}
+    assert dataclasses.replace(RESOLVED, dtype=own).dtype_of("decoder") == "float16"
 
 
 def test_a_compiled_model_says_what_it_was_compiled_for() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from vaes import default_compiled, default_vae
+from vaes import default_compiled, default_vae, noise
 
 from rbln_vae.errors import RBLNTargetUnavailableError
 from rbln_vae.serving.models import LONGEST_NAME, named_models, open_models
@@ -106,6 +106,15 @@ def test_a_model_may_be_a_pipeline(tmp_path: Path) -> None:
     (model,), _ = open_models({"sd": str(tmp_path)}, {"dtype": "float32"}, None)
     assert model.info.name == "sd"
     assert model.info.parts == ("encoder", "decoder")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "encoder=float32,decoder=float16"])
+def test_a_model_is_opened_in_the_dtypes_that_were_asked_for(tmp_path: Path, dtype: str) -> None:
+    default_vae().save_pretrained(tmp_path)
+    (model,), _ = open_models({"vae": str(tmp_path)}, {"dtype": dtype}, None)
+    assert model.info.dtype == dtype
+    pictures = model.decode_images(noise(1, 4, 3, 2), lambda: False)
+    assert pictures[1].tolist() == [True]
 
 
 def test_a_target_that_can_not_run_here_is_named_before_anything_is_opened(

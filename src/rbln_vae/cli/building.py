@@ -13,11 +13,12 @@ import typer
 from .. import RBLNAutoencoder, hub
 from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
+from ..config import format_dtypes
 from ..images import Fitting, load_image, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
 from ..models.auto import class_of
 from ..models.autoencoder import RBLNAutoencoderModel
-from ..models.family import ResolvedConfig
+from ..models.family import DECODER, ENCODER, ResolvedConfig
 from ..sizes import Size, check_image_size, format_size, parse_size
 from ..targets.base import all_targets
 from .models import open_model, open_reference, original_moments, original_pixels
@@ -76,8 +77,10 @@ def inspect_model(directory: Path, size: str | None, graph: bool) -> None:
     parts = _print_parts(directory, model.resolved_config, pixels)
     facts = table("compiled model", str(directory))
     for name, value in model.rbln_config.compiled_options().items():
-        if value is not None:
-            facts.add_row(name, format_size(value) if isinstance(value, tuple) else str(value))
+        if isinstance(value, tuple):
+            facts.add_row(name, format_size(value))
+        elif value is not None:
+            facts.add_row(name, format_dtypes(value) if name == "dtype" else str(value))
     for name, value in parts[0].source.items():
         facts.add_row(f"compiled from: {name}", value)
     facts.add_row("compiled by", f"rbln-vae {parts[0].version}")
@@ -131,14 +134,14 @@ def verify_model(
     compiled = open_model(str(directory), settings)
     reference = open_reference(model, **loading)
     config = compiled.resolved_config
-    limit = TOLERANCES[config.dtype] if tolerance is None else tolerance
     sample = _sample(config, size, image)
 
     results = table("", "PSNR dB", "largest error", "relative L2")
-    worst = 0.0
-    for name, found, expected in _outcomes(compiled, reference, sample):
+    wrong = ""
+    for part, name, found, expected in _outcomes(compiled, reference, sample):
         # The peak of moments has no fixed range; that of pixels is 2.
-        peak = 2.0 if name == "pixels" else float(expected.max() - expected.min())
+        peak = 2.0 if part == DECODER else float(expected.max() - expected.min())
+        limit = TOLERANCES[config.dtype_of(part)] if tolerance is None else tolerance
         error = relative_l2(found, expected)
         results.add_row(
             name,
@@ -146,12 +149,13 @@ def verify_model(
             f"{largest_error(found, expected):.3g}",
             f"{error:.3g}",
         )
-        worst = max(worst, error) if error == error else float("inf")
+        if not error <= limit:
+            wrong = f"the {name} by {error:.3g}, more than {limit:g} allows"
     out().print(results)
-    if worst > limit:
+    if wrong:
         err().print(
-            f"error: {directory} differs from {model} by {worst:.3g}, more than {limit:g} allows; "
-            "was it compiled from these weights?"
+            f"error: {directory} differs from {model} in {wrong}; was it compiled from these "
+            "weights?"
         )
         raise typer.Exit(1)
 
@@ -173,23 +177,26 @@ def _sample(config: ResolvedConfig, size: str | None, image: Path | None) -> tor
 
 def _outcomes(
     compiled: RBLNAutoencoderModel, reference: torch.nn.Module, sample: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """What each part gives and what it should; both decode the same latents."""
+) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+    """Each part, the name of its result, what it gives and what it should.
+
+    Both decode the same latents.
+    """
     with working("Encoding in diffusers …"):
         expected = original_moments(reference, sample, frames=compiled.frames)
     if compiled.resolved_config.uses_encoder:
         with working("Encoding …"):
             encoded = compiled.encode_images(sample)
         if isinstance(encoded, torch.Tensor):
-            yield "latents", encoded, expected
+            yield ENCODER, "latents", encoded, expected
         else:
-            yield "moments", encoded.parameters, expected
+            yield ENCODER, "moments", encoded.parameters, expected
     latents = expected.chunk(2, dim=1)[0] if compiled.draws else expected
     with working("Decoding in diffusers …"):
         pixels = original_pixels(reference, latents, frames=compiled.frames)
     with working("Decoding …"):
         result = compiled.decode_latents(latents)
-    yield "pixels", result, pixels
+    yield DECODER, "pixels", result, pixels
 
 
 def show_targets() -> None:

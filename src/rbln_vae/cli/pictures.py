@@ -28,6 +28,7 @@ from ..images import (
 from ..levels import sample_of
 from ..metrics import SSIM_WINDOW, psnr, ssim
 from ..models.autoencoder import RBLNAutoencoderModel
+from ..models.family import ENCODER
 from ..models.latents import mode
 from ..sizes import check_image_size, format_size, parse_size
 from .models import open_model
@@ -110,7 +111,7 @@ def encode(
         metadata = {
             "format": _FORMAT,
             "model": model_name or "the shipped model",
-            "dtype": model.resolved_config.dtype,
+            "dtype": model.resolved_config.dtype_of(ENCODER),
             "scaling_factor": json.dumps(model.config.get("scaling_factor")),
             "shift_factor": json.dumps(model.config.get("shift_factor")),
             "drawn": f"sample, seed {seed}" if model.draws and seed is not None else "mean",

@@ -207,7 +207,7 @@ def identity_of(vae: RBLNAutoencoderModel, directory: Path | None) -> dict[str, 
     return {
         "sha256": digest,
         "target": config.target,
-        "dtype": config.dtype,
+        "dtype": config.dtype_of(ENCODER),
         "arithmetic": get_target(config.target).arithmetic,
         "vae_scale_factor": config.vae_scale_factor,
         "latent_channels": config.latent_channels,

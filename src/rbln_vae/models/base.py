@@ -357,8 +357,11 @@ class RBLNModel(ModuleMembers):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In what the model computes."""
-        return self.resolved_config.torch_dtype
+        """The dtype in which inputs are taken without loss: float32, whatever is stored in.
+
+        Pipelines round what they send to the model to it.
+        """
+        return torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -416,7 +419,7 @@ class RBLNModel(ModuleMembers):
                 self._target.default_device() if device is None else device
             )
         return RuntimeOptions(
-            dtype=self.resolved_config.dtype,
+            dtype=self.resolved_config.dtype_of(part),
             device=device,
             num_threads=config.num_threads,
             memory_limit=limit,

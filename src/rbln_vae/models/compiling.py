@@ -54,9 +54,16 @@ def compile_model(
     """
     config = dict(getattr(model, "config", {}))
     target = choose_target(rbln_config)
-    dtype = rbln_config.dtype or target.best_dtype()
-    resolved = resolve(family, rbln_config.copy(target=target.name, dtype=dtype), config)
+    rbln_config = rbln_config.copy(
+        target=target.name, dtype=rbln_config.dtype or target.best_dtype()
+    )
+    resolved = resolve(family, rbln_config, config)
     check_placement(rbln_config, target, resolved.parts)
+    if isinstance(rbln_config.dtype, dict):
+        dtypes = {part: target.best_dtype() for part in resolved.parts} | rbln_config.dtype
+        dtype = dtypes if len({*dtypes.values()}) > 1 else dtypes[resolved.parts[0]]
+        rbln_config = rbln_config.copy(dtype=dtype)
+        resolved = dataclasses.replace(resolved, dtype=dtype)
     if rbln_config.create_runtimes:
         target.require()  # before the work, not after it
     source = {
@@ -67,7 +74,12 @@ def compile_model(
     parts = {}
     for part, shape in resolved.input_shapes().items():
         options = CompileOptions(
-            shape, dtype, source, rbln_config.npu, rbln_config.num_devices, part
+            shape,
+            resolved.dtype_of(part),
+            source,
+            rbln_config.npu,
+            rbln_config.num_devices,
+            part,
         )
         parts[part] = target.compile_module(family.module(model, part), options)
     state = model.state_dict()

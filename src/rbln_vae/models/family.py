@@ -47,7 +47,8 @@ class ResolvedConfig:
 
     Attributes:
         target: The name of the target.
-        dtype: In what it computes: `"float32"`, `"float16"` or `"bfloat16"`.
+        dtype: In what it stores images and weights: `"float32"`, `"float16"` or `"bfloat16"`;
+            if parts differ, a mapping from the name of each part.
         batch_size: Images of a run.
         sample_size: `(height, width)` of an image in pixels.
         uses_encoder: Whether it has an encoder, too.
@@ -61,7 +62,7 @@ class ResolvedConfig:
     """
 
     target: str
-    dtype: str
+    dtype: str | Mapping[str, str]
     batch_size: int
     sample_size: tuple[int, int]
     uses_encoder: bool
@@ -72,12 +73,9 @@ class ResolvedConfig:
     decoder_scale_factor: int
     condition_channels: int = 0
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch has it."""
-        found = getattr(torch, self.dtype)
-        assert isinstance(found, torch.dtype)
-        return found
+    def dtype_of(self, part: str) -> str:
+        """In what a part stores images and weights."""
+        return self.dtype if isinstance(self.dtype, str) else self.dtype[part]
 
     @property
     def parts(self) -> tuple[str, ...]:

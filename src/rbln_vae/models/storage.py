@@ -75,7 +75,7 @@ def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> Comp
     rbln_config = type(wanted).load(directory, **run)
     stored = rbln_config.compiled_options()
     for name, value in given.items():
-        if name not in run and stored[name] != value:
+        if name not in run and not _agrees(value, stored[name]):
             raise ValueError(
                 f"{name}={value!r} was asked for, and {directory} was compiled with "
                 f"{name}={stored[name]!r}. Leave it out, or compile the model again with "
@@ -106,6 +106,14 @@ def load_model(family: Family, directory: Path, wanted: RBLNModelConfig) -> Comp
     )
 
 
+def _agrees(wanted: Any, stored: Any) -> bool:
+    """Whether a value that was asked for, perhaps of some parts, is the one of a compiled model."""
+    if not isinstance(wanted, dict):
+        return bool(wanted == stored)
+    found = stored if isinstance(stored, dict) else dict.fromkeys(wanted, stored)
+    return found.items() >= wanted.items()
+
+
 def _check_parts(
     parts: Mapping[str, CompiledPart], resolved: ResolvedConfig, directory: Path
 ) -> None:
@@ -116,7 +124,7 @@ def _check_parts(
         if not (
             one_source
             and compiled.part == part
-            and compiled.dtype in (None, resolved.dtype)
+            and compiled.dtype in (None, resolved.dtype_of(part))
             and compiled.in_channels in (None, shapes[part][1])
         ):
             raise RBLNArtifactError(

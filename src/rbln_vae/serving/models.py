@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..config import format_dtypes
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import DECODER, ENCODER
 from ..models.latents import LatentScaling, mode
@@ -38,7 +39,7 @@ class ModelInfo:
         vae_scale_factor: Pixels per latent cell in each direction.
         sample_size: The `(height, width)` in pixels that the model was compiled for.
         scaling: The scaling that pipelines apply to the latents.
-        dtype: The dtype of the computation.
+        dtype: In what images and weights are stored, by part if parts differ.
         target: The name of the target.
     """
 
@@ -68,7 +69,7 @@ class ModelInfo:
             vae_scale_factor=resolved.vae_scale_factor,
             sample_size=resolved.sample_size,
             scaling=vae.latent_scaling,
-            dtype=resolved.dtype,
+            dtype=format_dtypes(resolved.dtype),
             target=resolved.target,
         )
 

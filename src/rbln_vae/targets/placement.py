@@ -54,9 +54,10 @@ def check_placement(rbln_config: RBLNModelConfig, target: Target, parts: Iterabl
                     f"{option}={getattr(rbln_config, option)!r} is for target={other.name!r}, not "
                     f"for {name!r}."
                 )
-    reject_unknown(
-        rbln_config.device_map or {}, list(parts), "compiled part in device_map", ValueError
-    )
+    known = list(parts)
+    reject_unknown(rbln_config.device_map or {}, known, "compiled part in device_map", ValueError)
+    if isinstance(rbln_config.dtype, dict):
+        reject_unknown(rbln_config.dtype, known, "compiled part in dtype", ValueError)
 
 
 def _devices(rbln_config: RBLNModelConfig) -> list[int | str]:
