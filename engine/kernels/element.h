@@ -41,16 +41,26 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
   return result;
 }
 
+// One of two numbers, without a branch that would keep a loop from being vectorised.
+[[maybe_unused]] static inline std::int32_t either(bool first, std::int32_t a, std::int32_t b) {
+  const std::int32_t mask = -static_cast<std::int32_t>(first);
+  return (a & mask) | (b & ~mask);
+}
+
 [[maybe_unused]] static inline float to_float(Float16 x) {
-  const std::uint32_t exponent = (x.bits >> 10) & 31;
-  const std::uint32_t fraction = x.bits & 0x3ff;
-  const std::uint32_t normal = (exponent + (exponent == 31 ? 224 : 112)) << 23 | fraction << 13;
-  // A denormal: the fraction times 2^-24. Both are computed, so that a loop of these can be
-  // vectorised.
-  const float small = static_cast<float>(static_cast<std::int32_t>(fraction)) * 0x1p-24f;
-  std::uint32_t word;
-  std::memcpy(&word, &small, sizeof word);
-  word = (exponent == 0 ? word : normal) | std::uint32_t(x.bits & 0x8000) << 16;
+  const std::int32_t wide = static_cast<std::int16_t>(x.bits) * (1 << 13);
+  const std::int32_t magnitude = wide & 0x0fffe000;
+  // A denormal is the fraction of a number from 2^-14 on, without that.
+  const std::int32_t above = magnitude + (113 << 23);
+  float small;
+  std::memcpy(&small, &above, sizeof small);
+  small -= 0x1p-14f;
+  std::int32_t denormal;
+  std::memcpy(&denormal, &small, sizeof denormal);
+  const std::int32_t normal =
+      magnitude + (112 << 23) + either(magnitude >= 31 << 23, 112 << 23, 0);
+  const std::int32_t sign = wide & ~0x7fffffff;
+  const std::int32_t word = either(magnitude < 1 << 23, denormal, normal) | sign;
   float result;
   std::memcpy(&result, &word, sizeof result);
   return result;
@@ -82,9 +92,9 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
   small = small * 0x1p24f + 0x1p23f;
   std::int32_t denormal;
   std::memcpy(&denormal, &small, sizeof denormal);
-  std::int32_t half = magnitude < 0x38800000 ? denormal & 0x7fff : normal;
-  half = magnitude >= 0x477ff000 ? 0x7c00 : half;
-  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  std::int32_t half = either(magnitude < 0x38800000, denormal & 0x7fff, normal);
+  half = either(magnitude >= 0x477ff000, 0x7c00, half);
+  half = either(magnitude > 0x7f800000, 0x7e00, half);
   out.bits = static_cast<std::uint16_t>(static_cast<std::uint32_t>(half) |
                                         ((word >> 16) & 0x8000u));
 }
