@@ -52,6 +52,7 @@ def measure(parts: Iterable[str], size: int, images: int) -> str:
         models = {
             "diffusers bf16": copy.deepcopy(original).to(torch.bfloat16),
             "rbln-vae bf16": _compiled(original, "bfloat16"),
+            "rbln-vae f16": _compiled(original, "float16"),
             "diffusers f32": original,
             "rbln-vae f32": _compiled(original, "float32"),
             **{name: _rounded(original, *which) for name, which in ROUNDED.items()},
