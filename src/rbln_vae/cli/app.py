@@ -265,7 +265,7 @@ def encode_dataset(
     settings: dict[str, Any],
     where: dict[str, Any],
 ) -> None:
-    """Encode all images of SOURCE to latents, in shards for training.
+    """Encode all images of SOURCE to latents for training, in shards or in a trainer's cache.
 
     A run that ends early, in whatever way, is gone on with by the same command.
     """

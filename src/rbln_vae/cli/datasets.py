@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,11 @@ def encode(
     """
     name = demo_model() if model is None else model
     if dry_run:
-        _estimate(source, directory, name, options, workers, threads, settings, naming, ray)
+        with _warnings_shown():
+            _estimate(source, directory, name, options, workers, threads, settings, naming, ray)
         return
     try:
-        with shown(err()) as report:
+        with _warnings_shown(), shown(err()) as report:
             summary = encode_dataset(
                 source,
                 directory,
@@ -80,14 +82,24 @@ def encode(
                 **naming,
             )
     except TooManyRejectedError as error:
-        _show(error.summary, directory)
+        _show(error.summary, source, directory, options)
         raise
-    _show(summary, directory)
+    _show(summary, source, directory, options)
 
 
-def _show(summary: Summary, directory: Path) -> None:
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Show warnings as lines without the place in the code that they came from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: err().print(f"warning: {message}")
+        yield
+
+
+def _show(summary: Summary, source: str, directory: Path, options: Options) -> None:
+    trainer = options.trainer
     result = table("data set", str(directory))
-    result.add_row("samples", f"{summary.samples:,} in {summary.shards:,} shards")
+    shards = "" if trainer else f" in {summary.shards:,} shards"
+    result.add_row("samples", f"{summary.samples:,}{shards}")
     for size, count in summary.sizes.items():
         result.add_row(f"of size {size}", f"{count:,}")
     result.add_row("rejected", f"{summary.rejected:,}")
@@ -96,6 +108,10 @@ def _show(summary: Summary, directory: Path) -> None:
     result.add_row("images per second", f"{summary.rate:.2f}")
     result.add_row("time spent waiting for images", f"{summary.waiting_share:.1%}")
     out().print(result)
+    if trainer is not None:
+        places = str(Path(source).resolve()), str(directory.resolve())
+        out().print(f"\nThe configuration of {options.format} must have these lines:\n")
+        out().print(trainer.configuration(*places), markup=False, highlight=False, soft_wrap=True)
 
 
 def _estimate(

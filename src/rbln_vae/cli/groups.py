@@ -79,8 +79,8 @@ def options_of(
         if field.name in leave:
             continue
         kind, default = hints[field.name], field.default
-        if field.name in texts:
-            kind, default = str | None, None
+        if default is None or field.name in texts:
+            kind, default = (str if field.name in texts else kind) | None, None
         flag = "--" + field.name.replace("_", "-")
         if kind is bool and default:
             flag += f"/--no-{flag.removeprefix('--')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -13,8 +14,31 @@ from .seeds import seed_of
 Crop: TypeAlias = Literal["center", "random"]
 
 
+class Placer(ABC):
+    """Chooses the size of each image, and how the image comes to it."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[Size, ...]:
+        """All sizes, each once, in order; none if they depend on the images."""
+
+    @abstractmethod
+    def place(self, original: Size, key: str, crop: Crop, seed: int) -> Placement:
+        """How an image is scaled and cropped.
+
+        Args:
+            original: `(height, width)` of the upright image.
+            key: Of the sample; random crops are drawn by it.
+            crop: Which part is kept.
+            seed: Of random crops.
+
+        Raises:
+            ValueError: The image can't be given a size.
+        """
+
+
 @dataclass(frozen=True)
-class Sizing:
+class Sizing(Placer):
     """The sizes that images can be given, in groups of about one area.
 
     Attributes:
@@ -78,7 +102,6 @@ class Sizing:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """All sizes, each once, in order."""
         return tuple(sorted({size for group in self.groups for size in group}))
 
     def choose(self, original: Size) -> Size:

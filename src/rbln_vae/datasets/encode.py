@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,23 +20,26 @@ from .. import hub
 from ..errors import RBLNDatasetError
 from ..host import usable_processors
 from ..models.autoencoder import RBLNAutoencoderModel
+from ..models.kinds import KINDS
 from ..sizes import Placement, Size, format_size
 from .encoder import LatentEncoder, identity_of, load_model, sizing_for
 from .job import (
-    JOB,
     REJECTED,
     Entry,
     Job,
-    check_same,
+    directory_of,
+    is_begun,
     job_record,
     local_directory,
     open_job,
-    read_record,
 )
 from .options import Options
 from .pictures import Prepared, prepare, quiet
 from .pipeline import Progress, encode_splits
 from .sources import Source, Split, open_source
+from .sources.folder import FolderSource
+from .trainers import Trainer
+from .trainers.base import require_opencv, stem_of
 
 _PROBED = 16
 """Images that a dry run decodes."""
@@ -98,7 +102,7 @@ def encode_dataset(
     report: Callable[[Progress], None] = lambda progress: None,
     **reading: Any,
 ) -> Summary:
-    """Encode images as latents, in shards, ready for training.
+    """Encode images as latents, in shards or in the cache of a trainer, ready for training.
 
     The same call resumes a run that ended early, whatever ended it. The result is
     bit-identical for any number of interruptions, workers and threads.
@@ -107,7 +111,7 @@ def encode_dataset(
         source: A source that `open_source` accepts: a folder, tar or Parquet files, or a
             Hugging Face data set.
         out: The output directory; it is made if it is missing. It can contain a part of the
-            same job.
+            same job. For a trainer it can be the source itself.
         model: A loaded model, or a directory, hub id or `.safetensors` file with a compiled
             model, a diffusers model or a pipeline. A diffusers model is compiled in memory.
         options: How each image is processed; `None` is `Options()`.
@@ -147,23 +151,24 @@ def encode_dataset(
         raise ValueError("expected max_rejected of 0 or more, workers and threads of 1 or more")
     if ray is not None and isinstance(model, RBLNAutoencoderModel):
         raise ValueError("with ray, model must be a directory or an id that each worker can load")
-    opened = open_source(source, **reading)
-    _check_apart(source, directory)
-    settings = dict(rbln_config or {})
+    opened = _open(source, directory, options, reading)
     loading = _where(model, subfolder, revision, model_kind)
+    settings = _settings(model, loading, options, rbln_config)
     if ray is None:
         settings |= {} if threads is None else {"num_threads": threads}
         vae = load_model(model, settings, loading)
-        encoder = LatentEncoder(vae, options)
     else:
         _require_ray()
         vae = load_model(model, {**settings, "create_runtimes": False}, loading)
+    _check_model(vae, options)
+    encoder = LatentEncoder(vae, options) if ray is None else None
     sizing = sizing_for(vae, options)
-    with open_job(directory, options, opened.describe(), _identity(vae, model, loading)) as job:
+    record = directory_of(directory, options)
+    with open_job(record, options, opened.describe(), _identity(vae, model, loading)) as job:
         progress = Progress()
         _count_aside(opened, progress)
         splits = enumerate(opened.splits(options.shard_size))
-        if ray is None:
+        if encoder is not None:
             entries = encode_splits(
                 splits,
                 encoder,
@@ -179,7 +184,7 @@ def encode_dataset(
             entries = encode_with_ray(
                 splits,
                 job,
-                address=ray,
+                address=str(ray),
                 workers=workers,
                 threads=threads or 1,
                 decoders=threads or 1,
@@ -190,7 +195,7 @@ def encode_dataset(
             )
         _drain(entries, job, progress, report)
         seconds = progress.seconds
-        totals = job.close()
+        totals = job.close(opened.count() if job.trainer is not None else None)
     summary = Summary(
         totals.samples,
         totals.rejected,
@@ -203,7 +208,7 @@ def encode_dataset(
     if totals.rejected > max_rejected:
         raise TooManyRejectedError(
             f"rejected: {totals.rejected}, more than max_rejected, {max_rejected}; "
-            f"{directory / REJECTED} says why. The other {totals.samples} are encoded and the "
+            f"{record / REJECTED} says why. The other {totals.samples} are encoded and the "
             "output is complete; the same command with a higher max_rejected accepts it.",
             summary,
         )
@@ -236,6 +241,98 @@ def _identity(vae: RBLNAutoencoderModel, model: Any, loading: Mapping[str, Any])
     if isinstance(model, RBLNAutoencoderModel):
         return identity_of(vae, None)
     return identity_of(vae, hub.find_compiled(os.fspath(model), **hub.options(loading)))
+
+
+def _settings(
+    model: Any,
+    loading: Mapping[str, Any],
+    options: Options,
+    rbln_config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The options of the model. Trainers get float32, unless another dtype is asked for."""
+    settings = dict(rbln_config or {})
+    if (
+        options.trainer is not None
+        and not isinstance(model, RBLNAutoencoderModel)
+        and hub.find_compiled(os.fspath(model), **hub.options(loading)) is None
+    ):
+        settings.setdefault("dtype", "float32")
+    return settings
+
+
+def _open(source: Any, out: Path, options: Options, reading: Mapping[str, Any]) -> Source:
+    """Open a source, and check that the output can be written for it."""
+    if (trainer := options.trainer) is None:
+        opened = open_source(source, **reading)
+        _check_apart(source, out)
+        return opened
+    kind = reading.get("kind", "auto")
+    local = isinstance(source, (str, os.PathLike)) and "://" not in os.fspath(source)
+    if not local or kind not in ("auto", "folder") or Path(source).is_file():
+        raise ValueError(
+            f"the source for {options.format} must be a folder of images on this machine, which "
+            "the trainer reads, too"
+        )
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"there is no {os.fspath(source)}")
+    if trainer.uses_opencv:
+        require_opencv()
+    # One name for one folder, or a job would not know its own record.
+    root = str(Path(source).resolve())
+    folder = FolderSource(root, trainer.takes)
+    _check_names(folder, trainer, out)
+    return folder
+
+
+def _check_names(folder: FolderSource, trainer: Trainer, out: Path) -> None:
+    """Raise an error for images that share a cache, and warn of images that the trainer ignores."""
+    taken, shadows = 0, []
+    for _, group in itertools.groupby(folder.names(), key=stem_of):
+        names = list(group)
+        taken += len(names)
+        if trainer.conflict and len(names) > 1:
+            raise RBLNDatasetError(
+                f"{' and '.join(names)} in {folder.root} differ only in their suffixes, and "
+                f"{trainer.conflict}; rename all but one"
+            )
+        shadow = trainer.shadows(names[0])
+        if shadow and any((place / shadow).exists() for place in (Path(folder.root), out)):
+            shadows.append(shadow)
+    left_out = FolderSource(folder.root).count() - taken
+    if left_out:
+        _warn(f"left out: {left_out} images of kinds that the trainer does not take")
+    if shadows:
+        _warn(
+            f"the trainer prefers {shadows[0]} to what is written here, as it does for "
+            f"{len(shadows)} images in all; remove these files"
+        )
+
+
+def _check_model(vae: RBLNAutoencoderModel, options: Options) -> None:
+    """Raise a `ValueError` if a model can't be that of an architecture; warn if it may not be."""
+    if (trainer := options.trainer) is None:
+        return
+    kind, config = KINDS[trainer.architecture.kind], vae.resolved_config
+    name, channels = vae.family.original_class_name, config.latent_channels
+    if not kind.suits(name, channels) or config.vae_scale_factor != 8:
+        raise ValueError(
+            f"architecture {options.architecture!r} has {' or '.join(kind.class_names)} with "
+            f"{kind.latent_channels} latent channels and 8 pixels a cell; the model is {name} "
+            f"with {channels} and {config.vae_scale_factor}"
+        )
+    scaling, usual = vae.latent_scaling, kind.config
+    found = scaling.scaling_factor, scaling.shift_factor
+    expected = usual.get("scaling_factor"), usual.get("shift_factor")
+    if scaling.known and expected[0] is not None and found != expected:
+        _warn(
+            f"the model scales its latents by scaling_factor {found[0]} and shift_factor "
+            f"{found[1]}, the autoencoder of {options.architecture} by {expected[0]} and "
+            f"{expected[1]}: is it the right model?"
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def _check_apart(source: Any, out: Path) -> None:
@@ -318,19 +415,19 @@ def estimate(
     """
     options = options or Options()
     directory = local_directory(out)
-    opened = open_source(source, **reading)
-    _check_apart(source, directory)
-    settings = dict(rbln_config or {})
-    settings |= {} if threads is None else {"num_threads": threads}
+    opened = _open(source, directory, options, reading)
     loading = _where(model, subfolder, revision, model_kind)
+    settings = _settings(model, loading, options, rbln_config)
+    settings |= {} if threads is None else {"num_threads": threads}
     vae = load_model(model, settings, loading)
+    _check_model(vae, options)
     encoder = LatentEncoder(vae, options)
     sizing = sizing_for(vae, options)
     done = 0
-    if (directory / JOB).exists():
-        wanted = job_record(options, opened.describe(), _identity(vae, model, loading))
-        check_same(read_record(directory / JOB), wanted, directory)
-        for entry in Job(directory, options).entries():
+    record = directory_of(directory, options)
+    wanted = job_record(options, opened.describe(), _identity(vae, model, loading))
+    if is_begun(record, wanted, options):
+        for entry in Job(record, options).entries():
             done += entry.samples + len(entry.rejected)
     sizes: Counter[Size] = Counter()
     rejected: Counter[str] = Counter()

@@ -19,10 +19,11 @@ from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ENCODER
 from ..models.opening import open_found
 from ..targets.base import get_target
-from .buckets import Sizing
+from .buckets import Placer
 from .options import Options
 from .pictures import Prepared
 from .seeds import seed_of
+from .trainers.base import MASK
 
 MIRRORED = "_flipped"
 """The suffix of the names of tensors of a mirrored image."""
@@ -35,7 +36,8 @@ class Encoded:
     Attributes:
         record: Key, caption, sizes and columns, as JSON values.
         tensors: Tensors `(C, h, w)` by name: `mean` and `logvar`, or `latent`, and those of
-            the mirrored image if it was encoded.
+            the mirrored image if it was encoded. For a trainer that keeps it, also the opacity
+            `(H, W)`.
     """
 
     record: dict[str, Any]
@@ -78,7 +80,7 @@ class LatentEncoder:
                 "(rbln_uses_encoder=True)"
             )
         check_takes_pictures(config.in_channels)
-        if options.scale:
+        if options.scaled:
             vae.latent_scaling.check_known()
         sizes = sizing_for(vae, options).sizes
         self._vae, self._options = vae, options
@@ -106,8 +108,15 @@ class LatentEncoder:
         pixels = torch.stack([torch.from_numpy(image.pixels) for image in images])
         kept = self._kept(pixels, [image.key for image in images], "")
         if self._options.flip:
-            mirrored = self._kept(pixels.flip(2), [image.key for image in images], MIRRORED)
-            kept = [{**one, **other} for one, other in zip(kept, mirrored, strict=True)]
+            mirrored = pixels.flip(2)
+            for i, image in enumerate(images):
+                if image.mirrored is not None:
+                    mirrored[i] = torch.from_numpy(image.mirrored)
+            other = self._kept(mirrored, [image.key for image in images], MIRRORED)
+            kept = [{**one, **two} for one, two in zip(kept, other, strict=True)]
+        for image, tensors in zip(images, kept, strict=True):
+            if image.opacity is not None:
+                tensors[MASK] = torch.from_numpy(image.opacity) / 255
         return [
             Encoded(self._record(image), tensors)
             if all(bool(tensor.isfinite().all()) for tensor in tensors.values())
@@ -127,7 +136,9 @@ class LatentEncoder:
         for i, key in enumerate(keys):
             if isinstance(encoded, Tensor):
                 tensors = {"latent": encoded[i]}
-            elif self._options.sample:
+            elif self._options.kept == "mean":
+                tensors = {"latent": encoded.mean[i]}
+            elif self._options.kept == "drawn":
                 mean, logvar = encoded.mean[i], encoded.logvar[i]
                 generator = torch.Generator().manual_seed(
                     seed_of(self._options.seed, "sample" + suffix, key)
@@ -136,7 +147,7 @@ class LatentEncoder:
                 tensors = {"latent": mean + torch.exp(0.5 * logvar) * noise}
             else:
                 tensors = {"mean": encoded.mean[i], "logvar": encoded.logvar[i]}
-            if self._options.scale:
+            if self._options.scaled:
                 tensors = {
                     name: self._scaling.scale_log_variance(tensor)
                     if name == "logvar"
@@ -178,7 +189,7 @@ def load_model(
     return open_found(model, settings, loading)
 
 
-def sizing_for(vae: RBLNAutoencoderModel, options: Options) -> Sizing:
+def sizing_for(vae: RBLNAutoencoderModel, options: Options) -> Placer:
     """The sizes that images can be given for a model.
 
     Their sides are multiples of a latent cell or, if latents are scaled, of a patch of cells.
@@ -186,7 +197,7 @@ def sizing_for(vae: RBLNAutoencoderModel, options: Options) -> Sizing:
     Raises:
         ValueError: A size in the options is not such a multiple.
     """
-    patch = vae.latent_scaling.patch_size if options.scale else 1
+    patch = vae.latent_scaling.patch_size if options.scaled else 1
     return options.sizing(patch * vae.resolved_config.vae_scale_factor)
 
 

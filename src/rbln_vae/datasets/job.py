@@ -3,6 +3,9 @@
 A part is a number of consecutive samples of a split. It is done when the journal has its
 entry, which is written atomically after its shard. So a job that was interrupted at any
 moment resumes with the parts that have no entry, and gives the same result.
+
+A trainer's cache lies among the user's files, so the record of its job has a hidden directory of
+its own there. That record only saves work: what it doesn't know is encoded again.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +26,21 @@ from typing import Any
 
 from ..errors import RBLNDatasetError
 from ..files import atomic_path
+from ..sizes import format_size
 from ..version import __version__
 from .encoder import Encoded
 from .formats import FORMATS
 from .formats.base import FORMAT_NAME, FORMAT_VERSION
 from .options import Options
 from .pictures import Rejected
-from .shards import ShardInfo, unwritable, write_shard
+from .shards import ShardInfo, holds_cache, unwritable, write_cache, write_shard
 
 JOB = "job.json"
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 JOURNAL = "journal"
+HIDDEN = ".rbln-vae"
+"""The directory with the records of jobs that write the cache of a trainer."""
 
 OF_THE_PACKAGE = {"library_version", "model.arithmetic"}
 """What in the record of a job no option sets, but the version of this package."""
@@ -105,7 +113,7 @@ class Entry:
 
 
 class Job:
-    """The output directory of a job.
+    """The record of a job.
 
     Args:
         directory: A directory with a job; `open_job` makes one.
@@ -114,6 +122,8 @@ class Job:
 
     def __init__(self, directory: Path, options: Options) -> None:
         self.directory, self.options = directory, options
+        self.trainer = options.trainer
+        self._out = directory if self.trainer is None else directory.parents[1]
 
     def done(self, part: Part) -> Entry | None:
         """The entry of a part if it is done and its shard exists, else `None`.
@@ -129,10 +139,13 @@ class Job:
         except ValueError as error:
             raise RBLNDatasetError(f"{file} is damaged: {error}. Remove it to resume.") from None
         if entry.shard is not None:
+            path = self.directory / entry.shard.file
             try:
-                if (self.directory / entry.shard.file).stat().st_size != entry.shard.bytes:
+                if path.stat().st_size != entry.shard.bytes:
                     return None
             except FileNotFoundError:
+                return None
+            if self.trainer is not None and not holds_cache(self.trainer, self._out, path):
                 return None
         return entry
 
@@ -150,9 +163,13 @@ class Job:
         Raises:
             RBLNDatasetError: A file can't be written, for example because the disk is full.
         """
-        kind = self.options.format
-        path = self.directory / f"{part.name}{FORMATS[kind].suffix}"
-        shard = write_shard(path, kind, samples) if samples else None
+        if self.trainer is None:
+            kind = FORMATS[self.options.format]
+            suffix, write = kind.suffix, kind.write
+        else:
+            suffix, write = ".json", functools.partial(write_cache, self.trainer, self._out)
+        path = self.directory / f"{part.name}{suffix}"
+        shard = write_shard(path, write, samples) if samples else None
         entry = Entry(part, last, fingerprint, shard, rejected)
         _write(self._entry_file(part), [entry.to_json()])
         return entry
@@ -164,8 +181,18 @@ class Job:
             yield entry
             split, number = (split + 1, 0) if entry.last else (split, number + 1)
 
-    def close(self) -> Totals:
-        """Write the manifest and the list of rejected samples, after all parts are done."""
+    def close(self, count: int | None = None) -> Totals:
+        """Write the manifest and the list of rejected samples, after all parts are done.
+
+        Args:
+            count: The number of images in a folder, which may have been more when the job began;
+                by default all entries of the journal count.
+        """
+        if count is not None:
+            splits = -(-count // self.options.shard_size)
+            for file in (self.directory / JOURNAL).glob("*.json"):
+                if int(file.stem.partition("-")[0]) >= splits:
+                    file.unlink()
         totals = Totals()
         for entry in self.entries():
             totals.add(entry)
@@ -196,6 +223,9 @@ class Job:
         """Remove the temporary files of a process that was killed."""
         for place in (self.directory, self.directory / JOURNAL):
             for stale in place.glob(".*.tmp"):
+                stale.unlink(missing_ok=True)
+        if self.trainer is not None:
+            for stale in self._out.rglob(self.trainer.temporaries):
                 stale.unlink(missing_ok=True)
 
     def write_rejected(self) -> None:
@@ -252,14 +282,28 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
     return Path(name)
 
 
+def directory_of(out: Path, options: Options) -> Path:
+    """The directory of a job's record.
+
+    A trainer's cache can hold several jobs, of different architectures and, where the trainer
+    tells their files apart, of different sizes.
+    """
+    if (trainer := options.trainer) is None:
+        return out
+    size = f"-{format_size(options.sizes[0])}" if trainer.architecture.by_size else ""
+    return out / HIDDEN / f"{options.format}-{options.architecture}{size}"
+
+
 @contextlib.contextmanager
 def open_job(
     directory: Path, options: Options, source: Mapping[str, Any], model: Mapping[str, Any]
 ) -> Iterator[Job]:
     """Start or resume a job in a directory, and lock it against other processes.
 
+    A job for a trainer replaces one that was started with something else.
+
     Args:
-        directory: The directory; it is made if it is missing.
+        directory: The result of `directory_of`; it is made if it is missing.
         options: The options of the job.
         source: The result of `Source.describe`.
         model: The result of `identity_of`.
@@ -273,8 +317,11 @@ def open_job(
         raise RBLNDatasetError(
             f"{directory} can't be made: {error.strerror}. Name another directory."
         ) from error
-    with _locked(directory):
+    with _locked(directory if options.trainer is None else directory.parent):
         wanted = job_record(options, source, model)
+        if options.trainer is not None and not _is_same(directory, wanted):
+            shutil.rmtree(directory)
+            directory.mkdir()
         if (directory / JOB).exists():
             check_same(read_record(directory / JOB), wanted, directory)
         else:
@@ -317,6 +364,28 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], directory: 
         raise RBLNDatasetError(
             f"{directory} was started with {listed}. {how} to resume, or name another directory."
         )
+
+
+def is_begun(directory: Path, wanted: Mapping[str, Any], options: Options) -> bool:
+    """Whether a directory has a part of a job.
+
+    Raises:
+        RBLNDatasetError: It has another job, which this one can't replace.
+    """
+    if not (directory / JOB).exists():
+        return False
+    if options.trainer is not None:
+        return _is_same(directory, wanted)
+    check_same(read_record(directory / JOB), wanted, directory)
+    return True
+
+
+def _is_same(directory: Path, wanted: Mapping[str, Any]) -> bool:
+    try:
+        check_same(read_record(directory / JOB), wanted, directory)
+    except (RBLNDatasetError, FileNotFoundError):
+        return False
+    return True
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

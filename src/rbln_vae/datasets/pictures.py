@@ -16,10 +16,11 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from ..images import open_image, upright_rgb
 from ..sizes import Placement, format_size
-from .buckets import Sizing
+from .buckets import Placer
 from .options import Options
 from .sources import Sample
 from .sources.files import read_file, read_sidecars
+from .trainers import Trainer
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, height and width change places
 _GAP = 2
@@ -42,6 +43,8 @@ class Prepared:
         columns: Of the sample.
         placement: How the image was scaled and cropped.
         pixels: uint8 `(H, W, 3)`.
+        mirrored: The same of the mirrored image, if it isn't the mirror image of `pixels`.
+        opacity: uint8 `(H, W)`, if it is kept.
     """
 
     key: str
@@ -49,6 +52,8 @@ class Prepared:
     columns: Mapping[str, Any]
     placement: Placement
     pixels: npt.NDArray[np.uint8]
+    mirrored: npt.NDArray[np.uint8] | None = None
+    opacity: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,13 @@ class _UnfitError(Exception):
     """An image isn't one that is wanted."""
 
 
-def prepare(sample: Sample, options: Options, sizing: Sizing) -> Prepared | Rejected:
+def prepare(sample: Sample, options: Options, sizing: Placer) -> Prepared | Rejected:
     """Read and decode a sample, and give it the size of its bucket.
 
     Args:
         sample: What a source gave.
         options: What is made of it.
-        sizing: The buckets.
+        sizing: The buckets, or the trainer that prepares images in its own way.
 
     Raises:
         Exception: Its file can't be read at present; a file that is missing or that may not
@@ -87,6 +92,8 @@ def prepare(sample: Sample, options: Options, sizing: Sizing) -> Prepared | Reje
     try:
         with open_image(io.BytesIO(content)) as image:
             _check(image, options)
+            if isinstance(sizing, Trainer):
+                return _as_trainer(sample, image, options, sizing)
             turn = image.getexif().get(_ORIENTATION, 1) if isinstance(image, JpegImageFile) else 0
             drafted = None
             if turn and options.prescale:
@@ -107,6 +114,40 @@ def prepare(sample: Sample, options: Options, sizing: Sizing) -> Prepared | Reje
         placement, box = drafted
     pixels = np.array(_scaled(picture, placement, box or (0, 0, *picture.size)))
     return Prepared(sample.key, caption, columns, placement, pixels)
+
+
+def _as_trainer(sample: Sample, image: Image.Image, options: Options, trainer: Trainer) -> Prepared:
+    """Prepare an open picture as a trainer does."""
+    if isinstance(sample.image, str) and not sample.image.endswith(sample.key):
+        raise _UnfitError("its name isn't UTF-8")
+    image.load()
+    picture = trainer.read(image)
+    try:
+        place = trainer.place((picture.height, picture.width))
+    except ValueError as error:
+        raise _UnfitError(str(error)) from None
+    if place.scaled[0] * place.scaled[1] > options.max_pixels:
+        raise _UnfitError(
+            f"it would be scaled to {format_size(place.scaled)}, which is more than max_pixels "
+            f"{options.max_pixels}"
+        )
+
+    def cut(picture: Image.Image) -> npt.NDArray[np.uint8]:
+        (row, column), (height, width) = place.offset, place.size
+        return trainer.scale(picture, place.scaled)[row : row + height, column : column + width]
+
+    pixels, mirrored = cut(picture), None
+    if options.flip and trainer.mirrors_first:
+        mirrored = cut(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT))[..., :3].copy()
+    return Prepared(
+        sample.key,
+        sample.caption,
+        sample.columns,
+        place,
+        pixels[..., :3].copy(),
+        mirrored,
+        pixels[..., 3].copy() if options.alpha_mask else None,
+    )
 
 
 @contextmanager
@@ -162,7 +203,7 @@ def _check(image: Image.Image, options: Options) -> None:
 
 
 def _draft(
-    image: Image.Image, turn: int, key: str, options: Options, sizing: Sizing
+    image: Image.Image, turn: int, key: str, options: Options, sizing: Placer
 ) -> tuple[Placement, Box | None]:
     """Choose size and crop of a JPEG from its header, and have it decoded at a fraction.
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ..errors import RBLNDatasetError
-from .buckets import Sizing
+from .buckets import Placer
 from .encoder import Encoded, Encoder
 from .job import Entry, Job, Part
 from .pictures import Prepared, Rejected, prepare, quiet
@@ -97,7 +97,7 @@ def encode_splits(
     splits: Iterable[tuple[int, Split]],
     encoder: Encoder,
     job: Job,
-    sizing: Sizing,
+    sizing: Placer,
     *,
     decoders: int,
     progress: Progress,
@@ -178,6 +178,8 @@ def first_missing(job: Job, number: int, split: Split, progress: Progress) -> in
     while entry := job.done(Part(number, first)):
         fingerprint = split.fingerprint() if fingerprint is None else fingerprint
         if entry.fingerprint != fingerprint:
+            if job.trainer is not None:
+                break  # images come and go in the folder of a trainer
             raise RBLNDatasetError(
                 f"the source has changed since {job.directory} was begun: split {number} holds "
                 "other files. Bring it back to what it was, or encode to another directory."
@@ -192,7 +194,7 @@ def first_missing(job: Job, number: int, split: Split, progress: Progress) -> in
 def _feed(
     splits: Iterable[tuple[int, Split]],
     job: Job,
-    sizing: Sizing,
+    sizing: Placer,
     pool: ThreadPoolExecutor,
     progress: Progress,
 ) -> Iterator[_Item]:

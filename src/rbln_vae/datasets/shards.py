@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,6 +19,7 @@ from ..sizes import format_size
 from .encoder import Encoded
 from .formats import FORMATS, Shard
 from .options import Format
+from .trainers import Trainer
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class ShardInfo:
     sizes: Mapping[str, int]
 
 
-def write_shard(path: Path, kind: Format, samples: Sequence[Encoded]) -> ShardInfo:
+def write_shard(
+    path: Path, write: Callable[[Path, Sequence[Encoded]], None], samples: Sequence[Encoded]
+) -> ShardInfo:
     """Write a shard atomically. The same samples give the same bytes.
 
     Args:
         path: The file to write; its directory must exist.
-        kind: The format of the file.
+        write: Writes the file, such as `Shard.write` of a format.
         samples: At least one sample; all have tensors of the same names.
 
     Raises:
@@ -51,7 +56,7 @@ def write_shard(path: Path, kind: Format, samples: Sequence[Encoded]) -> ShardIn
     """
     try:
         with atomic_path(path) as temporary:
-            FORMATS[kind].write(temporary, samples)
+            write(temporary, samples)
             size, digest = temporary.stat().st_size, checksum(temporary)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
@@ -60,6 +65,27 @@ def write_shard(path: Path, kind: Format, samples: Sequence[Encoded]) -> ShardIn
         name = format_size(sample.record["target_size"])
         sizes[name] = sizes.get(name, 0) + 1
     return ShardInfo(path.name, len(samples), size, digest, dict(sorted(sizes.items())))
+
+
+def write_cache(trainer: Trainer, out: Path, path: Path, samples: Sequence[Encoded]) -> None:
+    """Write the files of some samples to the cache of a trainer, and the list of these files.
+
+    Args:
+        trainer: The trainer.
+        out: The directory of the cache.
+        path: The list: a shard that has its samples elsewhere.
+        samples: The samples.
+    """
+    files: dict[str, Any] = {}
+    for sample in samples:
+        files |= trainer.write(out, sample.record, sample.tensors)
+    path.write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def holds_cache(trainer: Trainer, out: Path, path: Path) -> bool:
+    """Whether the files of a list by `write_cache` are all there."""
+    files: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return all(trainer.holds(out / name, arrays) for name, arrays in files.items())
 
 
 def open_shard(directory: Path, shard: ShardInfo, kind: Format) -> Shard:

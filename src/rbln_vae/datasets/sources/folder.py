@@ -19,9 +19,16 @@ _NAMES_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class FolderSource(Source):
-    """The images of a folder and its subfolders, sorted by name, with their sidecars."""
+    """The images of a folder and its subfolders, sorted by name, with their sidecars.
+
+    Attributes:
+        root: The folder.
+        takes: Which files are images, by their paths in the folder; sidecars are left out then.
+            `None` takes all that Pillow may read.
+    """
 
     root: str
+    takes: Callable[[str], bool] | None = None
 
     def splits(self, size: int) -> Iterator[Split]:
         files = self._files()
@@ -33,10 +40,15 @@ class FolderSource(Source):
             raise RBLNDatasetError(
                 f"there are no images in {self.root}: expected files that end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+                + (", of the kinds that the trainer takes" if self.takes else "")
             )
 
-    def count(self) -> int | None:
+    def count(self) -> int:
         return sum(1 for _ in self._files())
+
+    def names(self) -> Iterator[str]:
+        """The images, as paths in the folder, in order."""
+        return (image for image, *_ in self._files())
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "folder", "name": self.root}
@@ -48,7 +60,10 @@ class FolderSource(Source):
             entries = functools.partial(_remote_entries, fs, root)
         else:
             entries = functools.partial(_local_entries, self.root)
-        return _walk(entries, "", ())
+        found = _walk(entries, "", ())
+        if (takes := self.takes) is None:
+            return found
+        return ((image,) for image, *_ in found if takes(image))
 
 
 Entry: TypeAlias = tuple[str, str, Any]
