@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from ...files import atomic_path
 from ...sizes import Size
@@ -32,6 +31,8 @@ _CONTROLS = "_controls"
 """A folder with images that the trainer made, which it doesn't train on."""
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..options import Options
 
 

@@ -1,7 +1,7 @@
 """What a trainer does with an image before it encodes it, and the files that it then reads.
 
 A trainer prepares images in its own way: which files it takes, how it turns, converts, scales and
-crops them, and what it keeps of the distribution of their latents. `docs/trainers.md` says which
+crops them, and what it keeps of the distribution of their latents. `docs/datasets.md` says which
 versions were compared.
 """
 
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ...errors import RBLNDatasetError
 from ...sizes import Placement, Size, check_image_size, format_size
 from ..buckets import Crop, Placer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..options import Options
 
 Pixels = npt.NDArray[np.uint8]
@@ -261,6 +261,8 @@ def safetensors_file(name: str, tensor: Tensor, metadata: Mapping[str, str]) -> 
 
     The library keeps no order of metadata, so the same call would give other bytes.
     """
+    import torch  # the help of the command line reads this module, and torch takes seconds
+
     dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     entry = {

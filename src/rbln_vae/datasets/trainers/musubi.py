@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
-from torch import Tensor
 
 from ...files import atomic_path
 from ...sizes import Size, format_size
@@ -28,6 +27,8 @@ from .base import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..options import Options
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
 
 from ...files import atomic_path
 from ...sizes import Size, format_size
@@ -31,6 +30,8 @@ from .base import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..options import Options
 
 Array = npt.NDArray[Any]
