@@ -619,6 +619,26 @@ def test_a_data_set_is_encoded_and_summed_up(compiled, photographs, tmp_path) ->
     assert "options.flip True, not False" in failed(run(*call), 1)
 
 
+def test_the_cache_of_a_trainer_is_written_with_the_lines_of_its_configuration(
+    photographs, tmp_path
+) -> None:
+    tiny_vaes.make("AutoencoderKL", 0).save_pretrained(tmp_path / "vae")
+    (photographs / "left.gif").write_bytes(b"not of the trainer")
+    call = ["encode-dataset", photographs, photographs, "-m", tmp_path / "vae", "--size", 64]
+    call += ["--format", "sd-scripts", "--architecture", "sd", "--flip"]
+    planned = run(*call, "--dry-run")
+    assert row(done(planned), "samples")[-1] == "7"
+    assert "warning: left out: 1 images" in planned.stderr
+    assert not (photographs / ".rbln-vae").exists()
+    shown = done(run(*call))
+    assert row(shown, "samples") == ["samples", "7"]
+    for line in ("resolution = 64", "enable_bucket = false", "flip_aug = true"):
+        assert line in shown.splitlines() or f"  {line}" in shown.splitlines()
+    assert len(list(photographs.rglob("*_sd.npz"))) == 7
+    assert row(done(run(*call)), "encoded") == ["encoded", "in", "this", "run", "0"]
+    assert "architecture is None" in failed(run(*call[:-3]), 2)
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     compiled, photographs, tmp_path
 ) -> None:

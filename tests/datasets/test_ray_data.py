@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_vaes
 from pictures import digests, make_folder
-from vaes import default_compiled
+from vaes import compile_vae, default_compiled
 
 from rbln_vae.datasets import Options, encode_dataset
 from rbln_vae.errors import RBLNDatasetError
@@ -151,6 +152,24 @@ def test_what_a_worker_raises_is_raised_here(images: Path, model: Path, tmp_path
         shard.mkdir()  # nothing can take its place
     with pytest.raises(RBLNDatasetError, match="can't be written"):
         encode_dataset(images, out, model, OPTIONS, ray="auto", workers=1)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_cache_of_a_trainer_is_the_same(images: Path, tmp_path: Path) -> None:
+    vae = tiny_vaes.make("AutoencoderKL", 0, scaling_factor=0.13025)
+    compile_vae(vae).save_pretrained(tmp_path / "model")
+    options = Options(
+        sizes=((64, 64),), format="sd-scripts", architecture="sdxl", flip=True, alpha_mask=True
+    )
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    encode_dataset(images, whole, tmp_path / "model", options)
+    summary = encode_dataset(images, out, tmp_path / "model", options, ray="auto", workers=2)
+    assert summary.samples == summary.encoded == len(list(out.rglob("*_sdxl.npz"))) == COUNT
+    assert digests(out) == digests(whole)
+    removed = next(iter(out.rglob("*_sdxl.npz")))
+    removed.unlink()
+    again = encode_dataset(images, out, tmp_path / "model", options, ray="auto", workers=2)
+    assert 0 < again.encoded < COUNT and digests(out) == digests(whole)
 
 
 def test_a_model_in_memory_is_refused(images: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_sd_scripts_reads_plain_keys_of_unscaled_draws(folder: Path, architectur
     vae = make(architecture)
     for key, name, size, bucket in (
         ("wide.png", "wide_0210x0130", (210, 130), (112, 80)),
-        ("more/tall.png", "more/tall_0051x0083", (51, 83), (64, 112)),
+        ("more/tall.png", "more/tall_0051x0083", (51, 83), (80, 112)),
     ):
         found = arrays(folder / f"{name}_{architecture}.npz")
         assert set(found) == {"latents", "original_size", "crop_ltrb"}
@@ -203,7 +203,7 @@ def test_sd_scripts_scales_opacity_with_the_image_if_it_keeps_it(tmp_path: Path)
         ((100, 50), (100, 50), (96, 48)),  # small enough: its own size, rounded down
         ((300, 100), (144, 48), (144, 48)),
         ((100, 300), (48, 144), (48, 144)),
-        ((210, 130), (112, 69), (112, 64)),
+        ((210, 130), (103, 64), (96, 64)),
     ],
 )
 def test_sd_scripts_without_enlarging_rounds_the_side_that_is_nearer(
@@ -228,15 +228,15 @@ def test_sd_scripts_prefers_an_old_file_and_a_warning_says_so(folder: Path) -> N
 def test_musubi_names_size_and_dtype_in_the_key(folder: Path, dtype: str) -> None:
     run(folder, latent_dtype=dtype, **MUSUBI)
     found, metadata = tensors(folder / "wide_0210x0130_zi.safetensors")
-    latent = found.pop(f"latents_1x8x16_{dtype}")
-    assert not found and latent.shape == (16, 8, 16) and str(latent.dtype) == f"torch.{dtype}"
+    latent = found.pop(f"latents_1x10x14_{dtype}")
+    assert not found and latent.shape == (16, 10, 14) and str(latent.dtype) == f"torch.{dtype}"
     assert metadata == {
         "architecture": "z_image",
         "width": "210",
         "height": "130",
         "format_version": "1.0.1",
     }
-    pixels = center(covering(folder / "wide.png", (128, 64)), 128, 64)
+    pixels = center(covering(folder / "wide.png", (112, 80)), 112, 80)
     expected = distribution(make("z-image"), pixels).mean[0]
     assert relative_l2(latent.float(), expected) < (1e-4 if dtype == "float32" else 1e-2)
 
@@ -254,15 +254,15 @@ def test_musubi_keeps_means_of_flux2_in_patches_and_normalised(
 ) -> None:
     run(folder, **{**MUSUBI, "architecture": architecture})
     found, metadata = tensors(folder / f"more/tall_0051x0083_{short}.safetensors")
-    assert metadata["architecture"] == full and set(found) == {"latents_8x4_float32"}
+    assert metadata["architecture"] == full and set(found) == {"latents_7x5_float32"}
     vae = make(architecture)
-    mean = distribution(vae, center(covering(folder / "more/tall.png", (64, 128)), 64, 128)).mean
+    mean = distribution(vae, center(covering(folder / "more/tall.png", (80, 112)), 80, 112)).mean
     patches = torch.nn.functional.pixel_unshuffle(mean, 2)[0]
     average, variance = (
         values.view(-1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var)
     )
     expected = (patches - average) / torch.sqrt(variance + vae.config.batch_norm_eps)
-    assert relative_l2(found["latents_8x4_float32"], expected) < 1e-4
+    assert relative_l2(found["latents_7x5_float32"], expected) < 1e-4
 
 
 def test_musubi_scales_with_opacity_and_drops_it_then(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ def test_toolkit_finds_a_cache_by_the_hash_of_its_settings(
     folder: Path, architecture: str, version: str, step: int
 ) -> None:
     run(folder, architecture=architecture, flip=True, **TOOLKIT)
-    width, height = (112, 80) if step == 16 else (128, 64)
-    scaled = (130, 80) if step == 16 else (128, 80)
+    width, height = (112, 80) if step == 16 else (96, 96)
+    scaled = (130, 80) if step == 16 else (156, 96)
     info: dict[str, Any] = {
         "filename": "wide.png",
         "scale_to_width": scaled[0],
@@ -406,7 +406,7 @@ def test_what_cannot_be_read_is_listed_in_the_hidden_folder(folder: Path) -> Non
     (folder / "broken.png").write_bytes(b"no picture")
     photograph().crop((0, 0, 90, 40)).save(folder / "flat.png")
     with pytest.raises(TooManyRejectedError, match="rejected: 2"):
-        run(folder, **MUSUBI, upscale=False, min_side=64)
+        run(folder, **MUSUBI, upscale=False, min_side=45)
     listed = (folder / ".rbln-vae" / "musubi-z-image" / "rejected.jsonl").read_text()
     assert [json.loads(line)["key"] for line in listed.splitlines()] == ["broken.png", "flat.png"]
 

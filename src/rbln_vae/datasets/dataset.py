@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..errors import RBLNDatasetError
-from .formats import Shard
+from .formats import FORMATS, Shard
 from .job import local_directory, read_manifest
 from .options import Format
 from .seeds import seed_of
@@ -51,6 +51,11 @@ class LatentDataset(Dataset[Item]):
         self.directory = local_directory(directory)
         self.manifest = read_manifest(self.directory)
         self._format: Format = self.manifest["options"]["format"]
+        if self._format not in FORMATS:
+            raise RBLNDatasetError(
+                f"{self.directory} is the record of a cache for {self._format}, which its trainer "
+                "reads"
+            )
         self._shards = [ShardInfo(**shard) for shard in self.manifest["shards"]]
         self._starts = np.cumsum([0, *(shard.samples for shard in self._shards)])
         self._open: dict[int, Shard] = {}
