@@ -89,7 +89,7 @@ def tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def distribution(vae: Any, pixels: np.ndarray) -> Any:
     """What diffusers gives for levels `(H, W, 3)` in float32."""
-    sample = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    sample = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         return vae.encode(sample).latent_dist
 
