@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -7,6 +9,9 @@ import torch
 # Machines that run tests are slow at times, which is no failure; and a failure repeats.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repository")
+
+# What is tested is compiled, here and in processes that tests start.
+os.environ["RBLN_VAE_CACHE"] = "off"
 
 
 @pytest.fixture(autouse=True)

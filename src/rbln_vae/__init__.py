@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .models.autoencoder_kl_wan import RBLNAutoencoderKLWan
     from .models.autoencoder_tiny import RBLNAutoencoderTiny
     from .models.base import RBLNModel
+    from .models.pipelines import compile_pipeline
     from .models.vq_model import RBLNVQModel
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "RBLNVQModel",
     "RBLNVQModelConfig",
     "__version__",
+    "compile_pipeline",
     "demo_model",
 ]
 
@@ -94,6 +96,7 @@ __getattr__, __dir__ = lazy_names(
         ".models.autoencoder_tiny": ("RBLNAutoencoderTiny",),
         ".models.asymmetric_autoencoder_kl": ("RBLNAsymmetricAutoencoderKL",),
         ".models.base": ("RBLNModel",),
+        ".models.pipelines": ("compile_pipeline",),
         ".models.vq_model": ("RBLNVQModel",),
     },
 )

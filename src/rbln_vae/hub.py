@@ -35,6 +35,8 @@ _ORIGINAL_OPTIONS = (
     "disable_mmap",
 )
 """Arguments of diffusers' loaders that compiled models ignore, having no weights to load."""
+DENOISERS = ("unet", "transformer")
+"""The components of a pipeline of which one may tell for what size it was trained."""
 _KIND = "kind"
 """The argument that tells what the weights in a single file don't."""
 _FILE_ADDRESS = re.compile(
@@ -227,7 +229,7 @@ def find_pipeline(model_id: str, **download: Any) -> tuple[str, int | None] | No
         return None
     sides = (
         (_json(model_id, f"{name}/config.json", download) or {}).get("sample_size")
-        for name in ("unet", "transformer")
+        for name in DENOISERS
         if name in index
     )
     return "vae", next((side for side in sides if isinstance(side, int)), None)

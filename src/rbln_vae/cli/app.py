@@ -445,6 +445,20 @@ def serve(
 
 
 @app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all of them.")] = False,
+) -> None:
+    """Show the compiled models that are kept so that the next start needn't compile them.
+
+    The least recently used are removed beyond 10 GiB. RBLN_VAE_CACHE names another directory
+    than ~/.cache/rbln-vae; off keeps none.
+    """
+    from . import building
+
+    building.show_cache(clear)
+
+
+@app.command()
 def targets() -> None:
     """Show what this machine can run, and why not the rest."""
     from . import building

@@ -1,9 +1,10 @@
-"""The commands about compiled models themselves: compile, inspect, verify and targets."""
+"""The commands about compiled models themselves: compile, inspect, verify, cache and targets."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ..images import Fitting, load_image, to_tensor
 from ..metrics import largest_error, psnr, relative_l2
 from ..models.auto import class_of
 from ..models.autoencoder import RBLNAutoencoderModel
+from ..models.cache import Cache
 from ..models.family import DECODER, ENCODER, ResolvedConfig
 from ..sizes import Size, check_image_size, format_size, parse_size
 from ..targets.base import all_targets
+from ..units import format_bytes
 from .models import open_model, open_reference, original_moments, original_pixels
 from .terminal import err, out, table, working
 
@@ -197,6 +200,34 @@ def _outcomes(
     with working("Decoding …"):
         result = compiled.decode_latents(latents)
     yield DECODER, "pixels", result, pixels
+
+
+def show_cache(clear: bool) -> None:
+    """Print what the cache of compiled models holds, or remove it."""
+    cache = Cache.of_user()
+    if cache is None:
+        out().print("RBLN_VAE_CACHE is off: compiled models are not kept")
+        return
+    if clear:
+        out().print(f"{cache.clear()} compiled models removed from {cache.directory}")
+        return
+    entries = cache.entries()
+    rows = table("model", "class", "target", "dtype", "last used", "size")
+    for column in rows.columns[:-1]:
+        column.justify = "left"
+    for entry in entries:
+        key = {"model": f"damaged: {entry.directory.name}", "options": {}, **entry.key}
+        rows.add_row(
+            *(str(key.get(name, "")) for name in ("model", "class", "target")),
+            str(key["options"].get("dtype", "")),
+            f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}",
+            format_bytes(entry.size),
+        )
+    if entries:
+        out().print(rows)
+    size = format_bytes(sum(entry.size for entry in entries))
+    of = f"{size} of {format_bytes(cache.limit)}"
+    out().print(f"{len(entries)} compiled models in {cache.directory}, {of}")
 
 
 def show_targets() -> None:

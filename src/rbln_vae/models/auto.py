@@ -58,13 +58,18 @@ class RBLNAutoencoder:
 
     @staticmethod
     def from_model(
-        model: torch.nn.Module, *, rbln_config: Config = None, **kwargs: Any
+        model: torch.nn.Module,
+        *,
+        rbln_config: Config = None,
+        cache: bool = False,
+        **kwargs: Any,
     ) -> RBLNAutoencoderModel:
         """Compile a loaded model, by its class.
 
         Args:
             model: A diffusers model.
             rbln_config: Options, as a dict or an instance of a configuration class.
+            cache: As of `RBLNModel.from_model`. By default `False`.
             **kwargs: Options with the prefix `rbln_`.
 
         Raises:
@@ -72,7 +77,7 @@ class RBLNAutoencoder:
             ValueError, RBLNError: As `RBLNModel.from_model`.
         """
         found = class_for(type(model).__name__, "The model")
-        return found.from_model(model, rbln_config=rbln_config, **kwargs)
+        return found.from_model(model, rbln_config=rbln_config, cache=cache, **kwargs)
 
 
 def class_of(name: str, loader: Mapping[str, Any]) -> type[RBLNAutoencoderModel]:

@@ -20,6 +20,7 @@ from ..profiler import Profile
 from ..targets.base import OnRows, Runtime, RuntimeOptions, get_target
 from ..targets.placement import check_placement
 from ..targets.watch import ShouldStop
+from .cache import Cache
 from .compiling import CompiledModel, compile_model
 from .family import Family, right_class
 from .latents import LatentScaling
@@ -77,6 +78,9 @@ class RBLNModel(ModuleMembers):
     ) -> ModelType:
         """Load a compiled model, or compile one of diffusers.
 
+        What was compiled is kept in a cache on disk, and taken from there the next time; see
+        docs/pipelines.md.
+
         Args:
             model_id: A hub id or a local directory, of a compiled model or of a diffusers
                 model; or a `.safetensors` file of a VAE or of a whole checkpoint, in the
@@ -109,8 +113,8 @@ class RBLNModel(ModuleMembers):
             ...     "stabilityai/sdxl-vae", export=True, rbln_sample_size=1024
             ... )  # doctest: +SKIP
         """
-        options, loader = _split(kwargs)
-        wanted = cls._wanted(rbln_config, options)
+        options, loader = split_options(kwargs)
+        wanted = cls.configuration(rbln_config, options)
         name = os.fspath(model_id)
         loader = hub.reach(name, loader)
         compiled_directory = hub.find_compiled(name, **hub.options(loader))
@@ -129,7 +133,7 @@ class RBLNModel(ModuleMembers):
                 "compile it."
             )
         model = cls.family.load_original(name, **loader)
-        return cls(compile_model(cls.family, model, wanted, name))
+        return cls(compile_model(cls.family, model, wanted, name, Cache.of_user()))
 
     @classmethod
     def from_model(
@@ -137,6 +141,7 @@ class RBLNModel(ModuleMembers):
         model: torch.nn.Module,
         *,
         rbln_config: Config = None,
+        cache: bool = False,
         **kwargs: Any,
     ) -> ModelType:
         """Compile a loaded model.
@@ -145,6 +150,8 @@ class RBLNModel(ModuleMembers):
             model: The diffusers model, which is not needed afterwards. It is not changed,
                 not even meanwhile, so other threads may run it.
             rbln_config: Options, as a dict or an instance of the configuration class.
+            cache: Whether the result is kept on disk and taken from there the next time, as
+                `from_pretrained` does; see docs/pipelines.md. By default `False`.
             **kwargs: Options with the prefix `rbln_`, which win over `rbln_config`.
 
         Returns:
@@ -153,15 +160,15 @@ class RBLNModel(ModuleMembers):
         Raises:
             TypeError: The model is of another class, or a name is unknown.
             ValueError: An option is wrong or in conflict with the model.
-            RBLNCompileError: The model can't be compiled.
+            RBLNCompileError: The model can't be compiled, or its weights are offloaded.
             RBLNTargetUnavailableError: This machine can't run the target.
 
         Example:
             >>> vae = RBLNAutoencoderKL.from_model(pipe.vae, rbln_dtype="bfloat16")
             ... # doctest: +SKIP
         """
-        options, rest = _split(kwargs)
-        reject_unknown(rest, ["rbln_config"], f"argument of {cls.__name__}.from_model")
+        options, rest = split_options(kwargs)
+        reject_unknown(rest, ["rbln_config", "cache"], f"argument of {cls.__name__}.from_model")
         original = cls.family.original_class_name
         if type(model).__name__ != original:
             raise TypeError(
@@ -169,11 +176,21 @@ class RBLNModel(ModuleMembers):
                 f"{right_class(type(model).__name__)}"
             )
         name = str(getattr(model, "name_or_path", "") or original)
-        return cls(compile_model(cls.family, model, cls._wanted(rbln_config, options), name))
+        wanted = cls.configuration(rbln_config, options)
+        kept = Cache.of_user() if cache else None
+        return cls(compile_model(cls.family, model, wanted, name, kept))
 
     @classmethod
-    def _wanted(cls, rbln_config: Config, options: Mapping[str, Any]) -> RBLNModelConfig:
-        """The configuration that the caller asks for, not frozen."""
+    def configuration(cls, rbln_config: Config, options: Mapping[str, Any]) -> RBLNModelConfig:
+        """The configuration that a caller asks for, not frozen.
+
+        Args:
+            rbln_config: Options, as a dict or an instance of the configuration class.
+            options: Those that win over it.
+
+        Raises:
+            ValueError, TypeError: An option is unknown or wrong.
+        """
         if rbln_config is None or isinstance(rbln_config, Mapping):
             return cls.config_class(**override(rbln_config or {}, options))
         if not isinstance(rbln_config, cls.config_class):
@@ -456,8 +473,8 @@ def _frozen(config: Mapping[str, Any]) -> Any:
     return FrozenDict(config)  # type: ignore[no-untyped-call]
 
 
-def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The names that begin with `rbln_`, without it, and the others."""
+def split_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that begin with `rbln_`, without it, and the others."""
     prefix = "rbln_"
     options = {k.removeprefix(prefix): v for k, v in kwargs.items() if k.startswith(prefix)}
     return options, {k: v for k, v in kwargs.items() if not k.startswith(prefix)}

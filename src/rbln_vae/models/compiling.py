@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..config import RBLNModelConfig
-from ..targets.base import CompiledPart, CompileOptions
+from ..errors import RBLNCompileError
+from ..targets.base import CompiledPart, CompileOptions, get_target
 from ..targets.placement import check_placement, choose_target
+from .cache import Cache, key_of
 from .family import Family, ResolvedConfig
 
 
@@ -37,19 +39,24 @@ class CompiledModel:
 
 
 def compile_model(
-    family: Family, model: torch.nn.Module, rbln_config: RBLNModelConfig, name: str
+    family: Family,
+    model: torch.nn.Module,
+    rbln_config: RBLNModelConfig,
+    name: str,
+    cache: Cache | None = None,
 ) -> CompiledModel:
-    """Compile every part of a model.
+    """Compile every part of a model, or read from a cache what was compiled before.
 
     Args:
         family: Of the model.
         model: The diffusers model. It is not changed.
         rbln_config: What the caller asks for.
         name: A path or an id, to be kept as what the model was compiled from.
+        cache: Where compiled parts are looked for and kept. By default nowhere.
 
     Raises:
         ValueError: An option is in conflict with the model or the target.
-        RBLNCompileError: The model can't be compiled.
+        RBLNCompileError: The model can't be compiled, or its weights are elsewhere.
         RBLNTargetUnavailableError: This machine can't run the target.
     """
     config = dict(getattr(model, "config", {}))
@@ -66,11 +73,30 @@ def compile_model(
         resolved = dataclasses.replace(resolved, dtype=dtype)
     if rbln_config.create_runtimes:
         target.require()  # before the work, not after it
-    source = {
-        "model": Path(name).name if Path(name).exists() else name,
-        "class": type(model).__name__,
-        "sha256": _weights_hash(model),
-    }
+    _check_weights(model)
+    name = Path(name).name if Path(name).exists() else name
+    found = settled(family, rbln_config, config, resolved)
+    options = found.compiled_options()
+    key = None if cache is None else key_of(model, name, config, options, target)
+    if cache is None or key is None:
+        parts = _compile_parts(family, model, resolved, found, name)
+    elif not (parts := cache.load(key, target, resolved.parts)):
+        parts = _compile_parts(family, model, resolved, found, name)
+        cache.save(key, parts)
+    state = model.state_dict()
+    buffers = {name: state[name].detach().cpu().clone() for name in family.buffers(config)}
+    return CompiledModel(parts, config, found, resolved, buffers)
+
+
+def _compile_parts(
+    family: Family,
+    model: torch.nn.Module,
+    resolved: ResolvedConfig,
+    rbln_config: RBLNModelConfig,
+    name: str,
+) -> dict[str, CompiledPart]:
+    target = get_target(resolved.target)
+    source = {"model": name, "class": type(model).__name__, "sha256": _weights_hash(model)}
     parts = {}
     for part, shape in resolved.input_shapes().items():
         options = CompileOptions(
@@ -82,11 +108,25 @@ def compile_model(
             part,
         )
         parts[part] = target.compile_module(family.module(model, part), options)
-    state = model.state_dict()
-    buffers = {name: state[name].detach().cpu().clone() for name in family.buffers(config)}
-    return CompiledModel(
-        parts, config, settled(family, rbln_config, config, resolved), resolved, buffers
-    )
+    return parts
+
+
+def _check_weights(model: torch.nn.Module) -> None:
+    """Raise an `RBLNCompileError` if something else moves the weights of a model."""
+    for name, module in model.named_modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hasattr(module, "_hf_hook") or getattr(hooks, "hooks", None):
+            raise RBLNCompileError(
+                f"{name or type(model).__name__} has a hook of accelerate or diffusers, which "
+                "moves or converts its weights. Compile the model first and offload the pipeline "
+                "afterwards, or call pipe.remove_all_hooks() before compiling."
+            )
+    for name, weight in model.state_dict().items():
+        if weight.is_meta:
+            raise RBLNCompileError(
+                f"{name} is on the meta device, which holds no values. Load the weights, for "
+                "example by from_pretrained, before compiling."
+            )
 
 
 def resolve(

@@ -183,6 +183,10 @@ class Target(ABC):
     def unavailable_reason(self) -> str | None:
         """Why this machine can't run it and what to install; `None` if it can."""
 
+    def toolchain(self) -> str:
+        """What compiles besides this package and torch, with its version; by default nothing."""
+        return ""
+
     @abstractmethod
     def default_device(self) -> int | str:
         """The device on which a model runs if none is named."""

@@ -66,6 +66,10 @@ class RblnTarget(Target):
             )
         return None
 
+    def toolchain(self) -> str:
+        rebel = _rebel()
+        return f"rebel {getattr(rebel, '__version__', '')} for {rebel.get_npu_name(0)}"
+
     def default_device(self) -> int | str:
         return 0
 
