@@ -16,7 +16,7 @@ import tiny
 from diffusers import AutoPipelineForImage2Image
 from diffusers.utils import load_image
 
-from rbln_vae import RBLNAutoencoder
+from rbln_vae import compile_pipeline
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("image", nargs="?", help="a file or an address; needed without --tiny")
@@ -40,7 +40,7 @@ else:
 if arguments.strength is not None:
     call["strength"] = arguments.strength
 
-pipe.vae = RBLNAutoencoder.from_model(pipe.vae)
+compile_pipeline(pipe)
 call["num_inference_steps"] = arguments.steps
 image = pipe(**call).images[0]
 image.save(arguments.output)

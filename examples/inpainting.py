@@ -15,7 +15,7 @@ import tiny
 from diffusers import AutoPipelineForInpainting
 from diffusers.utils import load_image
 
-from rbln_vae import RBLNAutoencoder
+from rbln_vae import compile_pipeline
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("image", nargs="?", help="a file or an address; needed without --tiny")
@@ -42,7 +42,7 @@ else:
         "width": picture.width // 8 * 8,
     }
 
-pipe.vae = RBLNAutoencoder.from_model(pipe.vae)
+compile_pipeline(pipe)
 call["num_inference_steps"] = arguments.steps
 image = pipe(**call).images[0]
 image.save(arguments.output)

@@ -14,7 +14,7 @@ import argparse
 import tiny
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
-from rbln_vae import RBLNAutoencoder
+from rbln_vae import compile_pipeline
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--prior", default="kandinsky-community/kandinsky-2-2-prior")
@@ -31,7 +31,7 @@ else:
     prior = KandinskyV22PriorPipeline.from_pretrained(arguments.prior)
     pipe, call = KandinskyV22Pipeline.from_pretrained(arguments.model), prior(arguments.prompt)
 
-pipe.movq = RBLNAutoencoder.from_model(pipe.movq, rbln_uses_encoder=False)
+compile_pipeline(pipe, rbln_uses_encoder=False)
 image = pipe(**call, num_inference_steps=arguments.steps).images[0]
 image.save(arguments.output)
 print(f"{image.width}x{image.height} pixels in {arguments.output}")

@@ -16,7 +16,7 @@ import inspect
 import tiny
 from diffusers import DiffusionPipeline
 
-from rbln_vae import RBLNAutoencoder
+from rbln_vae import compile_pipeline
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="stabilityai/stable-diffusion-xl-base-1.0")
@@ -33,7 +33,7 @@ else:
     if "num_frames" in inspect.signature(pipe.__call__).parameters:
         call["num_frames"] = 1  # an image is a video of one frame
 
-pipe.vae = RBLNAutoencoder.from_model(pipe.vae, rbln_uses_encoder=False)
+compile_pipeline(pipe, rbln_uses_encoder=False)
 call["num_inference_steps"] = arguments.steps
 output = pipe(**call, output_type="pil")
 image = output.images[0] if hasattr(output, "images") else output.frames[0][0]

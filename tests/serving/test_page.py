@@ -46,7 +46,8 @@ def vae() -> RBLNAutoencoderKL:
 @pytest.fixture(scope="module")
 def server(vae: RBLNAutoencoderKL) -> Iterator[str]:
     decoder_only = compile_vae(default_vae(), uses_encoder=False)
-    models = ServedModel("six", vae), ServedModel("half", decoder_only)
+    coarse = compile_vae(make_vae(block_out_channels=(8, 8, 16)))
+    models = ServedModel("six", vae), ServedModel("half", decoder_only), ServedModel("four", coarse)
     with running(make_app(*models)) as address:
         yield address
 
@@ -106,8 +107,8 @@ def test_reconstructs_an_image(page: Any, vae: RBLNAutoencoderKL, photo: Path) -
     sample = to_tensor(Image.open(photo))
     latent = vae.encode(sample).latent_dist.mode()
     expected = to_image(vae.decode(latent).sample)
-    shown = canvas(page, "#decoded")
-    assert np.array_equal(canvas(page, "#original"), np.asarray(Image.open(photo)))
+    shown = canvas(page, ".decoded")
+    assert np.array_equal(canvas(page, ".original"), np.asarray(Image.open(photo)))
     # A browser and the model's own preparation round differently.
     assert np.abs(shown.astype(int) - np.asarray(expected)).max() <= 1
 
@@ -115,12 +116,12 @@ def test_reconstructs_an_image(page: Any, vae: RBLNAutoencoderKL, photo: Path) -
         return float(re.sub("[^-0-9.]", "", page.inner_text(selector)))
 
     before, after = (
-        to_tensor(Image.fromarray(canvas(page, f"#{name}"))) for name in ("original", "decoded")
+        to_tensor(Image.fromarray(canvas(page, f".{name}"))) for name in ("original", "decoded")
     )
-    assert number("#psnr") == pytest.approx(psnr(after, before), abs=0.006)
-    assert number("#ssim") == pytest.approx(ssim(after, before), abs=0.0001)
-    assert page.locator("#channels canvas").count() == 6
-    assert page.locator("#timings tr").count() == 2
+    assert number(".psnr") == pytest.approx(psnr(after, before), abs=0.006)
+    assert number(".ssim") == pytest.approx(ssim(after, before), abs=0.0001)
+    assert page.locator(".channels canvas").count() == 6
+    assert page.locator(".timings tr").count() == 2
     assert "NaN" not in page.inner_text("#results")
     # Nothing is wider than the screen.
     width = page.evaluate("document.documentElement.scrollWidth")
@@ -130,36 +131,91 @@ def test_reconstructs_an_image(page: Any, vae: RBLNAutoencoderKL, photo: Path) -
 def test_the_error_map_shows_the_difference(page: Any, photo: Path) -> None:
     page.set_input_files("#file", photo)
     finish(page)
-    page.fill("#gain", "3")
-    assert page.inner_text("#gain-shown") == "3"
-    before, after = (canvas(page, f"#{name}").astype(int) for name in ("original", "decoded"))
+    page.fill(".gain", "3")
+    assert page.inner_text(".gain-shown") == "3"
+    before, after = (canvas(page, f".{name}").astype(int) for name in ("original", "decoded"))
     heat = 3 * np.minimum(255, 3 * np.abs(before - after).mean(axis=2))
     expected = np.stack([heat, heat - 255, heat - 510], axis=2).clip(0, 255)
-    assert np.abs(canvas(page, "#errors") - expected).max() <= 1
+    assert np.abs(canvas(page, ".errors") - expected).max() <= 1
 
 
 @pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True, ids=["desktop", "phone"])
 def test_the_slider_divides_the_two(page: Any, photo: Path) -> None:
     page.set_input_files("#file", photo)
     finish(page)
-    box = page.locator("#compare").bounding_box()
+    box = page.locator(".compare").bounding_box()
     x, y = box["x"] + box["width"] * 0.2, box["y"] + box["height"] / 2
     if page.viewport_size["width"] < 500:
         page.touchscreen.tap(x, y)
     else:
         page.mouse.click(x, y)
-    split = page.eval_on_selector("#compare", "e => e.style.getPropertyValue('--split')")
+    split = page.eval_on_selector(".compare", "e => e.style.getPropertyValue('--split')")
     assert float(split.rstrip("%")) == pytest.approx(20, abs=6)
-    page.focus("#split")
+    page.focus(".split")
     page.keyboard.press("End")
-    assert page.eval_on_selector("#compare", "e => e.style.getPropertyValue('--split')") == "100%"
+    assert page.eval_on_selector(".compare", "e => e.style.getPropertyValue('--split')") == "100%"
 
 
 def test_an_example_can_be_drawn_and_sizes_changed(page: Any) -> None:
     page.select_option("#size", "256")
     page.click("#example")
     finish(page)
-    assert canvas(page, "#original").shape == (256, 256, 3)
+    assert canvas(page, ".original").shape == (256, 256, 3)
+
+
+def encoded_and_decoded(vae: RBLNAutoencoderKL, file: Path) -> np.ndarray:
+    latent = vae.encode(to_tensor(Image.open(file))).latent_dist.mode()
+    return np.asarray(to_image(vae.decode(latent).sample)).astype(int)
+
+
+@pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True, ids=["desktop", "phone"])
+def test_two_models_are_compared_side_by_side(
+    page: Any, vae: RBLNAutoencoderKL, tmp_path: Path
+) -> None:
+    file = tmp_path / "photo.png"
+    ramp = np.linspace(0, 255, 40 * 24 * 3).reshape(24, 40, 3).astype(np.uint8)
+    Image.fromarray(ramp).save(file)
+    # A model without an encoder can't be compared.
+    assert page.locator("#other option").all_inner_texts() == ["no other", "four"]
+    page.select_option("#other", "four")
+    page.set_input_files("#file", file)
+    finish(page)
+    results = page.locator(".result")
+    assert results.locator(".name").all_inner_texts() == ["six", "four"]
+    four = compile_vae(make_vae(block_out_channels=(8, 8, 16)))
+    for index, model in enumerate((vae, four)):
+        shown = canvas(page, f".result:nth-child({index + 1}) .decoded").astype(int)
+        assert np.abs(shown - encoded_and_decoded(model, file)).max() <= 1
+    first, second = (results.nth(index).bounding_box() for index in (0, 1))
+    if page.viewport_size["width"] < 500:
+        assert second["y"] >= first["y"] + first["height"]
+    else:
+        assert first["y"] == second["y"] and second["x"] >= first["x"] + first["width"]
+    # What is set for one is set for both.
+    results.nth(1).locator(".gain").fill("3")
+    assert results.locator(".gain-shown").all_inner_texts() == ["3", "3"]
+    results.nth(1).locator(".split").fill("25")
+    splits = results.locator(".compare").evaluate_all(
+        "all => all.map(e => e.style.getPropertyValue('--split'))"
+    )
+    assert splits == ["25%", "25%"]
+    assert page.locator("#plans section").count() == 2
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= page.viewport_size["width"]
+    page.select_option("#other", "")
+    finish(page)
+    playwright.expect(results).to_have_count(1)
+
+
+def test_the_plan_shows_what_images_take(page: Any, server: str, vae: RBLNAutoencoderKL) -> None:
+    rows = page.locator("#plans tbody tr")
+    playwright.expect(rows).to_have_count(4, timeout=60_000)
+    cells = [row.split("\t") for row in rows.all_inner_texts()]
+    assert [row[0] for row in cells] == [f"{n} × {n}" for n in (256, 512, 1024, 2048)]
+    needed = vae.memory_needed("decoder", (1, 6, 256, 256))
+    assert cells[1][3] == f"{-(-needed // 2**20)} MiB"
+    page.select_option("#model", "half")
+    playwright.expect(rows.first).to_contain_text("–")
 
 
 def test_what_is_no_image_is_said_so(page: Any, tmp_path: Path) -> None:

@@ -276,6 +276,26 @@ class RBLNModel(ModuleMembers):
         """
         return self._runtime(part, tuple(shape)).memory_needed(tuple(shape))
 
+    def seconds_expected(self, part: str, shape: tuple[int, ...]) -> float | None:
+        """About how long a run takes if the machine does nothing else.
+
+        It is derived from the work of the run, and known on the target `cpu` only.
+
+        Args:
+            part: The name of a compiled part.
+            shape: `(N, C, H, W)` of its input.
+
+        Returns:
+            Seconds, or `None` if it isn't known.
+
+        Raises:
+            RBLNRuntimeError, ValueError, MemoryError: As `memory_needed`.
+
+        Example:
+            >>> vae.seconds_expected("decoder", (1, 4, 64, 64))  # doctest: +SKIP
+        """
+        return self._runtime(part, tuple(shape)).seconds_expected(tuple(shape))
+
     def describe(self, part: str, shape: tuple[int, ...], *, steps: bool = False) -> str:
         """What a run takes in memory and work, and on the target `cpu` what less would cost.
 

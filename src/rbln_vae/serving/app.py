@@ -25,7 +25,7 @@ from .edge import Edge, refusal
 from .errors import CODES, RefusedError
 from .metrics import CONTENT_TYPE, Metrics
 from .models import ModelInfo, Shape
-from .protocol import DecodeQuery, EncodeQuery, Reply, TensorInput
+from .protocol import DecodeQuery, EncodeQuery, PlanQuery, Reply, TensorInput
 from .settings import Limits
 
 _PAGES = Path(__file__).parent / "pages"
@@ -57,6 +57,27 @@ class ModelEntry(BaseModel):
     latents_std: list[float] | None
     dtype: str
     target: str
+
+
+class PlanEntry(BaseModel):
+    """What one image takes in a part of a model."""
+
+    part: str
+    height: int
+    width: int
+    memory: int | None = Field(
+        description="Bytes besides the weights; null if the server has not as much."
+    )
+    seconds: float | None = Field(
+        description="About how long it takes alone; null if that isn't known."
+    )
+
+
+class Plan(BaseModel):
+    """What images of usual sizes take in a model."""
+
+    model: str
+    runs: list[PlanEntry]
 
 
 class ModelList(BaseModel):
@@ -145,6 +166,13 @@ def create_app(backend: Backend, limits: Limits | None = None) -> FastAPI:
         ]
         return ModelList(models=[ModelEntry.model_validate(entry) for entry in entries])
 
+    @app.get("/plan", responses=problems)
+    async def plan(query: Annotated[PlanQuery, Query()]) -> Plan:
+        """What images of usual sizes take in memory and time."""
+        model = service.model(query.model)
+        runs = [dataclasses.asdict(run) for run in await backend.plan(model.name)]
+        return Plan(model=model.name, runs=[PlanEntry.model_validate(run) for run in runs])
+
     @app.get("/health", responses=problems)
     async def health() -> Status:
         """Whether the process lives."""
@@ -192,7 +220,7 @@ class _Service:
         self.backend.drain()
 
     async def decode(self, request: Request, query: DecodeQuery) -> Response:
-        model = self._model(query.model)
+        model = self.model(query.model)
         expected = protocol.decode_input(query, model)
         await self._admit(model, DECODER, expected.model_shape)
         with self._room_for(request, expected) as most:
@@ -211,7 +239,7 @@ class _Service:
         return self._respond(request, reply, outcome)
 
     async def encode(self, request: Request, query: EncodeQuery) -> Response:
-        model = self._model(query.model)
+        model = self.model(query.model)
         if ENCODER not in model.parts:
             raise RefusedError(
                 422,
@@ -237,7 +265,8 @@ class _Service:
             outcome = await self._run(request, model, ENCODER, image)
         return self._respond(request, protocol.encode_reply(outcome.tensor, query, model), outcome)
 
-    def _model(self, name: str | None) -> ModelInfo:
+    def model(self, name: str | None) -> ModelInfo:
+        """The model of that name, or the default one."""
         models = self.backend.models
         if name is None:
             return next(iter(models.values()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from .batcher import Batcher, Outcome
-from .models import ModelInfo, ServedModel, Shape
+from .models import ModelInfo, PlannedRun, ServedModel, Shape
 from .settings import BatcherOptions
 
 
@@ -33,6 +34,9 @@ class Backend(Protocol):
             Exception: The run failed.
         """
 
+    async def plan(self, model: str) -> list[PlannedRun]:
+        """What images of usual sizes take."""
+
     def load(self) -> Mapping[str, float]:
         """The load for metrics: `waiting`, `running` and `memory`."""
 
@@ -49,6 +53,7 @@ class LocalBackend:
     def __init__(self, models: Sequence[ServedModel], options: BatcherOptions) -> None:
         self._models = {model.name: model for model in models}
         self._batcher = Batcher(options)
+        self._plans: dict[str, asyncio.Future[list[PlannedRun]]] = {}
 
     @property
     def models(self) -> Mapping[str, ModelInfo]:
@@ -59,6 +64,12 @@ class LocalBackend:
 
     async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
         return await self._batcher.submit(self._models[model], part, tensor, pictures)
+
+    async def plan(self, model: str) -> list[PlannedRun]:
+        if model not in self._plans:
+            made = asyncio.to_thread(self._models[model].plan)
+            self._plans[model] = asyncio.ensure_future(made)
+        return await asyncio.shield(self._plans[model])  # others may wait for it, too
 
     def load(self) -> Mapping[str, float]:
         batcher = self._batcher

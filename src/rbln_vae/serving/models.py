@@ -21,6 +21,8 @@ from ..targets.watch import ShouldStop
 
 Shape = tuple[int, ...]
 
+_USUAL_SIDES = (256, 512, 1024, 2048)
+"""The sides of the images, in pixels, that a plan is shown for."""
 LONGEST_NAME = 100
 """The most characters of a model's name."""
 
@@ -122,6 +124,25 @@ def named_models(texts: Iterable[str]) -> dict[str, str]:
     return named
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """What one run takes.
+
+    Attributes:
+        part: The name of the part.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        memory: Bytes besides the weights; `None` if it is more than the service may take.
+        seconds: About how long it takes alone; `None` if that isn't known.
+    """
+
+    part: str
+    height: int
+    width: int
+    memory: int | None
+    seconds: float | None
+
+
 class Runner(Protocol):
     """A model as the batcher uses it: it maps tensors to tensors, and needs memory."""
 
@@ -176,6 +197,26 @@ class ServedModel:
 
     def memory_needed(self, part: str, shape: Shape) -> int:
         return self._vae.memory_needed(part, shape)
+
+    def plan(self) -> list[PlannedRun]:
+        """What images of usual sizes take, part by part. May take seconds."""
+        resolved = self._vae.resolved_config
+        sizes = [resolved.sample_size]
+        if not self._vae.static_shapes:
+            sizes = [(side, side) for side in _USUAL_SIDES if side % resolved.vae_scale_factor == 0]
+        runs = []
+        for part in (part for part in (ENCODER, DECODER) if part in self.info.parts):
+            for size in sizes:
+                shape = resolved.input_shapes(size, batch_size=1)[part]
+                memory: int | None
+                seconds: float | None
+                try:
+                    memory = self._vae.memory_needed(part, shape)
+                    seconds = self._vae.seconds_expected(part, shape)
+                except MemoryError:
+                    memory = seconds = None
+                runs.append(PlannedRun(part, *size, memory, seconds))
+        return runs
 
     def weight(self, part: str, shape: Shape) -> float:
         height, width = self.info.sample_size

@@ -48,14 +48,19 @@ _MOST_AXES = 8
 _JPEG_QUALITY = 95
 
 
-class Query(BaseModel):
-    """The query parameters of every request."""
+class PlanQuery(BaseModel):
+    """The query of every address that is about a model."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(
         None, max_length=LONGEST_NAME, description="The model; by default the first one."
     )
+
+
+class Query(PlanQuery):
+    """The query of a request that sends a tensor or a picture."""
+
     scaling_factor: float | None = Field(
         None, gt=0, description="Encoding multiplies latents by it, decoding divides."
     )
@@ -89,6 +94,12 @@ class DecodeQuery(Query):
     )
     width: int | None = Field(
         None, gt=0, le=_LARGEST_SIDE, description="The width of the image, for packed latents."
+    )
+    input_tensor_type: Literal["binary"] = Field(
+        "binary", description="How a tensor is sent; older clients name it."
+    )
+    output_tensor_type: Literal["binary"] = Field(
+        "binary", description="How a tensor is returned; older clients name it."
     )
 
 

@@ -29,7 +29,7 @@ from . import logs
 from .app import create_app
 from .backend import LocalBackend
 from .batcher import Outcome, QueueFullError
-from .models import ModelInfo, Shape, named_models, open_models
+from .models import ModelInfo, PlannedRun, Shape, named_models, open_models
 from .settings import RUN_TIMEOUT, BatcherOptions, Limits
 
 _MANY = 10_000
@@ -148,6 +148,10 @@ class Worker:
         """The models by name."""
         return dict(self._backend.models)
 
+    async def plan(self, model: str) -> list[PlannedRun]:
+        """What images of usual sizes take, as `Backend.plan`."""
+        return await self._backend.plan(model)
+
     async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
         """Run a tensor, as `Backend.run`."""
         return await self._backend.run(model, part, tensor, pictures)
@@ -202,6 +206,10 @@ class RemoteBackend:
         except RayTaskError as error:
             raise error.cause from None  # the worker's own exception
         return outcome
+
+    async def plan(self, model: str) -> list[PlannedRun]:
+        found: list[PlannedRun] = await self._workers.plan.remote(model)
+        return found
 
     def load(self) -> Mapping[str, float]:
         return {}  # the workers have the load, and Ray's own metrics show it

@@ -138,6 +138,14 @@ class Runtime(Protocol):
             MemoryError: It would need more than its memory limit.
         """
 
+    def seconds_expected(self, shape: tuple[int, ...]) -> float | None:
+        """About how long a run on an input of that shape takes alone; `None` if it isn't known.
+
+        Raises:
+            ValueError: The part takes no such input.
+            MemoryError: It would need more than its memory limit.
+        """
+
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
         """Take less memory than the limit allows, where the target knows how.
 

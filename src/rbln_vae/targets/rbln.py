@@ -167,6 +167,10 @@ class RblnRuntime:
         """Always 0: a run needs only memory of the NPU, which is taken when the model loads."""
         return 0
 
+    def seconds_expected(self, shape: tuple[int, ...]) -> float | None:
+        """Always `None`: only the compiler knows."""
+        return None
+
     def describe(self, shape: tuple[int, ...], *, steps: bool = False) -> str:
         return f"{format_size(shape)}: planned by the compiler, in the memory of the NPU"
 

@@ -136,6 +136,10 @@ class InterpreterRuntime:
     def memory_needed(self, shape: Shape) -> int:
         return peak_elements(self._interpreter.graph, shape) * self._interpreter.dtype.itemsize
 
+    def seconds_expected(self, shape: Shape) -> float | None:
+        """Always `None`: how fast the kernels of PyTorch are here isn't known."""
+        return None
+
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         graph = self._interpreter.graph
         memory = format_bytes(self.memory_needed(shape))

@@ -267,6 +267,17 @@ class CpuRuntime:
         bound = self._bound_for(shape, room)
         return bound.bytes + bound.kept_bytes + self.memory_limit - room
 
+    def seconds_expected(self, shape: Shape) -> float | None:
+        """About how long a run takes, from the work of its steps and the peak of this machine.
+
+        Raises:
+            ValueError, MemoryError: As `memory_needed`.
+        """
+        shape = tuple(shape)
+        bound = self._bound_for(shape, self._room(shape))
+        parts = -(-shape[0] // bound.program.schedule.input_shape[0])
+        return self._seconds(bound.beside_kept if bound.kept_bytes else bound.steps, parts)
+
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         """The memory and the work of a run, and those of other schedules."""
         shape = tuple(shape)
@@ -597,12 +608,16 @@ class CpuRuntime:
         self._require_room(shape, least.bytes, room)
         return least
 
-    def _estimate(self, steps: Iterable[Step], runs: int = 1) -> str:
-        """The estimated time of a number of runs, from the peak of this machine, as text."""
+    def _seconds(self, steps: Iterable[Step], runs: int = 1) -> float | None:
+        """The estimated time of a number of runs, from the peak of this machine, if known."""
         kernels = self._kernels
         peak = measured_limit(kernels.isa, kernels.dtype, self._executor.threads)
-        work = runs * sum(step.work for step in steps)
-        return f"about {format_seconds(work / peak)}" if peak else "not known"
+        return runs * sum(step.work for step in steps) / peak if peak else None
+
+    def _estimate(self, steps: Iterable[Step], runs: int = 1) -> str:
+        """The same, as text."""
+        seconds = self._seconds(steps, runs)
+        return "not known" if seconds is None else f"about {format_seconds(seconds)}"
 
     def _require_room(self, shape: Shape, needed: int, room: int) -> None:
         if needed > room:
