@@ -211,7 +211,7 @@ def test_the_plan_shows_what_images_take(page: Any, server: str, vae: RBLNAutoen
     rows = page.locator("#plans tbody tr")
     playwright.expect(rows).to_have_count(4, timeout=60_000)
     cells = [row.split("\t") for row in rows.all_inner_texts()]
-    assert [row[0] for row in cells] == [f"{n} × {n}" for n in (256, 512, 1024, 2048)]
+    assert [row[0] for row in cells] == [f"{n}²" for n in (256, 512, 1024, 2048)]
     needed = vae.memory_needed("decoder", (1, 6, 256, 256))
     assert cells[1][3] == f"{-(-needed // 2**20)} MiB"
     page.select_option("#model", "half")
