@@ -571,6 +571,27 @@ def test_targets_lists_each_and_says_why_not() -> None:
     assert "processor:" in text
 
 
+def test_cache_lists_what_is_kept_and_removes_it(source, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RBLN_VAE_CACHE", str(tmp_path / "cache"))
+    assert "0 compiled models in" in done(run("cache"))
+    for dtype in ("float32", "bfloat16"):
+        done(run("compile", source, tmp_path / dtype, "--dtype", dtype))
+    text = done(run("cache"))
+    assert "2 compiled models in" in text and "of 10.0 GiB" in text
+    found = [line.split() for line in text.splitlines() if line.strip().startswith("tiny-vae")]
+    assert [line[1:4] for line in found] == [  # the latest first
+        ["AutoencoderKL", "cpu", "bfloat16"],
+        ["AutoencoderKL", "cpu", "float32"],
+    ]
+    next((tmp_path / "cache").glob("*/key.json")).unlink()
+    assert "damaged: " in done(run("cache"))
+    assert "2 compiled models removed" in done(run("cache", "--clear"))
+    assert "0 compiled models in" in done(run("cache"))
+    monkeypatch.setenv("RBLN_VAE_CACHE", "off")
+    assert "RBLN_VAE_CACHE is off" in done(run("cache"))
+    assert "RBLN_VAE_CACHE is off" in done(run("cache", "--clear"))
+
+
 def test_profile_shows_every_operation_and_its_share_of_the_limit(compiled, tmp_path) -> None:
     trace = tmp_path / "trace.json"
     text = done(run("profile", compiled, "--size", "64x32", "--trace", trace))

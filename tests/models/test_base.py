@@ -35,6 +35,7 @@ from rbln_vae import (
 )
 from rbln_vae.config import DTYPES
 from rbln_vae.targets.cpu.runtime import best_dtype
+from rbln_vae.units import format_seconds
 
 CPU = {"target": "cpu", "dtype": "float32"}
 FILES = {"config.json", "rbln_config.json", "encoder.rbln", "decoder.rbln"}
@@ -774,3 +775,29 @@ def test_new_runtimes_do_not_change_what_was_compiled(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         default_compiled().with_runtimes(**options)
+
+
+# What a run takes
+
+
+def test_the_time_of_a_run_grows_with_its_work():
+    vae = default_compiled()
+    small, large, two = (
+        vae.seconds_expected("decoder", shape)
+        for shape in ((1, 4, 32, 32), (1, 4, 64, 64), (2, 4, 64, 64))
+    )
+    assert small is not None and 0 < 2 * small < large
+    assert two == pytest.approx(2 * large, rel=0.2)
+    text = vae.describe("decoder", (1, 4, 64, 64))
+    assert f"about {format_seconds(large)}" in text
+
+
+def test_the_time_of_a_run_by_kernels_of_pytorch_is_not_known():
+    vae = compile_vae(default_vae(), target="reference")
+    assert vae.seconds_expected("decoder", (1, 4, 4, 4)) is None
+
+
+def test_the_time_of_a_run_that_needs_too_much_memory_is_an_error():
+    small = default_compiled().with_runtimes(memory_limit="1MiB")
+    with pytest.raises(MemoryError, match="Raise it to"):
+        small.seconds_expected("decoder", (1, 4, 512, 512))

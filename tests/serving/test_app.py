@@ -508,6 +508,34 @@ def test_models_are_listed_with_what_a_client_must_know() -> None:
     assert models[0]["scaling_factor"] == pytest.approx(0.18215)
 
 
+def test_the_plan_of_a_model_is_what_its_runs_take() -> None:
+    app = make_app(ServedModel("a", compile_vae(default_vae(), memory_limit="40MiB")))
+    answer = ask(app, "GET", "/plan", {"model": "a"}).json()
+    assert answer["model"] == "a"
+    runs = {(run["part"], run["height"]): run for run in answer["runs"]}
+    assert set(runs) == {(p, n) for p in ("encoder", "decoder") for n in (256, 512, 1024, 2048)}
+    assert all(run["width"] == run["height"] for run in answer["runs"])
+    vae = compile_vae(default_vae(), memory_limit="40MiB")
+    shape = (1, 4, 128, 128)
+    run = runs["decoder", 256]
+    assert run["memory"] == vae.memory_needed("decoder", shape)
+    assert run["seconds"] == pytest.approx(vae.seconds_expected("decoder", shape))
+    # 2048² pixels have 48 MiB as a result alone.
+    assert runs["decoder", 2048]["memory"] is runs["decoder", 2048]["seconds"] is None
+
+
+def test_the_plan_of_a_decoder_has_no_encoder_and_that_of_a_fixed_shape_one_size() -> None:
+    decoder_only = compile_vae(default_vae(), uses_encoder=False)
+    app = make_app(ServedModel("b", decoder_only))
+    assert {run["part"] for run in ask(app, "GET", "/plan").json()["runs"]} == {"decoder"}
+    assert ask(app, "GET", "/plan", {"model": "c"}).code == "unknown_model"
+    assert ask(app, "GET", "/plan", {"modle": "b"}).code == "invalid_query"
+    fixed = compile_vae(default_vae(), uses_encoder=False)
+    fixed._target = type("Fixed", (), {"static_shapes": True})()
+    (run,) = ServedModel("fixed", fixed).plan()
+    assert (run.height, run.width) == (16, 16)
+
+
 def test_a_model_without_encoder_says_so() -> None:
     app = make_app(ServedModel("b", compile_vae(default_vae(), uses_encoder=False)))
     answer = ask(app, "POST", "/encode", body=png(4, 4))
