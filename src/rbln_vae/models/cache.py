@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ class Cache:
             temporary.rename(directory)
         except (OSError, RBLNArtifactError) as error:
             if _read_key(directory) != key:  # else another process was faster
-                self._warn(error)
+                self._warn(error.__cause__ or error)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._shrink()
@@ -153,7 +152,7 @@ class Cache:
             shutil.rmtree(directory, ignore_errors=True)
         return len(removed)
 
-    def _warn(self, error: Exception) -> None:
+    def _warn(self, error: BaseException) -> None:
         """Warn that nothing is kept, once for each directory."""
         if self.directory not in _WARNED:
             _WARNED.add(self.directory)
@@ -219,6 +218,8 @@ def key_of(
         The key; `None` if someone has put functions of their own into the model, which no key
         can tell from others.
     """
+    import diffusers
+
     if any(map(_is_patched, model.modules())):
         return None
     key = {
@@ -232,7 +233,8 @@ def key_of(
         "arithmetic": target.arithmetic,
         "toolchain": target.toolchain(),
         "format": FORMAT_VERSION,
-        "versions": {each: version(each) for each in ("diffusers", "torch")},
+        "diffusers": diffusers.__version__,
+        "torch": torch.__version__,
         "rbln_vae": f"{__version__} {_digest_of_package()}",
     }
     found: Key = json.loads(json.dumps(key, default=str))  # as it is read from a file
