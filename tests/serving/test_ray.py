@@ -168,3 +168,10 @@ def test_a_worker_opens_what_the_command_opens(tmp_path: Path, nothing: str | No
     latent = noise(1, 4, 6, 5)
     outcome = asyncio.run(worker.run("sd", "decoder", latent))
     assert torch.equal(outcome.tensor, default_compiled().decode(latent).sample)
+
+
+def test_workers_plan(server: str) -> None:
+    answer = requests.get(f"{server}/plan", timeout=PATIENCE).json()
+    assert answer["model"] == "tiny"
+    assert {run["part"] for run in answer["runs"]} == {"encoder", "decoder"}
+    assert all(run["memory"] > 0 and run["seconds"] > 0 for run in answer["runs"])
