@@ -148,7 +148,7 @@ def startup(
     sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "256,512,1024",
     rounds: Annotated[int, typer.Option(help="new processes")] = 9,
 ) -> None:
-    """What comes before the first run: loading and planning."""
+    """What comes before the first run: loading, planning, and starting a pipeline."""
     from .startup import measure
 
     print(measure([int(s) for s in sizes.split(",")], rounds))
