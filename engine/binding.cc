@@ -343,6 +343,17 @@ void bind_engine(nb::module_& m) {
       "The names of all instruction sets that the engine knows, the best last.");
 
   m.def(
+      "left_out",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa isa : isas()) {
+          if (supported(isa) && !available(isa)) names.push_back(name(isa));
+        }
+        return names;
+      },
+      "The instruction sets of this machine whose kernels this build leaves out, the best last.");
+
+  m.def(
       "built_kernels",
       [] {
         std::vector<const Kernels*> result;

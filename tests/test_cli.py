@@ -27,7 +27,7 @@ from skimage import data
 from typer.testing import CliRunner, Result
 from vaes import make_vae, make_vq
 
-from rbln_vae import RBLNAutoencoderKL
+from rbln_vae import RBLNAutoencoderKL, _engine
 from rbln_vae.cli import app
 from rbln_vae.cli.datasets import lines, shown
 from rbln_vae.datasets import LatentDataset, Progress
@@ -569,6 +569,13 @@ def test_targets_lists_each_and_says_why_not() -> None:
     assert row(text, "rbln")
     assert row(text, "cuda")
     assert "processor:" in text
+    assert "kernels: generic" in text
+    assert "This build" not in text
+
+
+def test_targets_says_which_kernels_the_build_lacks(monkeypatch) -> None:
+    monkeypatch.setattr(_engine, "left_out", lambda: ["abacus"])
+    assert "has no kernels for abacus" in " ".join(done(run("targets")).split())
 
 
 def test_cache_lists_what_is_kept_and_removes_it(source, tmp_path, monkeypatch) -> None:

@@ -83,6 +83,9 @@ std::span<const Isa> isas();
 
 const char* name(Isa isa);
 
+// Whether this machine supports an instruction set.
+bool supported(Isa isa);
+
 // Whether this machine supports an instruction set, and this build has its kernels.
 bool available(Isa isa);
 

@@ -1,5 +1,6 @@
 #include "engine/kernels/sets.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <vector>
 
@@ -13,16 +14,24 @@ namespace {
 const std::vector<Kernels>& table() {
   static const std::vector<Kernels> list = {
       generic::bfloat16,     generic::float16, generic::float32,
-#if defined(RBLN_VAE_X86_KERNELS)
+#if defined(RBLN_VAE_BUILDS_AVX2)
       avx2::bfloat16,        avx2::float16,    avx2::float32,
+#endif
+#if defined(RBLN_VAE_BUILDS_AVX512)
       avx512::bfloat16,      avx512::float16,  avx512::float32,
+#endif
+#if defined(RBLN_VAE_BUILDS_AVX512_BF16)
       avx512_bf16::bfloat16,
 #endif
-#if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
+#if defined(RBLN_VAE_BUILDS_AMX_BF16)
       amx_bf16::bfloat16,
 #endif
   };
   return list;
+}
+
+bool built(Isa isa) {
+  return std::ranges::any_of(table(), [isa](const Kernels& each) { return each.isa == isa; });
 }
 
 }  // namespace
@@ -46,24 +55,24 @@ const char* name(Isa isa) {
   return "unknown";
 }
 
-bool available(Isa isa) {
+bool supported(Isa isa) {
   const CpuFeatures& f = cpu_features();
-  [[maybe_unused]] const bool avx512 = f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
+  const bool avx512 = f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
   switch (isa) {
     case Isa::kGeneric: return true;
-#if defined(RBLN_VAE_X86_KERNELS)
     case Isa::kAvx2: return f.avx2 && f.fma && f.f16c;
     case Isa::kAvx512: return avx512;
     case Isa::kAvx512Bf16: return avx512 && f.avx512_bf16;
-#endif
 #if defined(RBLN_VAE_EMULATE_TILES)
     case Isa::kAmxBf16: return true;
-#elif defined(RBLN_VAE_X86_KERNELS)
+#else
     case Isa::kAmxBf16: return avx512 && f.avx512_bf16 && f.amx_tile && f.amx_bf16;
 #endif
-    default: return false;
   }
+  return false;
 }
+
+bool available(Isa isa) { return supported(isa) && built(isa); }
 
 bool prepare(Isa isa) {
 #if defined(RBLN_VAE_EMULATE_TILES)

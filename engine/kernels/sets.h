@@ -1,4 +1,5 @@
-// The rows of the table of kernels in sets.cc, one file of sets/ per instruction set.
+// The rows of the table of kernels in sets.cc, one file of sets/ per instruction set. The build
+// may leave out files.
 #pragma once
 
 #include "engine/kernels/kernels.h"
@@ -13,7 +14,6 @@ namespace generic {
 extern const Kernels float32, float16, bfloat16;
 }
 
-#if defined(RBLN_VAE_X86_KERNELS)
 namespace avx2 {
 extern const Kernels float32, float16, bfloat16;
 }
@@ -23,12 +23,8 @@ extern const Kernels float32, float16, bfloat16;
 namespace avx512_bf16 {
 extern const Kernels bfloat16;
 }
-#endif
-
-#if defined(RBLN_VAE_X86_KERNELS) || defined(RBLN_VAE_EMULATE_TILES)
 namespace amx_bf16 {
 extern const Kernels bfloat16;
 }
-#endif
 
 }  // namespace rbln_vae

@@ -146,6 +146,11 @@ def instruction_sets() -> list[str]:
     The names of all instruction sets that the engine knows, the best last.
     """
 
+def left_out() -> list[str]:
+    """
+    The instruction sets of this machine whose kernels this build leaves out, the best last.
+    """
+
 def built_kernels() -> list[Kernels]:
     """
     All kernels in this build, the best last, those that this machine can't run too.

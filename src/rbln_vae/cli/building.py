@@ -12,7 +12,6 @@ import torch
 import typer
 
 from .. import RBLNAutoencoder, hub
-from .._engine import cpu_features
 from ..artifact import SUFFIX, Artifact, read_artifact
 from ..config import format_dtypes
 from ..images import Fitting, load_image, to_tensor
@@ -231,7 +230,7 @@ def show_cache(clear: bool) -> None:
 
 
 def show_targets() -> None:
-    """Print the targets, and what the processor can do."""
+    """Print the targets, and what this machine and this build have for them."""
     rows = table("target", "runs here", "what it is")
     for column in rows.columns:
         column.justify = "left"
@@ -239,5 +238,6 @@ def show_targets() -> None:
         reason = target.unavailable_reason()
         rows.add_row(target.name, "yes" if reason is None else f"no: {reason}", target.description)
     out().print(rows)
-    features = cpu_features()
-    out().print(f"processor: {', '.join(features) or 'no known instruction sets'}")
+    for target in all_targets():
+        for fact in target.facts():
+            out().print(fact)

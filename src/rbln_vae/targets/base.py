@@ -195,6 +195,10 @@ class Target(ABC):
         """What compiles besides this package and torch, with its version; by default nothing."""
         return ""
 
+    def facts(self) -> list[str]:
+        """What this machine and this build have for it: lines for a reader, by default none."""
+        return []
+
     @abstractmethod
     def default_device(self) -> int | str:
         """The device on which a model runs if none is named."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from rbln_vae.graph.ir import (
     Upsample,
 )
 from rbln_vae.graph.passes import optimise
+from rbln_vae.targets.cpu import runtime
 from rbln_vae.targets.cpu.packing import pack
 from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
 from rbln_vae.targets.cpu.tiles import Convolution
@@ -347,7 +349,7 @@ def test_unavailable_instruction_sets_say_so(monkeypatch: pytest.MonkeyPatch) ->
     if not missing:
         pytest.skip("this machine has every instruction set")
     monkeypatch.setenv("RBLN_VAE_ISA", missing.pop())
-    with pytest.raises(RBLNTargetUnavailableError, match="only has"):
+    with pytest.raises(RBLNTargetUnavailableError, match="only have"):
         usable_kernels()
 
 
@@ -387,3 +389,23 @@ def test_a_result_may_not_overlap_the_input(decoder: Graph) -> None:
     with pytest.raises(ValueError, match="shares memory with the input"):
         native.run(image, room[255 : 255 + 768].view(1, 3, 16, 16))
     assert torch.equal(native.run(image, room[256 : 256 + 768].view(1, 3, 16, 16)), expected)
+
+
+def test_a_build_without_kernels_for_this_processor_warns_once(
+    decoder: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_engine, "left_out", lambda: ["abacus", "slide_rule"])
+    runtime._warn_of_left_out.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no kernels for abacus, slide_rule, which this proc"):
+        CpuRuntime(decoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CpuRuntime(decoder)
+
+
+def test_this_build_leaves_out_what_the_machine_has_and_no_kernels_are_for() -> None:
+    known = _engine.instruction_sets()
+    built = {each.isa for each in _engine.built_kernels()}
+    assert set(_engine.left_out()).isdisjoint(built)
+    assert set(_engine.left_out()) <= set(known)
+    assert {each.isa for each in _engine.all_kernels()} <= built

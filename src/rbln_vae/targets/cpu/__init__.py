@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ... import _engine
 from ...artifact import Artifact, read_artifact
 from ...errors import RBLNArtifactError
 from ...graph.headroom import give_headroom
@@ -14,7 +15,7 @@ from ...graph.ir import Graph
 from ...graph.passes import optimise
 from ..base import CompiledPart, CompileOptions, GraphTarget, RuntimeOptions
 from .packing import check_packed, pack
-from .runtime import CpuRuntime, best_dtype
+from .runtime import CpuRuntime, best_dtype, left_out_warning
 
 
 class CpuTarget(GraphTarget):
@@ -28,6 +29,15 @@ class CpuTarget(GraphTarget):
 
     def unavailable_reason(self) -> str | None:
         return None
+
+    def facts(self) -> list[str]:
+        features = _engine.cpu_features()
+        lines = [
+            f"processor: {', '.join(features) or 'no known instruction sets'}",
+            f"kernels: {', '.join(dict.fromkeys(k.isa for k in _engine.built_kernels()))}",
+        ]
+        left_out = left_out_warning()
+        return [*lines, left_out] if left_out else lines
 
     def default_device(self) -> int | str:
         return "cpu"

@@ -48,6 +48,25 @@ KEPT_SHARE = 1 / 8
 """The most transformed kernels that are kept, as a share of the memory of the machine."""
 
 
+def left_out_warning() -> str | None:
+    """What a user should know of instruction sets that this build lacks; `None` if it has all."""
+    left_out = _engine.left_out()
+    if not left_out:
+        return None
+    return (
+        f"This build of rbln-vae has no kernels for {', '.join(left_out)}, which this processor "
+        "has, so runs may be several times slower. Install a wheel of rbln-vae, or build it with "
+        "another compiler: pip install --verbose prints what the build leaves out, and why."
+    )
+
+
+@functools.cache
+def _warn_of_left_out() -> None:
+    """Warn of instruction sets that this build lacks, once in a process."""
+    if (warning := left_out_warning()) is not None:
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+
+
 def usable_kernels() -> list[_engine.Kernels]:
     """The kernels that this machine can run and `RBLN_VAE_ISA` allows, the best last.
 
@@ -56,7 +75,7 @@ def usable_kernels() -> list[_engine.Kernels]:
 
     Raises:
         ValueError: `RBLN_VAE_ISA` does not name an instruction set.
-        RBLNTargetUnavailableError: This machine lacks that instruction set.
+        RBLNTargetUnavailableError: This machine or this build lacks that instruction set.
     """
     kernels = _engine.all_kernels()
     forced = os.environ.get("RBLN_VAE_ISA")
@@ -68,7 +87,7 @@ def usable_kernels() -> list[_engine.Kernels]:
     present = {each.isa for each in kernels}
     if forced not in present:
         raise RBLNTargetUnavailableError(
-            f"RBLN_VAE_ISA is {forced!r}, but this machine only has "
+            f"RBLN_VAE_ISA is {forced!r}, but this machine and this build only have "
             f"{', '.join(isa for isa in known if isa in present)}."
         )
     allowed = known[: known.index(forced) + 1]
@@ -212,6 +231,7 @@ class CpuRuntime:
         self._most_kept = int(KEPT_SHARE * usable_memory()) if choices.kept_kernels else 0
         weights = pack(graph, dtype) if packed is None else packed
         self._packed = {name: _aligned(tensor) for name, tensor in weights.items()}
+        _warn_of_left_out()
         self._kernels = _chosen_kernels(dtype)
         with _threads_start():
             self._executor = _engine.Executor(num_threads or usable_processors())
