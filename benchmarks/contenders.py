@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,9 @@ class Diffusers(Contender):
         for weight in self.model.parameters():
             if weight.dim() >= 4:
                 weight.data = _channels_last(weight.data)
-        self.function = functools.partial(models.run, self.model, self.part)
+        self.function: Callable[[torch.Tensor], torch.Tensor] = functools.partial(
+            models.run, self.model, self.part
+        )
 
     @torch.no_grad()
     def run(self) -> torch.Tensor:

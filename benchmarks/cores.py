@@ -123,14 +123,14 @@ def work(step: Step, machine: Machine) -> Work:
             return Work([costs.product * each for each in one] * matrices, streamed, matrices)
         case _engine.AttentionPackStep(key=key, value=value):
             count = native.batch * native.heads * -(-key.height * key.width // BLOCK)
-            channels = (key.channels + value.channels) / native.heads
-            return Work([costs.product * costs.copy * BLOCK * channels] * count)
+            copied = BLOCK * (key.channels + value.channels) / native.heads
+            return Work([costs.product * costs.copy * copied] * count)
         case _engine.NormStep():
             cells = -(-native.grid_height // native.cell_height)
             cells *= -(-native.grid_width // native.cell_width)
             values = cells * native.channels
-            parts = min(native.groups, max(1, values // 1024)) * native.batch
-            return Work([costs.product * costs.copy * 2 * values * native.batch / parts] * parts)
+            items = min(native.groups, max(1, values // 1024)) * native.batch
+            return Work([costs.product * costs.copy * 2 * values * native.batch / items] * items)
         case _engine.StatisticsStep(input=image):
             cells = -(-image.height // native.cell_height) * -(-image.width // native.cell_width)
             values = native.cell_height * native.cell_width * image.channels

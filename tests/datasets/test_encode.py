@@ -62,7 +62,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pixels_of(item: dict[str, Any], images: Path) -> torch.Tensor:
     """What the encoder was given for an item, by its record alone: `(1, 3, H, W)`."""
-    image = Image.open(images / item["key"])
+    image: Image.Image = Image.open(images / item["key"])
     (height, width), (top, left) = item["target_size"], item["crops_coords_top_left"]
     ratio = max(height / image.height, width / image.width)
     scaled = max(width, round(image.width * ratio)), max(height, round(image.height * ratio))
@@ -327,9 +327,10 @@ def test_a_model_on_the_hub_is_found_by_its_revision(
             index.parent.mkdir()
             index.write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
             hub.add("a/pipeline", index.parent, branch=branch)
-        for branch, vae in zip((None, "other"), vaes, strict=True):
-            out = tmp_path / f"{branch}-out"
-            encode_dataset(images, out, "a/pipeline", Options(sizes=((32, 32),)), revision=branch)
+        for revision, vae in zip((None, "other"), vaes, strict=True):
+            out = tmp_path / f"{revision}-out"
+            options = Options(sizes=((32, 32),))
+            encode_dataset(images, out, "a/pipeline", options, revision=revision)
             expected = vae_hash(vae)
             assert json.loads((out / "manifest.json").read_text())["model"]["sha256"] == expected
 

@@ -234,7 +234,7 @@ def test_a_replica_has_modules_of_its_own_and_shares_the_weights() -> None:
 
 def test_a_module_that_cannot_be_copied_is_an_error_that_says_why() -> None:
     module = Within(nn.Conv2d(4, 4, 1))
-    module.inside.busy = threading.Lock()
+    module.inside.busy = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(RBLNCompileError, match=r"Within can't be copied: .*lock.*Remove the hooks"):
         capture(module, "own", 4)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,7 @@ from rbln_vae.metrics import relative_l2
 FLUX2 = make_flux2()
 
 
-def compiled(vae: torch.nn.Module = FLUX2, **options: object) -> RBLNAutoencoderKLFlux2:
+def compiled(vae: AutoencoderKLFlux2 = FLUX2, **options: object) -> RBLNAutoencoderKLFlux2:
     settings = {"target": "cpu", "dtype": "float32", **options}
     return RBLNAutoencoderKLFlux2.from_model(vae, rbln_config=settings)
 

@@ -281,11 +281,12 @@ def test_the_options_are_those_of_optimum_rbln() -> None:
     config = RBLNVQModelConfig(2, (64, 32), False, 8, 3, 4)
     assert (config.batch_size, config.sample_size, config.uses_encoder) == (2, (64, 32), False)
     assert (config.vqmodel_scale_factor, config.in_channels, config.latent_channels) == (8, 3, 4)
-    assert config.image_size == (64, 32) and config.latent_sample_size == (8, 4)
+    assert config.image_size == (64, 32)  # type: ignore[misc]
+    assert config.latent_sample_size == (8, 4)  # type: ignore[misc]
     with pytest.raises(ValueError, match="multiples of 8"):
         RBLNVQModelConfig(sample_size=100, vqmodel_scale_factor=8)
     with pytest.raises(ValueError, match="needs sample_size and vqmodel_scale_factor"):
-        _ = RBLNVQModelConfig(sample_size=64).latent_sample_size
+        _ = RBLNVQModelConfig(sample_size=64).latent_sample_size  # type: ignore[misc]
 
 
 def test_a_compiled_model_has_every_option_filled_in() -> None:

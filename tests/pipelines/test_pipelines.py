@@ -115,7 +115,7 @@ class InBfloat16:
 
 @pytest.mark.parametrize("name", MOST)
 def test_images_of_a_vae_compiled_in_bfloat16(name):
-    case, least = CASES[name], BFLOAT16_DB
+    case, least = CASES[name], float(BFLOAT16_DB)
     found, expected = pair(name, "bfloat16")
     if case.vae == "VQModel":
         # Its decoder multiplies by the latent, and so enlarges the error of that.
@@ -298,7 +298,8 @@ def test_tiling_and_slicing_are_allowed():
     before = run(pipe, SD)
     for what in ("tiling", "slicing"):
         # Pipelines of older versions of diffusers have methods that call those of the VAE.
-        getattr(pipe, f"enable_vae_{what}", getattr(pipe.vae, f"enable_{what}"))()
+        of_vae = getattr(pipe.vae, f"enable_{what}")
+        getattr(pipe, f"enable_vae_{what}", of_vae)()  # type: ignore[misc]
     assert torch.equal(run(pipe, SD), before)
 
 

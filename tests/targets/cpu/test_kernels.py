@@ -23,7 +23,7 @@ from rbln_vae.targets.cpu.tiles import FASTEST, Choices, Convolution, Machine, g
 
 Case = ConvCase | AttentionCase
 CASES: tuple[Case, ...] = (*CONVOLUTIONS, *ATTENTIONS)
-FLOAT32 = [k.isa for k in _engine.all_kernels() if k.dtype == "float32" and k.isa != "generic"]
+OF_FLOAT32 = [k.isa for k in _engine.all_kernels() if k.dtype == "float32" and k.isa != "generic"]
 WINOGRAD = [(k.isa, k.dtype) for k in _engine.all_kernels() if k.winograd]
 BEST = {k.dtype: k.isa for k in _engine.all_kernels()}
 BFLOAT16 = [k.isa for k in _engine.all_kernels() if k.dtype == "bfloat16" and k.isa != "generic"]
@@ -79,7 +79,7 @@ def test_portable_kernels_of_two_bytes_are_near_float32(
     assert difference(run(case, "generic", dtype, monkeypatch), expected) < limit
 
 
-@pytest.mark.parametrize("isa", FLOAT32)
+@pytest.mark.parametrize("isa", OF_FLOAT32)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_kernels_agree(case: Case, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(case, "generic", "float32", monkeypatch)
