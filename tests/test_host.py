@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from rbln_vae import host
 from rbln_vae.host import usable_memory, usable_processors
 
 MIB = 2**20
@@ -307,3 +311,31 @@ def test_without_masks_all_processors_count(
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: counted)
     assert usable_processors(tmp_path) == expected
+
+
+def test_without_affinity_masks_the_physical_cores_count(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(host, "_sysctl", {"hw.physicalcpu": 6}.__getitem__)
+    assert usable_processors(tmp_path) == 6
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has the call")
+def test_without_sysctl_all_processors_count(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert usable_processors(tmp_path) == 12
+
+
+def test_sysctl_reads_what_the_system_writes(monkeypatch):
+    """Through a stand-in for the C library, which writes a number of 32 bits."""
+
+    def sysctlbyname(name, value, size, new, new_size):
+        assert (name, new, new_size) == (b"hw.physicalcpu", None, None)
+        assert size._obj.value == 8
+        ctypes.memmove(value, ctypes.byref(ctypes.c_int32(10)), 4)
+        return 0
+
+    library = types.SimpleNamespace(sysctlbyname=sysctlbyname)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert host._sysctl("hw.physicalcpu") == 10

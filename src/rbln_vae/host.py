@@ -2,11 +2,12 @@
 
 Linux keeps processes in a tree of control groups. Each group may limit memory and processor
 time for everything below it. Versions 1 and 2 are supported, even mixed. Other systems have no
-control groups, so the whole machine counts.
+control groups, so the whole machine counts; macOS tells its cores by `sysctl`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import re
@@ -46,7 +47,7 @@ def usable_processors(root: Path = _ROOT) -> int:
     if hasattr(os, "sched_getaffinity"):
         cores = len({_core(root, number) for number in os.sched_getaffinity(0)})
     else:
-        cores = os.cpu_count() or 1
+        cores = _sysctl("hw.physicalcpu") or os.cpu_count() or 1
     shares = (_share(group) for group in _groups(root, "cpu"))
     return max(1, math.ceil(min([cores, *shares])))
 
@@ -60,6 +61,16 @@ def _core(root: Path, number: int) -> str:
         or _read(topology / "thread_siblings_list")
         or str(number)
     )
+
+
+def _sysctl(name: str) -> int:
+    """A number that macOS knows of the machine; 0 where there is none."""
+    value = ctypes.c_int64(0)  # large enough for numbers of 32 bits, too
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    read = getattr(ctypes.CDLL(None), "sysctlbyname", None)
+    if read is None or read(name.encode(), ctypes.byref(value), ctypes.byref(size), None, None):
+        return 0
+    return value.value
 
 
 def _share(group: Path) -> float:
