@@ -8,8 +8,15 @@ PYTEST_ARGS ?=
 # A process for each core; torch in each keeps to one thread, or they would be in each other's way.
 PYTEST = OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses auto --dist loadfile
 
-# Build environments that pip makes for itself read this too.
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# Every version that the tests run with. Build environments that pip makes for itself keep to
+# it too; newer versions of pip read the second name for them.
+CONSTRAINTS := constraints.txt
+export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+# The version that `make constraints` keeps to, since its default build takes gigabytes.
+TORCH := torch==2.13.0
+COMPILE_CONSTRAINTS = echo $(TORCH) | $(RUN)/uv pip compile --quiet --universal --no-annotate \
+  --python-version 3.10 --constraints - --custom-compile-command "make constraints"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INSTALLED := $(VENV)/.installed
@@ -20,6 +27,9 @@ OPTIMUM_VENV := .venv-optimum-rbln
 OPTIMUM_INSTALLED := $(OPTIMUM_VENV)/.installed
 OPTIMUM_PACKAGES := torch diffusers==0.38.0 transformers==5.15.1 tokenizers==0.22.1 accelerate pytest xxhash
 OPTIMUM_RBLN := optimum-rbln==0.12.0
+OPTIMUM_CONSTRAINTS := constraints-optimum-rbln.txt
+# The wheels are for these versions of Python: that of 3.12 serves all later ones.
+WHEEL_PYTHONS := python3.10 python3.11 python3.12
 TEST_ENGINE := PYTHON=$(RUN)/python tools/test_engine/run.sh
 ENGINE := $(shell find engine -type f)
 STUB := src/rbln_vae/_engine.pyi
@@ -28,7 +38,7 @@ WRITE_STUB = $(RUN)/python -m nanobind.stubgen --quiet --module rbln_vae._engine
 TIDY_STUB = $(RUN)/ruff format --quiet
 
 .PHONY: help install demo test test-all test-engine test-engine-all test-ray test-optimum-rbln bench \
-  bench-memory check format stub clean distclean
+  bench-memory check format stub constraints wheel test-wheel clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
@@ -43,6 +53,9 @@ help:
 	@echo "make check      lint, formatting, types, symbols of the kernels, and the engine's stub"
 	@echo "make format     format the Python sources"
 	@echo "make stub       write the types of the engine's module to $(STUB)"
+	@echo "make constraints  choose the versions that the tests run with, and pin them"
+	@echo "make wheel      build wheels that need no compiler, and a source distribution, in dist/"
+	@echo "make test-wheel  try one of the wheels in an environment that has nothing else"
 	@echo "make clean      remove what was built; distclean removes $(VENV) too"
 
 install: $(INSTALLED)
@@ -91,6 +104,7 @@ check: $(INSTALLED)
 	$(RUN)/ruff check
 	$(RUN)/ruff format --check
 	$(RUN)/mypy
+	$(RUN)/mypy --config-file tests/mypy.ini
 	$(RUN)/python tools/check_symbols.py build/*/compile_commands.json
 	@$(WRITE_STUB) build/_engine.pyi
 	@$(TIDY_STUB) build/_engine.pyi
@@ -105,14 +119,35 @@ stub: $(INSTALLED)
 	$(WRITE_STUB) $(STUB)
 	$(TIDY_STUB) $(STUB)
 
+# Keeps the versions that are there as far as pyproject.toml allows; UPGRADE=--upgrade takes new ones.
+constraints: $(INSTALLED)
+	$(COMPILE_CONSTRAINTS) $(UPGRADE) --all-extras pyproject.toml --output-file constraints.txt
+	mkdir -p build
+	printf '%s\n' $(OPTIMUM_PACKAGES) > build/optimum-rbln.in
+	$(COMPILE_CONSTRAINTS) $(UPGRADE) build/optimum-rbln.in --output-file $(OPTIMUM_CONSTRAINTS)
+
+wheel: $(INSTALLED)
+	$(RUN)/python -m pip install --quiet --editable '.[wheels]'
+	$(RUN)/python tools/build_wheels.py $(WHEEL_PYTHONS)
+
+# Where nothing else is installed: no compiler is on the path, and no clone's sources are found.
+test-wheel: $(INSTALLED)
+	$(RUN)/python -m pip install --quiet --editable '.[wheels]'
+	rm -rf build/wheel
+	$(RUN)/python tools/build_wheels.py --processor $$(uname -m) --output build/wheel $(RUN)/python
+	$(RUN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --only-binary :all: build/wheel/*.whl
+	cd build/wheel && env PATH=/nowhere venv/bin/python ../../tools/smoke_test.py
+
 # Editable: a change of a Python source needs no new install.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(ENGINE) | $(RUN)/pip
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(ENGINE) | $(RUN)/pip
 	$(RUN)/python -m pip install --editable '.[dev]'
 	@touch $@
 
-$(OPTIMUM_INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(ENGINE) Makefile
+$(OPTIMUM_INSTALLED): pyproject.toml constraints.txt $(OPTIMUM_CONSTRAINTS) CMakeLists.txt $(ENGINE)
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
-	$(OPTIMUM_VENV)/bin/python -m pip install $(OPTIMUM_PACKAGES)
+	PIP_CONSTRAINT=$(abspath $(OPTIMUM_CONSTRAINTS)) \
+	  $(OPTIMUM_VENV)/bin/python -m pip install $(OPTIMUM_PACKAGES)
 	$(OPTIMUM_VENV)/bin/python -m pip install --no-deps $(OPTIMUM_RBLN) --editable .
 	@touch $@
 
