@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,8 +89,13 @@ def build(source: Path, python: str, processor: str, output: Path) -> None:
         variables = environment(directory, python, processor)
         uv_build("--wheel", "--python", python, "--out-dir", directory, source, **variables)
         (wheel,) = directory.glob("*.whl")
-        platform = f"manylinux_{GLIBC.replace('.', '_')}_{processor}"
-        run("auditwheel", "repair", "--plat", platform, "--wheel-dir", output, wheel)
+        # It knows the platforms of other processors, but doesn't take their names.
+        run("auditwheel", "repair", "--plat", "auto", "--wheel-dir", directory / "checked", wheel)
+        (checked,) = directory.glob("checked/*.whl")
+        needed = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_", checked.name)]
+        if not needed or min(needed) > int(GLIBC.removeprefix("2.")):
+            raise SystemExit(f"{checked.name} needs a newer glibc than {GLIBC}")
+        shutil.move(checked, output / checked.name)
 
 
 def main() -> None:
