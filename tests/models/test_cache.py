@@ -145,7 +145,9 @@ def test_models_for_an_npu_are_kept(directory):
 
 def key(vae: AutoencoderKL, **changes: Any) -> dict[str, Any]:
     arguments = {"name": "vae", "config": vae.config, "options": OPTIONS, "target": CPU, **changes}
-    return key_of(vae, **arguments)
+    found = key_of(vae, **arguments)
+    assert found is not None
+    return dict(found)
 
 
 def test_the_key_is_the_same_for_the_same():

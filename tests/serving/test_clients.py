@@ -79,8 +79,8 @@ def test_nodes_for_comfyui_get_a_tensor(
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_sd_next_gets_a_tensor(server: str, vae: RBLNAutoencoderKL, packed: bool) -> None:
     latent = noise(1, 4, 6, 8, dtype=torch.bfloat16)
-    query = {"input_tensor_type": "binary", "output_tensor_type": "binary", "output_type": "pt"}
-    query |= {"partial_postprocess": False, **SCALING}
+    query: dict[str, Any] = {"input_tensor_type": "binary", "output_tensor_type": "binary"}
+    query |= {"output_type": "pt", "partial_postprocess": False, **SCALING}
     sent = latent
     if packed:
         sent = FluxPipeline._pack_latents(latent, 1, 4, 6, 8)
@@ -91,8 +91,12 @@ def test_sd_next_gets_a_tensor(server: str, vae: RBLNAutoencoderKL, packed: bool
 
 @pytest.mark.parametrize(("kind", "accept"), [("png", "image/png"), ("jpg", "image/jpeg")])
 def test_sd_next_gets_a_picture(server: str, kind: str, accept: str) -> None:
-    query = {"input_tensor_type": "binary", "image_format": kind, "output_type": "pil"}
-    query |= {"scaling_factor": 0.5, "shift_factor": None}  # `requests` leaves it out
+    query: dict[str, Any] = {"input_tensor_type": "binary", "image_format": kind}
+    query |= {
+        "output_type": "pil",
+        "scaling_factor": 0.5,
+        "shift_factor": None,
+    }  # `requests` leaves it out
     headers = {"Content-Type": "tensor/binary", "Accept": accept}
     answer = post(f"{server}/decode?model=sd", noise(1, 4, 6, 8), query, headers)
     assert answer.headers["content-type"] == accept
