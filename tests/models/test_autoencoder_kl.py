@@ -37,7 +37,7 @@ from rbln_vae import (
     RBLNRuntimeError,
 )
 from rbln_vae.metrics import relative_l2
-from rbln_vae.targets.reference import InterpreterTarget
+from rbln_vae.targets.reference import ReferenceTarget
 from rbln_vae.units import byte_count
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -599,7 +599,7 @@ def test_after_bad_input_the_model_is_as_before():
 # Static shapes
 
 
-class StaticTarget(InterpreterTarget):
+class StaticTarget(ReferenceTarget):
     """Takes one shape, as an NPU does."""
 
     name = "rbln"

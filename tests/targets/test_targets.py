@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from vaes import (
     assert_same_model,
     compile_vae,
@@ -277,11 +278,16 @@ def test_one_device_is_no_option_of_the_npu():
     )
 
 
-def test_the_reference_runs_images_again_that_float16_cannot_hold():
+def float16_of_large_values(factor: float) -> tuple[AutoencoderKL, RBLNAutoencoderKL]:
+    """A model whose first convolution is multiplied, and the reference in float16."""
     vae = make_vae()
     for weight in vae.decoder.conv_in.parameters():
-        weight.data.mul_(1e5)
-    model = compile_vae(vae, target="reference", dtype="float16")
+        weight.data.mul_(factor)
+    return vae, compile_vae(vae, target="reference", dtype="float16")
+
+
+def test_the_reference_runs_images_again_that_float16_cannot_hold():
+    vae, model = float16_of_large_values(3e7)
     latents = noise(2, 4, 8, 6)
     latents[1] *= 1e-6
     with pytest.warns(RuntimeWarning, match="beyond the range"):
@@ -289,3 +295,10 @@ def test_the_reference_runs_images_again_that_float16_cannot_hold():
     assert found.isfinite().all()
     assert relative_l2(found[:1], pixels(vae, latents[:1])) < 0.05
     assert torch.equal(found[1:], model.decode(latents[1:]).sample)
+
+
+def test_the_reference_keeps_images_within_the_range_of_float16(recwarn):
+    vae, model = float16_of_large_values(1e5)
+    latents = noise(1, 4, 8, 6)
+    assert relative_l2(model.decode(latents).sample, pixels(vae, latents)) < 0.005
+    assert not [each for each in recwarn if "float16" in str(each.message)]

@@ -368,8 +368,9 @@ class RBLNModel(ModuleMembers):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, and is a {type(function).__name__}.")
         runtime = self._runtime(part, tuple(image.shape))
+        source = image.detach() if self._target.any_device else image.detach().cpu()
         result = runtime.run(
-            image.detach().cpu(), out, should_stop, levels=levels, finite=finite, on_rows=on_rows
+            source, out, should_stop, levels=levels, finite=finite, on_rows=on_rows
         )
         return result.to(image.device) if out is None else result
 

@@ -186,7 +186,8 @@ class _Scheduler:
             if isinstance(operation, Attention):
                 query, key, other, *rest = inputs
                 prepared = self.tasks.prepare(operation, (key, other))
-                inputs = (query, *rest)
+                if prepared:  # from key and value, which nothing else reads
+                    inputs = (query, *rest)
             over = self.replaceable(index, added, *operation.inputs[:-1])
             if isinstance(operation, Modulate):
                 over = self.replaceable(index, operation.input, *operation.inputs[1:])

@@ -5,10 +5,12 @@ A target compiles parts of models, loads what it compiled, and makes runtimes, w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeAlias
@@ -109,10 +111,10 @@ class Runtime(Protocol):
         """Run the part.
 
         Args:
-            image: `(N, C, H, W)` on the CPU, of any strides and floating dtype, or uint8 for
-                the levels of a picture; not written to.
-            out: Where to write the result, on the CPU, of its shape and any strides and
-                floating dtype, or uint8 for levels; it shares no memory with the image.
+            image: `(N, C, H, W)` of any strides and floating dtype, or uint8 for the levels of a
+                picture; not written to. It is on the CPU unless the target takes `any_device`.
+            out: Where to write the result, on the same devices, of its shape and any strides
+                and floating dtype, or uint8 for levels; it shares no memory with the image.
             should_stop: Asked at most every 50 ms, on the calling thread; true stops the run.
             levels: Whether the result is the levels that show it, instead of floats.
             finite: Gets whether each image had only finite values before they became
@@ -121,8 +123,8 @@ class Runtime(Protocol):
                 top, once for each row. What it raises ends the run and passes through.
 
         Returns:
-            `out`, or a new tensor on the CPU: in the dtype of the input, float32 if that is
-            levels; or levels, whose channels are the last axis in memory.
+            `out`, or a new tensor where the image is: in its dtype, float32 if that is levels;
+            or levels, whose channels are the last axis in memory.
 
         Raises:
             TimeoutError: The run took longer than its timeout.
@@ -184,6 +186,8 @@ class Target(ABC):
     """Whether each sample of a batch gets the same bits as in a run of its own."""
     arithmetic: ClassVar[int] = 1
     """The version of its arithmetic: the same model may give other bits by another version."""
+    any_device: ClassVar[bool] = False
+    """Whether its runtimes take and give tensors on any device; else on the CPU alone."""
     own_options: ClassVar[tuple[str, ...]] = ()
     """Options of a configuration that no other target takes."""
 
@@ -327,6 +331,24 @@ def beyond_float16(part: str) -> str:
         "values are run again in bfloat16, which takes longer and is less exact. Compile the "
         "model with dtype='bfloat16' or 'float32' to run each once."
     )
+
+
+@contextlib.contextmanager
+def torch_allocates() -> Iterator[None]:
+    """Turn torch's error about a failed allocation into a `MemoryError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        wanted = re.search(r"allocate ([\d.]+ [KMG]iB|\d+ bytes)", str(error))
+        if wanted is None:
+            raise
+        size = wanted[1]
+        if size.endswith("bytes"):
+            size = format_bytes(int(size.split()[0]))
+        raise MemoryError(
+            f"There is no memory for another {size} of this run. Run a smaller batch or image, or "
+            "free memory; the model can be used again."
+        ) from None
 
 
 def get_target(name: str) -> Target:

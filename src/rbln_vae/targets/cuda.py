@@ -1,14 +1,15 @@
-"""The target `cuda`: the optimised graph on an NVIDIA GPU, with PyTorch's kernels."""
+"""The target `cuda`: NVIDIA GPUs, by PyTorch's kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from .base import CompiledPart, RuntimeOptions
-from .reference import InterpreterRuntime, InterpreterTarget
+from .torch import TorchTarget
 
 
-class CudaTarget(InterpreterTarget):
+class CudaTarget(TorchTarget):
     """NVIDIA GPUs."""
 
     name = "cuda"
@@ -35,12 +36,17 @@ class CudaTarget(InterpreterTarget):
         self.require()
         return int(torch.cuda.get_device_properties(device).total_memory)
 
+    def free_memory(self, device: int | str) -> Callable[[], int]:
+        def free() -> int:
+            unused, _ = torch.cuda.mem_get_info(device)
+            # Torch keeps what it has freed, and gives it to the next run.
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return int(unused + kept)
+
+        return free
+
     def best_dtype(self) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-
-    def create_runtime(self, compiled: CompiledPart, options: RuntimeOptions) -> InterpreterRuntime:
-        self.require()
-        return super().create_runtime(compiled, options)
 
 
 TARGET = CudaTarget()

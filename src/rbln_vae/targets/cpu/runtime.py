@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import time
 import warnings
 from collections import deque
@@ -26,7 +25,7 @@ from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
-from ..base import OnRows, beyond_float16, over_memory_limit
+from ..base import OnRows, beyond_float16, over_memory_limit, torch_allocates
 from ..watch import ShouldStop, Watch
 from .kept import Bound, KeptKernels
 from .lower import ADDRESSABLE, lower
@@ -172,21 +171,6 @@ def _new_result(shape: Shape, dtype: torch.dtype, levels: bool) -> Tensor:
         last = torch.empty(batch, height, width, channels, dtype=torch.uint8)
         return last.permute(0, 3, 1, 2)
     return torch.empty(shape, dtype=dtype if dtype.is_floating_point else torch.float32)
-
-
-@contextlib.contextmanager
-def _torch_allocates() -> Iterator[None]:
-    """Turn torch's error about a failed allocation into a `MemoryError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        wanted = re.search(r"allocate (\d+) bytes", str(error))
-        if wanted is None:
-            raise
-        raise MemoryError(
-            f"The system has no {format_bytes(int(wanted[1]))} for the images of this run. Run a "
-            "smaller batch or image, or free memory; the model can be used again."
-        ) from None
 
 
 class CpuRuntime:
@@ -402,7 +386,7 @@ class CpuRuntime:
             )
         if out is not None:
             _check_apart(source, out)
-        with _torch_allocates():
+        with torch_allocates():
             if source.dtype not in (*EXCHANGED, torch.uint8):
                 source = source.to(torch.float32)
             result = _new_result(expected, source.dtype, levels) if out is None else out
@@ -433,7 +417,7 @@ class CpuRuntime:
             on_rows(0, result)
         if out is not None or levels or not image.is_floating_point():
             return result
-        with _torch_allocates():
+        with torch_allocates():
             return result.to(image.dtype)
 
     def _run_wide(

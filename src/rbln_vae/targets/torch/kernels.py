@@ -1,0 +1,168 @@
+"""What PyTorch does with the rows of images, besides convolutions and attention.
+
+Images are `(N, C, H, W)`, with channels last in memory. Statistics, norms and activations are
+computed in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Padding = tuple[int, int, int, int]
+"""Rows of zeros above and below, and columns left and right."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is done with an image while it is read.
+
+    Attributes:
+        scale: The factors of its channels, `(N, C, 1, 1)`, of a group norm.
+        shift: What is added after that.
+        pixel_weight: The weights of an RMS norm of each pixel, `(1, C, 1, 1)`.
+        eps: Of that norm.
+        activation: The function that is applied last.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    pixel_weight: Tensor | None = None
+    eps: float = 0.0
+    activation: str | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes an image."""
+        return (
+            self.scale is not None or self.pixel_weight is not None or self.activation is not None
+        )
+
+
+def activate_(image: Tensor, function: str) -> Tensor:
+    """Apply one of the graph's activation functions in place."""
+    result: Tensor = getattr(torch.ops.aten, f"{function}_")(image)
+    return result
+
+
+def read(image: Tensor, reading: Reading, padding: Padding = (0, 0, 0, 0)) -> Tensor:
+    """Read an image, with zeros around it.
+
+    Args:
+        image: The image; rows may lie apart.
+        reading: What is done with it.
+        padding: The zeros, which `reading` leaves as they are.
+
+    Returns:
+        A dense image with channels last; `image` itself if nothing changes.
+    """
+    if not reading.changes and not any(padding):
+        return image.contiguous(memory_format=torch.channels_last)
+    above, below, left, right = padding
+    batch, channels, height, width = image.shape
+    block = torch.empty(
+        (batch, channels, height + above + below, width + left + right),
+        dtype=image.dtype,
+        device=image.device,
+        memory_format=torch.channels_last,
+    )
+    block[:, :, :above].zero_()
+    block[:, :, above + height :].zero_()
+    block[..., :left].zero_()
+    block[..., left + width :].zero_()
+    apply(image, reading, block[:, :, above : above + height, left : left + width])
+    return block
+
+
+def apply(image: Tensor, reading: Reading, out: Tensor) -> None:
+    """Write what `reading` makes of an image."""
+    if not reading.changes or image.dtype == torch.float32:
+        work = out.copy_(image)
+    else:
+        work = image.float()
+    if reading.scale is not None and reading.shift is not None:
+        work.mul_(reading.scale).add_(reading.shift)
+    if reading.pixel_weight is not None:
+        lengths = torch.linalg.vector_norm(work, dim=1, keepdim=True)
+        lengths.square_().div_(work.shape[1]).add_(reading.eps)
+        work.mul_(lengths.rsqrt_()).mul_(reading.pixel_weight)
+    if reading.activation is not None:
+        activate_(work, reading.activation)
+    if work is not out:
+        out.copy_(work)
+
+
+def write(
+    result: Tensor,
+    out: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    """Write what an operation has computed.
+
+    Args:
+        result: What was computed; it is overwritten.
+        out: Where to write it.
+        residual: What is added to it; it may be `out`.
+        activation: The function that is applied last.
+        sums: Gets the statistics of what is written, `(N, 2, C)`; see `sum_up`.
+    """
+    if residual is not None:
+        result.add_(residual)
+    if activation is not None:
+        activate_(result, activation)
+    out.copy_(result)
+    if sums is not None:
+        sum_up(result, sums)
+
+
+def sum_up(chunk: Tensor, sums: Tensor) -> None:
+    """Write the mean of each channel, and the sum of squared differences from it.
+
+    Args:
+        chunk: An image, which is overwritten if it is float32.
+        sums: `(N, 2, C)` in float32.
+    """
+    work = chunk.float()
+    mean = work.mean((2, 3), keepdim=True)
+    work.sub_(mean)
+    sums[:, 0] = mean[:, :, 0, 0]
+    sums[:, 1] = torch.linalg.vector_norm(work, dim=(2, 3)).square_()
+
+
+def coefficients(
+    sums: Tensor, counts: Tensor, groups: int, eps: float, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The factors and offsets of channels that a group norm amounts to.
+
+    Args:
+        sums: The statistics of all chunks of an image, `(N, chunks, 2, C)`.
+        counts: The pixels of each chunk.
+        groups: Of the norm, as the following.
+        eps: Added to the variance.
+        weight: `(C,)`.
+        bias: `(C,)`.
+
+    Returns:
+        Two tensors `(N, C)` in float32.
+    """
+    batch, chunks, _, channels = sums.shape
+    # (N, groups, chunks * channels of a group), in float64
+    means, squares = (
+        sums[:, :, i]
+        .double()
+        .view(batch, chunks, groups, -1)
+        .transpose(1, 2)
+        .reshape(batch, groups, -1)
+        for i in (0, 1)
+    )
+    pixels = counts.double().repeat_interleave(channels // groups)
+    total = pixels.sum()
+    mean = (means * pixels).sum(2, keepdim=True) / total
+    spread = ((means - mean).square() * pixels + squares).sum(2, keepdim=True) / total
+    factor = weight.double().view(groups, -1) * (spread + eps).rsqrt()
+    offset = bias.double().view(groups, -1) - mean * factor
+    return factor.view(batch, channels).float(), offset.view(batch, channels).float()
