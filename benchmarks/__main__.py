@@ -169,6 +169,27 @@ def precision(
 
 
 @app.command()
+def gpu(
+    model: Annotated[str, typer.Option(help="a name of benchmarks/models.py")] = "sd",
+    sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "512,1024,2048,4096",
+    device: Annotated[str, typer.Option(help="cuda; or cpu, to try it out")] = "cuda",
+    rounds: Annotated[int, typer.Option(help="counted runs of each, at most")] = 5,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="measure a decode within this memory, too: 8GiB")
+    ] = None,
+    name: Annotated[str, typer.Option(help="of the file under benchmarks/results")] = "gpu",
+) -> None:
+    """Time, memory and error of decoding on a GPU."""
+    from .gpu import measure, save
+    from .models import MODELS
+
+    measured = measure(
+        [int(s) for s in sizes.split(",")], device, MODELS[model], rounds, memory_limit
+    )
+    print(f"saved {save(name, device, measured)}")
+
+
+@app.command()
 def datasets(
     cases: Annotated[
         str, typer.Option(help="throughput, kills, memory and workers, with commas")

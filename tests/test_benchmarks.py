@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import tiny_vaes
 import torch
-from benchmarks import speed
+from benchmarks import gpu, speed
 from benchmarks.contenders import DiffusersFloat32, OursFloat32
 from benchmarks.kernels import Timing, fit, measure, time_case
 from benchmarks.models import MODELS, Model, make_model
@@ -141,3 +141,36 @@ def test_the_table_of_speed_compares_contenders_of_one_precision():
     )
     assert theirs.endswith("| 2.00 GB |  | 4.00 |")
     assert other.endswith("| 1.0e-02 |  |")
+
+
+# The benchmark of GPUs, tried out on the CPU
+
+
+def test_every_contender_of_a_gpu_decodes_to_nearly_the_same():
+    small = Model("AutoencoderKL", {**MODELS["sd"].architecture, "block_out_channels": (32,) * 4})
+    found = gpu.measure([64], "cpu", small, rounds=1, memory_limit="64MiB")
+    names = ["rbln-vae", "rbln-vae within 64MiB", "diffusers", "diffusers tiled"]
+    assert [each.contender for each in found] == names
+    assert all(each.seconds > 0 and 0 < each.error < 0.1 for each in found)
+    assert found[0].error == found[1].error
+    text = gpu.table(found)
+    assert text.count("\n") == 5 and "not counted" in text
+
+
+def test_a_contender_without_enough_memory_is_a_line_of_the_table():
+    def fails():
+        raise MemoryError("too little")
+
+    latent, exact = torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 64, 64)
+    found = gpu._time("diffusers", "bfloat16", fails, latent, exact, "cpu", 1)
+    assert "| diffusers | bfloat16 | no memory: too little |" in gpu.row(found)
+
+
+def test_torch_compile_and_float16_are_measured_where_they_tell_something():
+    def names(size):
+        return [(n, d) for n, d, _ in gpu._contenders(Path(), "cuda", size, None)]
+
+    assert ("torch.compile", "bfloat16") in names(512)
+    assert ("torch.compile", "bfloat16") not in names(2048)
+    assert ("rbln-vae", "float16") in names(1024)
+    assert ("rbln-vae", "float16") not in names(4096)
