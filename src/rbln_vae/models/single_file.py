@@ -1,15 +1,18 @@
 """Single `.safetensors` files: a diffusers model from the weights alone, without the network.
 
+The same for weights that a program has loaded itself.
+
 The class and the architecture follow from the names and the shapes of the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from .layouts import names_in_diffusers
 
 _PARTS = ("encoder", "decoder")
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_LOADED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """What denoisers are trained with, and no shape tells."""
 _SCALED_ALREADY = ("AutoencoderTiny",)
@@ -57,16 +61,18 @@ class SingleFile:
     """An autoencoder in a `.safetensors` file, whose weights aren't read yet.
 
     Attributes:
-        path: The file.
+        path: The file; of weights in memory, what messages call them.
         class_name: The diffusers class.
         config: Its configuration.
         weights: Where each weight is, by its name in diffusers.
+        loaded: The weights by their names there, if they are in memory; else `None`.
     """
 
     path: Path
     class_name: str
     config: Mapping[str, Any]
     weights: Mapping[str, _Stored]
+    loaded: Mapping[str, Tensor] | None = None
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
         """The diffusers model.
@@ -130,11 +136,20 @@ class SingleFile:
         self, shapes: Mapping[str, Shape], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, Tensor]]:
         for file in sorted({stored.file for stored in self.weights.values()}):
-            with _opened(file) as opened:
+            with self._reader(file) as read:
                 for name, stored in self.weights.items():
                     if stored.file == file:
-                        tensor = opened.get_tensor(stored.key).reshape(shapes[name])
+                        tensor = read(stored.key).reshape(shapes[name])
                         yield name, tensor.to(dtype or tensor.dtype) if tensor.ndim else tensor
+
+    @contextlib.contextmanager
+    def _reader(self, file: Path) -> Iterator[Callable[[str], Tensor]]:
+        """What reads weights of a file by their names there."""
+        if self.loaded is not None:
+            yield self.loaded.__getitem__
+            return
+        with _opened(file) as opened:
+            yield opened.get_tensor
 
 
 def open_original(
@@ -197,9 +212,41 @@ def open_single_file(
         ValueError: The kind doesn't fit, or the configuration can't be read.
         RBLNCompileError: The file holds no autoencoder that is known.
     """
-    chosen = None if kind is None else find_kind(kind)
     given = _given_config(config, subfolder)
-    weights = _weights(path)
+    return _recognised(path, _weights(path), kind, given, class_name)
+
+
+def open_weights(weights: Mapping[str, Tensor], name: str) -> SingleFile:
+    """Recognise the autoencoder that weights in memory are of, as `open_single_file` does.
+
+    Args:
+        weights: A state dict, in one of the layouts of files. Tensors are not copied.
+        name: What messages call it.
+
+    Raises:
+        RBLNCompileError: It is no autoencoder that is known.
+
+    Example:
+        >>> vae = open_weights(load_file("vae.safetensors"), "the VAE").load()  # doctest: +SKIP
+    """
+    named = Path(name)
+    stored = {}
+    for key, new in names_in_diffusers(weights, name).items():
+        _check_dtype(key, new, weights[key].dtype, _LOADED_DTYPES, name)
+        stored[new] = _Stored(named, key, tuple(weights[key].shape))
+    given: dict[str, Any] = {}
+    return dataclasses.replace(_recognised(named, stored, None, given, None), loaded=weights)
+
+
+def _recognised(
+    path: Path,
+    weights: Mapping[str, _Stored],
+    kind: str | None,
+    given: dict[str, Any],
+    class_name: str | None,
+) -> SingleFile:
+    """The autoencoder that the weights suit; `given` is the configuration of the caller."""
+    chosen = None if kind is None else find_kind(kind)
     original = given.pop("_class_name", None)
     configs = _configs(path, weights) if original is None else {str(original): given}
     if chosen is not None:
@@ -314,14 +361,21 @@ def _weights_of(path: Path) -> tuple[dict[str, _Stored], set[str]]:
         for key, name in names_in_diffusers(opened.keys(), str(path)).items():
             stored = opened.get_slice(key)
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-            if dtype not in _DTYPES and name != _COUNTER:
-                raise RBLNCompileError(
-                    f"{key} in {path} has the dtype {dtype}, expected one of {', '.join(_DTYPES)}. "
-                    "Quantised weights can't be compiled: convert them first."
-                )
+            _check_dtype(key, name, dtype, _DTYPES, path)
             weights[name] = _Stored(path, key, shape)
     parts = {name.split(".")[0] for name in weights}
     return weights, parts & set(_PARTS)
+
+
+def _check_dtype(
+    key: str, name: str, dtype: object, known: Sequence[object], where: str | Path
+) -> None:
+    if dtype not in known and name != _COUNTER:
+        raise RBLNCompileError(
+            f"{key} in {where} has the dtype {dtype}, expected one of "
+            f"{', '.join(map(str, known))}. Quantised weights can't be compiled: convert them "
+            "first."
+        )
 
 
 @contextlib.contextmanager
