@@ -35,7 +35,7 @@ from rbln_vae.metrics import relative_l2
 from rbln_vae.models.auto import class_for
 from rbln_vae.models.family import CLASSES
 from rbln_vae.models.kinds import KINDS
-from rbln_vae.models.single_file import open_single_file
+from rbln_vae.models.single_file import open_single_file, open_weights
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +256,27 @@ def test_a_file_gives_the_model_that_was_written(layout: str, tmp_path: Path) ->
     found = open_single_file(path)
     unknown = () if found.class_name == "AutoencoderTiny" else SCALING
     assert_same(found.load(), model, unknown=unknown)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_in_memory_give_the_same_model_as_a_file(layout: str) -> None:
+    make, names = LAYOUTS[layout]
+    model = make()
+    found = open_weights(names(model.state_dict()), "the VAE")
+    unknown = () if found.class_name == "AutoencoderTiny" else SCALING
+    assert_same(found.load(), model, unknown=unknown)
+
+
+def test_weights_in_memory_that_are_not_those_of_a_vae_are_refused_by_their_name() -> None:
+    state = ldm(kl().state_dict())
+    with pytest.raises(RBLNCompileError, match="the VAE holds no autoencoder"):
+        open_weights({"voice.weight": torch.zeros(1)}, "the VAE")
+    quantised = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    with pytest.raises(RBLNCompileError, match=r"in the VAE has the dtype torch\.float8_e4m3fn"):
+        open_weights(quantised, "the VAE")
+    del state["decoder.conv_out.bias"]
+    with pytest.raises(RBLNCompileError, match=r"the VAE looks like .* 1 weights are missing"):
+        open_weights(state, "the VAE").load()
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae.", "model."])
