@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny_vaes
 import torch
-from conftest import PACKAGE, ComfyUI, Interrupted, LoadedVAE, loaded_package
+from comfyui_stand_in import PACKAGE, ComfyUI, Interrupted, LoadedVAE, loaded_package, stand_in
 from layouts import State, flux2s, ldm, taesd, wans
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +41,20 @@ def _as_comfyui_runs(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture
+def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    return stand_in(folder, monkeypatch)
+
+
+@pytest.fixture
+def nodes(comfyui: ComfyUI) -> Iterator[ModuleType]:
+    """The module of the nodes, of a package that was executed as ComfyUI does it."""
+    with loaded_package() as package:
+        yield sys.modules[f"{package.__name__}.nodes"]
 
 
 def kl(**options: Any) -> Any:

@@ -1,10 +1,10 @@
-"""A stand-in for the few members of ComfyUI that the nodes touch, and the nodes loaded on it."""
+"""A stand-in for the few members of ComfyUI that its nodes touch, and the package of the nodes."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-PACKAGE = Path(__file__).parents[2] / "integrations" / "comfyui"
+PACKAGE = Path(__file__).parents[1] / "integrations" / "comfyui"
 
 
 class Interrupted(BaseException):
@@ -65,11 +65,9 @@ class ModelPatcher:
         return ModelPatcher(self.model, None, None)
 
 
-@pytest.fixture
-def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
-    folder = tmp_path / "vae"
-    folder.mkdir()
-    found = ComfyUI([folder])
+def stand_in(vae_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
+    """Let imports of ComfyUI find the stand-in, whose models are in one folder at first."""
+    found = ComfyUI([vae_folder])
 
     class ProgressBar:
         def __init__(self, total: int) -> None:
@@ -101,13 +99,6 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
         if parent:
             setattr(sys.modules[parent], child, module)
     return found
-
-
-@pytest.fixture
-def nodes(comfyui: ComfyUI) -> Iterator[ModuleType]:
-    """The module of the nodes, of a package that was executed as ComfyUI does it."""
-    with loaded_package() as package:
-        yield sys.modules[f"{package.__name__}.nodes"]
 
 
 class loaded_package:  # noqa: N801
