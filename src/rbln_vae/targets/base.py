@@ -346,8 +346,8 @@ def torch_allocates() -> Iterator[None]:
         if size.endswith("bytes"):
             size = format_bytes(int(size.split()[0]))
         raise MemoryError(
-            f"There is no memory for another {size} of this run. Run a smaller batch or image, or "
-            "free memory; the model can be used again."
+            f"The system has no {size} more for this run. Run a smaller batch or image, or free "
+            "memory; the model can be used again."
         ) from None
 
 

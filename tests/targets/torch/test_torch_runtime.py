@@ -190,7 +190,7 @@ def test_an_image_far_beyond_the_limit_is_refused_soon() -> None:
 def test_memory_that_is_not_there_is_an_error_that_leaves_the_model_usable() -> None:
     graph = graph_of("plain", "decoder")
     found = runtime(graph)
-    with pytest.raises(MemoryError, match="no memory for another"):
+    with pytest.raises(MemoryError, match="system has no"):
         found.run(torch.zeros(1, 4, 1, 1).expand(1, 4, 8, 2**27))
     assert found.run(noise(1, 4, 8, 8)).isfinite().all()
 
