@@ -20,6 +20,8 @@ class TorchTarget(GraphTarget):
     """A target that stores the optimised graph and runs it by PyTorch's kernels."""
 
     any_device = True
+    # Goes up with every change of bits: of chunks, of how they are summed, of the calls.
+    arithmetic = 2
 
     def compile(self, graph: Graph, options: CompileOptions) -> Artifact:
         dtype = options.dtype or self.best_dtype()
