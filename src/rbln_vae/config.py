@@ -256,8 +256,8 @@ class RBLNModelConfig:
         optional_byte_count,
         "The most memory that a run may take besides the weights: activations, scratch memory "
         "of its threads, what is kept for the next run, and the result. In bytes, or as 2GiB. By "
-        "default the memory of the machine or the control group on the target cpu, and no limit "
-        "on others; the target rbln ignores it.",
+        "default the memory of the machine or the control group, and on the target cuda what is "
+        "free on the GPU; the target rbln ignores it.",
         of_run=True,
     )
 

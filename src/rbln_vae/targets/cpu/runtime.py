@@ -21,6 +21,7 @@ from ...graph.ir import Graph, Shape, Value
 from ...host import usable_memory, usable_processors
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
+from ...schedule import fitting
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
@@ -573,44 +574,25 @@ class CpuRuntime:
                 return bound
             scratch = bound.bytes - free.arena_bytes
         if tiling and not search.is_hopeless(room):
-            bound = self._thrifty(search)
+            frugal = fitting.thrifty(
+                search, lambda sketch: lower(sketch, search.rules(1)).work, TILING_TIME
+            )
+            bound = self._lowered(frugal, search)
             if bound.bytes <= room:
                 return bound
-        while schedule := search.fit(room - scratch):
-            bound = self._lowered(schedule, search)
-            if bound.bytes <= room:
-                return bound
-            # Strips have their own tiles, which may need more scratch than those of whole images.
-            scratch = bound.bytes - schedule.arena_bytes
-        return self._least(search, room, scratch)
-
-    def _thrifty(self, search: Search[CpuRules]) -> Bound:
-        """The program for one image that needs the least memory of those within `TILING_TIME`."""
-        chosen: tuple[Value, ...] = ()
-        most = math.inf
-        for sketch in search.walk():
-            work = lower(sketch, search.rules(1)).work
-            if work > most:
-                break
-            chosen, most = sketch.recomputed, min(most, TILING_TIME * work)
-        return self._lowered(search.recomputing(chosen), search)
-
-    def _least(self, search: Search[CpuRules], room: int, scratch: int) -> Bound:
-        """The program for one image that needs the least memory, if it fits in `room`."""
-        shape = search.shape(1)
-        if search.is_hopeless(room):
-            # A quick estimate, from the choice that needs the least memory at another size, so
-            # that refusing a request costs little time.
-            guess = search.recomputing(self._usual_choice, sketch=True)
-            self._require_room(shape, guess.arena_bytes + scratch, room)
-        found: list[Bound] = []
-        for sketch in reversed(search.tradeoffs()):
-            if found and sketch.arena_bytes >= min(each.bytes for each in found):
-                break
-            found.append(self._lowered(search.recomputing(sketch.recomputed), search))
-        least = min(found, key=lambda each: each.bytes)
-        self._require_room(shape, least.bytes, room)
-        return least
+        try:
+            return fitting.fit(
+                search,
+                lambda schedule: self._lowered(schedule, search),
+                room,
+                lambda: self._usual_choice,
+                scratch,
+            )
+        except fitting.TooLargeError as error:
+            needed = error.needed + self.memory_limit - room
+            raise over_memory_limit(
+                self.graph.name, search.shape(1), needed, self.memory_limit
+            ) from None
 
     def _seconds(self, steps: Iterable[Step], runs: int = 1) -> float | None:
         """The estimated time of a number of runs, from the peak of this machine, if known."""
@@ -622,11 +604,6 @@ class CpuRuntime:
         """The same, as text."""
         seconds = self._seconds(steps, runs)
         return "not known" if seconds is None else f"about {format_seconds(seconds)}"
-
-    def _require_room(self, shape: Shape, needed: int, room: int) -> None:
-        if needed > room:
-            needed += self.memory_limit - room
-            raise over_memory_limit(self.graph.name, shape, needed, self.memory_limit)
 
     @functools.cached_property
     def _usual_choice(self) -> tuple[Value, ...]:

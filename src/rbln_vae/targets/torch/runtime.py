@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import os
 import threading
@@ -18,6 +19,7 @@ from ...errors import RBLNRuntimeError
 from ...graph.ir import Graph, Shape, Value
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
+from ...schedule import fitting
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
@@ -187,50 +189,26 @@ class TorchRuntime:
         alone = self._slicing or self._tiling or not self.machine.batches
         search = self.search((1, *shape[1:]) if alone else shape)
         if self._tiling and not search.is_hopeless(room):
-            program = self._lowered(self._thrifty(search), search)
+            frugal = fitting.thrifty(search, lambda sketch: sketch.flops, TILING_WORK)
+            program = self._lowered(frugal, search)
             if program.bytes <= room:
                 return program
-        workspace = 0
-        while schedule := search.fit(room - workspace):
-            program = self._lowered(schedule, search)
-            if program.bytes <= room:
-                return program
-            workspace = program.bytes - schedule.arena_bytes
-        return self._least(search, room, workspace)
+        try:
+            return fitting.fit(
+                search,
+                lambda schedule: self._lowered(schedule, search),
+                room,
+                lambda: self._usual_choice,
+            )
+        except fitting.TooLargeError as error:
+            limit = self.memory_limit
+            needed = error.needed + max(0, limit - room)
+            raise over_memory_limit(self.graph.name, search.shape(1), needed, limit) from None
 
-    def _thrifty(self, search: Search[TorchRules]) -> Schedule:
-        """The schedule that needs the least memory of those within `TILING_WORK`."""
-        chosen: tuple[Value, ...] = ()
-        most = math.inf
-        for sketch in search.walk():
-            if sketch.flops > most:
-                break
-            chosen, most = sketch.recomputed, min(most, TILING_WORK * sketch.flops)
-        return search.recomputing(chosen)
-
-    def _least(self, search: Search[TorchRules], room: int, workspace: int) -> Program:
-        """The program for one image that needs the least memory, if it fits in `room`."""
-        if search.is_hopeless(room):
-            # A quick estimate, from the choice that needs the least memory at another size, so
-            # that refusing a request costs little time.
-            usual = self.search((1, self.graph.input_channels, 1024, 1024)).tradeoffs()[-1]
-            guess = search.recomputing(usual.recomputed, sketch=True)
-            raise self._over_limit(search, guess.arena_bytes + workspace, room)
-        found: list[Program] = []
-        for sketch in reversed(search.tradeoffs()):
-            if found and sketch.arena_bytes >= min(each.bytes for each in found):
-                break
-            found.append(self._lowered(search.recomputing(sketch.recomputed), search))
-        least = min(found, key=lambda each: each.bytes)
-        if least.bytes > room:
-            raise self._over_limit(search, least.bytes, room)
-        return least
-
-    def _over_limit(self, search: Search[TorchRules], needed: int, room: int) -> MemoryError:
-        limit = self.memory_limit
-        return over_memory_limit(
-            self.graph.name, search.shape(1), needed + max(0, limit - room), limit
-        )
+    @functools.cached_property
+    def _usual_choice(self) -> tuple[Value, ...]:
+        shape = (1, self.graph.input_channels, 1024, 1024)
+        return self.search(shape).tradeoffs()[-1].recomputed
 
     def _lowered(self, schedule: Schedule, search: Search[TorchRules]) -> Program:
         return lower(schedule, search.rules(schedule.input_shape[0]), self._weights)
