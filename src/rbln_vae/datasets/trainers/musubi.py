@@ -12,24 +12,17 @@ from PIL import Image
 from ...files import atomic_path
 from ...sizes import Size, format_size
 from .base import (
-    UPPER_OR_LOWER,
     Architecture,
-    Pixels,
-    Trainer,
-    area_or_lanczos,
     down,
     nearest,
     quoted,
     safetensors_file,
-    stem_of,
-    suffix_of,
     switch,
 )
+from .kohya import KohyaTrainer
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..options import Options
 
 
 def _flux2(name: str, full_name: str) -> Architecture:
@@ -37,7 +30,7 @@ def _flux2(name: str, full_name: str) -> Architecture:
     return Architecture("flux2", name, full_name, 16, drawn=False, scaled=True, by_size=False)
 
 
-class Musubi(Trainer):
+class Musubi(KohyaTrainer):
     """Caches of musubi-tuner."""
 
     architectures: ClassVar[Mapping[str, Architecture]] = {
@@ -46,32 +39,23 @@ class Musubi(Trainer):
         "flux2-klein-4b": _flux2("f2k4b", "flux_2_klein_4b"),
         "flux2-klein-9b": _flux2("f2k9b", "flux_2_klein_9b"),
     }
+    suffix = ".safetensors"
     offers = frozenset({"upscale"})
     conflict = "musubi-tuner has one text encoder cache for both"
 
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        height, width = options.sizes[0]
-        self._area = width * height
-        if not options.aspect:
-            self._buckets = [(width, height)]
-            return
-        step, side = options.bucket_step, math.isqrt(self._area)
+    def _rectangles(self) -> set[Size]:
+        step, side = self.options.bucket_step, math.isqrt(self._area)
         least = down(side // 2, step)
         if not least:
             raise ValueError(
-                f"musubi-tuner has no buckets for {format_size((height, width))}; it needs at "
-                f"least {2 * step}"
+                f"musubi-tuner has no buckets for {format_size(self.options.sizes[0])}; it needs "
+                f"at least {2 * step}"
             )
         found = set()
         for one in range(least, side + step, step):
             other = down(self._area // one, step)
             found |= {(one, other), (other, one)}
-        self._buckets = sorted(found)
-
-    @property
-    def sizes(self) -> tuple[Size, ...]:
-        return () if not self.options.upscale else tuple(sorted(b[::-1] for b in self._buckets))
+        return found
 
     def _fit(self, width: int, height: int) -> tuple[Size, Size]:
         step = self.options.bucket_step
@@ -84,20 +68,14 @@ class Musubi(Trainer):
         ratio = max(bucket[0] / width, bucket[1] / height)
         return (int(width * ratio + 0.5), int(height * ratio + 0.5)), bucket
 
-    def takes(self, name: str) -> bool:
-        return suffix_of(name) in UPPER_OR_LOWER
-
     def read(self, image: Image.Image) -> Image.Image:
         return image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
-
-    def scale(self, picture: Image.Image, size: Size) -> Pixels:
-        return area_or_lanczos(picture, size)
 
     def write(
         self, out: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, list[str]]:
         height, width = record["original_size"]
-        name = f"{stem_of(record['key'])}_{width:04d}x{height:04d}{self._suffix}"
+        name = self.file_of(record)
         latent = tensors["latent"]
         # A latent of Z-Image is named as a frame of a video, one of FLUX.2 is not.
         frames = "" if self.architecture.scaled else "1x"
@@ -114,14 +92,6 @@ class Musubi(Trainer):
         with atomic_path(path) as temporary:
             temporary.write_bytes(safetensors_file(array, latent, metadata))
         return {name: [array]}
-
-    @property
-    def temporaries(self) -> str:
-        return f".*{self._suffix}.*.tmp"
-
-    @property
-    def _suffix(self) -> str:
-        return f"_{self.architecture.name}.safetensors"
 
     def configuration(self, source: str, out: str) -> str:
         options = self.options

@@ -16,28 +16,23 @@ from ...files import atomic_path
 from ...sizes import Size, format_size
 from .base import (
     MASK,
-    UPPER_OR_LOWER,
     Architecture,
-    Pixels,
-    Trainer,
-    area_or_lanczos,
     down,
     nearest,
     quoted,
     stem_of,
-    suffix_of,
     switch,
 )
+from .kohya import KohyaTrainer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..options import Options
 
 Array = npt.NDArray[Any]
 
 
-class SdScripts(Trainer):
+class SdScripts(KohyaTrainer):
     """Caches of kohya's sd-scripts."""
 
     architectures: ClassVar[Mapping[str, Architecture]] = {
@@ -47,19 +42,14 @@ class SdScripts(Trainer):
         "flux": Architecture("flux", "flux", scaled=True),
         "lumina": Architecture("flux", "lumina", scaled=True),
     }
+    suffix = ".npz"
     offers = frozenset({"flip", "upscale", "min_bucket", "max_bucket", "alpha_mask"})
     conflict = "sd-scripts may read the cache of one for the other"
 
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        height, width = options.sizes[0]
-        self._area = width * height
-        if not options.aspect:
-            self._buckets = [(width, height)]
-            return
-        step = options.bucket_step
-        low = down(options.min_bucket or 0, step)
-        high = -down(-(options.max_bucket or 0), step)
+    def _rectangles(self) -> set[Size]:
+        (height, width), step = self.options.sizes[0], self.options.bucket_step
+        low = down(self.options.min_bucket or 0, step)
+        high = -down(-(self.options.max_bucket or 0), step)
         if min(width, height) < low or max(width, height) > high:
             raise ValueError(
                 f"sd-scripts refuses {format_size((height, width))} with buckets from {low} to "
@@ -71,7 +61,7 @@ class SdScripts(Trainer):
             other = min(high, down(self._area // one, step))
             if other >= max(low, step):
                 found |= {(one, other), (other, one)}
-        self._buckets = sorted(found)
+        return found
 
     @classmethod
     def defaults(cls, architecture: str | None) -> dict[str, Any]:
@@ -80,10 +70,6 @@ class SdScripts(Trainer):
     @classmethod
     def fixed(cls, architecture: str) -> tuple[str, ...]:
         return (*super().fixed(architecture), "latent_dtype")
-
-    @property
-    def sizes(self) -> tuple[Size, ...]:
-        return () if not self.options.upscale else tuple(sorted(b[::-1] for b in self._buckets))
 
     def _fit(self, width: int, height: int) -> tuple[Size, Size]:
         aspect = width / height
@@ -113,20 +99,14 @@ class SdScripts(Trainer):
     def _rounded(self, side: float) -> int:
         return down(int(side + 0.5), self.options.bucket_step)
 
-    def takes(self, name: str) -> bool:
-        return suffix_of(name) in UPPER_OR_LOWER
-
     def read(self, image: Image.Image) -> Image.Image:
         return image.convert("RGBA" if self.options.alpha_mask else "RGB")
-
-    def scale(self, picture: Image.Image, size: Size) -> Pixels:
-        return area_or_lanczos(picture, size)
 
     def write(
         self, out: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, list[str]]:
         height, width = record["original_size"]
-        name = f"{stem_of(record['key'])}_{width:04d}x{height:04d}{self._suffix}"
+        name = self.file_of(record)
         latent = tensors["latent"]
         ending = "_" + format_size(latent.shape[1:]) if self.architecture.by_size else ""
         arrays: dict[str, Array] = {
@@ -152,14 +132,6 @@ class SdScripts(Trainer):
                 return set(arrays) <= set(stored.files)
         except (OSError, ValueError, zipfile.BadZipFile):
             return False
-
-    @property
-    def temporaries(self) -> str:
-        return f".*{self._suffix}.*.tmp"
-
-    @property
-    def _suffix(self) -> str:
-        return f"_{self.architecture.name}.npz"
 
     def shadows(self, name: str) -> str | None:
         return None if self.architecture.by_size else f"{stem_of(name)}.npz"
