@@ -96,7 +96,7 @@ class OursProfiled(Ours):
         return {"convolutions": sum(s.seconds for s in steps if s.kind in ("Conv2d", "Winograd"))}
 
 
-class OursInLeastMemory(OursProfiled):
+class OursTiling(OursProfiled):
     def prepare(self) -> None:
         super().prepare()
         self.model.enable_tiling()
@@ -214,7 +214,7 @@ class _Part(torch.nn.Module):
 CONTENDERS: dict[str, type[Contender]] = {
     "rbln-vae bf16": Ours,
     "rbln-vae profiled bf16": OursProfiled,
-    "rbln-vae least memory bf16": OursInLeastMemory,
+    "rbln-vae tiling bf16": OursTiling,
     "rbln-vae pictures bf16": OursPictures,
     "rbln-vae processed bf16": OursProcessed,
     "rbln-vae f32": OursFloat32,

@@ -207,11 +207,11 @@ class RBLNAutoencoderModel(RBLNModel):
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Run each image in less memory; the pixels stay the same.
 
-        Nothing is tiled: the target `cpu` computes some of the image again instead of keeping
-        all of it. It takes the least memory that it can in at most 1.5 times the time, by
-        estimate. Models whose norms need no statistics of the image, such as Qwen-Image's,
-        compute nothing again. `rbln-vae plan` shows what each limit costs, and `memory_limit`
-        allows for less memory still.
+        Nothing is tiled: some of the image is computed again instead of being kept. A run takes
+        the least memory that it can in at most 1.5 times the time, by estimate, or 1.5 times the
+        work on the targets `reference` and `cuda`; `rbln` ignores it. Models whose norms need no
+        statistics of the image, such as Qwen-Image's, compute nothing again. `rbln-vae plan`
+        shows what each limit costs, and `memory_limit` allows for less memory still.
 
         Args:
             use_tiling: Whether to do so, by default `True`.
