@@ -581,18 +581,20 @@ def test_targets_says_which_kernels_the_build_lacks(monkeypatch) -> None:
 def test_cache_lists_what_is_kept_and_removes_it(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RBLN_VAE_CACHE", str(tmp_path / "cache"))
     assert "0 compiled models in" in done(run("cache"))
-    for dtype in ("float32", "bfloat16"):
+    by_part = "encoder=float32,decoder=bfloat16"
+    for dtype in ("float32", "bfloat16", by_part):
         done(run("compile", source, tmp_path / dtype, "--dtype", dtype))
     text = done(run("cache"))
-    assert "2 compiled models in" in text and "of 10.0 GiB" in text
+    assert "3 compiled models in" in text and "of 10.0 GiB" in text
     found = [line.split() for line in text.splitlines() if line.strip().startswith("tiny-vae")]
     assert [line[1:4] for line in found] == [  # the latest first
+        ["AutoencoderKL", "cpu", by_part],
         ["AutoencoderKL", "cpu", "bfloat16"],
         ["AutoencoderKL", "cpu", "float32"],
     ]
     next((tmp_path / "cache").glob("*/key.json")).unlink()
     assert "damaged: " in done(run("cache"))
-    assert "2 compiled models removed" in done(run("cache", "--clear"))
+    assert "3 compiled models removed" in done(run("cache", "--clear"))
     assert "0 compiled models in" in done(run("cache"))
     monkeypatch.setenv("RBLN_VAE_CACHE", "off")
     assert "RBLN_VAE_CACHE is off" in done(run("cache"))

@@ -218,7 +218,7 @@ def show_cache(clear: bool) -> None:
         key = {"model": f"damaged: {entry.directory.name}", "options": {}, **entry.key}
         rows.add_row(
             *(str(key.get(name, "")) for name in ("model", "class", "target")),
-            str(key["options"].get("dtype", "")),
+            format_dtypes(key["options"].get("dtype", "")),
             f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}",
             format_bytes(entry.size),
         )

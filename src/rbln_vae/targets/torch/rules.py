@@ -39,15 +39,15 @@ class Machine:
     library_bytes: int
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        """The machine that a device is.
+    def of(cls, device: torch.device, dtype: torch.dtype, threads: int | None = None) -> Machine:
+        """The machine that a device is, with so many threads; by default as many as torch has.
 
         On a CPU, chunks are as small as costs no time. Those of a GPU keep it busy for longer
         than a launch takes; they have not been measured.
         """
         if device.type == "cpu":
             # Each thread of attention holds blocks of 256 queries, 512 keys and their values.
-            held = torch.get_num_threads() * 2**21
+            held = (threads or torch.get_num_threads()) * 2**21
             return cls(device, dtype, 8, 2**25, 2**24, min(held, 2**24), 2**21)
         return cls(device, dtype, 64, 2**27, 2**26, 2**26, 2**26)
 

@@ -67,7 +67,7 @@ class TorchRuntime:
         free_memory: Callable[[], int] | None = None,
     ) -> None:
         self.graph = graph
-        self.machine = Machine.of(torch.device(device), dtype)
+        self.machine = Machine.of(torch.device(device), dtype, options.num_threads)
         self._options = options
         self._free_memory = free_memory
         self._weights = Weights(graph, self.machine)
