@@ -135,6 +135,9 @@ OVERFLOWS = """
 native = CpuRuntime(graph, num_threads=2)
 unlimited = CpuRuntime(graph, num_threads=2, memory_limit=2**100)
 native.run(torch.randn(1, 4, 8, 8))
+# The search for what to advise, which each model makes once, takes some memory.
+try: native.memory_needed((1, 4, 2**20, 2**20))
+except MemoryError: pass
 before, answers = memory("VmPeak"), []
 # Products that are beyond 2**63, or come round to a small number.
 sides = [1, 3, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 + 1, 2**40, 2**62, 2**63, 2**65]
@@ -158,8 +161,7 @@ def test_sizes_beyond_any_memory_are_refused_before_it_is_asked_for(file: Path) 
     result = in_a_process(PRELUDE + OVERFLOWS, file)
     assert len(result["answers"]) > 1000
     assert set(result["answers"]) <= {"MemoryError", "ValueError"}
-    # The search for what to advise, which each model makes once, takes half of that.
-    assert result["grown"] < 2**25
+    assert result["grown"] < 2**24
 
 
 ADDRESS_SPACE = """
