@@ -7,12 +7,42 @@ computed in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Padding = tuple[int, int, int, int]
 """Rows of zeros above and below, and columns left and right."""
+
+
+class Kernels(Protocol):
+    """What this module and `fused` both do; see the functions below."""
+
+    def read(self, image: Tensor, reading: Reading, padding: Padding = ...) -> Tensor: ...
+    def apply(self, image: Tensor, reading: Reading, out: Tensor) -> None: ...
+    def write(
+        self,
+        result: Tensor,
+        out: Tensor,
+        bias: Tensor | None = ...,
+        residual: Tensor | None = ...,
+        activation: str | None = ...,
+        sums: Tensor | None = ...,
+    ) -> None: ...
+    def sum_up(self, chunk: Tensor, sums: Tensor) -> None: ...
+    def coefficients(
+        self,
+        sums: Tensor,
+        counts: Tensor,
+        groups: int,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor,
+        out: Tensor,
+    ) -> None: ...
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,7 @@ def apply(image: Tensor, reading: Reading, out: Tensor) -> None:
 def write(
     result: Tensor,
     out: Tensor,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
     sums: Tensor | None = None,
@@ -106,55 +137,66 @@ def write(
     Args:
         result: What was computed; it is overwritten.
         out: Where to write it.
+        bias: `(C,)`, added to it.
         residual: What is added to it; it may be `out`.
         activation: The function that is applied last.
-        sums: Gets the statistics of what is written, `(N, 2, C)`; see `sum_up`.
+        sums: Gets the statistics of what is written; see `sum_up`.
     """
+    if bias is not None:
+        result.add_(bias[:, None, None])
     if residual is not None:
         result.add_(residual)
     if activation is not None:
         activate_(result, activation)
     out.copy_(result)
     if sums is not None:
-        sum_up(result, sums)
+        _sum_up(result.float(), sums)
 
 
 def sum_up(chunk: Tensor, sums: Tensor) -> None:
     """Write the mean of each channel, and the sum of squared differences from it.
 
     Args:
-        chunk: An image, which is overwritten if it is float32.
-        sums: `(N, 2, C)` in float32.
+        chunk: An image.
+        sums: `(N, 1, 2, C)` in float32: those of all rows.
     """
-    work = chunk.float()
+    _sum_up(chunk.to(torch.float32, copy=True), sums)
+
+
+def _sum_up(work: Tensor, sums: Tensor) -> None:
+    """Do so, and overwrite the image."""
     mean = work.mean((2, 3), keepdim=True)
     work.sub_(mean)
-    sums[:, 0] = mean[:, :, 0, 0]
-    sums[:, 1] = torch.linalg.vector_norm(work, dim=(2, 3)).square_()
+    sums[:, 0, 0] = mean[:, :, 0, 0]
+    sums[:, 0, 1] = torch.linalg.vector_norm(work, dim=(2, 3)).square_()
 
 
 def coefficients(
-    sums: Tensor, counts: Tensor, groups: int, eps: float, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The factors and offsets of channels that a group norm amounts to.
+    sums: Tensor,
+    counts: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the factors and offsets of channels that a group norm amounts to.
 
     Args:
-        sums: The statistics of all chunks of an image, `(N, chunks, 2, C)`.
-        counts: The pixels of each chunk.
+        sums: The statistics of all parts of an image, `(N, parts, 2, C)`.
+        counts: The pixels of each part, in float64.
         groups: Of the norm, as the following.
         eps: Added to the variance.
         weight: `(C,)`.
         bias: `(C,)`.
-
-    Returns:
-        Two tensors `(N, C)` in float32.
+        out: `(N, 2, C)` in float32.
     """
-    batch, chunks, _, channels = sums.shape
-    # (N, groups, chunks * channels of a group), in float64
+    batch, parts, _, channels = sums.shape
+    # (N, groups, parts * channels of a group), in float64
     means, squares = (
         sums[:, :, i]
         .double()
-        .view(batch, chunks, groups, -1)
+        .view(batch, parts, groups, -1)
         .transpose(1, 2)
         .reshape(batch, groups, -1)
         for i in (0, 1)
@@ -165,4 +207,20 @@ def coefficients(
     spread = ((means - mean).square() * pixels + squares).sum(2, keepdim=True) / total
     factor = weight.double().view(groups, -1) * (spread + eps).rsqrt()
     offset = bias.double().view(groups, -1) - mean * factor
-    return factor.view(batch, channels).float(), offset.view(batch, channels).float()
+    out[:, 0] = factor.view(batch, channels)
+    out[:, 1] = offset.view(batch, channels)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attention of some queries over all pixels.
+
+    Args:
+        queries: `(N, heads, queries, channels)`.
+        keys: `(N, heads, pixels, channels)`.
+        values: `(N, heads, pixels, channels)`.
+        scale: The factor of scores.
+
+    Returns:
+        `(N, heads, queries, channels)`.
+    """
+    return F.scaled_dot_product_attention(queries, keys, values, scale=scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,11 @@ class Frame:
     finite: Tensor | None = None
     on_rows: Callable[[int, int], object] | None = None
 
+    @classmethod
+    def on(cls, arena: Tensor, dtype: torch.dtype, *others: Any) -> Frame:
+        """The frame of a run with an arena, a tensor of bytes, for images of a dtype."""
+        return cls(arena.view(dtype), arena.view(torch.float32), *others)
+
 
 Call = Callable[[Frame], None]
 Take = Callable[[Frame], Tensor]
@@ -86,7 +92,7 @@ class Step:
     run: Call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A schedule and its steps, one for each task."""
 
@@ -119,6 +125,7 @@ class _Lowering:
         self.batch = rules.batch
         self.dtype = rules.machine.dtype
         self.size = self.dtype.itemsize
+        self.kernels = rules.machine.kernels
 
     def step(self, task: Task) -> Step:
         operation = task.operation
@@ -171,6 +178,10 @@ class _Lowering:
         _, channels, height, _ = shape
         return self.floats(buffer, self.batch, -(-height // rows), 2, channels)
 
+    def summed(self, rows: Rows, at_once: int) -> slice:
+        """Which statistics are those of some rows, where there are some for so many rows."""
+        return slice(rows[0] // at_once, -(-rows[1] // at_once))
+
     def is_dense(self, view: View) -> bool:
         """Whether the rows of a view lie one after the other."""
         row = view.channels * view.width * self.size
@@ -200,7 +211,7 @@ class _Lowering:
     def importing(self, task: Task) -> Lowered:
         assert task.output is not None
         shape = self.rules.shapes[task.value]
-        rows = self.rules.rows_of(shape)
+        rows = self.rules.rows_copied(shape)
         chunks = [
             (chunk, self.image(task.output.rows(chunk[0] - task.rows[0], chunk[1] - task.rows[0])))
             for chunk in _chunks(task.rows, rows)
@@ -218,7 +229,7 @@ class _Lowering:
     def exporting(self, task: Task) -> Lowered:
         (view,) = task.inputs
         shape = self.rules.shapes[task.value]
-        rows = self.rules.rows_of(shape)
+        rows = self.rules.rows_copied(shape)
         chunks = [
             (chunk, self.image(view.rows(chunk[0] - task.rows[0], chunk[1] - task.rows[0])))
             for chunk in _chunks(task.rows, rows)
@@ -263,23 +274,30 @@ class _Lowering:
         (view,) = task.inputs
         shape = self.rules.shapes[task.value]
         rows = self.rules.rows_of(shape)
-        take = self.sums(task.buffers["sums"], shape, rows)
-        chunks = [self.image(view.rows(*chunk)) for chunk in _chunks(task.rows, rows)]
+        at_once = self.rules.rows_summed_of(shape)
+        take = self.sums(task.buffers["sums"], shape, at_once)
+        chunks = [
+            (self.image(view.rows(*chunk)), self.summed(chunk, at_once))
+            for chunk in _chunks(task.rows, rows)
+        ]
 
         def run(frame: Frame) -> None:
             sums = take(frame)
-            for index, chunk in enumerate(chunks):
-                kernels.sum_up(chunk(frame).to(torch.float32, copy=True), sums[:, index])
+            for chunk, some in chunks:
+                self.kernels.sum_up(chunk(frame), sums[:, some])
 
-        return self.bytes_of(shape[1], rows, shape[3], 4), run
+        copied = 0 if self.rules.machine.fused else 4
+        return self.bytes_of(shape[1], rows, shape[3], copied), run
 
     def norm(self, task: Task) -> Lowered:
         norm, operation = task.norm, task.operation
         assert norm is not None
         shape = self.rules.shapes[task.value]
         _, channels, height, width = shape
-        summed = isinstance(operation, Conv2d)
-        rows = self.rules.chunk_rows(operation) if summed else self.rules.rows_of(shape)
+        if isinstance(operation, Conv2d):
+            rows = self.rules.rows_summed(operation)
+        else:
+            rows = self.rules.rows_summed_of(shape)
         counts = torch.tensor(
             [(end - begin) * width for begin, end in _chunks((0, height), rows)],
             dtype=torch.float64,
@@ -290,8 +308,9 @@ class _Lowering:
         weight, bias = self.weights.vector(norm.weight), self.weights.vector(norm.bias)
 
         def run(frame: Frame) -> None:
-            found = kernels.coefficients(take(frame), counts, norm.groups, norm.eps, weight, bias)
-            give(frame).copy_(torch.stack(found, 1))
+            self.kernels.coefficients(
+                take(frame), counts, norm.groups, norm.eps, weight, bias, give(frame)
+            )
 
         return self.batch * channels * len(counts) * 40, run
 
@@ -310,19 +329,23 @@ class _Lowering:
         bias = None
         if operation.bias is not None:
             bias = self.weights.vector(operation.bias, self.dtype)
+        fused = self.rules.machine.fused
+        # cuDNN would add a bias in a pass of its own. That of phases is added before they meet.
+        added_before, added_after = (None, bias) if fused and not phases else (bias, None)
 
-        def convolve(image: Tensor) -> Tensor:
+        def convolve(image: Tensor, around: int) -> Tensor:
             if doubles:  # three rows more of padding take away what the halo makes
-                return F.conv_transpose2d(image, kernel, bias, 2, (3, 1))
+                return F.conv_transpose2d(image, kernel, added_before, 2, (3 - 2 * around, 1))
             side = left if left == right else 0
-            result = F.conv2d(image, kernel, bias, operation.stride, (0, side))
+            result = F.conv2d(image, kernel, added_before, operation.stride, (around, side))
             return _beside(result) if phases else result
 
         rows = self.rules.chunk_rows(operation)
+        at_once = self.rules.rows_summed(operation)
         sums = task.buffers.get("sums")
         take_sums = None
         if sums is not None:
-            take_sums = self.sums(sums, self.rules.shapes[operation.output], rows)
+            take_sums = self.sums(sums, self.rules.shapes[operation.output], at_once)
         chunks = []
         workspace = 0
         assert task.output is not None
@@ -332,17 +355,20 @@ class _Lowering:
             first, last = min(height, max(0, top)), max(0, min(height, bottom))
             above = first - top if first < last else bottom - top
             below = bottom - top - (last - first) - above
+            # The convolution itself sees the zeros around a whole image.
+            around = above if above == below else 0
             read = source.rows(first - task.source_row, last - task.source_row)
             own = (begin - task.rows[0], end - task.rows[0])
             output = task.output.rows(*own)
-            padding = (above, below, *columns)
+            padding = (above - around, below - around, *columns)
             chunks.append(
                 (
                     self.image(read),
                     padding,
+                    around,
                     self.image(output),
                     self.image(residual[0].rows(*own)) if residual else None,
-                    begin // rows,
+                    self.summed((begin, end), at_once),
                 )
             )
             changes = operation.norm is not None or operation.activation is not None
@@ -351,8 +377,10 @@ class _Lowering:
             library = self.rules.machine.library_bytes + kernel.numel() * self.size + image
             dense = not changes and not any(padding) and self.is_dense(read)
             copied = 0 if dense else image
-            made = self.bytes_of(output.channels, end - begin, output.width)
-            wider = 0 if self.size == 4 else 4 // self.size
+            channels = output.channels if doubles or phases else len(kernel)
+            made = self.bytes_of(channels, end - begin, output.width)
+            # PyTorch's own kernels read and sum up copies in float32.
+            wider = 0 if self.size == 4 or fused else 4 // self.size
             workspace = max(
                 workspace,
                 copied * (1 + wider * changes),
@@ -363,13 +391,14 @@ class _Lowering:
         def run(frame: Frame) -> None:
             how = reading(frame)
             all_sums = None if take_sums is None else take_sums(frame)
-            for take, padding, out, added, index in chunks:
-                kernels.write(
-                    convolve(kernels.read(take(frame), how, padding)),
+            for take, padding, around, out, added, some in chunks:
+                self.kernels.write(
+                    convolve(self.kernels.read(take(frame), how, padding), around),
                     out(frame),
+                    added_after,
                     None if added is None else added(frame),
                     operation.output_activation,
-                    None if all_sums is None else all_sums[:, index],
+                    None if all_sums is None else all_sums[:, some],
                 )
 
         return workspace, run
@@ -379,6 +408,8 @@ class _Lowering:
         assert task.output is not None
         heads, (height, width) = operation.heads, (query.height, query.width)
         rows = self.rules.queries(operation)
+        multiplies = self.rules.machine.multiplies(query.channels // heads)
+        attend = (self.kernels if multiplies else kernels).attend
         take_key, take_value = self.image(key), self.image(value)
         chunks = [
             (
@@ -393,11 +424,11 @@ class _Lowering:
             keys, values = (_pixels(take(frame), heads) for take in (take_key, take_value))
             for take, output, added in chunks:
                 queries = _pixels(take(frame), heads)
-                found = F.scaled_dot_product_attention(queries, keys, values, scale=operation.scale)
+                found = attend(queries, keys, values, operation.scale)
                 out = output(frame)
                 result = found.transpose(1, 2).reshape(len(found), -1, width, value.channels)
-                kernels.write(
-                    result.permute(0, 3, 1, 2), out, None if added is None else added(frame)
+                self.kernels.write(
+                    result.permute(0, 3, 1, 2), out, None, None if added is None else added(frame)
                 )
 
         copied = sum(
@@ -408,7 +439,12 @@ class _Lowering:
         # Queries, the result, and its order of channels.
         chunk = self.bytes_of(2 * value.channels + query.channels, rows, width)
         scores = self.batch * heads * rows * width * height * width * 4
-        return copied + chunk + min(scores, self.rules.machine.scored_bytes), run
+        if multiplies:
+            scores += scores // 4 * self.size  # and the weights that they give
+        else:
+            scores = min(scores, self.rules.machine.scored_bytes)
+        library = self.rules.machine.library_bytes if multiplies else 0
+        return copied + chunk + scores + library, run
 
     # Everything else.
 
@@ -464,7 +500,7 @@ class _Lowering:
                 )
             case GroupNorm() | PixelNorm() | Activation():
                 reading = self.reading(task, getattr(operation, "function", None))
-                return lambda frame, begin, images, out: kernels.apply(
+                return lambda frame, begin, images, out: self.kernels.apply(
                     images[0], reading(frame), out
                 )
             case Modulate():

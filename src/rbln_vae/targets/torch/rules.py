@@ -7,6 +7,7 @@ calls compute the same rows, and a memory limit changes no bit.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 
 from ...graph.ir import Attention, Conv2d, Graph, Operation, Shape
 from ...schedule.sweep import Sweep
+from . import kernels
+from .kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Machine:
         score_bytes: The most bytes of the scores of queries that attention takes at once.
         scored_bytes: The most bytes of scores that its kernel holds.
         library_bytes: What PyTorch's kernels may take besides their results.
+        fused: Whether Triton's kernels read and write images (`fused`), else PyTorch's.
     """
 
     device: torch.device
@@ -37,24 +41,55 @@ class Machine:
     score_bytes: int
     scored_bytes: int
     library_bytes: int
+    fused: bool = False
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype, threads: int | None = None) -> Machine:
         """The machine that a device is, with so many threads; by default as many as torch has.
 
         On a CPU, chunks are as small as costs no time. Those of a GPU keep it busy for longer
-        than a launch takes; they have not been measured.
+        than a launch takes: its convolutions lose a tenth of their speed at a quarter of that.
         """
         if device.type == "cpu":
             # Each thread of attention holds blocks of 256 queries, 512 keys and their values.
             held = (threads or torch.get_num_threads()) * 2**21
             return cls(device, dtype, 8, 2**25, 2**24, min(held, 2**24), 2**21)
-        return cls(device, dtype, 64, 2**27, 2**26, 2**26, 2**26)
+        # cuBLAS keeps 32 MiB for each stream, and up to 262 MiB more than the tensors of a run
+        # were seen on an H200.
+        library = 2**28 + 2**26
+        return cls(device, dtype, 2**12, 2**28, 2**28, 2**28, library, runs_fused(device))
+
+    @property
+    def kernels(self) -> Kernels:
+        """What reads and writes images."""
+        if not self.fused:
+            return kernels
+        from . import fused
+
+        return fused
+
+    def multiplies(self, channels: int) -> bool:
+        """Whether attention with heads of so many channels is two products and a softmax.
+
+        That takes half the time of PyTorch's own kernels where a head is larger than the 256
+        channels of the fast ones, and in float32 a seventh.
+        """
+        known = self.dtype == torch.float32 or hasattr(torch.ops.aten.bmm, "dtype")
+        return self.fused and channels > 256 and known
 
     @property
     def batches(self) -> bool:
         """Whether the images of a batch run together, which changes bits but keeps a GPU busy."""
         return self.device.type != "cpu"
+
+
+def runs_fused(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from . import fused
+
+    return fused.works(device)
 
 
 class TorchRules:
@@ -84,11 +119,11 @@ class TorchRules:
 
     def sums_bytes(self, operation: Conv2d) -> int:
         _, channels, height, _ = self.shapes[operation.output]
-        return self.batch * -(-height // self.chunk_rows(operation)) * 2 * channels * 4
+        return self.batch * -(-height // self.rows_summed(operation)) * 2 * channels * 4
 
     def statistics_bytes(self, shape: Shape) -> int:
         _, channels, height, _ = shape
-        return self.batch * -(-height // self.rows_of(shape)) * 2 * channels * 4
+        return self.batch * -(-height // self.rows_summed_of(shape)) * 2 * channels * 4
 
     def coefficients_bytes(self, channels: int) -> int:
         return self.batch * 2 * channels * 4
@@ -118,6 +153,14 @@ class TorchRules:
 
     # Lowering uses these, too.
 
+    def rows_summed(self, operation: Operation) -> int:
+        """Rows of an operation's output that have statistics of their own."""
+        return 1 if self.machine.fused else self.chunk_rows(operation)
+
+    def rows_summed_of(self, shape: Shape) -> int:
+        """Rows of an image that have statistics of their own, where they are summed up apart."""
+        return 1 if self.machine.fused else self.rows_of(shape)
+
     def chunk_rows(self, operation: Operation) -> int:
         """Rows of an operation's output that are computed at once."""
         value = operation.output
@@ -138,6 +181,12 @@ class TorchRules:
         sizes = (self.row_bytes(c, w) * h / height for _, c, h, w in (shape, *others))
         rows = max(2, int(self.machine.chunk_bytes / (batch * sum(sizes))))
         return int(min(self.machine.chunk_rows, 1 << (rows.bit_length() - 1)))
+
+    def rows_copied(self, shape: Shape) -> int:
+        """Rows of an image that are copied from or to the caller's at once, in float32."""
+        batch, channels, height, width = shape
+        wider = 16 // self.machine.dtype.itemsize
+        return self.rows_of((batch, wider * channels, height, width))
 
     def queries(self, operation: Attention) -> int:
         """Rows of an image whose pixels are queries at once."""

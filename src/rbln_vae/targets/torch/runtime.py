@@ -27,6 +27,7 @@ from ...units import format_bytes
 from ..base import OnRows, RuntimeOptions, beyond_float16, over_memory_limit, torch_allocates
 from ..watch import ShouldStop, Watch
 from .lower import Frame, Program, lower
+from .recording import RECORDED, Recording, Recordings
 from .rules import Machine, TorchRules
 from .weights import Weights
 
@@ -36,9 +37,9 @@ KEPT_PROFILES = 16
 TILING_WORK = 1.5
 """The most work of a run that saves memory (`enable_tiling`), as a multiple of the least."""
 
-AHEAD = 8
-"""Steps that are launched on a GPU before the first of them must have ended. That keeps the GPU
-busy, and a timeout or a caller can still end the run."""
+AHEAD = 2e12
+"""Floating-point operations that a GPU may have before it when more are launched: milliseconds of
+work. That keeps it busy, and a timeout or a caller can still end the run."""
 
 ROUNDED = 2**26
 """Limits that vary with free memory are rounded down to multiples of this many bytes."""
@@ -72,6 +73,10 @@ class TorchRuntime:
         self._free_memory = free_memory
         self._weights = Weights(graph, self.machine)
         self._wide: TorchRuntime | None = None
+        self._recordings: Recordings | None = None
+        if self.machine.device.type == "cuda":
+            most = RECORDED * torch.cuda.get_device_properties(self.machine.device).total_memory
+            self._recordings = Recordings(self.machine.device, dtype, int(most))
         self._slicing = self._tiling = False
         self._programs: dict[tuple[Shape, int | None], Program] = {}
         self._profiles: collections.deque[RunProfile] = collections.deque(maxlen=KEPT_PROFILES)
@@ -154,6 +159,8 @@ class TorchRuntime:
         """
         self._slicing, self._tiling = slicing, tiling
         self._programs.clear()
+        if self._recordings is not None:
+            self._recordings.keep(0)
 
     def _result_bytes(self, shape: Shape, element_bytes: int = 4) -> int:
         """The bytes of the result for an input shape; floats count as float32 (default)."""
@@ -335,13 +342,18 @@ class TorchRuntime:
         in_range: Tensor,
         on_rows: Callable[[int, int], object] | None,
     ) -> None:
-        arena = torch.empty(
-            program.schedule.arena_bytes, dtype=torch.uint8, device=self.machine.device
-        )
+        recording = self._recording(program)
+        if recording is None:
+            steps = program.steps
+            arena = torch.empty(
+                program.schedule.arena_bytes, dtype=torch.uint8, device=self.machine.device
+            )
+        else:
+            steps, arena = recording.steps, recording.arena
         notices = self.machine.dtype == torch.float16 or not result.is_floating_point()
-        frame = Frame(
-            arena.view(self.machine.dtype),
-            arena.view(torch.float32),
+        frame = Frame.on(
+            arena,
+            self.machine.dtype,
             source,
             result,
             dtype,
@@ -350,13 +362,25 @@ class TorchRuntime:
         )
         start = time.time()
         clock = _Clock(self.machine.device, timing=self._options.activate_profiler)
-        for step in program.steps:
+        try:
+            for step in steps:
+                watch.check()
+                step.run(frame)
+                clock.lap(step.flops)
             watch.check()
-            step.run(frame)
-            clock.lap()
-        watch.check()
+        finally:
+            if recording is not None:
+                recording.end()
         if self._options.activate_profiler:
             self._profiles.append(self._profile(program, start, clock.laps()))
+
+    def _recording(self, program: Program) -> Recording | None:
+        """The recording of a program, taken for a run, if there is one."""
+        if self._recordings is None or self._tiling or self._options.activate_profiler:
+            return None
+        if self._options.memory_limit is not None:
+            self._recordings.keep(self._options.memory_limit - program.bytes, program)
+        return self._recordings.begin(program)
 
     def _profile(self, program: Program, start: float, laps: list[float]) -> RunProfile:
         steps = tuple(
@@ -416,7 +440,7 @@ _FULL_PRECISION = _FullPrecision()
 
 
 class _Clock:
-    """Keeps a run at most `AHEAD` steps before the device, and tells when steps ended.
+    """Keeps a run at most `AHEAD` operations before the device, and tells when steps ended.
 
     Args:
         device: The device.
@@ -425,27 +449,32 @@ class _Clock:
 
     def __init__(self, device: torch.device, *, timing: bool) -> None:
         self._gpu, self._timing = device.type == "cuda", timing
-        self._events: list[torch.cuda.Event] = []
+        self._launched = 0
+        self._waited = 0
+        self._events: list[tuple[torch.cuda.Event, int]] = []
         self._times: list[float] = []
-        self.lap()
+        self.lap(0)
 
-    def lap(self) -> None:
+    def lap(self, flops: int) -> None:
         """A step has been launched; on a CPU it has ended."""
         if not self._gpu:
             self._times.append(time.perf_counter())
             return
+        self._launched += flops
         event = torch.cuda.Event(enable_timing=self._timing)  # type: ignore[no-untyped-call]
         event.record()
-        self._events.append(event)
-        if len(self._events) > AHEAD:
-            self._events[-AHEAD].synchronize()
+        self._events.append((event, self._launched))
+        while self._launched - self._events[self._waited][1] > AHEAD:
+            self._waited += 1
+            self._events[self._waited][0].synchronize()
 
     def laps(self) -> list[float]:
         """Seconds from the start of the run to its beginning and the end of each step."""
         if not self._gpu:
             return [each - self._times[0] for each in self._times]
-        self._events[-1].synchronize()
-        return [self._events[0].elapsed_time(each) / 1000 for each in self._events]
+        self._events[-1][0].synchronize()
+        first = self._events[0][0]
+        return [first.elapsed_time(each) / 1000 for each, _ in self._events]
 
 
 def _new_result(shape: Shape, dtype: torch.dtype, levels: bool, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...graph.ir import Conv2d, Graph, Norm, RMSNorm
@@ -32,6 +33,9 @@ class Weights:
                     kernel = kernel if name == operation.weight else doubling_kernel(kernel)
                     if operation.has_phases(graph.weights):
                         kernel = kernel.flatten(0, 2)
+                    elif machine.fused and name == operation.weight:
+                        # cuDNN is slow with output channels that fill no 16 bytes.
+                        kernel = F.pad(kernel, (0,) * 7 + (-len(kernel) % 8,))
                     self._tensors[name] = kernel.to(machine.device, machine.dtype).contiguous(
                         memory_format=torch.channels_last
                     )
@@ -47,7 +51,8 @@ class Weights:
         """The kernel of a convolution.
 
         Of one that doubles the image it is that of a transposed convolution, `(in, out, 4, 4)`.
-        One that has phases has them before its output channels, `(4 * out, in, 3, 3)`.
+        One that has phases has them before its output channels, `(4 * out, in, 3, 3)`. There
+        may be more output channels, of zeros.
         """
         return self._tensors[kernel_name(operation, graph)]
 
