@@ -399,6 +399,16 @@ void bind_engine(nb::module_& m) {
           },
           "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a)
       .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
+      .def_prop_ro(
+          "items",
+          [](const BoundPlan& p) {
+            std::vector<Index> items;
+            for (std::size_t step = 0; step < p.plan.steps().size(); ++step) {
+              items.push_back(p.plan.items(step));
+            }
+            return items;
+          },
+          "The number of items of each step.")
       .def("add",
            nb::overload_cast<ConvStep, const Weights&, const std::optional<Weights>&,
                              const std::optional<Weights>&, const std::optional<Weights>&,
@@ -430,7 +440,7 @@ void bind_engine(nb::module_& m) {
       .def(
           "run",
           [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
-             double timeout, const std::optional<nb::typed<nb::callable, void()>>& ask,
+             double timeout, const std::optional<nb::typed<nb::callable, void(Index)>>& ask,
              bool profile,
              const std::optional<nb::typed<nb::callable, void(Index, Index)>>& on_rows,
              const std::optional<Flags>& finite) {
@@ -444,12 +454,12 @@ void bind_engine(nb::module_& m) {
             }
             std::vector<StepTime> times;
             std::vector<Index> overflowed;
-            std::function<void()> ask_caller;
+            std::function<void(Index)> ask_caller;
             if (ask) {
-              ask_caller = [&ask] {
+              ask_caller = [&ask](Index done) {
                 const nb::gil_scoped_acquire acquire;
                 if (PyErr_CheckSignals() != 0) throw nb::python_error();
-                (*ask)();
+                (*ask)(done);
               };
             }
             std::function<void(Index, Index)> rows_finished;
@@ -475,8 +485,8 @@ void bind_engine(nb::module_& m) {
           "asked for the begin and end of each step that was run.\n"
           "Tensors of uint8 hold levels of pictures; those of the output show values in the\n"
           "dtype of the input.\n"
-          "`ask` is called now and then, on the calling thread, where signals are looked for\n"
-          "too; what it raises ends the run.\n"
+          "`ask` is called now and then, on the calling thread, with the number of items that are\n"
+          "done; signals are looked for then, too. What it raises ends the run.\n"
           "`on_rows` is called there with the first row and the number of rows when these are\n"
           "finished in all images of the output; what it raises ends the run.\n"
           "`finite` has an element for each image, which is cleared if levels of the image show\n"

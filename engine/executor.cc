@@ -83,7 +83,7 @@ std::size_t Executor::bytes(const Plan& plan) const {
 }
 
 std::vector<Index> Executor::run(const Plan& plan, const Tensor& input, const Tensor& output,
-                                 double timeout, const std::function<void()>& ask,
+                                 double timeout, const std::function<void(Index)>& ask,
                                  const std::function<void(Index, Index)>& on_rows,
                                  std::vector<StepTime>* times) {
   const Clock::time_point begin = Clock::now();
@@ -96,9 +96,10 @@ std::vector<Index> Executor::run(const Plan& plan, const Tensor& input, const Te
 
   const Fence fence(plan, arena.data(), total, stride);
   const FloatControl control;
+  const ThreadPool::Run* running = nullptr;  // before the run has its turn
   const auto ask_caller = [&] {
     const FloatControl::Suspended callers(control);
-    ask();
+    ask(running == nullptr ? 0 : running->done());
   };
   std::vector<std::atomic<bool>> overflowed(static_cast<std::size_t>(plan.input_shape()[0]));
   Watch watch(timeout, ask ? std::function<void()>(ask_caller) : nullptr);
@@ -108,6 +109,7 @@ std::vector<Index> Executor::run(const Plan& plan, const Tensor& input, const Te
                           &watch,       slot == 0};
     plan.run_item(step, context, item);
   });
+  running = &run;
   const auto elapsed = [begin] {
     return std::chrono::duration<double>(Clock::now() - begin).count();
   };

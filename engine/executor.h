@@ -27,16 +27,17 @@ class Executor {
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
-  // The calling thread works, too, and regularly calls `ask`, which may be empty; an exception
-  // from it ends the run. So does one from `on_rows`, which is called with the first row and the
-  // number of rows when these are finished in all images of the output; it may be empty, too.
+  // The calling thread works, too, and regularly calls `ask`, which may be empty, with the number
+  // of items that are done, of all steps; an exception from it ends the run. So does one from
+  // `on_rows`, which is called with the first row and the number of rows when these are finished
+  // in all images of the output; it may be empty, too.
   // `times`, if not null, gets one entry per step that was run.
   // Returns the numbers of the images with values beyond the range of the type in which images are
   // stored, whose outputs are not valid; the run ends early if all images have such values.
   // Throws TimedOut after `timeout` seconds, exceptions of `ask` and `on_rows`, OutOfMemory and, in
   // a forked child, ThreadsUnavailable.
   std::vector<Index> run(const Plan& plan, const Tensor& input, const Tensor& output,
-                         double timeout, const std::function<void()>& ask,
+                         double timeout, const std::function<void(Index)>& ask,
                          const std::function<void(Index, Index)>& on_rows,
                          std::vector<StepTime>* times);
 

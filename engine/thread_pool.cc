@@ -145,20 +145,20 @@ std::int64_t ThreadPool::Run::close() {
   return items;
 }
 
-bool ThreadPool::Run::done_all() const {
+std::int64_t ThreadPool::Run::done() const {
   std::int64_t sum = 0;
   for (const Share& share : shares_) sum += share.done.load();
-  return sum >= expected_;
+  return sum;
 }
 
 void ThreadPool::Run::wait() {
   for (int look = 0; look < kLooks; ++look) {
-    if (done_all()) return;
+    if (done() >= expected_) return;
     pause();
   }
   std::unique_lock lock(mutex_);
   asleep_ = true;
-  while (!done_all_.wait_for(lock, Watch::kPatience, [&] { return done_all(); })) {
+  while (!done_all_.wait_for(lock, Watch::kPatience, [&] { return done() >= expected_; })) {
     // An item may take long: meanwhile the run can be stopped, and other leaders get turns.
     lock.unlock();
     if (!goes_on() && pool_.lost()) break;

@@ -73,6 +73,9 @@ class ThreadPool {
     // works on an item any more then.
     bool phase(std::int64_t items);
 
+    // The number of items that are done, of all phases.
+    std::int64_t done() const;
+
    private:
     friend class ThreadPool;
 
@@ -103,7 +106,6 @@ class ThreadPool {
     void do_item(Count open, std::int64_t item, int slot);
     bool goes_on();
     std::int64_t close();
-    bool done_all() const;
     void wait();
     bool help(int slot);
 

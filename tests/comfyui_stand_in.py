@@ -75,7 +75,8 @@ def stand_in(vae_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
             self.positions: list[float] = []
             found.bars.append(self.positions)
 
-        def update_absolute(self, value: int) -> None:
+        def update_absolute(self, value: int, total: int | None = None) -> None:
+            self.total = self.total if total is None else total
             self.positions.append(value / self.total)
 
     members: dict[str, dict[str, Any]] = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +17,6 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import Tensor
-
-_ENCODER, _DECODER = "encoder", "decoder"
-_STEPS = 1000
-"""Of the bar that shows how far a run is."""
 
 
 class RBLNVAE:
@@ -72,17 +67,17 @@ class RBLNVAE:
 
         Args:
             samples: `(N, C, h, w)` or `(N, C, 1, h, w)`.
-            memory_limit: For this run, such as `"2GiB"`. By default that of the model.
+            memory_limit: For this run, such as `"2GiB"`. By default, or if that of the model is
+                smaller, that of the model.
 
         Returns:
             Images `(N, H, W, 3)` in `[0, 1]`; `(N, 1, H, W, 3)` where latents have frames.
         """
         z = self._to_model(self._checked(samples).to("cpu", torch.float32))
-        model = self._within(memory_limit)
-        with self._errors("Decoding", model.resolved_config.image_shape(tuple(z.shape))):
-            progress = _Progress(model.seconds_expected(_DECODER, tuple(z.shape)))
-            sample = model.decode_latents(z, should_stop=progress)
-        progress.finish()
+        with self._errors("Decoding", self.model.resolved_config.image_shape(tuple(z.shape))):
+            sample = self.model.decode_latents(
+                z, should_stop=_cancelled, progress=_Progress(), memory_limit=memory_limit
+            )
         pixels: Tensor = sample.add_(1).div_(2).clamp_(0, 1).movedim(1, -1)
         pixels = pixels.unsqueeze(1) if self.latent_dim == 3 else pixels
         management = comfy.model_management
@@ -133,9 +128,7 @@ class RBLNVAE:
         cut = self.vae_encode_crop_pixels(pixels)[..., :3].to("cpu", torch.float32)
         x = cut.movedim(-1, 1) * 2 - 1
         with self._errors("Encoding", tuple(x.shape)):
-            progress = _Progress(self.model.seconds_expected(_ENCODER, tuple(x.shape)))
-            encoded = self.model.encode_images(x, should_stop=progress)
-        progress.finish()
+            encoded = self.model.encode_images(x, should_stop=_cancelled, progress=_Progress())
         latent: Tensor = self._from_model(encoded.mode() if self.model.draws else encoded)
         latent = latent.unsqueeze(2) if self.latent_dim == 3 else latent
         return latent.to(comfy.model_management.intermediate_device())
@@ -188,11 +181,6 @@ class RBLNVAE:
             "the VAE that it was compiled from to the node that saves."
         )
 
-    def _within(self, memory_limit: str) -> Any:
-        """The model, to run within a limit."""
-        limit = memory_limit.strip()
-        return self.model.with_runtimes(memory_limit=limit) if limit else self.model
-
     @contextmanager
     def _errors(self, what: str, shape: tuple[int, ...]) -> Iterator[None]:
         """Complete what the engine says when memory is short; other errors stand alone."""
@@ -234,28 +222,19 @@ def _unchanged(latent: Tensor) -> Tensor:
     return latent
 
 
+def _cancelled() -> None:
+    """Asked during a run: ends it with ComfyUI's own exception if the user has cancelled it."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 class _Progress:
-    """Asked while a run goes on: moves the bar of the node, and ends the run if that is cancelled.
+    """The bar of the node that runs."""
 
-    Args:
-        seconds: About how long the run takes; `None` if it isn't known.
-    """
+    def __init__(self) -> None:
+        self._bar = comfy.utils.ProgressBar(1)
 
-    def __init__(self, seconds: float | None) -> None:
-        self._bar = comfy.utils.ProgressBar(_STEPS)
-        self._seconds = seconds
-        self._begin = time.monotonic()
-
-    def __call__(self) -> bool:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._seconds:
-            passed = (time.monotonic() - self._begin) / self._seconds
-            # The time is an estimate: a run that takes longer is never shown as done.
-            self._bar.update_absolute(min(int(passed * _STEPS), _STEPS - 1))
-        return False
-
-    def finish(self) -> None:
-        self._bar.update_absolute(_STEPS)
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update_absolute(done, total)
 
 
 def _in_gib(text: str) -> str:

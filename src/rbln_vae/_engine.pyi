@@ -761,6 +761,10 @@ class Plan:
     ) -> None: ...
     @property
     def scratch_bytes(self) -> int: ...
+    @property
+    def items(self) -> list[int]:
+        """The number of items of each step."""
+
     @overload
     def add(
         self,
@@ -841,7 +845,7 @@ class Executor:
         input: Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")],
         output: Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")],
         timeout: float,
-        ask: Callable[[], None] | None,
+        ask: Callable[[int], None] | None,
         profile: bool,
         on_rows: Callable[[int, int], None] | None = None,
         finite: Annotated[torch.Tensor, dict(dtype="bool", shape=(None,), order="C", device="cpu")]
@@ -853,8 +857,8 @@ class Executor:
         asked for the begin and end of each step that was run.
         Tensors of uint8 hold levels of pictures; those of the output show values in the
         dtype of the input.
-        `ask` is called now and then, on the calling thread, where signals are looked for
-        too; what it raises ends the run.
+        `ask` is called now and then, on the calling thread, with the number of items that are
+        done; signals are looked for then, too. What it raises ends the run.
         `on_rows` is called there with the first row and the number of rows when these are
         finished in all images of the output; what it raises ends the run.
         `finite` has an element for each image, which is cleared if levels of the image show

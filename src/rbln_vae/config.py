@@ -165,6 +165,19 @@ class Option(Generic[T]):
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
+    def checked(self, value: object) -> Any:
+        """The value as it is kept.
+
+        Raises:
+            ValueError, TypeError: It is wrong; the message names the option.
+        """
+        if value is None:
+            return None
+        try:
+            return self.check(value)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{self.name}={value!r}: {error}.") from None
+
     @overload
     def __get__(self, config: None, owner: type) -> Option[T]: ...
     @overload
@@ -370,11 +383,7 @@ class RBLNModelConfig:
                 f"{name} can't be set: this configuration is frozen, it says what was compiled. "
                 "Compile the model again with another configuration."
             )
-        if value is not None:
-            try:
-                value = option.check(value)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"{name}={value!r}: {error}.") from None
+        value = option.checked(value)
         before = vars(self)[name]
         vars(self)[name] = value
         try:

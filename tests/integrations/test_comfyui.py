@@ -218,6 +218,8 @@ def test_the_node_decodes_within_its_own_limit_to_the_same_bits(nodes: ModuleTyp
     limit = f"{int(needed * 0.7)}"
     (limited,) = nodes.RBLNVAEDecode().decode({"samples": latent}, vae, limit)
     assert torch.equal(limited, whole)
+    (again,) = nodes.RBLNVAEDecode().decode({"samples": latent}, vae, " ")
+    assert torch.equal(again, whole)
 
 
 def test_too_little_memory_is_an_error_in_gib_that_names_a_limit_that_suffices(
@@ -278,7 +280,7 @@ def test_the_bar_moves_within_one_image(nodes: ModuleType, comfyui: ComfyUI, way
     (positions,) = comfyui.bars
     assert positions == sorted(positions)
     assert len({position for position in positions if 0 < position < 1}) >= 2
-    assert positions[-1] == 1
+    assert positions[0] == 0 and positions[-1] == 1
 
 
 # What can be compiled and loaded

@@ -67,9 +67,9 @@ def latent(name: str, batch: int, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def encoded(vae: Any, x: Tensor) -> Tensor:
+def encoded(vae: Any, x: Tensor, **options: Any) -> Tensor:
     """The result of `encode`: moments or latents."""
-    (result,) = vae.encode(x, return_dict=False)
+    (result,) = vae.encode(x, return_dict=False, **options)
     return result if isinstance(result, Tensor) else result.parameters
 
 
@@ -326,9 +326,14 @@ def test_least_memory_changes_no_bit_and_is_known_before(name: str) -> None:
         assert torch.equal(encoded(vae, x), moments)
     finally:
         vae.disable_tiling()
-    assert torch.equal(decoded(vae.with_runtimes(memory_limit=least), z), pixels)
-    with pytest.raises(MemoryError, match="at least"):
-        decoded(vae.with_runtimes(memory_limit=least // 2), z)
+    # The limit of one run.
+    assert torch.equal(decoded(vae, z, memory_limit=least), pixels)
+    pictures = vae.decode_images(z)
+    assert torch.equal(vae.decode_images(z, memory_limit=least), pictures)
+    assert torch.equal(encoded(vae, x, memory_limit="1GiB"), moments)
+    for run, given_ in ((decoded, z), (encoded, x)):
+        with pytest.raises(MemoryError, match="memory_limit is 1000 bytes"):
+            run(vae, given_, memory_limit=1000)
 
 
 @by_model
@@ -349,6 +354,29 @@ def test_images_are_written_where_the_caller_says(name: str) -> None:
 def test_a_run_can_be_stopped(name: str) -> None:
     with pytest.raises(RBLNCancelledError):
         decoded(compiled(name), latent(name, 1, 32, 32), should_stop=lambda: True)
+
+
+@by_model
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+def test_a_run_tells_how_far_it_is(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rbln_vae.targets.watch._PATIENCE", 0.0)
+    vae, z, x = compiled(name, target=target), latent(name, 2, 8, 8), image(name, 2, 8, 8)
+    runs = [
+        lambda progress: decoded(vae, z, progress=progress),
+        lambda progress: encoded(vae, x, progress=progress),
+        lambda progress: vae.decode_images(z, progress=progress),
+    ]
+    for run in runs:
+        told: list[tuple[int, int]] = []
+        run(lambda *work, told=told: told.append(work))
+        assert told[0] == (0, 2000) and told[-1] == (2000, 2000)
+        assert told == sorted(told)
+        assert {total for _, total in told} == {2000}
+        assert target == "cpu" or len(set(told)) > 10  # each step of each image
+    with pytest.raises(TypeError, match="progress must be a function, and is a int"):
+        decoded(vae, z, progress=1)
+    with pytest.raises(ZeroDivisionError):
+        decoded(vae, z, progress=lambda done, total: done // 0)
 
 
 # Keeping

@@ -655,6 +655,17 @@ def test_a_run_over_the_memory_limit_names_what_it_needs():
     assert_same_model(vae, default_vae())  # small ones run
 
 
+def test_the_smaller_limit_of_a_run_and_its_model_holds():
+    vae = compile_vae(default_vae(), memory_limit="1MiB")
+    for run, sample in ((vae.decode, latent(1, 512, 512)), (vae.encode, noise(1, 3, 1024, 1024))):
+        with pytest.raises(MemoryError, match=r"memory_limit is 1\.0 MiB\."):
+            run(sample, memory_limit="1GiB")
+        with pytest.raises(MemoryError, match=r"memory_limit is 1000 bytes\."):
+            run(sample, memory_limit=1000)
+        with pytest.raises(ValueError, match="memory_limit='much': expected a number of bytes"):
+            run(sample, memory_limit="much")
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_number_of_threads_is_an_option_of_the_model_alone(number):
     before = torch.get_num_threads()

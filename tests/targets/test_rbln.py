@@ -255,6 +255,13 @@ def test_a_run_that_nobody_wants_is_not_begun():
 
 
 @pytest.mark.usefixtures("npus")
+def test_progress_is_known_before_and_after_a_run():
+    model, told = compile_for_npu(make_vae()), []
+    model.decode(noise(1, 4, 8, 8), progress=lambda *work: told.append(work), memory_limit=1)
+    assert told == [(0, 1000), (1000, 1000)]
+
+
+@pytest.mark.usefixtures("npus")
 def test_a_run_that_takes_too_long_is_given_up():
     model = compile_for_npu(make_vae(), timeout=1e-9)
     with pytest.raises(TimeoutError):

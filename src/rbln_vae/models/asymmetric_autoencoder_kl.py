@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..config import RBLNAsymmetricAutoencoderKLConfig
 from ..graph.capture import replica
 from ..targets.base import OnRows
-from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, check_tensor, decoded, writable
 from .autoencoder_kl import AutoencoderKLFamily, use_standard_attention
+from .base import RunArguments
 from .family import CONDITIONED_DECODER
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
+    from typing_extensions import Unpack
 
 
 class AsymmetricAutoencoderKLFamily(AutoencoderKLFamily):
@@ -111,7 +112,7 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
         return _shown_class(type(self), module.AsymmetricAutoencoderKL) if module else type(self)
 
     def encode(
-        self, x: Tensor, return_dict: bool = True, *, should_stop: ShouldStop | None = None
+        self, x: Tensor, return_dict: bool = True, **arguments: Unpack[RunArguments]
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Turn images into distributions of latents; see `RBLNAutoencoderKL.encode`.
 
@@ -119,7 +120,7 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, or pictures `(N, H, W,
                 in_channels)` of uint8.
             return_dict: Whether to return an output class (default) or a tuple.
-            should_stop: As of `RBLNAutoencoderKL.encode`. By default the run is not stopped.
+            **arguments: As of `RBLNAutoencoderKL.encode`.
 
         Returns:
             `AutoencoderKLOutput(latent_dist=…)`, or `(latent_dist,)`.
@@ -133,7 +134,7 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
         """
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-        posterior: Any = self.encode_images(x, should_stop=should_stop)
+        posterior: Any = self.encode_images(x, **arguments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
@@ -145,7 +146,7 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
         return_dict: bool = True,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        should_stop: ShouldStop | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into images, given what they show outside a mask.
 
@@ -158,7 +159,7 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
                 nothing is given. Without both, the images are decoded from the latents alone.
             return_dict: Whether to return an output class (default) or a tuple.
             out: As of `RBLNAutoencoderKL.decode`. By default the result is a new tensor.
-            should_stop: As of `RBLNAutoencoderKL.decode`. By default the run is not stopped.
+            **arguments: As of `RBLNAutoencoderKL.decode`.
 
         Returns:
             `DecoderOutput(sample=…)`, or `(sample,)`: images `(N, out_channels, H, W)`.
@@ -173,12 +174,12 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
             >>> image = vae.decode(latent, image=image, mask=mask).sample  # doctest: +SKIP
         """
         if image is None or mask is None:
-            sample = self.decode_latents(z, out=out, should_stop=should_stop)
+            sample = self.decode_latents(z, out=out, **arguments)
         else:
             inputs = self._with_condition(z, image, mask)
             shape = self.resolved_config.image_shape(tuple(z.shape))
             to = None if out is None else writable(out, shape)
-            sample = self._run(CONDITIONED_DECODER, inputs, to, should_stop)
+            sample = self._run(CONDITIONED_DECODER, inputs, to, **arguments)
         return decoded(sample, return_dict)
 
     def decode_images(
@@ -189,8 +190,8 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
         mask: Tensor | None = None,
         out: Tensor | npt.NDArray[np.uint8] | None = None,
         on_rows: OnRows | None = None,
-        should_stop: ShouldStop | None = None,
         finite: Tensor | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> Tensor:
         """Decode latents to uint8 pictures, given what they show outside a mask.
 
@@ -200,8 +201,8 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
             mask: As of `decode`. By default nothing is given.
             out: As of `RBLNAutoencoderKL.decode_images`, and so are the others.
             on_rows: By default nothing is called.
-            should_stop: By default the run is not stopped.
             finite: By default a warning says if a value was not finite.
+            **arguments: `should_stop`, `progress` and `memory_limit`.
 
         Returns:
             `out` as a tensor, or a new tensor: uint8 `(N, H, W, out_channels)`.
@@ -213,13 +214,11 @@ class RBLNAsymmetricAutoencoderKL(RBLNAutoencoderModel):
             >>> pixels = vae.decode_images(latent, image=image, mask=mask)  # doctest: +SKIP
         """
         if image is None or mask is None:
-            return super().decode_images(
-                z, out=out, on_rows=on_rows, should_stop=should_stop, finite=finite
-            )
+            return super().decode_images(z, out=out, on_rows=on_rows, finite=finite, **arguments)
         inputs = self._with_condition(z, image, mask)
         shape = self.resolved_config.image_shape(tuple(z.shape))
         return self._pictures(
-            CONDITIONED_DECODER, inputs, shape, False, out, on_rows, should_stop, finite
+            CONDITIONED_DECODER, inputs, shape, False, out, on_rows, finite, **arguments
         )
 
     def _with_condition(self, z: Tensor, image: Tensor, mask: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..errors import RBLNRuntimeError
 from ..targets.base import OnRows
-from ..targets.watch import ShouldStop
-from .base import RBLNModel
+from .base import RBLNModel, RunArguments
 from .family import DECODER, ENCODER, ImageShape
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+    from typing_extensions import Unpack
 
 
 class RBLNAutoencoderModel(RBLNModel):
@@ -36,14 +36,14 @@ class RBLNAutoencoderModel(RBLNModel):
     """Whether pixels are limited to `[-1, 1]`, as some classes of diffusers do."""
 
     def encode_images(
-        self, x: Tensor, *, should_stop: ShouldStop | None = None
+        self, x: Tensor, **arguments: Unpack[RunArguments]
     ) -> DiagonalGaussianDistribution | Tensor:
         """Encode images, in the same way for every class.
 
         Args:
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, or uint8 pictures `(N, H, W,
                 in_channels)`, without an axis of frames.
-            should_stop: As of `encode`. By default the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
 
         Returns:
             The distribution of the latents `(N, latent_channels, h, w)`; the latents themselves
@@ -57,7 +57,7 @@ class RBLNAutoencoderModel(RBLNModel):
         """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        encoded = self._encoded(x, should_stop)
+        encoded = self._encoded(x, **arguments)
         return DiagonalGaussianDistribution(encoded) if self.draws else encoded
 
     def decode_latents(
@@ -65,14 +65,14 @@ class RBLNAutoencoderModel(RBLNModel):
         z: Tensor,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        should_stop: ShouldStop | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> Tensor:
         """Decode latents, in the same way for every class.
 
         Args:
             z: Latents `(N, latent_channels, h, w)`, without an axis of frames.
             out: As of `decode`. By default the result is a new tensor.
-            should_stop: As of `decode`. By default the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `decode`.
 
         Returns:
             Images `(N, out_channels, H, W)`.
@@ -86,7 +86,7 @@ class RBLNAutoencoderModel(RBLNModel):
         check_tensor(z, "z", self.resolved_config.latent_channels)
         image_shape = self.resolved_config.image_shape(tuple(z.shape))
         to = None if out is None else writable(out, image_shape)
-        sample = self._run(DECODER, z, to, should_stop)
+        sample = self._run(DECODER, z, to, **arguments)
         return sample.clamp_(-1, 1) if self.clamps else sample
 
     def decode_images(
@@ -95,8 +95,8 @@ class RBLNAutoencoderModel(RBLNModel):
         *,
         out: Tensor | npt.NDArray[np.uint8] | None = None,
         on_rows: OnRows | None = None,
-        should_stop: ShouldStop | None = None,
         finite: Tensor | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> Tensor:
         """Decode latents to what a pipeline shows: uint8 pictures, channels last.
 
@@ -114,10 +114,10 @@ class RBLNAutoencoderModel(RBLNModel):
                 are finished in all pictures, from the top, once for each row; the rows lie in
                 the result. It is called on the calling thread, and the run waits for it. What
                 it raises ends the run and passes through. By default nothing is called.
-            should_stop: As of `decode`. By default the run is not stopped.
             finite: A bool tensor `(N,)` that gets whether all values of each image were finite.
                 By default a warning says if one was not. Infinities are shown as 0 and 255, a
                 NaN as 0.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `decode`.
 
         Returns:
             `out` as a tensor, or a new tensor: uint8 `(N, H, W, out_channels)`, with an axis of
@@ -134,7 +134,7 @@ class RBLNAutoencoderModel(RBLNModel):
         check_tensor(z, "z", self.resolved_config.latent_channels, frames=frames)
         z = z[:, :, 0] if frames else z
         shape = self.resolved_config.image_shape(tuple(z.shape))
-        return self._pictures(DECODER, z, shape, frames, out, on_rows, should_stop, finite)
+        return self._pictures(DECODER, z, shape, frames, out, on_rows, finite, **arguments)
 
     def _pictures(
         self,
@@ -144,8 +144,8 @@ class RBLNAutoencoderModel(RBLNModel):
         frames: bool,
         out: Tensor | npt.NDArray[np.uint8] | None,
         on_rows: OnRows | None,
-        should_stop: ShouldStop | None,
         finite: Tensor | None,
+        **arguments: Unpack[RunArguments],
     ) -> Tensor:
         """What a decoder gives for its checked input, as `decode_images`."""
         batch, channels, height, width = image_shape
@@ -167,10 +167,10 @@ class RBLNAutoencoderModel(RBLNModel):
             part,
             inputs,
             None if to is None else (to[:, 0] if frames else to).permute(0, 3, 1, 2),
-            should_stop,
             levels=True,
             finite=seen,
             on_rows=_on_pictures(on_rows, shown),
+            **arguments,
         )
         if finite is not None:
             finite.copy_(seen)
@@ -184,7 +184,7 @@ class RBLNAutoencoderModel(RBLNModel):
             )
         return shown(result) if to is None else to
 
-    def _encoded(self, x: Tensor, should_stop: ShouldStop | None) -> Tensor:
+    def _encoded(self, x: Tensor, **arguments: Unpack[RunArguments]) -> Tensor:
         """The result of the encoder: moments if it gives a distribution, else latents."""
         if not self.resolved_config.uses_encoder:
             raise RBLNRuntimeError(
@@ -198,7 +198,7 @@ class RBLNAutoencoderModel(RBLNModel):
             check_tensor(x, "x", self.resolved_config.in_channels)
         size, factor = (x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor
         self.family.check_image_size(size, factor, self.config)
-        return self._run(ENCODER, x, should_stop=should_stop)
+        return self._run(ENCODER, x, **arguments)
 
     # What pipelines and their users read, besides the members of every model
 

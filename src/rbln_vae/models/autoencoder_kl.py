@@ -11,14 +11,18 @@ from torch import Tensor
 
 from ..config import RBLNAutoencoderKLConfig, reject_unknown
 from ..graph.capture import replica
-from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, decoded
+from .base import RunArguments
 from .family import ENCODER, Family
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
+    from typing_extensions import Unpack
+
+_ARGUMENTS = ("generator", *RunArguments.__annotations__)
+"""What `encode` and `decode` take by name, besides their own."""
 
 
 class AutoencoderKLFamily(Family):
@@ -67,8 +71,8 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
         x: Tensor,
         return_dict: bool = True,
         *,
-        should_stop: ShouldStop | None = None,
-        **kwargs: Any,
+        generator: torch.Generator | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Turn images into distributions of latents.
 
@@ -77,10 +81,10 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
                 strides; or pictures `(N, H, W, in_channels)` of uint8, which are taken as
                 diffusers' `VaeImageProcessor` takes them. Height and width are multiples of the
                 scale factor.
-            return_dict: Whether to return an output class or a tuple.
-            should_stop: A function without arguments that is asked during the run, at most
-                every 50 ms and on the calling thread; a true answer stops the run.
-            **kwargs: `generator` is accepted, and draws nothing.
+            return_dict: Whether to return an output class (default) or a tuple.
+            generator: Accepted, and draws nothing.
+            **arguments: `should_stop`, a function that can stop the run; `progress`, one that is
+                told how far it is; and `memory_limit`, for this run alone: see `RunArguments`.
 
         Returns:
             `AutoencoderKLOutput(latent_dist=…)`, or `(latent_dist,)`; `latent_dist` is
@@ -101,8 +105,8 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-        reject_unknown(kwargs, ["generator"], "argument of encode")
-        posterior = self.encode_images(x, should_stop=should_stop)
+        reject_unknown(arguments, _ARGUMENTS, "argument of encode")
+        posterior = self.encode_images(x, **arguments)
         assert isinstance(posterior, DiagonalGaussianDistribution)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -112,22 +116,21 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
         return_dict: bool = True,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        should_stop: ShouldStop | None = None,
-        **kwargs: Any,
+        generator: torch.Generator | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into images.
 
         Args:
             z: Unscaled latents `(N, latent_channels, H, W)`, of any floating dtype and
                 strides.
-            return_dict: Whether to return an output class or a tuple.
+            return_dict: Whether to return an output class (default) or a tuple.
             out: Where to write the images instead of to a new tensor: a tensor on the CPU,
                 an array or a memory map `(N, out_channels, f * H, f * W)` of float32,
                 float16 or (a tensor) bfloat16, of any strides. It doesn't count against
-                `memory_limit`.
-            should_stop: A function without arguments that is asked during the run, at most
-                every 50 ms and on the calling thread; a true answer stops the run.
-            **kwargs: `generator` is accepted, and draws nothing.
+                `memory_limit`. By default the result is a new tensor.
+            generator: Accepted, and draws nothing.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
 
         Returns:
             `DecoderOutput(sample=…)`, or `(sample,)`: images `(N, out_channels, f * H, f *
@@ -149,8 +152,8 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
             ... )  # doctest: +SKIP
             >>> vae.decode(latents, out=pixels)  # doctest: +SKIP
         """
-        reject_unknown(kwargs, ["generator"], "argument of decode")
-        sample = self.decode_latents(z, out=out, should_stop=should_stop)
+        reject_unknown(arguments, _ARGUMENTS, "argument of decode")
+        sample = self.decode_latents(z, out=out, **arguments)
         return decoded(sample, return_dict)
 
     def forward(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..config import RBLNAutoencoderKLWanConfig
 from ..errors import RBLNCompileError
-from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, check_pictures, check_tensor, decoded
+from .base import RunArguments
 from .family import ENCODER, Family
 from .networks import Attention, Layers, Shuffled, conv2d, converted, means
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
+    from typing_extensions import Unpack
 
 
 class AutoencoderKLWanFamily(Family):
@@ -97,7 +98,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
     rbln_config: RBLNAutoencoderKLWanConfig
 
     def encode(
-        self, x: Tensor, return_dict: bool = True, *, should_stop: ShouldStop | None = None
+        self, x: Tensor, return_dict: bool = True, **arguments: Unpack[RunArguments]
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Turn images into distributions of latents.
 
@@ -105,9 +106,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
             x: Images `(N, in_channels, 1, H, W)` in `[-1, 1]`, of any floating dtype and
                 strides; or pictures `(N, 1, H, W, in_channels)` of uint8.
             return_dict: Whether to return an output class (default) or a tuple.
-            should_stop: A function without arguments that is asked during the run, at most
-                every 50 ms and on the calling thread; a true answer stops the run. By default
-                the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`: see `RunArguments`.
 
         Returns:
             `AutoencoderKLOutput(latent_dist=…)`, or `(latent_dist,)`; `latent_dist` is
@@ -135,7 +134,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
         else:
             check_tensor(x, "x", channels, frames=True)
             x = x[:, :, 0]
-        moments = self._encoded(x, should_stop).unsqueeze(2)
+        moments = self._encoded(x, **arguments).unsqueeze(2)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -145,7 +144,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
         return_dict: bool = True,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        should_stop: ShouldStop | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into images.
 
@@ -155,7 +154,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
             return_dict: Whether to return an output class (default) or a tuple.
             out: Where to write the images, `(N, out_channels, 1, f * h, f * w)`; otherwise as
                 of `RBLNAutoencoderKL.decode`. By default the result is a new tensor.
-            should_stop: As of `encode`. By default the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
 
         Returns:
             `DecoderOutput(sample=…)`, or `(sample,)`: images `(N, out_channels, 1, f * h, f *
@@ -174,7 +173,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
             >>> image = vae.decode(latent).sample[:, :, 0]  # doctest: +SKIP
         """
         check_tensor(z, "z", self.resolved_config.latent_channels, frames=True)
-        sample = self.decode_latents(z[:, :, 0], out=_frame_of(out), should_stop=should_stop)
+        sample = self.decode_latents(z[:, :, 0], out=_frame_of(out), **arguments)
         sample = sample.unsqueeze(2)
         return decoded(sample, return_dict)
 

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ..config import RBLNAutoencoderTinyConfig
 from ..graph.capture import replica
-from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, decoded
+from .base import RunArguments
 from .family import ENCODER, Family
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
     from diffusers.models.autoencoders.vae import DecoderOutput
+    from typing_extensions import Unpack
 
 
 class AutoencoderTinyFamily(Family):
@@ -64,7 +65,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
     rbln_config: RBLNAutoencoderTinyConfig
 
     def encode(
-        self, x: Tensor, return_dict: bool = True, *, should_stop: ShouldStop | None = None
+        self, x: Tensor, return_dict: bool = True, **arguments: Unpack[RunArguments]
     ) -> AutoencoderTinyOutput | tuple[Tensor]:
         """Turn images into latents.
 
@@ -72,9 +73,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, of any size, floating dtype and
                 strides; or pictures `(N, H, W, in_channels)` of uint8.
             return_dict: Whether to return an output class (default) or a tuple.
-            should_stop: A function without arguments that is asked during the run, at most
-                every 50 ms and on the calling thread; a true answer stops the run. By default
-                the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`: see `RunArguments`.
 
         Returns:
             `AutoencoderTinyOutput(latents=…)`, or `(latents,)`: `(N, latent_channels, H / f, W
@@ -93,7 +92,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
         """
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 
-        latents = self._encoded(x, should_stop)
+        latents = self._encoded(x, **arguments)
         return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
     def decode(
@@ -103,7 +102,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
         return_dict: bool = True,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        should_stop: ShouldStop | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into images.
 
@@ -112,7 +111,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
             generator: Accepted, and draws nothing.
             return_dict: Whether to return an output class (default) or a tuple.
             out: As of `RBLNAutoencoderKL.decode`. By default the result is a new tensor.
-            should_stop: As of `encode`. By default the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
 
         Returns:
             `DecoderOutput(sample=…)`, or `(sample,)`: images `(N, out_channels, f * h, f * w)`,
@@ -129,7 +128,7 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
         Example:
             >>> image = vae.decode(latents).sample  # doctest: +SKIP
         """
-        sample = self.decode_latents(x, out=out, should_stop=should_stop)
+        sample = self.decode_latents(x, out=out, **arguments)
         return decoded(sample, return_dict)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,49 @@ from ..errors import RBLNRuntimeError
 from ..profiler import Profile
 from ..targets.base import OnRows, Runtime, RuntimeOptions, get_target
 from ..targets.placement import check_placement
-from ..targets.watch import ShouldStop
+from ..targets.watch import Progress, ShouldStop
 from .cache import Cache
 from .compiling import CompiledModel, compile_model
-from .family import Family, right_class
+from .family import ENCODER, Family, right_class
 from .latents import LatentScaling
 from .module_members import ModuleMembers
 from .storage import load_model, save_model
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 ModelType = TypeVar("ModelType", bound="RBLNModel")
 Config = RBLNModelConfig | Mapping[str, Any] | None
+
+
+class RunArguments(TypedDict, total=False):
+    """What every call that runs a model takes by name, such as `encode` and `decode`.
+
+    Attributes:
+        should_stop: A function without arguments that is asked during the run, at most every
+            50 ms and on the calling thread; a true answer stops the run. By default the run is
+            not stopped.
+        progress: A function that is told as often how far the run is, within an image, too. It
+            gets the work that is done and all of it, in thousandths of an image: `(250, 1000)`
+            is a quarter of one image, by an estimate of the time. The last call says that all
+            is done. What the function raises ends the run and passes through. The target
+            `rbln` calls it before and after the run only. By default nothing is called.
+        memory_limit: The most memory of this run besides the weights, in bytes or as
+            `"2GiB"`. The smaller of this limit and that of the model holds. It changes no bit
+            of the result. The target `rbln` ignores it. By default that of the model.
+
+    Example:
+        >>> with tqdm.tqdm() as bar:  # doctest: +SKIP
+        ...     def progress(done: int, total: int) -> None:
+        ...         bar.total = total
+        ...         bar.update(done - bar.n)
+        ...
+        ...     vae.decode(latent, progress=progress, memory_limit="1GiB")
+    """
+
+    should_stop: ShouldStop | None
+    progress: Progress | None
+    memory_limit: int | str | None
 
 
 class RBLNModel(ModuleMembers):
@@ -357,20 +390,32 @@ class RBLNModel(ModuleMembers):
         part: str,
         image: Tensor,
         out: Tensor | None = None,
-        should_stop: ShouldStop | None = None,
         *,
         levels: bool = False,
         finite: Tensor | None = None,
         on_rows: OnRows | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> Tensor:
         """Run a part on a checked image, as `Runtime.run`; a new result is on its device."""
-        for name, function in (("should_stop", should_stop), ("on_rows", on_rows)):
+        method = "encode" if part == ENCODER else "decode"
+        reject_unknown(arguments, RunArguments.__annotations__, f"argument of {method}")
+        should_stop, progress = arguments.get("should_stop"), arguments.get("progress")
+        functions: dict[str, Callable[..., object] | None]
+        functions = {"should_stop": should_stop, "progress": progress, "on_rows": on_rows}
+        for name, function in functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, and is a {type(function).__name__}.")
         runtime = self._runtime(part, tuple(image.shape))
         source = image.detach() if self._target.any_device else image.detach().cpu()
         result = runtime.run(
-            source, out, should_stop, levels=levels, finite=finite, on_rows=on_rows
+            source,
+            out,
+            should_stop,
+            progress=progress,
+            memory_limit=RBLNModelConfig.memory_limit.checked(arguments.get("memory_limit")),
+            levels=levels,
+            finite=finite,
+            on_rows=on_rows,
         )
         return result.to(image.device) if out is None else result
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..config import RBLNVQModelConfig
 from ..graph.capture import replica
-from ..targets.watch import ShouldStop
 from .autoencoder import RBLNAutoencoderModel, check_tensor
 from .autoencoder_kl import AutoencoderKLFamily, use_standard_attention
+from .base import RunArguments
 from .family import ENCODER
 from .latents import LatentScaling
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, VectorQuantizer
     from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+    from typing_extensions import Unpack
 
 CODEBOOK = "quantize.embedding.weight"
 """The vectors that latents are quantised to, `(num_vq_embeddings, channels)`."""
@@ -78,7 +79,7 @@ class RBLNVQModel(RBLNAutoencoderModel):
     rbln_config: RBLNVQModelConfig
 
     def encode(
-        self, x: Tensor, return_dict: bool = True, *, should_stop: ShouldStop | None = None
+        self, x: Tensor, return_dict: bool = True, **arguments: Unpack[RunArguments]
     ) -> VQEncoderOutput | tuple[Tensor]:
         """Turn images into latents, which are not quantised.
 
@@ -87,9 +88,7 @@ class RBLNVQModel(RBLNAutoencoderModel):
                 strides; or pictures `(N, H, W, in_channels)` of uint8. Height and width are
                 multiples of the scale factor.
             return_dict: Whether to return an output class (default) or a tuple.
-            should_stop: A function without arguments that is asked during the run, at most
-                every 50 ms and on the calling thread; a true answer stops the run. By default
-                the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`: see `RunArguments`.
 
         Returns:
             `VQEncoderOutput(latents=…)`, or `(latents,)`: `(N, latent_channels, H / f, W / f)`.
@@ -107,7 +106,7 @@ class RBLNVQModel(RBLNAutoencoderModel):
         """
         from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 
-        latents = self._encoded(x, should_stop)
+        latents = self._encoded(x, **arguments)
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
     def decode(
@@ -118,7 +117,7 @@ class RBLNVQModel(RBLNAutoencoderModel):
         shape: tuple[int, int, int, int] | None = None,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        should_stop: ShouldStop | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> DecoderOutput | tuple[Tensor, Tensor]:
         """Turn latents into images.
 
@@ -134,7 +133,7 @@ class RBLNVQModel(RBLNAutoencoderModel):
                 default none, which is right for latents.
             out: Where to write the images; as of `RBLNAutoencoderKL.decode`. By default the
                 result is a new tensor.
-            should_stop: As of `encode`. By default the run is not stopped.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
 
         Returns:
             `DecoderOutput(sample=…, commit_loss=…)`, or `(sample, commit_loss)`: images `(N,
@@ -161,7 +160,7 @@ class RBLNVQModel(RBLNAutoencoderModel):
             check_tensor(h, "h", self.resolved_config.latent_channels)
         if not force_not_quantize:
             latents, loss = self._quantised(h)
-        sample = self.decode_latents(latents, out=out, should_stop=should_stop)
+        sample = self.decode_latents(latents, out=out, **arguments)
         if loss is None:
             loss = torch.zeros(h.shape[0], dtype=h.dtype, device=h.device)
         if not return_dict:

@@ -27,7 +27,7 @@ from ..levels import levels_of
 from ..profiler import RunProfile
 from ..sizes import format_size
 from ..units import format_bytes
-from .watch import ShouldStop
+from .watch import Progress, ShouldStop
 
 
 class CompiledPart(Protocol):
@@ -104,6 +104,8 @@ class Runtime(Protocol):
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
         *,
+        progress: Progress | None = None,
+        memory_limit: int | None = None,
         levels: bool = False,
         finite: Tensor | None = None,
         on_rows: OnRows | None = None,
@@ -116,6 +118,11 @@ class Runtime(Protocol):
             out: Where to write the result, on the same devices, of its shape and any strides
                 and floating dtype, or uint8 for levels; it shares no memory with the image.
             should_stop: Asked at most every 50 ms, on the calling thread; true stops the run.
+            progress: Called as often with the work that is done and with all of it, in
+                thousandths of an image; and at the end, when both are the same. What it raises
+                ends the run and passes through.
+            memory_limit: The most bytes of this run besides the weights, if that is less than
+                the limit of the runtime.
             levels: Whether the result is the levels that show it, instead of floats.
             finite: Gets whether each image had only finite values before they became
                 levels: bool `(N,)`.

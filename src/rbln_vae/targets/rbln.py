@@ -30,7 +30,7 @@ from ..levels import sample_of
 from ..profiler import RunProfile
 from ..sizes import format_size
 from .base import CompiledPart, CompileOptions, OnRows, RuntimeOptions, Target, hand_over
-from .watch import ShouldStop, Watch
+from .watch import Progress, ShouldStop, Watch
 
 DEFAULT_TIMEOUT = 60.0
 """The most seconds of a run, as in optimum-rbln: only a timeout detects an NPU that hangs."""
@@ -183,17 +183,26 @@ class RblnRuntime:
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
         *,
+        progress: Progress | None = None,
+        memory_limit: int | None = None,
         levels: bool = False,
         finite: Tensor | None = None,
         on_rows: OnRows | None = None,
     ) -> Tensor:
-        """Run the part. A run on the NPU can't be stopped; `should_stop` is called only before."""
+        """Run the part.
+
+        A run on the NPU can't be stopped or looked at: `should_stop` and `progress` are called
+        before and after it alone. `memory_limit` is ignored, since only the NPU's memory is taken.
+        """
+        watch = Watch(None, should_stop, progress, len(image))
         with self._lock:
-            Watch(should_stop=should_stop).check()
+            watch.check()
             sample = image if image.is_floating_point() else sample_of(image)
             # In a copy, since the compiler's runtime may write to its result again.
             result: Tensor = self._runtime(sample.to(self._dtype).contiguous()).clone()
-        return hand_over(result, image.dtype, out, levels, finite, on_rows)
+        given = hand_over(result, image.dtype, out, levels, finite, on_rows)
+        watch.finish()
+        return given
 
 
 def _devices_keyword(rebel: Any) -> str:

@@ -178,6 +178,22 @@ def test_the_least_memory_has_none_to_keep_kernels(decoder: Graph) -> None:
         assert (runtime.kept_kernels.bytes > 0) is not tiling
 
 
+def test_the_limit_of_one_run_holds_for_what_runs_before_have_left(decoder: Graph) -> None:
+    runtime, never = runtime_of(decoder), never_keeping(decoder)
+    least = runtime.memory_needed(SHAPE) - kernels_of(runtime, SHAPE)
+    for _ in range(2):
+        runtime.run(image_of(SHAPE))
+    assert held(runtime) + result_bytes(runtime, SHAPE) > least + PAGE
+    found = runtime.run(image_of(SHAPE), memory_limit=least)
+    assert held(runtime) + result_bytes(runtime, SHAPE) <= least + PAGE
+    assert torch.equal(found, never.run(image_of(SHAPE)))
+    # A larger image leaves a larger arena.
+    runtime.run(image_of(LARGE))
+    assert held(runtime) + result_bytes(runtime, SHAPE) > least + PAGE
+    assert torch.equal(runtime.run(image_of(SHAPE), memory_limit=least), found)
+    assert held(runtime) + result_bytes(runtime, SHAPE) <= least + PAGE
+
+
 def test_memory_is_returned_when_it_is_asked_for(decoder: Graph) -> None:
     runtime = runtime_of(decoder)
     for _ in range(2):

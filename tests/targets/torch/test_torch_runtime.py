@@ -208,6 +208,21 @@ def test_free_memory_limits_each_run() -> None:
     assert found.memory_needed(shape) == first
 
 
+def test_one_run_may_have_a_limit_of_its_own() -> None:
+    graph = graph_of("plain", "decoder")
+    image = noise(1, 4, 96, 96)
+    found = runtime(graph)
+    expected, whole = found.run(image), found.memory_needed(image.shape)
+    limited, most = allocated(lambda: found.run(image, memory_limit=3 * whole // 4))
+    assert most <= 3 * whole // 4
+    assert torch.equal(limited, expected)
+    assert found.memory_needed(image.shape) == whole
+    with pytest.raises(MemoryError, match=r"memory_limit is 1\.0 MiB"):
+        found.run(image, memory_limit=2**20)
+    with pytest.raises(MemoryError, match=r"memory_limit is 1\.0 MiB"):
+        runtime(graph, memory_limit=2**20).run(image, memory_limit=2**30)
+
+
 def test_saving_memory_changes_no_bit() -> None:
     graph = graph_of("plain", "decoder")
     image = noise(1, 4, 64, 64)

@@ -7,7 +7,9 @@ first. They are a matter of time alone; the bits of a result are the same.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Mapping
@@ -49,6 +51,22 @@ class Bound:
         """The bytes of the kernels that are kept for it."""
         needed = sum(self.program.kernels.values())
         return needed if self.gains(needed) else 0
+
+    @functools.cached_property
+    def _ends(self) -> tuple[list[int], list[float]]:
+        """The items and the work from the start to the end of each step."""
+        items, work = self.native.items, (step.work for step in self.steps)
+        return list(itertools.accumulate(items)), list(itertools.accumulate(work))
+
+    def share_done(self, items: int) -> float:
+        """The share of the work that is done with the first items of a run, by estimate."""
+        ends, work = self._ends
+        step = bisect.bisect_right(ends, items)
+        if step == len(ends):
+            return 1.0
+        before, done = (ends[step - 1], work[step - 1]) if step else (0, 0.0)
+        within = (items - before) / (ends[step] - before)
+        return (done + within * (work[step] - done)) / (work[-1] or 1.0)
 
     def gains(self, kernels: int) -> bool:
         """Whether it may run beside so many bytes of kernels, and would be faster by them.

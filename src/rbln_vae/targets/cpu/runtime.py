@@ -27,7 +27,7 @@ from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
 from ..base import OnRows, beyond_float16, over_memory_limit, torch_allocates
-from ..watch import ShouldStop, Watch
+from ..watch import Progress, ShouldStop, Watch
 from .kept import Bound, KeptKernels
 from .lower import ADDRESSABLE, lower
 from .packing import DTYPES, in_bfloat16, pack
@@ -236,7 +236,7 @@ class CpuRuntime:
 
         If the batch does not fit in the memory limit, the program is for a smaller batch.
         """
-        return self._bound_for(tuple(shape), self._room(tuple(shape))).program
+        return self._planned(tuple(shape)).program
 
     def rules(self, shape: Shape) -> CpuRules:
         """The engine's rules for schedules of an input shape."""
@@ -267,10 +267,8 @@ class CpuRuntime:
             ValueError: The shape is not valid for the part.
             MemoryError: Every schedule exceeds the memory limit.
         """
-        shape = tuple(shape)
-        room = self._room(shape)
-        bound = self._bound_for(shape, room)
-        return bound.bytes + bound.kept_bytes + self.memory_limit - room
+        bound = self._planned(tuple(shape))
+        return bound.bytes + bound.kept_bytes + self._result_bytes(tuple(shape))
 
     def seconds_expected(self, shape: Shape) -> float | None:
         """About how long a run takes, from the work of its steps and the peak of this machine.
@@ -279,16 +277,15 @@ class CpuRuntime:
             ValueError, MemoryError: As `memory_needed`.
         """
         shape = tuple(shape)
-        bound = self._bound_for(shape, self._room(shape))
+        bound = self._planned(shape)
         parts = -(-shape[0] // bound.program.schedule.input_shape[0])
         return self._seconds(bound.beside_kept if bound.kept_bytes else bound.steps, parts)
 
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         """The memory and the work of a run, and those of other schedules."""
         shape = tuple(shape)
-        room = self._room(shape)
-        result = self.memory_limit - room
-        bound = self._bound_for(shape, room)
+        result = self._result_bytes(shape)
+        bound = self._planned(shape)
         schedule, kept = bound.program.schedule, bound.kept_bytes
         parts = -(-shape[0] // schedule.input_shape[0])
         lines = [
@@ -336,6 +333,8 @@ class CpuRuntime:
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
         *,
+        progress: Progress | None = None,
+        memory_limit: int | None = None,
         levels: bool = False,
         finite: Tensor | None = None,
         on_rows: OnRows | None = None,
@@ -350,6 +349,12 @@ class CpuRuntime:
                 each other or `image`. `None` makes a new tensor.
             should_stop: Called at most every 50 ms, on the calling thread; a true result
                 stops the run, and an exception passes through. `None` never stops it.
+            progress: Called as often with the work that is done and with all of it, as far as
+                it is known by the steps' estimates, in thousandths of an image; and when the
+                run is done. `None` is not called.
+            memory_limit: The most bytes of this run, counted as those of the runtime; the
+                smaller of both holds. Memory that earlier runs have left is given back where
+                it would exceed the limit. `None` is that of the runtime.
             levels: Whether the result is the levels that show it; by default it is floats.
             finite: Gets whether each image had only finite values before they became
                 levels: bool `(N,)`, contiguous.
@@ -368,22 +373,27 @@ class CpuRuntime:
             RBLNCancelledError: `should_stop` returned true.
             MemoryError: The run needs more than the memory limit or the available memory.
         """
-        watch = Watch(self.timeout, should_stop)
+        shape = tuple(image.shape)
+        self._check_shape(shape)
+        watch = Watch(self.timeout, should_stop, progress, shape[0])
         watch.check()
         if not image.is_floating_point() and image.dtype != torch.uint8:
             raise TypeError(
                 f"The input is {image.dtype}, expected a floating-point tensor, or uint8."
             )
-        shape = tuple(image.shape)
-        room = self.memory_limit if out is not None else self._room(shape, 1 if levels else 4)
-        bound = self._bound_for(shape, room)
+        limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
+        taken = 0 if out is not None else self._result_bytes(shape, 1 if levels else 4)
+        bound = self._bound_for(shape, limit, taken)
+        held = self._executor.idle_bytes + self.kept_kernels.bytes
+        if memory_limit is not None and held > limit - taken:
+            self.release_memory()
         source = image.detach()
         expected = (shape[0], *bound.program.schedule.output_shape[1:])
-        taken = (torch.uint8,) if levels else EXCHANGED
-        if out is not None and (tuple(out.shape) != expected or out.dtype not in taken):
+        dtypes = (torch.uint8,) if levels else EXCHANGED
+        if out is not None and (tuple(out.shape) != expected or out.dtype not in dtypes):
             raise ValueError(
                 f"out is {out.dtype} of the shape {tuple(out.shape)}, expected "
-                f"{', '.join(map(str, taken))} of {expected}."
+                f"{', '.join(map(str, dtypes))} of {expected}."
             )
         if out is not None:
             _check_apart(source, out)
@@ -403,28 +413,28 @@ class CpuRuntime:
         for begin in range(0, shape[0], size):
             part = source[begin : begin + size]
             if len(part) < size:
-                bound = self._bound_for(tuple(part.shape), room)
+                bound = self._bound_for(tuple(part.shape), limit, taken)
             last = begin + size >= shape[0]
             images = result[begin : begin + size]
             flags = None if finite is None else finite[begin : begin + size]
             rows = rows_finished if last and on_rows is not None and not may_overflow else None
-            for n in self._execute(bound, part, images, watch, flags, rows):
+            for n in self._execute(bound, part, images, watch, begin, flags, rows):
                 # In a run of its own, so that its bits don't depend on the batch.
                 alone = slice(n, n + 1)
                 flag = None if flags is None else flags[alone].fill_(True)
-                self._run_wide(part[alone], images[alone], room, watch, flag)
+                wide = self._wide_bound(part[alone], limit, taken)
+                self._run_bound(wide, part[alone], images[alone], watch, begin + n, flag)
         if may_overflow and on_rows is not None:
             # No row is valid before the whole image is.
             on_rows(0, result)
-        if out is not None or levels or not image.is_floating_point():
-            return result
-        with torch_allocates():
-            return result.to(image.dtype)
+        if out is None and not levels and image.is_floating_point():
+            with torch_allocates():
+                result = result.to(image.dtype)
+        watch.finish()
+        return result
 
-    def _run_wide(
-        self, source: Tensor, result: Tensor, room: int, watch: Watch, finite: Tensor | None
-    ) -> None:
-        """Run an image again whose values are beyond the range of float16, in bfloat16.
+    def _wide_bound(self, source: Tensor, limit: int, taken: int) -> Bound:
+        """The program for an image whose values are beyond the range of float16, in bfloat16.
 
         That has the range of float32. The run has the steps of one in float16, and takes the same
         memory: the kernels are of the same instruction set, and multiply in float32, too. It makes
@@ -436,11 +446,11 @@ class CpuRuntime:
         wanted = (self._kernels.isa, "bfloat16")
         kernels = next(k for k in _engine.all_kernels() if (k.isa, k.dtype) == wanted)
         machine = dataclasses.replace(self.machine, kernels=kernels)
-        program = self._bound_for(tuple(source.shape), room).program
+        program = self._bound_for(tuple(source.shape), limit, taken).program
         bound = self._bind(dataclasses.replace(program, machine=machine), self._packed_in_bfloat16)
-        if bound.bytes + self.kept_kernels.bytes > room:
+        if bound.bytes + self.kept_kernels.bytes > limit - taken:
             self.kept_kernels.give_back()
-        self._run_bound(bound, source, result, watch, finite)
+        return bound
 
     def _execute(
         self,
@@ -448,21 +458,22 @@ class CpuRuntime:
         source: Tensor,
         result: Tensor,
         watch: Watch,
+        done: int = 0,
         finite: Tensor | None = None,
         on_rows: Callable[[int, int], None] | None = None,
     ) -> list[int]:
-        """Run a program, and keep its kernels.
+        """Run a program for so many images after those that are done, and keep its kernels.
 
         Returns:
             The numbers of the images that have values beyond the range of the dtype, whose
             results are not valid.
         """
-        watch.check()
+        watch.check(done)
         nothing = torch.empty(EMPTY)
         bound = self.kept_kernels.beside(
-            bound, lambda plan: self._run_plan(plan, nothing, nothing, watch)
+            bound, lambda plan: self._run_plan(plan, nothing, nothing, watch, lambda _: done)
         )
-        return self._run_bound(bound, source, result, watch, finite, on_rows)
+        return self._run_bound(bound, source, result, watch, done, finite, on_rows)
 
     def _run_bound(
         self,
@@ -470,12 +481,21 @@ class CpuRuntime:
         source: Tensor,
         result: Tensor,
         watch: Watch,
+        done: int,
         finite: Tensor | None,
         on_rows: Callable[[int, int], None] | None = None,
     ) -> list[int]:
         """Run what is bound, and keep the times of its steps if the profiler is active."""
         start = time.time()
-        beyond, times = self._run_plan(bound.native, source, result, watch, finite, on_rows)
+        beyond, times = self._run_plan(
+            bound.native,
+            source,
+            result,
+            watch,
+            lambda items: done + len(source) * bound.share_done(items),
+            finite,
+            on_rows,
+        )
         if self._profiles is not None:
             self._profiles.append(self._profile(bound, start, times))
         return beyond
@@ -486,11 +506,18 @@ class CpuRuntime:
         source: Tensor,
         result: Tensor,
         watch: Watch,
+        done: Callable[[int], float],
         finite: Tensor | None = None,
         on_rows: Callable[[int, int], None] | None = None,
     ) -> tuple[list[int], list[tuple[float, float]]]:
-        """Run a plan, and return what `_engine.Executor.run` does."""
-        ask = watch.ask if watch.needs_asking else None
+        """Run a plan, and return what `_engine.Executor.run` does.
+
+        `done` gives the images that are done after a number of items.
+        """
+
+        def ask(items: int) -> None:
+            watch.ask(done(items))
+
         profile = self._profiles is not None
         try:
             with _threads_start():
@@ -499,7 +526,7 @@ class CpuRuntime:
                     source,
                     result,
                     watch.seconds_left,
-                    ask,
+                    ask if watch.needs_asking else None,
                     profile,
                     on_rows,
                     finite,
@@ -527,16 +554,10 @@ class CpuRuntime:
         self._bound.clear()
         return kept
 
-    def _room(self, shape: Shape, element_bytes: int = 4) -> int:
-        """The bytes that the limit leaves for a run besides its result.
-
-        Args:
-            shape: Of the input.
-            element_bytes: Of the result: 1 for levels. Floats count as float32 (default).
-        """
+    def _result_bytes(self, shape: Shape, element_bytes: int = 4) -> int:
+        """The bytes of the result for an input shape; floats count as float32 (default)."""
         self._check_shape(shape)
-        result = self.graph.infer_shapes(shape)[self.graph.output]
-        return self.memory_limit - element_bytes * math.prod(result)
+        return element_bytes * math.prod(self.graph.infer_shapes(shape)[self.graph.output])
 
     def _check_shape(self, shape: Shape) -> None:
         if len(shape) != 4 or min(shape) < 1 or shape[1] != self.graph.input_channels:
@@ -544,21 +565,34 @@ class CpuRuntime:
                 f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
             )
 
-    def _bound_for(self, shape: Shape, room: int) -> Bound:
-        """The program of a run, or of a smaller batch, within `room` bytes."""
+    def _planned(self, shape: Shape) -> Bound:
+        """The program of a run whose result is a new tensor of floats."""
+        return self._bound_for(shape, self.memory_limit, self._result_bytes(shape))
+
+    def _bound_for(self, shape: Shape, limit: int, taken: int) -> Bound:
+        """The program of a run, or of a smaller batch, within a limit of which a part is taken."""
         # No lock, which could stay held in a forked child: single operations of a dict are atomic.
+        room = limit - taken
         key = (shape, room, self._slicing, self._tiling)
         known = self._bound.get(key)
         if known is None:
-            fitting = self._fit(*key)
-            spare = 0 if self._tiling else min(room - fitting.bytes, self._most_kept)
-            known = self._bound[key] = dataclasses.replace(fitting, spare=spare)
+            try:
+                known = self._fit(*key)
+            except fitting.TooLargeError as error:
+                least, one = error.needed + taken, (1, *shape[1:])
+                raise over_memory_limit(self.graph.name, one, least, limit) from None
+            spare = 0 if self._tiling else min(room - known.bytes, self._most_kept)
+            known = self._bound[key] = dataclasses.replace(known, spare=spare)
             while len(self._bound) > CACHED_PROGRAMS:
                 self._bound.pop(list(self._bound)[0], None)  # noqa: RUF015
         return known
 
     def _fit(self, shape: Shape, room: int, slicing: bool, tiling: bool) -> Bound:
-        """The fastest program within `room` bytes, including the threads' scratch."""
+        """The fastest program within `room` bytes, including the threads' scratch.
+
+        Raises:
+            fitting.TooLargeError: There is none.
+        """
         self._check_shape(shape)
         search = self.search((1, *shape[1:]) if slicing or tiling else shape)
         free = search.keeping_all(search.input_shape[0])
@@ -580,19 +614,13 @@ class CpuRuntime:
             bound = self._lowered(frugal, search)
             if bound.bytes <= room:
                 return bound
-        try:
-            return fitting.fit(
-                search,
-                lambda schedule: self._lowered(schedule, search),
-                room,
-                lambda: self._usual_choice,
-                scratch,
-            )
-        except fitting.TooLargeError as error:
-            needed = error.needed + self.memory_limit - room
-            raise over_memory_limit(
-                self.graph.name, search.shape(1), needed, self.memory_limit
-            ) from None
+        return fitting.fit(
+            search,
+            lambda schedule: self._lowered(schedule, search),
+            room,
+            lambda: self._usual_choice,
+            scratch,
+        )
 
     def _seconds(self, steps: Iterable[Step], runs: int = 1) -> float | None:
         """The estimated time of a number of runs, from the peak of this machine, if known."""

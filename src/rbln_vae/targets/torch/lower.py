@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ class Program:
     def bytes(self) -> int:
         """The bytes of a run without its result."""
         return self.schedule.arena_bytes + max(step.workspace for step in self.steps)
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Floating-point operations of all steps, at least 1."""
+        return sum(step.flops for step in self.steps) or 1
 
 
 def lower(schedule: Schedule, rules: TorchRules, weights: Weights) -> Program:

@@ -25,7 +25,7 @@ from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes
 from ..base import OnRows, RuntimeOptions, beyond_float16, over_memory_limit, torch_allocates
-from ..watch import ShouldStop, Watch
+from ..watch import Progress, ShouldStop, Watch
 from .lower import Frame, Program, lower
 from .recording import RECORDED, Recording, Recordings
 from .rules import Machine, TorchRules
@@ -96,7 +96,7 @@ class TorchRuntime:
     def program(self, shape: Shape) -> Program:
         """The program for an input shape, which may be for a smaller batch."""
         shape = tuple(shape)
-        return self._program_for(shape, self.memory_limit - self._result_bytes(shape))
+        return self._program_for(shape, self.memory_limit, self._result_bytes(shape))
 
     def search(self, shape: Shape) -> Search[TorchRules]:
         """The search over schedules for an input shape."""
@@ -173,9 +173,10 @@ class TorchRuntime:
                 f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
             )
 
-    def _program_for(self, shape: Shape, room: int) -> Program:
-        """The program of a run, or of a smaller batch, within `room` bytes."""
+    def _program_for(self, shape: Shape, limit: int, taken: int) -> Program:
+        """The program of a run, or of a smaller batch, within a limit of which a part is taken."""
         self._check_shape(shape)
+        room = limit - taken
         # No lock, which could stay held in a forked child: single operations of a dict are atomic.
         if not self._tiling:
             # Limits that vary with free memory mostly admit this one.
@@ -184,7 +185,11 @@ class TorchRuntime:
                 return free
         known = self._programs.get((shape, room))
         if known is None:
-            known = self._fit(shape, room)
+            try:
+                known = self._fit(shape, room)
+            except fitting.TooLargeError as error:
+                least, one = error.needed + taken, (1, *shape[1:])
+                raise over_memory_limit(self.graph.name, one, least, limit) from None
             whole = not known.schedule.recomputed and known.schedule.input_shape == shape
             self._programs[shape, None if whole and not self._tiling else room] = known
             while len(self._programs) > CACHED_PROGRAMS:
@@ -192,7 +197,11 @@ class TorchRuntime:
         return known
 
     def _fit(self, shape: Shape, room: int) -> Program:
-        """The program with the least work within `room` bytes, including workspaces."""
+        """The program with the least work within `room` bytes, including workspaces.
+
+        Raises:
+            fitting.TooLargeError: There is none.
+        """
         alone = self._slicing or self._tiling or not self.machine.batches
         search = self.search((1, *shape[1:]) if alone else shape)
         if self._tiling and not search.is_hopeless(room):
@@ -200,17 +209,12 @@ class TorchRuntime:
             program = self._lowered(frugal, search)
             if program.bytes <= room:
                 return program
-        try:
-            return fitting.fit(
-                search,
-                lambda schedule: self._lowered(schedule, search),
-                room,
-                lambda: self._usual_choice,
-            )
-        except fitting.TooLargeError as error:
-            limit = self.memory_limit
-            needed = error.needed + max(0, limit - room)
-            raise over_memory_limit(self.graph.name, search.shape(1), needed, limit) from None
+        return fitting.fit(
+            search,
+            lambda schedule: self._lowered(schedule, search),
+            room,
+            lambda: self._usual_choice,
+        )
 
     @functools.cached_property
     def _usual_choice(self) -> tuple[Value, ...]:
@@ -234,6 +238,8 @@ class TorchRuntime:
         out: Tensor | None = None,
         should_stop: ShouldStop | None = None,
         *,
+        progress: Progress | None = None,
+        memory_limit: int | None = None,
         levels: bool = False,
         finite: Tensor | None = None,
         on_rows: OnRows | None = None,
@@ -242,41 +248,46 @@ class TorchRuntime:
 
         The image and `out` may be on any device. On a GPU the run takes the current stream, and
         a result on the GPU may still be computed when this returns, as with any call of PyTorch.
+        `progress` counts the steps that are launched there, by their floating-point operations.
         """
-        watch = Watch(self._options.timeout, should_stop)
+        shape = tuple(image.shape)
+        self._check_shape(shape)
+        watch = Watch(self._options.timeout, should_stop, progress, shape[0])
         watch.check()
         self._check_process()
         if not image.is_floating_point() and image.dtype != torch.uint8:
             raise TypeError(
                 f"The input is {image.dtype}, expected a floating-point tensor, or uint8."
             )
-        shape, source = tuple(image.shape), image.detach()
-        self._check_shape(shape)
+        source = image.detach()
         taken = 0 if out is not None else self._result_bytes(shape, 1 if levels else 4)
-        room = self.memory_limit - taken
-        program = self._program_for(shape, room)
+        limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
+        program = self._program_for(shape, limit, taken)
         expected = (shape[0], *program.schedule.output_shape[1:])
         dtype = source.dtype if source.is_floating_point() else torch.float32
         with torch_allocates(), _threads(self._options.num_threads), self._exactly():
             result = _new_result(expected, dtype, levels, source.device) if out is None else out
             if tuple(result.shape) != expected:
                 raise ValueError(f"out has the shape {tuple(result.shape)}, expected {expected}.")
-            in_range = self._runs(program, room, source, result, dtype, watch, on_rows)
+            in_range = self._runs(program, limit, taken, source, result, dtype, watch, on_rows)
             if finite is not None:
                 finite.copy_(in_range)
+        watch.finish()
         return result
 
     def _runs(
         self,
         program: Program,
-        room: int,
+        limit: int,
+        taken: int,
         source: Tensor,
         result: Tensor,
         dtype: torch.dtype,
         watch: Watch,
         on_rows: OnRows | None,
+        done: int = 0,
     ) -> Tensor:
-        """Run the images of a batch in as many parts as the program requires.
+        """Run the images of a batch, after those that are done, in as many parts as necessary.
 
         Returns:
             Whether each image has only finite values: bool `(N,)`, where `result` is. It is
@@ -293,24 +304,34 @@ class TorchRuntime:
         for begin in range(0, len(source), size):
             part = source[begin : begin + size]
             if len(part) < size:
-                program = self._program_for(tuple(part.shape), room)
+                program = self._program_for(tuple(part.shape), limit, taken)
             last = begin + size >= len(source)
             self._execute(
                 program,
+                limit,
                 part,
                 result[begin : begin + size],
                 dtype,
                 watch,
                 in_range[begin : begin + size],
                 rows_finished if on_rows is not None and last and not narrow else None,
+                done + begin,
             )
         if narrow:
-            self._run_wide(in_range, source, result, watch)
+            self._run_wide(in_range, limit, taken, source, result, watch)
             if on_rows is not None:
                 on_rows(0, result)  # no row is valid before the whole image is
         return in_range
 
-    def _run_wide(self, in_range: Tensor, source: Tensor, result: Tensor, watch: Watch) -> None:
+    def _run_wide(
+        self,
+        in_range: Tensor,
+        limit: int,
+        taken: int,
+        source: Tensor,
+        result: Tensor,
+        watch: Watch,
+    ) -> None:
         """Run images again whose values are beyond the range of float16, in bfloat16."""
         for n in (~in_range).nonzero().flatten().tolist():
             alone = slice(n, n + 1)
@@ -326,23 +347,24 @@ class TorchRuntime:
                     self._free_memory,
                 )
             dtype = source.dtype if source.is_floating_point() else torch.float32
-            room = self.memory_limit
-            program = self._wide._program_for(tuple(source[alone].shape), room)
+            program = self._wide._program_for(tuple(source[alone].shape), limit, taken)
             in_range[alone] = self._wide._runs(
-                program, room, source[alone], result[alone], dtype, watch, None
+                program, limit, taken, source[alone], result[alone], dtype, watch, None, n
             )
 
     def _execute(
         self,
         program: Program,
+        limit: int,
         source: Tensor,
         result: Tensor,
         dtype: torch.dtype,
         watch: Watch,
         in_range: Tensor,
         on_rows: Callable[[int, int], object] | None,
+        done: int,
     ) -> None:
-        recording = self._recording(program)
+        recording = self._recording(program, limit)
         if recording is None:
             steps = program.steps
             arena = torch.empty(
@@ -362,24 +384,25 @@ class TorchRuntime:
         )
         start = time.time()
         clock = _Clock(self.machine.device, timing=self._options.activate_profiler)
+        flops = 0
         try:
             for step in steps:
-                watch.check()
+                watch.check(done + len(source) * flops / program.flops)
                 step.run(frame)
                 clock.lap(step.flops)
-            watch.check()
+                flops += step.flops
+            watch.check(done + len(source))
         finally:
             if recording is not None:
                 recording.end()
         if self._options.activate_profiler:
             self._profiles.append(self._profile(program, start, clock.laps()))
 
-    def _recording(self, program: Program) -> Recording | None:
-        """The recording of a program, taken for a run, if there is one."""
+    def _recording(self, program: Program, limit: int) -> Recording | None:
+        """The recording of a program, taken for a run, if there is one within a limit."""
         if self._recordings is None or self._tiling or self._options.activate_profiler:
             return None
-        if self._options.memory_limit is not None:
-            self._recordings.keep(self._options.memory_limit - program.bytes, program)
+        self._recordings.keep(limit - program.bytes, program)
         return self._recordings.begin(program)
 
     def _profile(self, program: Program, start: float, laps: list[float]) -> RunProfile:
