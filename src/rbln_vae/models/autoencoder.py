@@ -368,9 +368,6 @@ def writable(
         out = torch.from_numpy(out)
     if out.dtype not in dtypes:
         raise TypeError(f"out must hold {' or '.join(names)}, and holds {out.dtype}.")
-    if tuple(out.shape) != shape or out.device.type != "cpu":
-        raise ValueError(
-            f"out must have the shape {shape} and be on the CPU, and has {tuple(out.shape)} on "
-            f"{out.device}."
-        )
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have the shape {shape}, and has {tuple(out.shape)}.")
     return out.detach()

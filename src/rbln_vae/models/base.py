@@ -405,6 +405,11 @@ class RBLNModel(ModuleMembers):
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, and is a {type(function).__name__}.")
+        if out is not None and not self._target.any_device and out.device.type != "cpu":
+            raise ValueError(
+                f"out is on {out.device}, and the target {self._target.name!r} writes to the CPU "
+                "alone. Give a tensor there."
+            )
         runtime = self._runtime(part, tuple(image.shape))
         source = image.detach() if self._target.any_device else image.detach().cpu()
         result = runtime.run(
@@ -448,8 +453,8 @@ class RBLNModel(ModuleMembers):
 
     @property
     def device(self) -> torch.device:
-        """Where tensors come from and go to: the CPU, whatever the target."""
-        return torch.device("cpu")
+        """Where tensors come from and go to: the GPU that the model is on, or the CPU."""
+        return torch.device(self._devices()[0] if self._target.any_device else "cpu")
 
     @property
     def latent_scaling(self) -> LatentScaling:

@@ -178,3 +178,14 @@ def test_the_model_is_that_of_diffusers(dtype: str) -> None:
     found = model.decode(latent.cuda()).sample
     assert found.is_cuda
     assert relative_l2(found.cpu(), expected) < 2 * ERRORS[getattr(torch, dtype)]
+
+
+def test_a_model_is_where_its_gpu_is_and_writes_to_either_side() -> None:
+    model = RBLNAutoencoderKL.from_model(default_vae(), rbln_target="cuda")
+    latent = noise(1, 4, 16, 24)
+    assert model.device.type == "cuda"
+    expected = model.decode(latent).sample
+    for device in ("cpu", "cuda"):
+        out = torch.empty(expected.shape, device=device)
+        model.decode(latent, out=out)
+        assert torch.equal(out.cpu(), expected)
