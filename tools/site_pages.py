@@ -98,9 +98,7 @@ class Docstrings(griffe.Extension):
                 option = options.RBLNAutoencoderKLConfig.options()[name]
                 parameters.append(_parameter(name, _type(option), "None"))
             parameters.append(
-                griffe.Parameter(
-                    "kwargs", annotation="Any", kind=griffe.ParameterKind.var_keyword
-                )
+                griffe.Parameter("kwargs", annotation="Any", kind=griffe.ParameterKind.var_keyword)
             )
         init = griffe.Function("__init__", parameters=griffe.Parameters(*parameters))
         cls.set_member("__init__", init)
