@@ -29,6 +29,7 @@ DOCUMENTS = (
     "benchmarks/results/*.png",
     "deploy/*",
     "docs/**/*",
+    "integrations/comfyui/example_workflows/*.jpg",
 )
 STORED = ("cls_name", "rbln_vae_version")
 """What a stored configuration has besides its options."""
