@@ -38,7 +38,7 @@ WRITE_STUB = $(RUN)/python -m nanobind.stubgen --quiet --module rbln_vae._engine
 TIDY_STUB = $(RUN)/ruff format --quiet
 
 .PHONY: help install demo test test-all test-engine test-engine-all test-ray test-optimum-rbln bench \
-  bench-memory check format stub constraints wheel test-wheel clean distclean
+  bench-memory check format stub constraints site wheel test-wheel clean distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
@@ -54,6 +54,7 @@ help:
 	@echo "make format     format the Python sources"
 	@echo "make stub       write the types of the engine's module to $(STUB)"
 	@echo "make constraints  choose the versions that the tests run with, and pin them"
+	@echo "make site       build the documents as a site in build/site, and check its links"
 	@echo "make wheel      build wheels that need no compiler, and a source distribution, in dist/"
 	@echo "make test-wheel  try one of the wheels in an environment that has nothing else"
 	@echo "make clean      remove what was built; distclean removes $(VENV) too"
@@ -125,6 +126,12 @@ constraints: $(INSTALLED)
 	mkdir -p build
 	printf '%s\n' $(OPTIMUM_PACKAGES) > build/optimum-rbln.in
 	$(COMPILE_CONSTRAINTS) $(UPGRADE) build/optimum-rbln.in --output-file $(OPTIMUM_CONSTRAINTS)
+
+# Not built by mkdocs 2, of which its theme warns.
+site: $(INSTALLED)
+	$(RUN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs --quiet build --site-dir build/site
+	$(RUN)/python tools/check_links.py build/site
 
 wheel: $(INSTALLED)
 	$(RUN)/python -m pip install --quiet --editable '.[wheels]'

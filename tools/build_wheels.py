@@ -67,12 +67,11 @@ def environment(directory: Path, python: str, processor: str) -> dict[str, str]:
         "CMAKE_RANLIB": script(directory / "ranlib", f"{zig} ranlib"),
         "RBLN_VAE_LEAVE_OUT": "OFF",
     }
-    version = subprocess.run(
-        [python, "-c", "import sys; print('%d%d' % sys.version_info[:2], end='')"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    ask = [python, "-c", "import sys; print('%d%d' % sys.version_info[:2], end='')"]
+    try:
+        version = subprocess.run(ask, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"{python} doesn't run ({error}); name interpreters that do") from None
     return {
         "CXX": str(compiler),
         "CMAKE_ARGS": " ".join(f"-D{name}={value}" for name, value in definitions.items()),
