@@ -64,7 +64,7 @@ struct Kernels {
   Index (*attention_scratch)(const AttentionStep&);
   void (*attention)(const AttentionStep&, const Context&, Index item);
   // Measures the peak of one thread in floating-point operations per second, in the type of
-  // `products`, for a number of seconds; null if no such measurement is implemented.
+  // `products`, for a number of seconds.
   double (*limit)(double seconds);
 };
 
