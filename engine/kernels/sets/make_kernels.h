@@ -1,6 +1,8 @@
 // Makes the row of an instruction set in the table of kernels.
 #pragma once
 
+#include <type_traits>
+
 #include "engine/kernels/attention/attention.h"
 #include "engine/kernels/conv2d/conv2d.h"
 #include "engine/kernels/conv2d/doubling.h"
@@ -21,13 +23,16 @@ struct Facts {
 };
 
 template <class T>
-constexpr DType kDType;
-template <>
-constexpr DType kDType<float> = DType::kFloat32;
-template <>
-constexpr DType kDType<BFloat16> = DType::kBFloat16;
-template <>
-constexpr DType kDType<Float16> = DType::kFloat16;
+constexpr DType dtype_of() {
+  if constexpr (std::is_same_v<T, float>) {
+    return DType::kFloat32;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return DType::kBFloat16;
+  } else {
+    static_assert(std::is_same_v<T, Float16>);
+    return DType::kFloat16;
+  }
+}
 
 // Direct convolutions, and those that double an image.
 template <InstructionSet Simd>
@@ -46,8 +51,8 @@ struct Convolutions {
 template <InstructionSet Simd>
 constexpr Kernels make_kernels(const Facts& facts) {
   return {facts.isa,
-          kDType<typename Simd::T>,
-          kDType<typename Simd::Scratch>,
+          dtype_of<typename Simd::T>(),
+          dtype_of<typename Simd::Scratch>(),
           Simd::kMaxRows,
           Simd::kMaxPixels,
           Simd::kMaxPanels,
