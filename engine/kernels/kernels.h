@@ -7,9 +7,9 @@
 
 namespace rbln_vae {
 
-// In order of preference. A machine that has an instruction set also has those before it, as
-// far as they are built.
-enum class Isa : int { kGeneric = 0, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
+// In order of preference. A machine that has an instruction set also has those before it for the
+// same kind of processor, as far as they are built.
+enum class Isa : int { kGeneric = 0, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16, kNeonBf16 };
 
 // The costs of the parts of a convolution, as the number of products of its own type that take
 // as long. `product` is the cost of one product of its own type in products of float32.
