@@ -10,6 +10,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace rbln_vae {
@@ -91,7 +95,19 @@ CpuFeatures detect() {
 
 #else
 
-CpuFeatures detect() { return {}; }
+CpuFeatures detect() {
+  CpuFeatures f;
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long bf16 = 1 << 14;  // HWCAP2_BF16, which old headers lack
+  f.neon_bf16 = (getauxval(AT_HWCAP2) & bf16) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int has = 0;
+  std::size_t size = sizeof has;
+  f.neon_bf16 =
+      sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#endif
+  return f;
+}
 
 #endif
 
@@ -127,6 +143,7 @@ std::vector<std::string> names(const CpuFeatures& f) {
       {"avx512_fp16", f.avx512_fp16},
       {"amx_tile", f.amx_tile},
       {"amx_bf16", f.amx_bf16},
+      {"neon_bf16", f.neon_bf16},
   };
   std::vector<std::string> present;
   for (const auto& [name, has] : all) {

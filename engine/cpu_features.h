@@ -7,7 +7,7 @@
 namespace rbln_vae {
 
 // A flag is set only if the processor has the instructions and the operating system saves their
-// registers at a task switch. On processors other than x86, all flags are false.
+// registers at a task switch. Those of other processors are false.
 struct CpuFeatures {
   bool sse4_2 = false;
   bool avx = false;
@@ -22,6 +22,7 @@ struct CpuFeatures {
   bool avx512_fp16 = false;
   bool amx_tile = false;
   bool amx_bf16 = false;
+  bool neon_bf16 = false;
 };
 
 // The features of this machine.

@@ -110,7 +110,7 @@ struct ConvStep {
   Index split(Index item) const { return item / ceil_div(tiles(), together); }
   Index first_tile(Index item) const { return item % ceil_div(tiles(), together) * together; }
   // Bytes of scratch for the factors of an RMS norm: a float for each pixel that a tile reads.
-  Index norm_bytes() const {
+  [[gnu::always_inline]] Index norm_bytes() const {
     return gamma == nullptr ? 0 : ceil_div(rows_read() * columns_read() * 4, 64) * 64;
   }
 };

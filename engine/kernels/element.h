@@ -47,7 +47,13 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
   return (a & mask) | (b & ~mask);
 }
 
+// Every processor of 64 bits by Arm converts float16; of others, not all do.
 [[maybe_unused]] static inline float to_float(Float16 x) {
+#if defined(__aarch64__)
+  __fp16 result;
+  std::memcpy(&result, &x.bits, sizeof result);
+  return result;
+#else
   const std::int32_t wide = static_cast<std::int16_t>(x.bits) * (1 << 13);
   const std::int32_t magnitude = wide & 0x0fffe000;
   // A denormal is the fraction of a number from 2^-14 on, without that.
@@ -64,6 +70,7 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
   float result;
   std::memcpy(&result, &word, sizeof result);
   return result;
+#endif
 }
 
 [[maybe_unused]] static inline void from_float(float x, float& out) { out = x; }
@@ -80,6 +87,10 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // The same; beyond the range, the nearest is an infinity.
 [[maybe_unused]] static inline void from_float(float x, Float16& out) {
+#if defined(__aarch64__)
+  const __fp16 nearest = static_cast<__fp16>(x);
+  std::memcpy(&out.bits, &nearest, sizeof nearest);
+#else
   std::uint32_t word;
   std::memcpy(&word, &x, sizeof word);
   // Signed numbers are compared by one instruction everywhere.
@@ -97,6 +108,7 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
   half = either(magnitude > 0x7f800000, 0x7e00, half);
   out.bits = static_cast<std::uint16_t>(static_cast<std::uint32_t>(half) |
                                         ((word >> 16) & 0x8000u));
+#endif
 }
 
 // Whether an element is an infinity in a type whose range is smaller than that of float32.

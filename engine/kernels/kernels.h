@@ -7,9 +7,9 @@
 
 namespace rbln_vae {
 
-// In order of preference. A machine that has an instruction set also has those before it, as
-// far as they are built.
-enum class Isa : int { kGeneric = 0, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
+// In order of preference. A machine that has an instruction set also has those before it for the
+// same kind of processor, as far as they are built.
+enum class Isa : int { kGeneric = 0, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16, kNeonBf16 };
 
 // The costs of the parts of a convolution, as the number of products of its own type that take
 // as long. `product` is the cost of one product of its own type in products of float32.
@@ -64,7 +64,7 @@ struct Kernels {
   Index (*attention_scratch)(const AttentionStep&);
   void (*attention)(const AttentionStep&, const Context&, Index item);
   // Measures the peak of one thread in floating-point operations per second, in the type of
-  // `products`, for a number of seconds; null if no such measurement is implemented.
+  // `products`, for a number of seconds.
   double (*limit)(double seconds);
 };
 

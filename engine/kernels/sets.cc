@@ -26,6 +26,9 @@ const std::vector<Kernels>& table() {
 #if defined(RBLN_VAE_BUILDS_AMX_BF16)
       amx_bf16::bfloat16,
 #endif
+#if defined(RBLN_VAE_BUILDS_NEON_BF16)
+      neon_bf16::bfloat16,
+#endif
   };
   return list;
 }
@@ -40,7 +43,7 @@ std::span<const Kernels> built_kernels() { return table(); }
 
 std::span<const Isa> isas() {
   static constexpr Isa all[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16,
-                                Isa::kAmxBf16};
+                                Isa::kAmxBf16, Isa::kNeonBf16};
   return all;
 }
 
@@ -51,6 +54,7 @@ const char* name(Isa isa) {
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAmxBf16: return "amx_bf16";
+    case Isa::kNeonBf16: return "neon_bf16";
   }
   return "unknown";
 }
@@ -68,6 +72,7 @@ bool supported(Isa isa) {
 #else
     case Isa::kAmxBf16: return avx512 && f.avx512_bf16 && f.amx_tile && f.amx_bf16;
 #endif
+    case Isa::kNeonBf16: return f.neon_bf16;
   }
   return false;
 }

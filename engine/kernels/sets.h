@@ -13,7 +13,6 @@ constexpr Index kMostQueries = 112;
 namespace generic {
 extern const Kernels float32, float16, bfloat16;
 }
-
 namespace avx2 {
 extern const Kernels float32, float16, bfloat16;
 }
@@ -24,6 +23,9 @@ namespace avx512_bf16 {
 extern const Kernels bfloat16;
 }
 namespace amx_bf16 {
+extern const Kernels bfloat16;
+}
+namespace neon_bf16 {
 extern const Kernels bfloat16;
 }
 

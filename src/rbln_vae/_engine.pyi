@@ -138,7 +138,7 @@ class Kernels:
     def measure_limit(self, threads: int, seconds: float) -> float:
         """
         Floating-point operations per second that so many threads can do together,
-        measured for so many seconds; 0 where no limit is known.
+        measured for so many seconds; 0 where the operating system refuses.
         """
 
 def instruction_sets() -> list[str]:

@@ -11,7 +11,7 @@
 namespace rbln_vae::amx_bf16 {
 
 #if defined(RBLN_VAE_EMULATE_TILES)
-using Tiles = Joined<generic::Images<BFloat16>, Products>;
+using Tiles = Joined<Images<generic::Registers, BFloat16>, Products>;
 #else
 using Tiles = Joined<avx512_bf16::BFloat16Images, Products>;
 #endif
