@@ -693,7 +693,10 @@ compiled_classes = pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if n 
 
 
 @compiled_classes
-def test_a_file_is_compiled_by_the_class_that_its_weights_suit(name: str, tmp_path: Path) -> None:
+def test_a_file_is_compiled_by_the_class_that_its_weights_suit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBLN_VAE_CACHE", str(tmp_path / "cache"))  # compiled once
     make, names = LAYOUTS[ONE_OF_EACH[name]]
     model = make()
     path = write(tmp_path / "vae.safetensors", names(model.state_dict()))

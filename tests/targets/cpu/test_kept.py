@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import threading
@@ -34,6 +35,7 @@ PAGE = 2**21
 DTYPES = ["float32", "float16", "bfloat16"]
 
 
+@functools.cache
 def wide_decoder() -> Graph:
     vae = make_vae(block_out_channels=(96, 96), norm_num_groups=8, layers_per_block=1)
     return optimise(capture_part(vae, "decoder"))
