@@ -93,7 +93,7 @@ class ConvCase:
             weights["z.weight"] = torch.randn(5, self.outputs, 1, 1) * self.outputs**-0.5
             operations.append(Conv2d("z", "y", "z.weight", None, norm=after))
         output = operations[-1].output
-        return Graph("case", "x", self.inputs, output, tuple(operations), weights).verify()
+        return Graph("case", ("x",), self.inputs, (output,), tuple(operations), weights).verify()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -131,7 +131,7 @@ class AttentionCase:
         scale = (channels // self.heads) ** -0.5
         attention = Attention("y", "%q", "%k", "%v", self.heads, scale, residual)
         operations = (*projections, attention)
-        return Graph("case", "x", channels, "y", operations, weights).verify()
+        return Graph("case", ("x",), channels, ("y",), operations, weights).verify()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

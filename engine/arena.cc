@@ -1,6 +1,7 @@
 #include "engine/arena.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 
 #include "engine/fork.h"
@@ -52,6 +53,7 @@ Arena::Arena(std::size_t bytes) : capacity_(bytes) {
   data_ = static_cast<std::byte*>(
       ::operator new(capacity_, std::align_val_t{64}, std::nothrow));
   if (data_ == nullptr) refuse(bytes);
+  std::memset(data_, 0, capacity_);
 }
 
 Arena::~Arena() { ::operator delete(data_, std::align_val_t{64}); }

@@ -15,6 +15,7 @@ class OutOfMemory : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// It begins as zeros.
 class Arena {
  public:
   explicit Arena(std::size_t bytes);

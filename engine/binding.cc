@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <iterator>
 #include <memory>
@@ -53,8 +54,9 @@ const ElementType& element_type(DType dtype) {
 // A plan, and the arrays whose memory its steps point into.
 class BoundPlan {
  public:
-  BoundPlan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output)
-      : plan(kernels, arena_bytes, input, output) {}
+  BoundPlan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output,
+            Index inputs, Index outputs, Index state_bytes)
+      : plan(kernels, arena_bytes, input, output, inputs, outputs, state_bytes) {}
 
   void add(ConvStep step, const Weights& bias, const std::optional<Weights>& weights,
            const std::optional<Weights>& gamma, const std::optional<Weights>& factor,
@@ -150,12 +152,13 @@ void bind_steps(nb::module_& m) {
               Field{"activation", &Reading::activation});
   bind_struct(m, "ImportStep", "From the caller's input to an image.",
               Field{"batch", &ImportStep::batch}, Field{"image", &ImportStep::image},
-              Field{"first_row", &ImportStep::first_row});
+              Field{"first_row", &ImportStep::first_row}, Field{"tensor", &ImportStep::tensor});
   bind_struct(m, "ExportStep", "From an image to the caller's output.",
               Field{"batch", &ExportStep::batch}, Field{"image", &ExportStep::image},
-              Field{"first_row", &ExportStep::first_row});
+              Field{"first_row", &ExportStep::first_row}, Field{"tensor", &ExportStep::tensor});
   bind_struct(m, "ConvStep", "A convolution over tiles of an image.",
               Field{"batch", &ConvStep::batch}, Field{"input", &ConvStep::input},
+              Field{"earlier", &ConvStep::earlier}, Field{"left_out", &ConvStep::left_out},
               Field{"output", &ConvStep::output}, Field{"reading", &ConvStep::reading},
               Field{"eps", &ConvStep::eps}, Field{"residual", &ConvStep::residual},
               Field{"output_activation", &ConvStep::output_activation},
@@ -171,7 +174,8 @@ void bind_steps(nb::module_& m) {
               Field{"together", &ConvStep::together}, Field{"partials", &ConvStep::partials});
   bind_struct(m, "WinogradStep", "Transforms kernels for Winograd's algorithm.",
               Field{"panels", &WinogradStep::panels}, Field{"blocks", &WinogradStep::blocks},
-              Field{"phases", &WinogradStep::phases}, Field{"kernels", &WinogradStep::kernels});
+              Field{"skipped", &WinogradStep::skipped}, Field{"phases", &WinogradStep::phases},
+              Field{"kernels", &WinogradStep::kernels});
   bind_struct(m, "StatisticsStep", "Sums of an image that no convolution summed.",
               Field{"batch", &StatisticsStep::batch}, Field{"input", &StatisticsStep::input},
               Field{"cell_height", &StatisticsStep::cell_height},
@@ -383,7 +387,7 @@ void bind_engine(nb::module_& m) {
         memory.release();
         return Floats(floats, {count}, owner);
       },
-      "count"_a, "Memory for so many floats, as runs have it: in large pages, where there are any.");
+      "count"_a, "So many zeros, in memory as runs have it: in large pages, where there are any.");
 
   bind_steps(m);
 
@@ -391,13 +395,15 @@ void bind_engine(nb::module_& m) {
   plan.def(
           "__init__",
           [](BoundPlan* self, const Kernels& kernels, Index arena_bytes, const Shape& input_shape,
-             const Shape& output_shape) {
+             const Shape& output_shape, Index inputs, Index outputs, Index state_bytes) {
             if (!prepare(kernels.isa)) {
               throw nb::value_error("the operating system doesn't let these kernels run");
             }
-            new (self) BoundPlan(kernels, arena_bytes, input_shape, output_shape);
+            new (self) BoundPlan(kernels, arena_bytes, input_shape, output_shape, inputs, outputs,
+                                 state_bytes);
           },
-          "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a)
+          "kernels"_a, "arena_bytes"_a, "input_shape"_a, "output_shape"_a, "inputs"_a = 1,
+          "outputs"_a = 1, "state_bytes"_a = 0)
       .def_prop_ro("scratch_bytes", [](const BoundPlan& p) { return p.plan.scratch_bytes(); })
       .def_prop_ro(
           "items",
@@ -439,19 +445,35 @@ void bind_engine(nb::module_& m) {
           "plan"_a, "Bytes of activations and scratch that a run of the plan takes.")
       .def(
           "run",
-          [](Executor& e, const BoundPlan& p, const AnyTensor& input, const AnyTensor& output,
-             double timeout, const std::optional<nb::typed<nb::callable, void(Index)>>& ask,
+          [](Executor& e, const BoundPlan& p, const std::vector<AnyTensor>& inputs,
+             const std::vector<AnyTensor>& outputs, double timeout,
+             const std::optional<nb::typed<nb::callable, void(Index)>>& ask,
              bool profile,
              const std::optional<nb::typed<nb::callable, void(Index, Index)>>& on_rows,
-             const std::optional<Flags>& finite) {
-            const Tensor from = tensor(input, p.plan.input_shape(), "the input");
-            Tensor to = tensor(output, p.plan.output_shape(), "the output", from.dtype);
-            if (finite) {
-              if (static_cast<Index>(finite->shape(0)) != to.shape[0]) {
-                throw nb::value_error("`finite` hasn't an element for each image");
-              }
-              to.finite = finite->data();
+             const std::optional<Flags>& finite, const std::optional<Floats>& state) {
+            if (static_cast<Index>(inputs.size()) != p.plan.inputs() ||
+                static_cast<Index>(outputs.size()) != p.plan.outputs()) {
+              throw nb::value_error("as many inputs and outputs as the plan has are expected");
             }
+            if ((state ? static_cast<Index>(state->nbytes()) : 0) < p.plan.state_bytes()) {
+              throw nb::value_error("a state as large as that of the plan is expected");
+            }
+            std::vector<Tensor> from, to;
+            for (const AnyTensor& each : inputs) {
+              from.push_back(tensor(each, p.plan.input_shape(), "the input"));
+            }
+            for (const AnyTensor& each : outputs) {
+              to.push_back(tensor(each, p.plan.output_shape(), "the output", from[0].dtype));
+            }
+            if (finite) {
+              for (Tensor& each : to) {
+                if (static_cast<Index>(finite->shape(0)) != each.shape[0]) {
+                  throw nb::value_error("`finite` hasn't an element for each image");
+                }
+                each.finite = finite->data();
+              }
+            }
+            auto* const kept = state ? reinterpret_cast<std::byte*>(state->data()) : nullptr;
             std::vector<StepTime> times;
             std::vector<Index> overflowed;
             std::function<void(Index)> ask_caller;
@@ -471,15 +493,16 @@ void bind_engine(nb::module_& m) {
             }
             {
               const nb::gil_scoped_release release;
-              overflowed = e.run(p.plan, from, to, timeout, ask_caller, rows_finished,
+              overflowed = e.run(p.plan, from, to, kept, timeout, ask_caller, rows_finished,
                                  profile ? &times : nullptr);
             }
             std::vector<std::pair<double, double>> spans;
             for (const StepTime& each : times) spans.emplace_back(each.begin, each.end);
             return std::make_pair(std::move(overflowed), std::move(spans));
           },
-          "plan"_a, "input"_a, "output"_a, "timeout"_a, "ask"_a.none(), "profile"_a,
+          "plan"_a, "inputs"_a, "outputs"_a, "timeout"_a, "ask"_a.none(), "profile"_a,
           "on_rows"_a.none() = nb::none(), "finite"_a.none() = nb::none(),
+          "state"_a.none() = nb::none(),
           "Runs a plan. Gives the numbers of the images with values beyond the range of the\n"
           "type in which images are stored, whose results are not valid; and where they are\n"
           "asked for the begin and end of each step that was run.\n"
@@ -490,7 +513,8 @@ void bind_engine(nb::module_& m) {
           "`on_rows` is called there with the first row and the number of rows when these are\n"
           "finished in all images of the output; what it raises ends the run.\n"
           "`finite` has an element for each image, which is cleared if levels of the image show\n"
-          "a value that isn't finite.");
+          "a value that isn't finite.\n"
+          "`state` is that of a video: zeros from `allocate` at first, then what runs leave in it.");
 }
 
 }  // namespace rbln_vae

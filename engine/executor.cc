@@ -50,6 +50,7 @@ class Fence {
   void open(std::size_t step) const {
     ASAN_POISON_MEMORY_REGION(arena_, bytes(plan_));
     for (const Range& range : plan_.ranges(step)) {
+      if (range.offset >= plan_.arena_bytes()) continue;  // of the state
       ASAN_UNPOISON_MEMORY_REGION(arena_ + range.offset, static_cast<std::size_t>(range.bytes));
     }
   }
@@ -82,7 +83,8 @@ std::size_t Executor::bytes(const Plan& plan) const {
   return total;
 }
 
-std::vector<Index> Executor::run(const Plan& plan, const Tensor& input, const Tensor& output,
+std::vector<Index> Executor::run(const Plan& plan, const std::vector<Tensor>& inputs,
+                                 const std::vector<Tensor>& outputs, std::byte* state,
                                  double timeout, const std::function<void(Index)>& ask,
                                  const std::function<void(Index, Index)>& on_rows,
                                  std::vector<StepTime>* times) {
@@ -104,9 +106,15 @@ std::vector<Index> Executor::run(const Plan& plan, const Tensor& input, const Te
   std::vector<std::atomic<bool>> overflowed(static_cast<std::size_t>(plan.input_shape()[0]));
   Watch watch(timeout, ask ? std::function<void()>(ask_caller) : nullptr);
   ThreadPool::Run run(*pool, watch, [&](std::size_t step, std::int64_t item, int slot) {
-    const Context context{arena.data(), scratches + static_cast<std::size_t>(slot) * stride,
-                          &input,       &output,           overflowed.data(),
-                          &watch,       slot == 0};
+    const Context context{arena.data(),
+                          plan.arena_bytes(),
+                          state,
+                          scratches + static_cast<std::size_t>(slot) * stride,
+                          inputs.data(),
+                          outputs.data(),
+                          overflowed.data(),
+                          &watch,
+                          slot == 0};
     plan.run_item(step, context, item);
   });
   running = &run;

@@ -36,8 +36,10 @@ class Executor {
   // stored, whose outputs are not valid; the run ends early if all images have such values.
   // Throws TimedOut after `timeout` seconds, exceptions of `ask` and `on_rows`, OutOfMemory and, in
   // a forked child, ThreadsUnavailable.
-  std::vector<Index> run(const Plan& plan, const Tensor& input, const Tensor& output,
-                         double timeout, const std::function<void(Index)>& ask,
+  // `state` is that of a video, of as many bytes as the plan says; null if it has none.
+  std::vector<Index> run(const Plan& plan, const std::vector<Tensor>& inputs,
+                         const std::vector<Tensor>& outputs, std::byte* state, double timeout,
+                         const std::function<void(Index)>& ask,
                          const std::function<void(Index, Index)>& on_rows,
                          std::vector<StepTime>* times);
 

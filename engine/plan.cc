@@ -45,10 +45,19 @@ void check_rows(const char* what, const Shape& tensor, Index batch, const Image&
 
 }  // namespace
 
-Plan::Plan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output)
-    : kernels_(kernels), arena_bytes_(arena_bytes), input_shape_(input), output_shape_(output) {
-  require(arena_bytes >= 0 && arena_bytes < std::numeric_limits<Index>::max() / 2,
+Plan::Plan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output,
+           Index inputs, Index outputs, Index state_bytes)
+    : kernels_(kernels),
+      arena_bytes_(arena_bytes),
+      input_shape_(input),
+      output_shape_(output),
+      inputs_(inputs),
+      outputs_(outputs),
+      state_bytes_(state_bytes) {
+  require(arena_bytes >= 0 && arena_bytes < std::numeric_limits<Index>::max() / 2 &&
+              state_bytes >= 0 && state_bytes < std::numeric_limits<Index>::max() / 2,
           "the size of the arena overflows");
+  require(inputs > 0 && outputs > 0, "a run without inputs or outputs");
 }
 
 void Plan::append(Step step, Index items, Index scratch) {
@@ -64,9 +73,11 @@ void Plan::append(Step step, Index items, Index scratch) {
 }
 
 void Plan::check_range(const char* what, Index offset, Index bytes) const {
-  if (offset < 0 || offset % 64 != 0 || bytes < 0 || offset > arena_bytes_ - bytes) {
+  const Index end = offset < arena_bytes_ ? arena_bytes_ : arena_bytes_ + state_bytes_;
+  if (offset < 0 || offset % 64 != 0 || bytes < 0 || offset > end - bytes) {
     refuse(std::string(what) + ": " + std::to_string(bytes) + " bytes at " +
-           std::to_string(offset) + " don't lie in an arena of " + std::to_string(arena_bytes_));
+           std::to_string(offset) + " don't lie in an arena of " + std::to_string(arena_bytes_) +
+           " or a state of " + std::to_string(state_bytes_));
   }
   checked_.push_back({offset, bytes});
 }
@@ -115,12 +126,14 @@ void Plan::check_reading(Index batch, const Image& image, const Reading& reading
 void Plan::add(const ImportStep& s) {
   check_image("import", s.batch, s.image);
   check_rows("the input", input_shape_, s.batch, s.image, s.first_row);
+  require(s.tensor >= 0 && s.tensor < inputs_, "an input that isn't there");
   append(s, product("import", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
 void Plan::add(const ExportStep& s) {
   check_image("export", s.batch, s.image);
   check_rows("the output", output_shape_, s.batch, s.image, s.first_row);
+  require(s.tensor >= 0 && s.tensor < outputs_, "an output that isn't there");
   append(s, product("export", {s.batch, s.image.blocks(), s.image.height}), 0);
 }
 
@@ -131,6 +144,20 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   check_reading(s.batch, s.input, s.reading);
   check_activation(s.output_activation);
   check_residual(s.batch, s.residual, s.output);
+  for (Index i = 0; i < ConvStep::kMostEarlier; ++i) {
+    const Image& image = s.earlier[static_cast<std::size_t>(i)];
+    if (image.channels == 0) {
+      require(i + 1 >= s.sources(), "a frame is missing among earlier ones");
+      continue;
+    }
+    check_image("an earlier frame", s.batch, image);
+    require(image.channels == s.input.channels && image.height == s.input.height &&
+                image.width == s.input.width,
+            "an earlier frame of another size than the input");
+  }
+  require(s.left_out >= 0 && s.left_out <= ConvStep::kMostEarlier, "too many frames of zeros");
+  require(s.left_out + s.sources() == 1 || (s.reading.coefficients == kNone && !s.doubles),
+          "several frames before a convolution that takes one");
   if (s.gamma != nullptr) {
     require(s.reading.coefficients == kNone, "two norms before one convolution");
     require(gamma_bytes == s.input.blocks() * kBlock * 4, "norm weights of another size");
@@ -165,7 +192,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
             "cells that don't begin where squares of outputs do");
     require(s.phases() == 1 || (s.cell_height >= s.tile_height && s.cell_width >= s.tile_width),
             "several cells in a tile whose phases are computed one after the other");
-    product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 16});
+    product("scratch", {s.blocks(), s.rows_read(), s.columns_read(), kBlock, 16});
   }
   if (s.winograd()) {
     require(kernels_.winograd_kernels != nullptr && s.stride == 1 && s.kernel_height == 3 &&
@@ -173,9 +200,9 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
             "Winograd's algorithm needs kernels of 3x3 with stride 1, and not AMX");
     check_kernels(s.kernels, s.kept, kept_bytes,
                   product("kernels", {s.panels(), s.phases(), WinogradStep::kProducts,
-                                      s.input.blocks(), kBlock, kPanel, 4}));
+                                      s.blocks(), kBlock, kPanel, 4}));
   } else {
-    const Index weights = product("weights", {s.panels(), s.phases(), s.input.blocks(),
+    const Index weights = product("weights", {s.panels(), s.phases(), s.packed_blocks(),
                                               s.matrices(), kBlock, kPanel, element_bytes()});
     require(s.weights != nullptr && weights == weight_bytes, "packed weights of another size");
     require(s.kept == nullptr, "kept kernels of a convolution without Winograd's algorithm");
@@ -188,7 +215,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
                 product("statistics", {s.batch, s.cells_down(), s.cells_across(), 2, s.panels(),
                                        kPanel, 4}));
   }
-  product("scratch", {s.input.blocks(), s.rows_read(), s.columns_read(), kBlock, 8});
+  product("scratch", {s.blocks(), s.rows_read(), s.columns_read(), kBlock, 8});
   require(s.together > 0, "an item without tiles");
   product("items", {s.batch, s.tiles_down(), s.tiles_across(), s.splits});
   append(s, s.items(),
@@ -197,8 +224,11 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
 
 void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
   require(kernels_.winograd_kernels != nullptr, "AMX has no Winograd's algorithm");
-  const Index weights = product(
-      "weights", {s.panels, s.phases, s.blocks, s.kTaps, kBlock, kPanel, element_bytes()});
+  require(s.blocks > 0 && s.skipped >= 0 && s.skipped < (Index{1} << 31),
+          "blocks that aren't there");
+  const Index weights =
+      product("weights", {s.panels, s.phases, s.skipped + s.blocks, s.kTaps, kBlock, kPanel,
+                          element_bytes()});
   require(s.weights != nullptr && weights > 0 && weights == weight_bytes,
           "packed weights of another size");
   check_kernels(

@@ -1,4 +1,7 @@
 // A plan: the steps of one run for one input shape, checked when they are added.
+//
+// Inputs have the same shape, and so have outputs: most runs have one of each, and those of
+// videos several frames.
 #pragma once
 
 #include <array>
@@ -25,9 +28,10 @@ struct Range {
 
 class Plan {
  public:
-  // For an input and an output (N, C, H, W). Throws std::invalid_argument where sizes overflow
+  // For so many inputs and outputs (N, C, H, W). Throws std::invalid_argument where sizes overflow
   // or are negative.
-  Plan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output);
+  Plan(const Kernels& kernels, Index arena_bytes, const Shape& input, const Shape& output,
+       Index inputs, Index outputs, Index state_bytes);
 
   // Each checks that everything the step touches lies in the arena, and throws
   // std::invalid_argument if not. Sizes of weights count bytes.
@@ -49,7 +53,11 @@ class Plan {
   const std::vector<Step>& steps() const { return steps_; }
   const Shape& input_shape() const { return input_shape_; }
   const Shape& output_shape() const { return output_shape_; }
+  Index inputs() const { return inputs_; }
+  Index outputs() const { return outputs_; }
   Index arena_bytes() const { return arena_bytes_; }
+  // Of the state, whose offsets follow those of the arena.
+  Index state_bytes() const { return state_bytes_; }
   // Of one thread.
   Index scratch_bytes() const { return scratch_bytes_; }
   Index items(std::size_t step) const { return items_[step]; }
@@ -74,6 +82,9 @@ class Plan {
   Index arena_bytes_;
   Shape input_shape_;
   Shape output_shape_;
+  Index inputs_;
+  Index outputs_;
+  Index state_bytes_;
   Index scratch_bytes_ = 0;
   std::vector<Step> steps_;
   std::vector<Index> items_;

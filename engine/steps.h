@@ -1,9 +1,11 @@
 // What a plan consists of: plain structs, one for each kind of step.
 //
-// Offsets count bytes from the start of the arena; kNone stands for "not there". Factors are
-// rounded to float32 in the run, under its own control of floating point.
+// Offsets count bytes from the start of the arena, which the state of a video follows; kNone
+// stands for "not there". Factors are rounded to float32 in the run, under its own control of
+// floating point.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 
@@ -49,10 +51,15 @@ struct Reading {
 // A convolution over tiles of an image. With `upsample` each point of the grid makes 2x2
 // outputs: by a kernel and a bias for each of the four phases or, where it `doubles`, by one
 // kernel that is convolved with the image doubled. Else the grid is the output. The input may
-// have more rows than the outputs read.
+// have more rows than the outputs read. A convolution over frames reads those before the input,
+// too, and takes their channels first.
 struct ConvStep {
+  static constexpr Index kMostEarlier = 2;
+
   Index batch = 1;
   Image input;
+  std::array<Image, kMostEarlier> earlier;  // without channels where there are fewer frames
+  Index left_out = 0;  // frames before these for which there are weights, and which are zeros
   Image output;
   Reading reading;
   const float* gamma = nullptr;  // [input blocks * 32], where an RMS norm comes first
@@ -66,8 +73,8 @@ struct ConvStep {
   Index left = 0;   // columns of zeros
   bool upsample = false;
   bool doubles = false;           // also true for `upsample` then
-  const void* weights = nullptr;  // [panels][phases][input blocks][taps][512], or of a step that
-                                  // doubles [panels][25][input blocks][512]
+  const void* weights = nullptr;  // [panels][phases][blocks of all frames][taps][512], or of a
+                                  // step that doubles [panels][25][input blocks][512]
   float factor = 1;               // of the sums: the weights are divided by it
   Index kernels = kNone;          // made of them by a WinogradStep, where one did
   const float* kept = nullptr;    // instead of those in the arena: made in an earlier run
@@ -90,6 +97,19 @@ struct ConvStep {
   Index cells_down() const { return ceil_div(grid_height(), cell_height); }
   Index cells_across() const { return ceil_div(grid_width(), cell_width); }
   Index panels() const { return ceil_div(output.channels, kPanel); }
+  [[gnu::always_inline]] Index sources() const {
+    Index count = 1;
+    for (const Image& image : earlier) count += image.channels != 0;
+    return count;
+  }
+  // The frames that are read, the input last.
+  [[gnu::always_inline]] const Image& source(Index index) const {
+    return index + 1 < sources() ? earlier[static_cast<std::size_t>(index)] : input;
+  }
+  // Blocks of all of them, and of all frames for which there are weights.
+  Index blocks() const { return sources() * input.blocks(); }
+  Index skipped_blocks() const { return left_out * input.blocks(); }
+  Index packed_blocks() const { return skipped_blocks() + blocks(); }
   Index taps() const { return kernel_height * kernel_width; }
   // Matrices in which the weights are packed, for each phase.
   Index matrices() const { return doubles ? kDoublingSide * kDoublingSide : taps(); }
@@ -111,15 +131,16 @@ struct ConvStep {
   Index first_tile(Index item) const { return item % ceil_div(tiles(), together) * together; }
   // Bytes of scratch for the factors of an RMS norm: a float for each pixel that a tile reads.
   [[gnu::always_inline]] Index norm_bytes() const {
-    return gamma == nullptr ? 0 : ceil_div(rows_read() * columns_read() * 4, 64) * 64;
+    return gamma == nullptr ? 0 : ceil_div(sources() * rows_read() * columns_read() * 4, 64) * 64;
   }
 };
 
 // Transforms the packed kernels of a convolution for Winograd's algorithm.
 struct WinogradStep {
-  const void* weights = nullptr;  // [panels][phases][input blocks][taps][512]
+  const void* weights = nullptr;  // [panels][phases][skipped and other blocks][taps][512]
   Index panels = 1;
   Index blocks = 1;
+  Index skipped = 0;  // blocks before these, which are left out
   Index phases = 1;
   Index kernels = 0;  // floats [panels][phases][products][input blocks][512]
   float* kept = nullptr;  // where they are written instead, to be kept for later runs
@@ -266,6 +287,7 @@ struct ImportStep {
   Index batch = 1;
   Image image;
   Index first_row = 0;  // of the tensor
+  Index tensor = 0;     // the number of the input
 
   Index items() const { return batch * image.blocks() * image.height; }
 };
@@ -273,6 +295,7 @@ struct ExportStep {
   Index batch = 1;
   Image image;
   Index first_row = 0;
+  Index tensor = 0;  // the number of the output
 
   Index items() const { return batch * image.blocks() * image.height; }
 };
@@ -292,13 +315,20 @@ class Watch;
 // What a kernel sees of a run.
 struct Context {
   std::byte* arena = nullptr;
+  Index arena_bytes = 0;
+  std::byte* state = nullptr;
   std::byte* scratch = nullptr;  // of the thread
-  const Tensor* input = nullptr;
-  const Tensor* output = nullptr;
+  const Tensor* inputs = nullptr;
+  const Tensor* outputs = nullptr;
   // By image: whether a value is beyond the range of the type in which it is stored.
   std::atomic<bool>* overflowed = nullptr;
   Watch* watch = nullptr;
   bool leads = false;  // whether the thread asks the watch, or sees what it found
+
+  // What lies at an offset. Kernels of several instruction sets may share no code.
+  [[gnu::always_inline]] std::byte* at(Index offset) const {
+    return offset < arena_bytes ? arena + offset : state + (offset - arena_bytes);
+  }
 };
 
 // Whether the run ends: an item that takes long looks now and then, and may be left half done.

@@ -58,7 +58,7 @@ def small_graph(
 ) -> Graph:
     """A graph from `x` to what the last operation makes, with random weights of those shapes."""
     output = operations[-1].output if operations else "x"
-    return Graph("part", "x", channels, output, operations, random_weights(seed, **shapes))
+    return Graph("part", ("x",), channels, (output,), operations, random_weights(seed, **shapes))
 
 
 def graph_of_every_kind() -> Graph:

@@ -203,7 +203,7 @@ from rbln_vae.errors import RBLNArtifactError
 from rbln_vae.graph.ir import Conv2d, Graph
 def model(width):
     weight = torch.ones(width, 4, 8, 8)
-    graph = Graph("part", "x", 4, "y", (Conv2d("y", "x", "w", None),), {"w": weight})
+    graph = Graph("part", ("x",), 4, ("y",), (Conv2d("y", "x", "w", None),), {"w": weight})
     return Artifact(graph, "reference", "float32")
 path = pathlib.Path(sys.argv[1])
 model(1).save(path)

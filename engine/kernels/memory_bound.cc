@@ -13,7 +13,7 @@ namespace {
 
 template <class T>
 T* at(const Context& context, Index offset) {
-  return reinterpret_cast<T*>(context.arena + offset);
+  return reinterpret_cast<T*>(context.at(offset));
 }
 
 // Calls a function with a value of the type.
@@ -231,7 +231,7 @@ void shuffle_of(const ShuffleStep& s, const Context& context, Index item) {
 
 template <class T, class Outside>
 void import_line(const ImportStep& s, const Context& context, Index n, Index block, Index y) {
-  const Tensor& tensor = *context.input;
+  const Tensor& tensor = context.inputs[s.tensor];
   const Index width = s.image.width;
   T* to = at<T>(context, s.image.offset) + s.image.at(n, block, y);
   const Index channels = smaller(kBlock, s.image.channels - block * kBlock);
@@ -251,7 +251,7 @@ void import_line(const ImportStep& s, const Context& context, Index n, Index blo
 
 template <class T, class Outside>
 void export_line(const ExportStep& s, const Context& context, Index n, Index block, Index y) {
-  const Tensor& tensor = *context.output;
+  const Tensor& tensor = context.outputs[s.tensor];
   const Index width = s.image.width;
   const T* from = at<const T>(context, s.image.offset) + s.image.at(n, block, y);
   const Index channels = smaller(kBlock, s.image.channels - block * kBlock);
@@ -372,7 +372,7 @@ void shuffle(DType dtype, const ShuffleStep& s, const Context& context, Index it
 void move_rows(DType dtype, const MoveRowsStep& s, const Context& context, Index item) {
   const Index size = bytes(dtype);
   const Index row = s.image.row * kBlock * size;
-  std::byte* to = context.arena + s.image.offset +
+  std::byte* to = context.at(s.image.offset) +
                   s.image.at(item / s.image.blocks(), item % s.image.blocks(), 0) * size;
   // From the top: no row is overwritten before it is moved.
   for (Index y = 0; y < s.rows; ++y, to += row) {
@@ -386,7 +386,7 @@ void import_image(DType dtype, const ImportStep& s, const Context& context, Inde
   const Index block = item / s.image.height % s.image.blocks();
   const Index n = item / s.image.height / s.image.blocks();
   with_type(dtype, [&]<class T>(T) {
-    with_element(*context.input, [&]<class Outside>(Outside) {
+    with_element(context.inputs[s.tensor], [&]<class Outside>(Outside) {
       import_line<T, Outside>(s, context, n, block, y);
     });
   });
@@ -397,7 +397,7 @@ void export_image(DType dtype, const ExportStep& s, const Context& context, Inde
   const Index block = item / s.image.height % s.image.blocks();
   const Index n = item / s.image.height / s.image.blocks();
   with_type(dtype, [&]<class T>(T) {
-    with_element(*context.output, [&]<class Outside>(Outside) {
+    with_element(context.outputs[s.tensor], [&]<class Outside>(Outside) {
       export_line<T, Outside>(s, context, n, block, y);
     });
   });

@@ -163,7 +163,7 @@ def allocate(
     count: int,
 ) -> Annotated[torch.Tensor, dict(dtype="float32", shape=(None,), order="C", device="cpu")]:
     """
-    Memory for so many floats, as runs have it: in large pages, where there are any.
+    So many zeros, in memory as runs have it: in large pages, where there are any.
     """
 
 NONE: int = -1
@@ -239,7 +239,9 @@ class Reading:
 class ImportStep:
     """From the caller's input to an image."""
 
-    def __init__(self, *, batch: int = 1, image: Image = ..., first_row: int = 0) -> None: ...
+    def __init__(
+        self, *, batch: int = 1, image: Image = ..., first_row: int = 0, tensor: int = 0
+    ) -> None: ...
     @property
     def batch(self) -> int: ...
     @batch.setter
@@ -252,11 +254,17 @@ class ImportStep:
     def first_row(self) -> int: ...
     @first_row.setter
     def first_row(self, arg: int, /) -> None: ...
+    @property
+    def tensor(self) -> int: ...
+    @tensor.setter
+    def tensor(self, arg: int, /) -> None: ...
 
 class ExportStep:
     """From an image to the caller's output."""
 
-    def __init__(self, *, batch: int = 1, image: Image = ..., first_row: int = 0) -> None: ...
+    def __init__(
+        self, *, batch: int = 1, image: Image = ..., first_row: int = 0, tensor: int = 0
+    ) -> None: ...
     @property
     def batch(self) -> int: ...
     @batch.setter
@@ -269,6 +277,10 @@ class ExportStep:
     def first_row(self) -> int: ...
     @first_row.setter
     def first_row(self, arg: int, /) -> None: ...
+    @property
+    def tensor(self) -> int: ...
+    @tensor.setter
+    def tensor(self, arg: int, /) -> None: ...
 
 class ConvStep:
     """A convolution over tiles of an image."""
@@ -278,6 +290,8 @@ class ConvStep:
         *,
         batch: int = 1,
         input: Image = ...,
+        earlier: Sequence[Image] = ...,
+        left_out: int = 0,
         output: Image = ...,
         reading: Reading = ...,
         eps: float = 0.0,
@@ -307,6 +321,14 @@ class ConvStep:
     def input(self) -> Image: ...
     @input.setter
     def input(self, arg: Image, /) -> None: ...
+    @property
+    def earlier(self) -> list[Image]: ...
+    @earlier.setter
+    def earlier(self, arg: Sequence[Image], /) -> None: ...
+    @property
+    def left_out(self) -> int: ...
+    @left_out.setter
+    def left_out(self, arg: int, /) -> None: ...
     @property
     def output(self) -> Image: ...
     @output.setter
@@ -392,7 +414,13 @@ class WinogradStep:
     """Transforms kernels for Winograd's algorithm."""
 
     def __init__(
-        self, *, panels: int = 1, blocks: int = 1, phases: int = 1, kernels: int = 0
+        self,
+        *,
+        panels: int = 1,
+        blocks: int = 1,
+        skipped: int = 0,
+        phases: int = 1,
+        kernels: int = 0,
     ) -> None: ...
     @property
     def panels(self) -> int: ...
@@ -402,6 +430,10 @@ class WinogradStep:
     def blocks(self) -> int: ...
     @blocks.setter
     def blocks(self, arg: int, /) -> None: ...
+    @property
+    def skipped(self) -> int: ...
+    @skipped.setter
+    def skipped(self, arg: int, /) -> None: ...
     @property
     def phases(self) -> int: ...
     @phases.setter
@@ -758,6 +790,9 @@ class Plan:
         arena_bytes: int,
         input_shape: Sequence[int],
         output_shape: Sequence[int],
+        inputs: int = 1,
+        outputs: int = 1,
+        state_bytes: int = 0,
     ) -> None: ...
     @property
     def scratch_bytes(self) -> int: ...
@@ -842,13 +877,21 @@ class Executor:
     def run(
         self,
         plan: Plan,
-        input: Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")],
-        output: Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")],
+        inputs: Sequence[
+            Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")]
+        ],
+        outputs: Sequence[
+            Annotated[torch.Tensor, dict(shape=(None, None, None, None), device="cpu")]
+        ],
         timeout: float,
         ask: Callable[[int], None] | None,
         profile: bool,
         on_rows: Callable[[int, int], None] | None = None,
         finite: Annotated[torch.Tensor, dict(dtype="bool", shape=(None,), order="C", device="cpu")]
+        | None = None,
+        state: Annotated[
+            torch.Tensor, dict(dtype="float32", shape=(None,), order="C", device="cpu")
+        ]
         | None = None,
     ) -> tuple[list[int], list[tuple[float, float]]]:
         """
@@ -863,4 +906,5 @@ class Executor:
         finished in all images of the output; what it raises ends the run.
         `finite` has an element for each image, which is cleared if levels of the image show
         a value that isn't finite.
+        `state` is that of a video: zeros from `allocate` at first, then what runs leave in it.
         """

@@ -1,7 +1,7 @@
-"""The `.rbln` file: a graph and its weights in a safetensors file (see docs/artifact.md).
+"""The `.rbln` file: the graphs of a part and their weights in a safetensors file.
 
-The file contains only data, no code. A checksum covers every byte, and is verified before
-anything else in the file is used.
+docs/artifact.md describes it. The file contains only data, no code. A checksum covers every
+byte, and is verified before anything else in the file is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .graph.ir import Graph, GraphError
 from .version import __version__
 
 FORMAT = "rbln_vae"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SUFFIX = ".rbln"
 
 _NO_CHECKSUM = "0" * 32
@@ -48,8 +48,8 @@ class Artifact:
     """One compiled part of a model, in memory or mapped from a file.
 
     Attributes:
-        graph: The graph. Its weights are float32 or, with `packed`, only shapes on the meta
-            device.
+        graph: The graph, of a part that runs videos that of later runs. Its weights are float32
+            or, with `packed`, only shapes on the meta device.
         target: The name of the target that it was compiled for.
         dtype: The dtype of the computation: `"float32"`, `"float16"` or `"bfloat16"`.
         source: The source of the part: the model's id or class, and the `sha256` of its
@@ -94,10 +94,10 @@ class Artifact:
             "target": self.target,
             "dtype": self.dtype,
             "source": dict(self.source),
-            "graphs": [self.graph.to_dict()],
+            "graphs": [each.to_dict() for each in self._graphs],
             "shapes": self._shapes_of_packed_weights(),
         }
-        weights = _in_order(self.graph.weights if self.packed is None else self.packed)
+        weights = _in_order(self.graph.all_weights if self.packed is None else self.packed)
         header = _header_of(description, weights)
         try:
             with atomic_path(path) as temporary:
@@ -108,10 +108,15 @@ class Artifact:
                 "choose another directory."
             ) from error
 
+    @property
+    def _graphs(self) -> list[Graph]:
+        """The graphs in the order of runs."""
+        return [self.graph] if self.graph.first is None else [self.graph.first, self.graph]
+
     def _shapes_of_packed_weights(self) -> dict[str, list[int]] | None:
         if self.packed is None:
             return None
-        return {name: list(weight.shape) for name, weight in self.graph.weights.items()}
+        return {name: list(weight.shape) for name, weight in self.graph.all_weights.items()}
 
 
 def _in_order(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,7 +189,7 @@ def read_artifact(path: Path) -> Artifact:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         shapes = description["shapes"]
         weights = tensors if shapes is None else _of_shapes(shapes)
-        graph = Graph.from_dict(_the_graph(description["graphs"]), weights)
+        graph = Graph.from_dicts(description["graphs"], weights)
         texts = {name: description[name] for name in ("target", "dtype", "library_version")}
         source = description["source"]
         if not all(isinstance(text, str) for text in texts.values()):
@@ -210,12 +215,6 @@ def read_artifact(path: Path) -> Artifact:
         path,
         None if shapes is None else tensors,
     )
-
-
-def _the_graph(graphs: Any) -> Any:
-    if not isinstance(graphs, list) or len(graphs) != 1:
-        raise GraphError("this version runs parts of one graph")
-    return graphs[0]
 
 
 def _of_shapes(shapes: Any) -> dict[str, torch.Tensor]:

@@ -123,13 +123,6 @@ def _scale_factor(value: object) -> int:
     return factor
 
 
-def _one_frame(value: object) -> int:
-    frames = positive_int(value)
-    if frames != 1:
-        raise ValueError("expected 1: this version runs images of one frame")
-    return frames
-
-
 def setting(default: Any, meaning: str) -> Any:
     """A field of a dataclass of settings, with its default and what it is.
 
@@ -615,7 +608,9 @@ class RBLNAutoencoderKLWanConfig(RBLNModelConfig):
     batch_size = RBLNAutoencoderKLConfig.batch_size
     uses_encoder = RBLNAutoencoderKLConfig.uses_encoder
     num_frames = Option[int | None](
-        _one_frame, "Frames of an image or a latent. By default 1; this version runs no others."
+        positive_int,
+        "Frames of a video. 1 compiles for images alone, in a smaller file; by default the model "
+        "runs videos of any number of frames where it can, and so with any other number.",
     )
     height = Option[int | None](
         positive_int,

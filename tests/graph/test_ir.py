@@ -88,7 +88,7 @@ BROKEN: dict[str, tuple[Graph, str]] = {
     ),
     "an operation that reads itself": (small_graph(Identity("y", "y")), "before it is made"),
     "an output that is never made": (
-        changed(small_graph(Identity("y", "x")), output="z"),
+        changed(small_graph(Identity("y", "x")), outputs=("z",)),
         "output 'z' is never made",
     ),
     "a value made for nothing": (
@@ -96,7 +96,7 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         "made for nothing: ['idle']",
     ),
     "a value made after the output": (
-        changed(small_graph(Identity("y", "x"), Identity("z", "y")), output="y"),
+        changed(small_graph(Identity("y", "x"), Identity("z", "y")), outputs=("y",)),
         "made for nothing: ['z']",
     ),
     "a weight that is missing": (small_graph(conv()), "weight 'weight' is missing"),
@@ -289,7 +289,7 @@ def test_a_rule_that_is_broken_names_the_operation() -> None:
 
 def test_an_input_that_nothing_reads_is_allowed_only_as_the_input() -> None:
     graph = small_graph(Identity("y", "x"))
-    assert changed(graph, operations=(), output="x").verify()
+    assert changed(graph, operations=(), outputs=("x",)).verify()
 
 
 # Shapes and work
@@ -466,7 +466,7 @@ def test_what_is_stored_gives_an_equal_graph(name: str) -> None:
     graph = GRAPHS[name]()
     stored = graph.to_dict()
     assert json.loads(json.dumps(stored)) == stored
-    again = Graph.from_dict(stored, graph.weights)
+    again = Graph.from_dicts([stored], graph.weights)
     assert again == graph
     assert stored == graph.to_dict() == again.to_dict()
     assert all(type(a) is type(b) for a, b in zip(again.operations, graph.operations, strict=True))
@@ -481,7 +481,7 @@ def stored_graph() -> Any:
 
 
 def loaded(stored: Any) -> Graph:
-    return Graph.from_dict(stored, graph_of_every_kind().weights)
+    return Graph.from_dicts([stored], graph_of_every_kind().weights)
 
 
 def replaced(path: tuple[Any, ...], value: Any) -> Any:
@@ -504,7 +504,7 @@ def nested(depth: int, key: str | None = None) -> Any:
     return item
 
 
-ONE_OF_EACH = "this version runs graphs of one input, one output and no state"
+ONE_OF_EACH = "a single graph maps an image to an image"
 MALFORMED: dict[str, tuple[Any, str]] = {
     "a text": ("{}", "expected an object"),
     "a list": ([], "expected an object"),
@@ -515,10 +515,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "no name": (without("name"), "found"),
     "a further field": (replaced(("colour",), "red"), "found"),
     "weights in it": (replaced(("weights",), {}), "found"),
-    "no input": (replaced(("inputs",), []), ONE_OF_EACH),
+    "no input": (replaced(("inputs",), []), "inputs of [] channels"),
     "two inputs": (replaced(("inputs",), [{"name": "x", "channels": 4}] * 2), ONE_OF_EACH),
     "two outputs": (replaced(("outputs",), ["result", "down"]), ONE_OF_EACH),
-    "state": (replaced(("state",), [{"name": "history"}]), ONE_OF_EACH),
+    "a slot without values": (replaced(("state",), [{"name": "history"}]), "Slot has the fields"),
     "an input that is a text": (replaced(("inputs", 0), "x"), "expected an object"),
     "an output that is an object": (replaced(("outputs", 0), {"name": "result"}), "expected str"),
     "state that is null": (replaced(("state",), None), "expected tuple"),
@@ -620,7 +620,7 @@ def test_a_graph_with_anything_anywhere_is_valid_or_refused(
         graph = loaded(stored)
     except GraphError:
         return
-    assert graph.verify() == Graph.from_dict(graph.to_dict(), graph.weights)
+    assert graph.verify() == Graph.from_dicts([graph.to_dict()], graph.weights)
 
 
 @pytest.mark.parametrize("name", sorted(graph_of_every_kind().weights))
@@ -633,7 +633,7 @@ def test_from_dict_refuses_weights_that_do_not_fit(name: str) -> None:
         {**graph.weights, name + "2": graph.weights[name]},
     ):
         with pytest.raises(GraphError):
-            Graph.from_dict(graph.to_dict(), other)
+            Graph.from_dicts([graph.to_dict()], other)
 
 
 # Printing

@@ -1,4 +1,7 @@
-"""Wan's and Qwen-Image's autoencoders for one frame: the arithmetic, sizes, and members."""
+"""Wan's and Qwen-Image's autoencoders for one frame: the arithmetic, sizes, and members.
+
+Videos have `test_video.py`.
+"""
 
 from __future__ import annotations
 
@@ -157,15 +160,18 @@ def frames_of(vae: RBLNAutoencoderKLWan, frames: int) -> tuple[Tensor, Tensor]:
     return noise(1, 3, frames, 32, 32), noise(1, vae.z_dim, frames, 2, 2)
 
 
-@pytest.mark.parametrize("vae", [WAN, WAN_2_2], ids=["2.1", "2.2"])
-def test_several_frames_are_refused_and_never_computed_wrongly(vae: RBLNAutoencoderKLWan) -> None:
+def test_several_frames_are_refused_by_models_for_images() -> None:
+    vae = compile_wan(WAN_ORIGINAL, num_frames=1)
+    assert_same(vae, WAN_ORIGINAL, 16, 24)
     x, z = frames_of(vae, 5)
     with pytest.raises(ValueError, match="x has 5 frames"):
         vae.encode(x)
     with pytest.raises(ValueError, match="z has 5 frames"):
         vae.decode(z)
-    with pytest.raises(ValueError, match="num_frames=5: expected 1"):
-        compile_wan(WAN_ORIGINAL, num_frames=5)
+    with pytest.raises(ValueError, match="z has 2 frames"):
+        vae.decode_frames(z)
+    with pytest.raises(ValueError, match="num_frames=5: AutoencoderKLQwenImage21 runs images"):
+        compile_wan(tiny_vaes.make("AutoencoderKLQwenImage21"), num_frames=5)
 
 
 # Members and options
@@ -188,7 +194,7 @@ def test_options_have_the_names_of_optimum_rbln() -> None:
     assert config.vae_scale_factor_spatial == 16
     assert config.vae_scale_factor_temporal == 4
     assert config.num_channels_latents == 16
-    assert config.num_frames == 1
+    assert config.num_frames is None
     found = compile_wan(WAN_ORIGINAL, height=64, width=96)
     assert found.resolved_config.sample_size == (64, 96)
     assert compile_wan(WAN_ORIGINAL, sample_size=64).resolved_config.sample_size == (64, 64)

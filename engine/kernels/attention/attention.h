@@ -46,8 +46,8 @@ class AttentionPack {
     // Keys: the outputs of the product are keys, and it sums over channels.
     const Index channels = s.key_channels();
     const Index channel_blocks = ceil_div(channels, kBlock);
-    const T* key = reinterpret_cast<const T*>(context.arena + s.key.offset);
-    T* keys = reinterpret_cast<T*>(context.arena + s.packed_keys) +
+    const T* key = reinterpret_cast<const T*>(context.at(s.key.offset));
+    T* keys = reinterpret_cast<T*>(context.at(s.packed_keys)) +
               (head_item * s.key_blocks() + block) * 2 * channel_blocks * kPanelBlock;
     clear(keys, 2 * channel_blocks * kPanelBlock);
     for (Index begin = 0; begin < channels;) {
@@ -70,8 +70,8 @@ class AttentionPack {
     // Values: the outputs of the product are channels, and it sums over keys.
     const Index outputs = s.value_channels();
     const Index panels = ceil_div(outputs, kPanel);
-    const T* value = reinterpret_cast<const T*>(context.arena + s.value.offset);
-    T* values = reinterpret_cast<T*>(context.arena + s.packed_values) +
+    const T* value = reinterpret_cast<const T*>(context.at(s.value.offset));
+    T* values = reinterpret_cast<T*>(context.at(s.packed_values)) +
                 (head_item * panels * s.key_blocks() + block) * kPanelBlock;
     for (Index panel = 0; panel < panels; ++panel) {
       T* to = values + panel * s.key_blocks() * kPanelBlock;
@@ -183,7 +183,7 @@ class Attention {
 
   void load_queries() {
     const Index channels = s_.key_channels();
-    const T* query = reinterpret_cast<const T*>(context_.arena + s_.query.offset);
+    const T* query = reinterpret_cast<const T*>(context_.at(s_.query.offset));
     Scratch* to = elements(layout_.query);
     const Index begin = head_ * channels;
     if (begin % kBlock == 0 && (channels % kBlock == 0 || s_.heads == 1)) {
@@ -252,7 +252,7 @@ class Attention {
 
   void multiply_keys(Index key, Index keys) {
     const Index step = layout_.blocks * kPanelBlock;
-    const T* packed = reinterpret_cast<const T*>(context_.arena + s_.packed_keys) +
+    const T* packed = reinterpret_cast<const T*>(context_.at(s_.packed_keys)) +
                       (head_item_ * s_.key_blocks() * 2 + key / kPanel) * step;
     float* logits = floats(layout_.logits);
     multiply(elements(layout_.query), layout_.blocks,
@@ -315,7 +315,7 @@ class Attention {
 
   void multiply_values(Index key, Index keys, bool first) {
     const Index step = s_.key_blocks() * kPanelBlock;
-    const T* packed = reinterpret_cast<const T*>(context_.arena + s_.packed_values) +
+    const T* packed = reinterpret_cast<const T*>(context_.at(s_.packed_values)) +
                       head_item_ * layout_.panels * step + key / kBlock * kPanelBlock;
     multiply(elements(layout_.weights), ceil_div(keys, kBlock), kBlock, packed, step,
              layout_.panels, [&](Index panel, Index begin, Index count, const float* sums) {
@@ -330,11 +330,11 @@ class Attention {
 
   void store() {
     const Index channels = s_.value_channels();
-    T* output = reinterpret_cast<T*>(context_.arena + s_.output.offset);
+    T* output = reinterpret_cast<T*>(context_.at(s_.output.offset));
     const T* residual =
         s_.residual.channels == 0
             ? nullptr
-            : reinterpret_cast<const T*>(context_.arena + s_.residual.offset);
+            : reinterpret_cast<const T*>(context_.at(s_.residual.offset));
     Vector largest = Simd::set(0.0f);
     for (Index panel = 0; panel < layout_.panels; ++panel) {
       const Index channel = head_ * channels + panel * kPanel;

@@ -44,11 +44,11 @@ class Conv2d {
   static Index tile_elements(const ConvStep& s) {
     // Products may read, and discard, a row of pixels beyond the last.
     const Index slack = (Simd::kMaxPixels + 1) * s.stride;
-    return (s.input.blocks() * s.rows_read() * s.columns_read() + slack) * kBlock;
+    return (s.blocks() * s.rows_read() * s.columns_read() + slack) * kBlock;
   }
 
   T* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
-    return reinterpret_cast<T*>(context_.arena + image.offset) + image.at(n, block, y) +
+    return reinterpret_cast<T*>(context_.at(image.offset)) + image.at(n, block, y) +
            x * kBlock;
   }
 
@@ -99,9 +99,10 @@ class Conv2d {
   void convolve(const ConvTile& cell, const Scratch* input, Index panel, Index panels,
                 Epilogue<Simd>& epilogue, Loader<Simd>& loader, Index to_load) {
     const Index phases = s_.phases();
-    const Index blocks = s_.input.blocks();
+    const Index blocks = s_.blocks();
+    const Index packed = s_.packed_blocks();
     const Index taps = s_.taps();
-    const Index panel_step = phases * blocks * taps * kPanelBlock;
+    const Index panel_step = phases * packed * taps * kPanelBlock;
     // Strides above 2 have no product of several pixels.
     const Index most = s_.stride <= 2 ? Simd::kMaxPixels : 1;
     const Index chunks = ceil_div(cell.width, most);
@@ -117,7 +118,7 @@ class Conv2d {
     g.tap_count = taps;
     g.blocks = blocks;
     g.plane = plane_;
-    g.last_channels = s_.input.channels - (blocks - 1) * kBlock;
+    g.last_channels = s_.input.channels - (s_.input.blocks() - 1) * kBlock;
     g.panel_step = panel_step;
     g.panels = panels;
 
@@ -142,7 +143,7 @@ class Conv2d {
       const Index right = phase % 2;
       job.bias = s_.bias + phase * s_.bias_step();
       g.b = static_cast<const T*>(s_.weights) + panel * panel_step +
-            phase * blocks * taps * kPanelBlock;
+            (phase * packed + s_.skipped_blocks()) * taps * kPanelBlock;
       for (Index stripe = 0; stripe < stripes; ++stripe) {
         // Even parts: a product of a single row is slow where one makes several.
         const Index row = cell.height * stripe / stripes;

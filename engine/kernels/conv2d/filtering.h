@@ -70,7 +70,7 @@ class Filtering {
       chunks = ceil_div(squares, kMost);
       chunk = Simd::kWholeTiles ? kMost : ceil_div(squares, chunks);
       input = s.rows_read() * s.columns_read() * kBlock;
-      values = apart<Factor>(s.input.blocks() * squares * kBlock);
+      values = apart<Factor>(s.blocks() * squares * kBlock);
       all_values = kValues * values + (Simd::kWholeTiles ? kMost * kBlock : 0);
       const Index group = chunks * kGroup;
       // The epilogue takes all phases of one group after another.
@@ -98,7 +98,7 @@ class Filtering {
     outputs_ = sums_ + sizes_.sums * kProducts;
     norms_ = outputs_ + sizes_.outputs;
     const void* kernels = s.weights;
-    if (s.winograd()) kernels = context.arena + s.kernels;
+    if (s.winograd()) kernels = context.at(s.kernels);
     if (s.winograd() && s.kept != nullptr) kernels = s.kept;
     kernels_ = static_cast<const Weight*>(kernels);
   }
@@ -138,7 +138,7 @@ class Filtering {
     Loader<Images, float> loader(s_, context_, norms_);
     loader.start(whole, input_, 0);
     const Index pitch = s_.columns_read();
-    for (Index block = 0; block < s_.input.blocks(); ++block) {
+    for (Index block = 0; block < s_.blocks(); ++block) {
       loader.advance((whole.height + 2) * (whole.width + 2));
       Factor* to = values_ + block * sizes_.squares * kBlock;
       for (Index y = 0; y < down_; ++y) {
@@ -154,7 +154,7 @@ class Filtering {
   // All products for some groups of panels. The next kernels are prefetched, one panel during
   // each chunk.
   void multiply(Index first, Index last, Index phase) {
-    const Index blocks = s_.input.blocks();
+    const Index blocks = s_.blocks();
     const Index kernels = kProducts * blocks * kPanelBlock;  // of one panel and phase
     const Index tap = 0;
     Gemm<Weight, Factor> g;
@@ -163,7 +163,7 @@ class Filtering {
     g.tap_count = 1;
     g.blocks = blocks;
     g.plane = sizes_.squares * kBlock;
-    g.last_channels = s_.input.channels - (blocks - 1) * kBlock;
+    g.last_channels = s_.input.channels - (s_.input.blocks() - 1) * kBlock;
     g.panel_step = s_.phases() * kernels;
     const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
     for (Index product = 0; product < kProducts && !stopped(context_); ++product) {
@@ -237,7 +237,7 @@ class Filtering {
   }
 
   T* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
-    return reinterpret_cast<T*>(context_.arena + image.offset) + image.at(n, block, y) +
+    return reinterpret_cast<T*>(context_.at(image.offset)) + image.at(n, block, y) +
            x * kBlock;
   }
 

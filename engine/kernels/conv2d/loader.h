@@ -51,7 +51,7 @@ struct ConvTile {
     if (s.partials == kNone) return nullptr;
     const Index cell =
         (n * s.cells_down() + y / s.cell_height) * s.cells_across() + x / s.cell_width;
-    return reinterpret_cast<float*>(context.arena + s.partials) + cell * 2 * s.panels() * kPanel;
+    return reinterpret_cast<float*>(context.at(s.partials)) + cell * 2 * s.panels() * kPanel;
   }
 };
 
@@ -77,12 +77,11 @@ class Loader {
     // The columns inside the image.
     begin_ = smaller(columns_, larger(0, -left_));
     end_ = larger(begin_, smaller(columns_, s_.input.width - left_));
-    const Index blocks = s_.input.blocks();
-    source_ = reinterpret_cast<const T*>(context_.arena + s_.input.offset);
+    const Index blocks = s_.blocks();
     n_ = tile.n;
     coefficients_ = nullptr;
     if (s_.reading.coefficients != kNone) {
-      coefficients_ = reinterpret_cast<const float*>(context_.arena + s_.reading.coefficients) +
+      coefficients_ = reinterpret_cast<const float*>(context_.at(s_.reading.coefficients)) +
                       tile.n * 2 * blocks * kBlock;
     }
     block_ = row_ = column_ = 0;
@@ -113,25 +112,27 @@ class Loader {
  private:
   // The factor of each pixel of the tile for an RMS norm: one over the root of its mean square.
   void measure() {
-    for (Index row = 0; row < rows_; ++row) {
-      const Index y = top_ + row;
-      if (y < 0 || y >= s_.input.height) continue;
-      float* const norms = norms_ + row * columns_;
-      Index column = begin_;
-      for (; column + kMeasured <= end_; column += kMeasured) {
-        measure_pixels<kMeasured>(y, column, norms);
+    for (Index source = 0; source < s_.sources(); ++source) {
+      for (Index row = 0; row < rows_; ++row) {
+        const Index y = top_ + row;
+        if (y < 0 || y >= s_.input.height) continue;
+        float* const norms = norms_ + (source * rows_ + row) * columns_;
+        Index column = begin_;
+        for (; column + kMeasured <= end_; column += kMeasured) {
+          measure_pixels<kMeasured>(s_.source(source), y, column, norms);
+        }
+        for (; column < end_; ++column) measure_pixels<1>(s_.source(source), y, column, norms);
       }
-      for (; column < end_; ++column) measure_pixels<1>(y, column, norms);
     }
   }
 
   template <Index kPixels>
-  void measure_pixels(Index y, Index column, float* norms) const {
+  void measure_pixels(const Image& image, Index y, Index column, float* norms) const {
     const Index blocks = s_.input.blocks();
     Vector squares[kPixels];
     for (Index i = 0; i < kPixels; ++i) squares[i] = Simd::set(0.0f);
     for (Index block = 0; block < blocks; ++block) {
-      const T* from = source_ + s_.input.at(n_, block, y) + (left_ + column) * kBlock;
+      const T* from = pixel(image, block, y, left_ + column);
       for (Index i = 0; i < kPixels; ++i, from += kBlock) {
         const Vector low = Simd::load_elements(from);
         const Vector high = Simd::load_elements(from + kPanel);
@@ -160,8 +161,17 @@ class Loader {
     zero(to, begin - column_);
     zero(to + (end - column_) * kBlock, last - end);
     if (begin == end) return;
-    const T* from = source_ + s_.input.at(n_, block_, y) + (left_ + begin) * kBlock;
-    read(from, to + (begin - column_) * kBlock, end - begin, begin);
+    const Index source = block_ / s_.input.blocks();
+    const Image& image = s_.source(source);
+    below_ = row_ + 1 < rows_ ? image.row * kBlock : 0;
+    const T* from = pixel(image, block_ % s_.input.blocks(), y, left_ + begin);
+    read(from, to + (begin - column_) * kBlock, end - begin,
+         norms_ + (source * rows_ + row_) * columns_ + begin);
+  }
+
+  const T* pixel(const Image& image, Index block, Index y, Index x) const {
+    return reinterpret_cast<const T*>(context_.at(image.offset)) + image.at(n_, block, y) +
+           x * kBlock;
   }
 
   static void zero(Scratch* to, Index pixels) {
@@ -169,11 +179,11 @@ class Loader {
                 static_cast<std::size_t>(pixels * kBlock) * sizeof(Scratch));
   }
 
-  void read(const T* from, Scratch* to, Index pixels, Index column) const {
+  // Reads pixels, of which an RMS norm has the factors `norms`.
+  void read(const T* from, Scratch* to, Index pixels, const float* norms) const {
     if (s_.gamma != nullptr) {
-      const Vector gamma[2] = {Simd::load(s_.gamma + block_ * kBlock),
-                               Simd::load(s_.gamma + block_ * kBlock + kPanel)};
-      const float* norms = norms_ + row_ * columns_ + column;
+      const float* of_block = s_.gamma + block_ % s_.input.blocks() * kBlock;
+      const Vector gamma[2] = {Simd::load(of_block), Simd::load(of_block + kPanel)};
       load_normed(from, to, pixels, [&](const Vector& x, Index half, Index i) {
         return Simd::multiply(Simd::multiply(x, Simd::set(norms[i])), gamma[half]);
       });
@@ -231,11 +241,10 @@ class Loader {
   // the rows of a tile are short.
   template <class Function>
   void each_half(const T* from, Scratch* to, Index pixels, Function&& function) const {
-    const Index below = row_ + 1 < rows_ ? s_.input.row * kBlock : 0;
     for (Index i = 0; i < pixels; ++i, from += kBlock, to += kBlock) {
       if constexpr (!Simd::kOverlaps) {
-        __builtin_prefetch(from + below);
-        __builtin_prefetch(from + below + kPanel);
+        __builtin_prefetch(from + below_);
+        __builtin_prefetch(from + below_ + kPanel);
       }
       put<Simd>(to, function(Simd::load_elements(from), 0, i));
       put<Simd>(to + kPanel, function(Simd::load_elements(from + kPanel), 1, i));
@@ -255,7 +264,7 @@ class Loader {
   Index columns_ = 0;
   Index begin_ = 0;
   Index end_ = 0;
-  const T* source_ = nullptr;
+  Index below_ = 0;  // elements from a row that is loaded to the next
   Index n_ = 0;
   const float* coefficients_ = nullptr;
   Index block_ = 0;

@@ -150,9 +150,10 @@ class WinogradKernels {
     for (Index phase = 0; phase < s.phases; ++phase) {
       const Index at = panel * s.phases + phase;
       const T* from =
-          static_cast<const T*>(s.weights) + (at * s.blocks + block) * s.kTaps * kPanelBlock;
+          static_cast<const T*>(s.weights) +
+          (at * (s.skipped + s.blocks) + s.skipped + block) * s.kTaps * kPanelBlock;
       float* kernels =
-          s.kept != nullptr ? s.kept : reinterpret_cast<float*>(context.arena + s.kernels);
+          s.kept != nullptr ? s.kept : reinterpret_cast<float*>(context.at(s.kernels));
       float* to = kernels + (at * s.kProducts * s.blocks + block) * kPanelBlock;
       for (Index k = 0; k < kBlock; ++k) {
         transform(from, k, to + k * kPanel, s.blocks * kPanelBlock);

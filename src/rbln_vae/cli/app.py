@@ -128,22 +128,25 @@ def encode(
     settings: dict[str, Any],
     where: dict[str, Any],
 ) -> None:
-    """Encode pictures to latents.
+    """Encode pictures or videos to latents.
 
-    Writes NAME.safetensors for each, with the tensor "latents" (1, C, H/f, W/f), unscaled.
+    Writes NAME.safetensors for each, with the tensor "latents" (1, C, H/f, W/f), unscaled; for a
+    video (1, C, T, H/f, W/f).
     """
+    from ..videos import is_video
+
+    chosen = seed if sample else None
+    clips = [path for path in images if is_video(path)]
+    if clips:
+        from . import videos
+
+        if len(clips) < len(images) or size is not None:
+            raise typer.BadParameter("videos are encoded at their size, and without pictures")
+        videos.encode(clips, model, output, settings, seed=chosen, **where)
+        return
     from . import pictures
 
-    pictures.encode(
-        images,
-        model,
-        output,
-        size,
-        fit,
-        settings,
-        seed=seed if sample else None,
-        **where,
-    )
+    pictures.encode(images, model, output, size, fit, settings, seed=chosen, **where)
 
 
 @app.command()
@@ -153,22 +156,38 @@ def decode(
     latents: Annotated[
         list[Path],
         typer.Argument(
-            metavar="LATENTS...",
-            help="Files that encode wrote, or other .safetensors files of unscaled latents.",
-            exists=True,
+            metavar="LATENTS... [VIDEO]",
+            help="Files that encode wrote, or other .safetensors files of unscaled latents. Of a "
+            "video one such file and what to write: a .mp4, .mov or .mkv, or pictures by their "
+            "pattern, such as out/%05d.png.",
             dir_okay=False,
             show_default=False,
         ),
     ],
     model: ModelOption = None,
     output: Output = Path(),
+    fps: Annotated[float, typer.Option(help="Frames per second of a video.", min=0.01)] = 16.0,
     settings: dict[str, Any],
     where: dict[str, Any],
 ) -> None:
     """Decode latents to pictures, at the size of the original where that is known.
 
-    Writes NAME.decoded.png for each.
+    Writes NAME.decoded.png for each, or VIDEO, frame by frame as they are decoded.
     """
+    from ..videos import is_video
+
+    *files, last = latents
+    files = files if is_video(last) else latents
+    for path in files:
+        if not path.is_file():
+            raise typer.BadParameter(f"File '{path}' does not exist.", param_hint="LATENTS")
+    if is_video(last):
+        from . import videos
+
+        if len(files) != 1:
+            raise typer.BadParameter(f"{last} is written from one file of latents")
+        videos.decode(files[0], last, model, settings, fps=fps, **where)
+        return
     from . import pictures
 
     pictures.decode(latents, model, output, settings, **where)
@@ -372,13 +391,20 @@ def plan(
     directory: Compiled,
     size: ModelSize = None,
     batch_size: ModelBatch = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Frames of a video. By default an image.", min=1, show_default=False),
+    ] = None,
     steps: Annotated[bool, typer.Option("--steps", help="List the steps of the run.")] = False,
     settings: dict[str, Any],
 ) -> None:
-    """Show the memory and the work that an image takes, and what less memory would cost."""
+    """Show the memory and the work that an image takes, and what less memory would cost.
+
+    With --frames it shows what a video takes, decoded and encoded frame by frame.
+    """
     from . import planning
 
-    planning.describe_model(directory, size, batch_size, steps, settings)
+    planning.describe_model(directory, size, batch_size, steps, settings, frames)
 
 
 @app.command()

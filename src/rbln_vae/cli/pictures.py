@@ -50,7 +50,7 @@ def reconstruct(
     **loading: Any,
 ) -> None:
     """Encode and decode each picture, write both side by side, print how close they are."""
-    written = _outputs(images, output, ".reconstruction.png")
+    written = outputs(images, output, ".reconstruction.png")
     model, fitted = _open_for_images(model_name, size, fit, settings, loading)
 
     def work(path: Path) -> tuple[str, ...]:
@@ -74,13 +74,13 @@ def reconstruct(
             format_size((height, width)),
             f"{psnr(result, sample):.2f}",
             "-" if similarity is None else f"{similarity:.4f}",
-            _milliseconds(middle - start),
-            _milliseconds(end - middle),
+            milliseconds(middle - start),
+            milliseconds(end - middle),
             str(written[path]),
         )
 
     columns = ("picture", "size", "PSNR dB", "SSIM", "encode ms", "decode ms", "written to")
-    _finish("Reconstructing", images, work, columns)
+    finish("Reconstructing", images, work, columns)
 
 
 def encode(
@@ -95,7 +95,7 @@ def encode(
     **loading: Any,
 ) -> None:
     """Write the latents of each picture: the mean, or a sample if there is a seed."""
-    written = _outputs(images, output, ".safetensors")
+    written = outputs(images, output, ".safetensors")
     model, fitted = _open_for_images(model_name, size, fit, settings, loading)
 
     def work(path: Path) -> tuple[str, ...]:
@@ -123,11 +123,11 @@ def encode(
             path.name,
             format_size(fitting.original),
             format_size(latents.shape),
-            _milliseconds(end - start),
+            milliseconds(end - start),
             str(written[path]),
         )
 
-    _finish("Encoding", images, work, ("picture", "size", "latents", "ms", "written to"))
+    finish("Encoding", images, work, ("picture", "size", "latents", "ms", "written to"))
 
 
 def decode(
@@ -138,7 +138,7 @@ def decode(
     **loading: Any,
 ) -> None:
     """Write the picture of each file of latents."""
-    written = _outputs(files, output, ".decoded.png")
+    written = outputs(files, output, ".decoded.png")
     model = open_model(model_name, settings, **loading)
 
     def work(path: Path) -> tuple[str, ...]:
@@ -154,11 +154,11 @@ def decode(
             path.name,
             format_size(latents.shape),
             format_size((image.height, image.width)),
-            _milliseconds(end - start),
+            milliseconds(end - start),
             str(written[path]),
         )
 
-    _finish("Decoding", files, work, ("latents", "shape", "size", "ms", "written to"))
+    finish("Decoding", files, work, ("latents", "shape", "size", "ms", "written to"))
 
 
 def _decoded(model: RBLNAutoencoderModel, latents: torch.Tensor) -> torch.Tensor:
@@ -174,8 +174,8 @@ def _decoded(model: RBLNAutoencoderModel, latents: torch.Tensor) -> torch.Tensor
     return levels
 
 
-def read_latents(path: Path) -> tuple[torch.Tensor, Fitting | None]:
-    """Latents `(1, C, h, w)` of one picture, and how it was fitted if `encode` wrote them.
+def read_tensor(path: Path) -> tuple[torch.Tensor, Mapping[str, str]]:
+    """The latents in a file, and what else it says.
 
     Raises:
         ValueError: The file isn't one of latents.
@@ -187,9 +187,18 @@ def read_latents(path: Path) -> tuple[torch.Tensor, Fitting | None]:
                 raise ValueError(
                     f"{path}: expected a tensor named {LATENTS!r}, found {', '.join(names)}"
                 )
-            latents = stored.get_tensor(LATENTS if LATENTS in names else names[0])
+            return stored.get_tensor(LATENTS if LATENTS in names else names[0]), metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from None
+
+
+def read_latents(path: Path) -> tuple[torch.Tensor, Fitting | None]:
+    """Latents `(1, C, h, w)` of one picture, and how it was fitted if `encode` wrote them.
+
+    Raises:
+        ValueError: The file isn't one of latents of a picture.
+    """
+    latents, metadata = read_tensor(path)
     if latents.ndim == 3:
         latents = latents.unsqueeze(0)
     if latents.ndim == 5 and latents.shape[2] == 1:  # of one frame
@@ -197,7 +206,7 @@ def read_latents(path: Path) -> tuple[torch.Tensor, Fitting | None]:
     if latents.ndim != 4 or latents.shape[0] != 1:
         raise ValueError(
             f"{path}: expected the latents of one picture, (C, h, w), (1, C, h, w) or "
-            f"(1, C, 1, h, w), found {tuple(latents.shape)}"
+            f"(1, C, 1, h, w), found {tuple(latents.shape)}. Of a video, name what to write, too."
         )
     if metadata.get("format") != _FORMAT:
         return latents, None
@@ -230,7 +239,7 @@ def _open_for_images(
     return model, fitted
 
 
-def _outputs(inputs: Sequence[Path], output: Path, suffix: str) -> dict[Path, Path]:
+def outputs(inputs: Sequence[Path], output: Path, suffix: str) -> dict[Path, Path]:
     """Where the result of each input goes; the directory is made.
 
     Raises:
@@ -249,7 +258,7 @@ def _outputs(inputs: Sequence[Path], output: Path, suffix: str) -> dict[Path, Pa
     return written
 
 
-def _finish(
+def finish(
     what: str,
     paths: Sequence[Path],
     work: Callable[[Path], tuple[str, ...]],
@@ -271,5 +280,6 @@ def _save(image: Image.Image, path: Path) -> None:
         image.save(temporary, "PNG")
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds, as tables show it."""
     return f"{seconds * 1000:.1f}"

@@ -226,7 +226,9 @@ class _Capture:
             else:
                 raise self._unsupported(node, f"{node.op} {node.target}")
         operations = tuple(self.operations)
-        graph = Graph(self.name, input_value, self.input_channels, output, operations, self.weights)
+        graph = Graph(
+            self.name, (input_value,), self.input_channels, (output,), operations, self.weights
+        )
         try:
             return graph.pruned().verify()
         except GraphError as error:

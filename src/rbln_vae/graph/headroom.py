@@ -54,7 +54,7 @@ def give_headroom(graph: Graph, factor: float = HEADROOM) -> Graph:
         An equivalent graph. It shares the weights that didn't change.
     """
     together = _Together()
-    fixed = {graph.input, graph.output}
+    fixed = {*graph.inputs, *graph.outputs}
     for operation in graph.operations:
         output = operation.output
         match operation:

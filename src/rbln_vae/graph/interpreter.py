@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import singledispatchmethod
 
 import torch
@@ -87,18 +88,52 @@ class Interpreter:
         Raises:
             GraphError: The image does not fit the graph.
         """
-        self.graph.infer_shapes(image.shape)
-        values = {self.graph.input: _fast_layout(image.to(self.device, self.dtype))}
+        (result,), _ = self.evaluate([image], before=before)
+        # The caller may write to the result, so it must not be the caller's own image.
+        return result.clone() if result.data_ptr() == image.data_ptr() else result
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        inputs: Sequence[Tensor],
+        state: Mapping[str, Tensor] | None = None,
+        before: OnOperation | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Run the graph once, as a part of a video.
+
+        Args:
+            inputs: One image for each input, as of `run`.
+            state: What the run before has left, by the names of slots; by default nothing.
+            before: As of `run`.
+
+        Returns:
+            The outputs, contiguous, and what is left for the next run.
+
+        Raises:
+            GraphError: An image does not fit the graph.
+        """
+        graph = self.graph
+        graph.infer_shapes(inputs[0].shape)
+        given = dict(zip(graph.inputs, inputs, strict=True))
+        given |= {s.read: (state or {})[s.name] for s in graph.state if s.read is not None}
+        values = {
+            name: _fast_layout(image.to(self.device, self.dtype)) for name, image in given.items()
+        }
+        zeros: dict[str, Tensor] = {}
         for index, operation in enumerate(self.graph.operations):
             if before is not None:
                 before(index, operation)
             values[operation.output] = self._evaluate(operation, values)
-            for value in {*operation.inputs, self.graph.input}:
-                if self._last_use.get(value, -1) <= index:
+            zeros |= {
+                slot.name: torch.zeros_like(values[slot.left])
+                for slot in graph.state
+                if slot.zeros and slot.left in values and slot.name not in zeros
+            }
+            for value in {*operation.inputs, *graph.given, operation.output}:
+                if self._last_use.get(value, index) <= index:
                     values.pop(value, None)
-        result = values[self.graph.output].contiguous()
-        # The caller may write to the result, so it must not be the caller's own image.
-        return result.clone() if result.data_ptr() == image.data_ptr() else result
+        left = {slot.name: values[slot.left] for slot in graph.state if not slot.zeros}
+        return [values[name].contiguous() for name in graph.outputs], left | zeros
 
     @singledispatchmethod
     def _evaluate(self, operation: Operation, values: Mapping[Value, Tensor]) -> Tensor:
@@ -106,13 +141,13 @@ class Interpreter:
 
     @_evaluate.register
     def _(self, operation: Conv2d, values: Mapping[Value, Tensor]) -> Tensor:
-        image = values[operation.input]
-        if operation.norm is not None:
-            image = self._normalise(image, operation.norm)
-        if operation.activation is not None:
-            image = _ACTIVATIONS[operation.activation](image)
-        image = image.to(self.dtype)  # round once after norm and activation, not after each
+        frames = [
+            self._read(operation, values[name]) for name in (*operation.earlier, operation.input)
+        ]
+        image = torch.cat(frames, 1) if operation.earlier else frames[0]
         weight = self._weights[operation.weight]
+        if operation.left_out:
+            weight = weight[..., -image.shape[1] :, :, :]
         bias = None if operation.bias is None else self._weights[operation.bias]
         if operation.upsample:
             doubles = operation.doubles(self._weights)
@@ -130,6 +165,14 @@ class Interpreter:
         if operation.output_activation is not None:
             result = _ACTIVATIONS[operation.output_activation](result)
         return result
+
+    def _read(self, operation: Conv2d, image: Tensor) -> Tensor:
+        """An image with the norm and the activation of a convolution applied."""
+        if operation.norm is not None:
+            image = self._normalise(image, operation.norm)
+        if operation.activation is not None:
+            image = _ACTIVATIONS[operation.activation](image)
+        return image.to(self.dtype)  # round once after norm and activation, not after each
 
     @_evaluate.register
     def _(self, operation: PixelNorm, values: Mapping[Value, Tensor]) -> Tensor:
@@ -201,6 +244,33 @@ class Interpreter:
             return F.rms_norm(pixels, weight.shape, weight, norm.eps).movedim(3, 1)
         weight, bias = self._weights[norm.weight].float(), self._weights[norm.bias].float()
         return F.group_norm(image.float(), norm.groups, weight, bias, norm.eps)
+
+
+def run_video(
+    graph: Graph, frames: Sequence[Tensor], dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """Run a part on the frames of a video.
+
+    Args:
+        graph: With state.
+        frames: `(N, input_channels, H, W)` each: one, and then as many as whole runs take.
+        dtype: As of `Interpreter`.
+
+    Yields:
+        The results, in order.
+
+    Raises:
+        GraphError: A frame does not fit the graph.
+    """
+    size = len(graph.inputs)
+    later = Interpreter(graph, dtype)
+    results, state = Interpreter(graph.start, dtype).evaluate(frames[:1])
+    yield from results
+    for begin in itertools.count(1, size):
+        if begin >= len(frames):
+            return
+        results, state = later.evaluate(frames[begin : begin + size], state)
+        yield from results
 
 
 def _fast_layout(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A `Graph` is a list of operations over named values, each assigned once. It has channels,
 weights and attributes, but no batch and no spatial size: shapes are inferred from an input
 when a run is planned, so one graph serves every resolution. All values are images
-`(N, C, H, W)`.
+`(N, C, H, W)`; the frames of a video are values of their own.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _names(node: Any, role: str) -> Iterator[str]:
         if isinstance(item, (Norm, RMSNorm)):
             yield from _names(item, role)
         elif f.metadata.get("role") == role and item is not None:
-            yield item
+            yield from (item,) if isinstance(item, str) else item
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ class Conv2d(Operation):
     is a convolution of the image doubled by nearest neighbours. With kernels `(row phase, column
     phase, out, in, 3, 3)` it is one before a pixel shuffle: each phase has a kernel, centred on
     the pixel, and a bias `(row phase, column phase, out)` of its own.
+
+    A convolution over frames has the frames before its input as `earlier`, the oldest first. They
+    have the shape of the input, `norm` and `activation` are applied to each, and the kernel has
+    the channels of all of them, frame by frame. Frames before these that are zeros are
+    `left_out`: the kernel has their channels, and nothing is multiplied with them.
     """
 
     input: Value = field(metadata=_VALUE)
@@ -177,9 +182,16 @@ class Conv2d(Operation):
     residual: Value | None = field(default=None, metadata=_VALUE)
     output_activation: str | None = None
     """One of `ACTIVATIONS`."""
+    earlier: tuple[Value, ...] = field(default=(), metadata=_VALUE)
+    left_out: int = 0
+
+    @property
+    def frames(self) -> int:
+        """The frames whose channels the kernel has."""
+        return self.left_out + len(self.earlier) + 1
 
     def kernel(self, weights: Weights) -> Shape:
-        """The shape `(out, in, height, width)` of one kernel."""
+        """The shape `(out, in, height, width)` of one kernel, with the channels of all frames."""
         _require(self.weight in weights, f"weight {self.weight!r} is missing")
         shape = tuple(weights[self.weight].shape)
         _require(0 not in shape, f"weight {self.weight!r} has shape {shape}, which is empty")
@@ -203,7 +215,18 @@ class Conv2d(Operation):
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         batch, channels, height, width = shapes[self.input]
         out, into, rows, columns = self.kernel(weights)
-        _require(into == channels, f"{channels} channels meet a kernel for {into}")
+        of_frames = "" if self.frames == 1 else f" of {self.frames} frames"
+        _require(
+            self.left_out >= 0 and into == channels * self.frames,
+            f"{channels} channels{of_frames} meet a kernel for {into}",
+        )
+        for value in self.earlier:
+            found = shapes[value]
+            _require(found == shapes[self.input], f"frames {found} and {shapes[self.input]}")
+        _require(
+            not self.earlier or not self.group_norm,
+            "a group norm has the statistics of one frame, and meets several",
+        )
         if self.bias is not None:
             phases = (2, 2) if self.has_phases(weights) else ()
             _require_weight(weights, self.bias, (*phases, out))
@@ -239,6 +262,7 @@ class Conv2d(Operation):
         _, into, rows, columns = self.kernel(weights)
         # A kernel of 3x3 meets only 2x2 different pixels of an image that is doubled.
         taps = 4 if self.doubles(weights) else rows * columns
+        into = into // self.frames * (1 + len(self.earlier))
         return 2 * math.prod(shapes[self.output]) * into * taps
 
     def __str__(self) -> str:
@@ -478,24 +502,87 @@ OPERATIONS: Mapping[str, type[Operation]] = types.MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Graph:
-    """A part of a model, which maps an image to an image.
+class Slot:
+    """An image that a run leaves for the next run of a video.
 
     Attributes:
-        name: The name of the part: `"encoder"` or `"decoder"`.
-        input: The name of the input value.
-        input_channels: The number of channels of the input.
-        output: The name of the value that is the result.
-        operations: The operations, ordered so that every value is produced before it is read.
-        weights: The weights of the operations by name, in float32.
+        name: Its name.
+        read: The value as which a run reads it; `None` in the graph of the first run.
+        left: The value that a run leaves in it, read or produced by the run.
+        zeros: Whether zeros are left instead, in the shape of that value.
     """
 
     name: str
-    input: Value
+    read: Value | None
+    left: Value
+    zeros: bool = False
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A part of a model, which maps images to images: mostly one to one.
+
+    A part that runs videos has two graphs. The first maps the first frame, or latent frame; the
+    other maps those that follow, as many as belong together, and runs any number of times. State
+    connects the runs: what each leaves in its slots, the next one reads.
+
+    Attributes:
+        name: The name of the part: `"encoder"` or `"decoder"`.
+        inputs: The names of the input values, which all have the same shape.
+        input_channels: The number of channels of an input.
+        outputs: The names of the values that are the results, in order.
+        operations: The operations, ordered so that every value is produced before it is read.
+        weights: The weights of the operations by name, in float32.
+        state: What a run reads of the run before, and leaves for the next.
+        first: The graph of the first run of a video, if this is that of the others.
+    """
+
+    name: str
+    inputs: tuple[Value, ...]
     input_channels: int
-    output: Value
+    outputs: tuple[Value, ...]
     operations: tuple[Operation, ...]
     weights: Mapping[str, torch.Tensor]
+    state: tuple[Slot, ...] = ()
+    first: Graph | None = None
+
+    @property
+    def start(self) -> Graph:
+        """The graph of the first run; of a part without state, the graph itself."""
+        return self if self.first is None else self.first
+
+    @property
+    def input(self) -> Value:
+        """The only input."""
+        (value,) = self.inputs
+        return value
+
+    @property
+    def output(self) -> Value:
+        """The only output."""
+        (value,) = self.outputs
+        return value
+
+    @property
+    def given(self) -> tuple[Value, ...]:
+        """The values that are there before the first operation: inputs, and the state."""
+        return (*self.inputs, *(slot.read for slot in self.state if slot.read is not None))
+
+    @property
+    def results(self) -> frozenset[Value]:
+        """The values that are needed after the last operation: outputs, and the state."""
+        return frozenset((*self.outputs, *(s.left for s in self.state if not s.zeros)))
+
+    @property
+    def carried(self) -> frozenset[Value]:
+        """The values of the state: read of it, left in it, or read as earlier frames."""
+        earlier = (v for o in self.operations if isinstance(o, Conv2d) for v in o.earlier)
+        slots = (v for s in self.state for v in (s.read, s.left) if v is not None)
+        return frozenset((*slots, *earlier))
+
+    def stateless(self) -> Graph:
+        """The graph of a first run whose state nobody reads: that of an image."""
+        return dataclasses.replace(self, state=()).pruned()
 
     def infer_shapes(self, input_shape: Iterable[int]) -> dict[Value, Shape]:
         """The shape of every value for one input.
@@ -511,12 +598,21 @@ class Graph:
             len(shape) == 4 and shape[1] == self.input_channels and min(shape) > 0,
             f"the input has shape {shape}, expected (N, {self.input_channels}, H, W)",
         )
-        shapes: dict[Value, Shape] = {self.input: shape}
+        shapes: dict[Value, Shape] = dict.fromkeys(self.inputs, shape)
+        if self.first is not None:
+            before = self.first.infer_shapes(shape)
+            left = {slot.name: before[slot.left] for slot in self.first.state}
+            shapes |= {s.read: left[s.name] for s in self.state if s.read is not None}
         for operation in self.operations:
             try:
                 shapes[operation.output] = operation.infer(shapes, self.weights)
             except GraphError as error:
                 raise GraphError(f"{operation.kind} {operation.output!r}: {error}") from None
+        for slot in self.state if self.first is not None else ():
+            _require(
+                slot.read is not None and shapes[slot.left] == shapes[slot.read],
+                f"the state {slot.name!r} changes its shape",
+            )
         return shapes
 
     def flops(self, input_shape: Iterable[int]) -> int:
@@ -531,16 +627,16 @@ class Graph:
 
     @property
     def output_channels(self) -> int:
-        """The number of channels of the result."""
-        return self.probe_shapes()[self.output][1]
+        """The number of channels of a result."""
+        return self.probe_shapes()[self.outputs[0]][1]
 
     def producers(self) -> dict[Value, Operation]:
-        """The operation that produces each value; the input has none."""
+        """The operation that produces each value; those that are given have none."""
         return {operation.output: operation for operation in self.operations}
 
     def consumers(self) -> dict[Value, list[Operation]]:
         """The operations that read each value, in order."""
-        readers: dict[Value, list[Operation]] = {self.input: []}
+        readers: dict[Value, list[Operation]] = {value: [] for value in self.given}
         for operation in self.operations:
             readers[operation.output] = []
             for value in dict.fromkeys(operation.inputs):
@@ -550,15 +646,14 @@ class Graph:
     def last_uses(self) -> dict[Value, int]:
         """The index of the last operation that reads each value.
 
-        For the output it is the number of operations.
+        For results it is the number of operations.
         """
         last = {value: i for i, o in enumerate(self.operations) for value in o.inputs}
-        last[self.output] = len(self.operations)
-        return last
+        return last | dict.fromkeys(self.results, len(self.operations))
 
     def pruned(self) -> Graph:
-        """The graph without the operations and weights that its output does not need."""
-        needed = {self.output}
+        """The graph without the operations and weights that its results do not need."""
+        needed = {*self.outputs, *(slot.left for slot in self.state)}
         kept: list[Operation] = []
         for operation in reversed(self.operations):
             if operation.output in needed:
@@ -579,32 +674,78 @@ class Graph:
 
         Raises:
             GraphError: A value is assigned twice, read before it is produced, or never read;
-                a weight is missing, unused or of the wrong shape; or shapes do not fit.
+                a weight is missing, unused or of the wrong shape; shapes do not fit; or the
+                state is not that of the graph of the first run.
         """
         _require(self.input_channels > 0, f"an input of {self.input_channels} channels")
-        made = {self.input}
-        read = {self.output}
+        self._verify_state()
+        made = {*self.given}
+        read = {*self.outputs, *(slot.left for slot in self.state)}
         for operation in self.operations:
             for value in operation.inputs:
                 _require(value in made, f"{operation.kind} reads {value!r} before it is made")
             _require(operation.output not in made, f"{operation.output!r} is made twice")
             made.add(operation.output)
             read.update(operation.inputs)
-        _require(self.output in made, f"the output {self.output!r} is never made")
-        _require(made - read <= {self.input}, f"made for nothing: {sorted(made - read)}")
+        for value in (*self.outputs, *(slot.left for slot in self.state)):
+            _require(value in made, f"the output {value!r} is never made")
+        _require(made - read <= {*self.given}, f"made for nothing: {sorted(made - read)}")
         used = {name for operation in self.operations for name in operation.weights}
         unused = sorted(self.weights.keys() - used)
         _require(not unused, f"weights that no operation uses: {unused}")
         self.probe_shapes()
         return self
 
+    def _verify_state(self) -> None:
+        for kind, names in (
+            ("inputs", self.given),
+            ("outputs", self.outputs),
+            ("slots", [slot.name for slot in self.state]),
+        ):
+            _require(len({*names}) == len(names), f"{kind} of the same name: {names}")
+        _require(bool(self.inputs and self.outputs), "no inputs or no outputs")
+        if self.first is None:
+            read = [slot.name for slot in self.state if slot.read is not None]
+            _require(not read, f"a first run reads the state {read}")
+            return
+        _require(self.first.first is None, "the graph of a first run has another one")
+        _require(
+            (self.name, self.input_channels) == (self.first.name, self.first.input_channels)
+            and len(self.first.inputs) == len(self.first.outputs) == 1,
+            "the graph of the first run maps an image to an image of the same part",
+        )
+        names = [slot.name for slot in self.state]
+        before = [slot.name for slot in self.first.state]
+        _require(bool(names) and names == before, f"the state {names} follows {before}")
+        unread = [slot.name for slot in self.state if slot.read is None or slot.zeros]
+        _require(not unread, f"state that is not read, or left as zeros: {unread}")
+        self.first.verify()
+        for name in self.weights.keys() & self.first.weights.keys():
+            _require(
+                self.weights[name].shape == self.first.weights[name].shape,
+                f"both runs have a weight {name!r}, of different shapes",
+            )
+
+    @property
+    def all_weights(self) -> Mapping[str, torch.Tensor]:
+        """The weights of this graph and of that of the first run."""
+        return {**self.start.weights, **self.weights}
+
+    @property
+    def all_operations(self) -> tuple[Operation, ...]:
+        """The operations of both graphs of a part."""
+        return self.operations if self.first is None else self.first.operations + self.operations
+
     def to_dict(self) -> dict[str, Any]:
-        """The graph without its weights, as JSON values in the format of docs/artifact.md."""
+        """The graph without its weights, as JSON values in the format of docs/artifact.md.
+
+        The graph of the first run is not included.
+        """
         return {
             "name": self.name,
-            "inputs": [{"name": self.input, "channels": self.input_channels}],
-            "outputs": [self.output],
-            "state": [],
+            "inputs": [{"name": name, "channels": self.input_channels} for name in self.inputs],
+            "outputs": list(self.outputs),
+            "state": [dataclasses.asdict(slot) for slot in self.state],
             "operations": [
                 {"kind": operation.kind, **dataclasses.asdict(operation, dict_factory=_json_object)}
                 for operation in self.operations
@@ -612,35 +753,60 @@ class Graph:
         }
 
     @classmethod
-    def from_dict(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
-        """Rebuild and verify a graph.
+    def from_dicts(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
+        """Rebuild and verify the graphs of a part.
 
         Args:
-            stored: A result of `to_dict`; any other JSON value raises.
-            weights: The weights that the graph names.
+            stored: The results of `to_dict` in the order of runs, one or two in a list; any
+                other JSON value raises.
+            weights: The weights that the graphs name.
+
+        Returns:
+            The last graph, with the one before as its `first`.
 
         Raises:
-            GraphError: `stored` is not a graph, does not fit the weights, or does not have
-                exactly one input and one output.
+            GraphError: `stored` is not the graphs of a part, or does not fit the weights.
         """
+        _require(isinstance(stored, list) and len(stored) in (1, 2), "a part has one or two graphs")
         try:
-            graph: _StoredGraph = _build(_StoredGraph, stored)
-            _require(
-                len(graph.inputs) == len(graph.outputs) == 1 and not graph.state,
-                f"{len(graph.inputs)} inputs, {len(graph.outputs)} outputs and {len(graph.state)} "
-                "values of state, where this version runs graphs of one input, one output and no "
-                "state",
-            )
-            operations = tuple(_operation(item) for item in graph.operations)
+            graphs = [cls._rebuilt(item, weights) for item in stored]
         except RecursionError:  # in a message that shows deeply nested brackets
             raise GraphError("brackets are nested too deeply") from None
-        (source,), (output,) = graph.inputs, graph.outputs
-        return cls(graph.name, source.name, source.channels, output, operations, weights).verify()
+        unused = sorted(weights.keys() - {name for each in graphs for name in each.weights})
+        _require(not unused, f"weights that no operation uses: {unused}")
+        first = graphs[0] if len(graphs) == 2 else None
+        single = len(graphs[-1].inputs) == len(graphs[-1].outputs) == 1 and not graphs[-1].state
+        _require(first is not None or single, "a single graph maps an image to an image")
+        return dataclasses.replace(graphs[-1], first=first).verify()
+
+    @classmethod
+    def _rebuilt(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
+        """A graph with its own weights, not verified."""
+        graph: _StoredGraph = _build(_StoredGraph, stored)
+        channels = {each.channels for each in graph.inputs}
+        _require(len(channels) == 1, f"inputs of {sorted(channels)} channels")
+        operations = tuple(_operation(item) for item in graph.operations)
+        used = {name for operation in operations for name in operation.weights}
+        return cls(
+            graph.name,
+            tuple(each.name for each in graph.inputs),
+            channels.pop(),
+            graph.outputs,
+            operations,
+            {name: weights[name] for name in used if name in weights},
+            graph.state,
+        )
 
     def __str__(self) -> str:
-        lines = [f"graph {self.name}(%{self.input}: {self.input_channels} channels)"]
+        given = ", ".join(f"%{value}" for value in self.given)
+        lines = [f"graph {self.name}({given}: {self.input_channels} channels)"]
         lines += [f"  {operation}" for operation in self.operations]
-        return "\n".join([*lines, f"  return %{self.output}"])
+        lines += [
+            f"  leave {slot.name} = {'zeros like ' if slot.zeros else ''}%{slot.left}"
+            for slot in self.state
+        ]
+        lines.append(f"  return {', '.join(f'%{value}' for value in self.outputs)}")
+        return "\n".join(([] if self.first is None else [str(self.first), ""]) + lines)
 
 
 @dataclass(frozen=True)
@@ -656,7 +822,7 @@ class _StoredGraph:
     name: str
     inputs: tuple[_StoredInput, ...]
     outputs: tuple[Value, ...]
-    state: tuple[Any, ...]
+    state: tuple[Slot, ...]
     operations: tuple[Any, ...]
 
 

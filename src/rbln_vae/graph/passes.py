@@ -42,6 +42,8 @@ def optimise(graph: Graph) -> Graph:
     Returns:
         An equivalent graph with fewer operations and fewer multiplications.
     """
+    if graph.first is not None:
+        graph = dataclasses.replace(graph, first=optimise(graph.first))
     for rewrite in PASSES:
         graph = rewrite(graph)
         if debugging():
@@ -94,14 +96,15 @@ def _is_pointwise(operation: Operation | None, graph: Graph) -> bool:
         isinstance(operation, Conv2d)
         and not operation.upsample
         and operation.stride == 1
+        and operation.frames == 1
         and not any(operation.padding)
         and operation.kernel(graph.weights)[2:] == (1, 1)
     )
 
 
 def _reads_as_it_is(operation: Conv2d) -> bool:
-    """Whether a convolution applies neither norm nor activation to its input."""
-    return operation.norm is None and operation.activation is None
+    """Whether a convolution reads its input alone, and applies neither norm nor activation."""
+    return operation.norm is None and operation.activation is None and operation.frames == 1
 
 
 def _product(
@@ -154,7 +157,7 @@ def fold_scale(graph: Graph) -> Graph:
         if (
             isinstance(operation, Scale)
             and source is not None
-            and source.output != graph.output
+            and source.output not in graph.results
             and len(consumers[source.output]) == 1
             and (folded := _scaled(source, operation, weights)) is not None
         ):
@@ -202,7 +205,7 @@ def fold_shuffle(graph: Graph) -> Graph:
         while folded is not None:
             operation, folded = folded, None
             value = operation.inputs[0]
-            if value == graph.output or len(consumers[value]) > 1:
+            if value in graph.results or len(consumers[value]) > 1:
                 break
             match operations.get(value), operation:
                 case Shuffle() as source, Shuffle():
@@ -244,6 +247,7 @@ def _writing_phases(
         or conv.padding != (1, 1, 1, 1)
         or conv.residual is not None
         or conv.output_activation is not None
+        or conv.frames > 1
     ):
         return None
     # The elements of a cell of the output, as (row, column, channel).
@@ -332,7 +336,8 @@ def fuse_modulation(graph: Graph) -> Graph:
                 isinstance(modulate, Modulate)
                 and modulate.shift is None
                 and consumers[value] == [add]
-                and value not in (shift, graph.output)
+                and value != shift
+                and value not in graph.results
                 and shapes[shift] == shapes[modulate.scale]
             ):
                 del operations[value]
@@ -359,7 +364,7 @@ def _undoubled(value: Value, graph: Graph) -> tuple[Conv2d, int] | None:
         or not _reads_as_it_is(conv)
         or conv.residual is not None
         or len(graph.consumers()[value]) != 1
-        or value == graph.output
+        or value in graph.results
     ):
         return None
     image, times = conv.input, 0
@@ -380,7 +385,7 @@ def fuse_norm(graph: Graph) -> Graph:
     for source in reversed(graph.operations):
         if (
             not isinstance(source, (GroupNorm, PixelNorm, Activation))
-            or source.output == graph.output
+            or source.output in graph.results
         ):
             continue
         readers = [o for o in operations.values() if source.output in o.inputs]
@@ -402,6 +407,7 @@ def _applying(source: GroupNorm | PixelNorm | Activation, reader: Operation) -> 
         not isinstance(reader, Conv2d)
         or reader.norm is not None
         or reader.residual == source.output
+        or reader.frames > 1
     ):
         return None
     if isinstance(source, (GroupNorm, PixelNorm)):
@@ -425,7 +431,7 @@ def fuse_residual(graph: Graph) -> Graph:
             if isinstance(operation := made.get(value), (Conv2d, Attention))
             and operation.residual is None
             and consumers[value] == [add]
-            and value != graph.output
+            and value not in graph.results
         ]
         if not candidates:
             continue
@@ -452,7 +458,7 @@ def fuse_output_activation(graph: Graph) -> Graph:
             isinstance(producer, Conv2d)
             and producer.output_activation is None
             and consumers[activation.input] == [activation]
-            and activation.input != graph.output
+            and activation.input not in graph.results
         ):
             del operations[activation.input]
             operations[activation.output] = dataclasses.replace(

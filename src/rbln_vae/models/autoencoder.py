@@ -132,6 +132,8 @@ class RBLNAutoencoderModel(RBLNModel):
         """
         frames = self.frames and isinstance(z, Tensor) and z.dim() == 5
         check_tensor(z, "z", self.resolved_config.latent_channels, frames=frames)
+        if frames and z.shape[2] != 1:
+            raise several_frames("z", z.shape[2])
         z = z[:, :, 0] if frames else z
         shape = self.resolved_config.image_shape(tuple(z.shape))
         return self._pictures(DECODER, z, shape, frames, out, on_rows, finite, **arguments)
@@ -186,11 +188,7 @@ class RBLNAutoencoderModel(RBLNModel):
 
     def _encoded(self, x: Tensor, **arguments: Unpack[RunArguments]) -> Tensor:
         """The result of the encoder: moments if it gives a distribution, else latents."""
-        if not self.resolved_config.uses_encoder:
-            raise RBLNRuntimeError(
-                "This model has a decoder only (uses_encoder=False), so it can't encode. Compile "
-                "it again with rbln_uses_encoder=True."
-            )
+        self._check_encodes()
         if isinstance(x, Tensor) and x.dtype == torch.uint8:
             check_pictures(x, "x", self.resolved_config.in_channels)
             x = x.permute(0, 3, 1, 2)
@@ -199,6 +197,13 @@ class RBLNAutoencoderModel(RBLNModel):
         size, factor = (x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor
         self.family.check_image_size(size, factor, self.config)
         return self._run(ENCODER, x, **arguments)
+
+    def _check_encodes(self) -> None:
+        if not self.resolved_config.uses_encoder:
+            raise RBLNRuntimeError(
+                "This model has a decoder only (uses_encoder=False), so it can't encode. Compile "
+                "it again with rbln_uses_encoder=True."
+            )
 
     # What pipelines and their users read, besides the members of every model
 
@@ -256,7 +261,7 @@ def check_tensor(tensor: Tensor, name: str, channels: int, *, frames: bool = Fal
         tensor: The input of the caller.
         name: The name of the argument, for messages.
         channels: The channels that it must have.
-        frames: Whether it must have an axis of frames, of length 1, after the channels. By
+        frames: Whether it must have an axis of frames, of any length, after the channels. By
             default it must have none.
 
     Raises:
@@ -274,10 +279,8 @@ def check_tensor(tensor: Tensor, name: str, channels: int, *, frames: bool = Fal
     shape = tuple(tensor.shape)
     axes = 5 if frames else 4
     if len(shape) == axes and shape[1] == channels and 0 not in shape:
-        if frames and shape[2] != 1:
-            raise _several_frames(name, shape[2], f"(N, {channels}, 1, H, W)")
         return
-    wanted = f"(N, {channels}, 1, H, W)" if frames else f"(N, {channels}, H, W)"
+    wanted = f"(N, {channels}, T, H, W)" if frames else f"(N, {channels}, H, W)"
     advice = {
         (4, 5): f" {name}.unsqueeze(2) adds the axis of frames.",
         (5, 4): f" {name}.squeeze(2) removes an axis of one frame.",
@@ -294,15 +297,13 @@ def check_pictures(pictures: Tensor, name: str, channels: int, *, frames: bool =
         pictures: The input of the caller.
         name: The name of the argument, for messages.
         channels: The channels that it must have, as its last axis.
-        frames: Whether it must have an axis of frames, of length 1, after the batch. By default
+        frames: Whether it must have an axis of frames, of any length, after the batch. By default
             it must have none.
     """
     _check_dense(pictures, name)
     shape = tuple(pictures.shape)
     axes = 5 if frames else 4
     if len(shape) == axes and shape[-1] == channels and 0 not in shape:
-        if frames and shape[1] != 1:
-            raise _several_frames(name, shape[1], f"(N, 1, H, W, {channels})")
         return
     advice = ""
     if len(shape) == axes and shape[1] == channels:
@@ -312,17 +313,19 @@ def check_pictures(pictures: Tensor, name: str, channels: int, *, frames: bool =
         advice = f" {name}.unsqueeze(1) adds the axis of frames."
     elif len(shape) == 5 and not frames:
         advice = f" {name}.squeeze(1) removes an axis of one frame."
-    wanted = f"(N, 1, H, W, {channels})" if frames else f"(N, H, W, {channels})"
+    wanted = f"(N, T, H, W, {channels})" if frames else f"(N, H, W, {channels})"
     raise ValueError(
         f"{name} is uint8, so it must hold pictures {wanted}, channels last and no axis empty, "
         f"and has the shape {shape}.{advice}"
     )
 
 
-def _several_frames(name: str, frames: int, wanted: str) -> ValueError:
+def several_frames(name: str, frames: int) -> ValueError:
+    """The error of a video for a model that was compiled for images."""
     return ValueError(
-        f"{name} has {frames} frames, and this model runs images of one frame, {wanted}. Use "
-        "diffusers' own class for videos."
+        f"{name} has {frames} frames, and this model was compiled for images of one frame. Classes "
+        "that run videos do so when they are compiled without rbln_num_frames=1 and for another "
+        "target than 'rbln'."
     )
 
 

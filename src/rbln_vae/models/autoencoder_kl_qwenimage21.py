@@ -17,6 +17,7 @@ class AutoencoderKLQwenImage21Family(AutoencoderKLWanFamily):
     """`AutoencoderKLQwenImage21`: Qwen-Image-2.1."""
 
     original_class_name = "AutoencoderKLQwenImage21"
+    videos = False
 
     def sample_size(self, config: Mapping[str, Any]) -> Any:
         return (1024, 1024)

@@ -1,15 +1,15 @@
-"""`RBLNAutoencoderKLWan`: the autoencoders of Wan 2.1 and 2.2, for images of one frame.
+"""`RBLNAutoencoderKLWan`: the autoencoders of Wan 2.1 and 2.2.
 
 Its network is causal in time: what comes before the first frame is zeros. So on one frame a
 convolution over three frames is the 2-D convolution by its last tap, and the layers that
-resample time never run. The network is compiled as this 2-D network, which gives the same
-results with a third of the multiplications.
+resample time never run. For images alone the network is compiled as this 2-D network, from the
+code of diffusers; `wan_frames.py` builds the graphs for videos.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +17,18 @@ from torch import Tensor, nn
 
 from ..config import RBLNAutoencoderKLWanConfig
 from ..errors import RBLNCompileError
-from .autoencoder import RBLNAutoencoderModel, check_pictures, check_tensor, decoded
-from .base import RunArguments
 from .family import ENCODER, Family
 from .networks import Attention, Layers, Shuffled, conv2d, converted, means
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-    from diffusers.models.modeling_outputs import AutoencoderKLOutput
-    from typing_extensions import Unpack
+from .video import RBLNVideoAutoencoder
+from .wan_frames import FRAMES_ENCODED, VideoPart
 
 
 class AutoencoderKLWanFamily(Family):
     """`AutoencoderKLWan`: Wan 2.1, Wan 2.2 and models based on them."""
 
     original_class_name = "AutoencoderKLWan"
+    videos = True
+    frames_encoded = FRAMES_ENCODED
 
     def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get("attn_scales"):
@@ -51,7 +47,6 @@ class AutoencoderKLWanFamily(Family):
             "latent_channels": config.get("z_dim"),
             "vae_scale_factor": patch * 2 ** (levels - 1),
             "vae_scale_factor_temporal": config.get("scale_factor_temporal") or frames,
-            "num_frames": 1,
         }
 
     def image_channels(self, config: Mapping[str, Any], name: str) -> int:
@@ -76,133 +71,30 @@ class AutoencoderKLWanFamily(Family):
     def module(self, model: nn.Module, part: str) -> nn.Module:
         return _Encoder(model) if part == ENCODER else _Decoder(model)
 
+    def video_module(self, model: nn.Module, part: str) -> nn.Module:
+        return VideoPart(model, part)
 
-class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
+
+class RBLNAutoencoderKLWan(RBLNVideoAutoencoder):
     """A compiled `AutoencoderKLWan`, which stands wherever that of diffusers stands.
 
-    It runs images of one frame; more are refused. Results keep the dtype and the device of
-    the input.
+    It runs videos of any number of frames, whole or frame by frame in memory that doesn't grow
+    with their length, and images of one frame. Results keep the dtype and the device of the input.
+    The target `rbln`, and dtype `float16`, run images alone.
 
     Example:
         >>> vae = RBLNAutoencoderKLWan.from_pretrained(
         ...     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", subfolder="vae", export=True
         ... )  # doctest: +SKIP
-        >>> image = vae.decode(latent).sample[:, :, 0]  # doctest: +SKIP
+        >>> for frame in vae.decode_frames(latent):  # doctest: +SKIP
+        ...     show(frame)
     """
 
     config_class = RBLNAutoencoderKLWanConfig
     family = AutoencoderKLWanFamily()
-    frames = True
     clamps = True
 
     rbln_config: RBLNAutoencoderKLWanConfig
-
-    def encode(
-        self, x: Tensor, return_dict: bool = True, **arguments: Unpack[RunArguments]
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Turn images into distributions of latents.
-
-        Args:
-            x: Images `(N, in_channels, 1, H, W)` in `[-1, 1]`, of any floating dtype and
-                strides; or pictures `(N, 1, H, W, in_channels)` of uint8.
-            return_dict: Whether to return an output class (default) or a tuple.
-            **arguments: `should_stop`, `progress` and `memory_limit`: see `RunArguments`.
-
-        Returns:
-            `AutoencoderKLOutput(latent_dist=…)`, or `(latent_dist,)`; `latent_dist` is
-            diffusers' `DiagonalGaussianDistribution` over `(N, latent_channels, 1, h, w)`.
-            The latents are not normalised.
-
-        Raises:
-            ValueError: The shape or the device is wrong, or there are several frames.
-            TypeError: It is no tensor of floats or uint8.
-            RBLNRuntimeError: The encoder was not compiled, or there are no runtimes.
-            TimeoutError: The run took longer than `timeout`.
-            RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
-            MemoryError: It would need more than `memory_limit`.
-
-        Example:
-            >>> latent = vae.encode(image.unsqueeze(2)).latent_dist.mode()  # doctest: +SKIP
-        """
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-        from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-        channels = self.resolved_config.in_channels
-        if isinstance(x, Tensor) and x.dtype == torch.uint8:
-            check_pictures(x, "x", channels, frames=True)
-            x = x[:, 0]
-        else:
-            check_tensor(x, "x", channels, frames=True)
-            x = x[:, :, 0]
-        moments = self._encoded(x, **arguments).unsqueeze(2)
-        posterior = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    def decode(
-        self,
-        z: Tensor,
-        return_dict: bool = True,
-        *,
-        out: Tensor | npt.NDArray[Any] | None = None,
-        **arguments: Unpack[RunArguments],
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Turn latents into images.
-
-        Args:
-            z: Latents `(N, latent_channels, 1, h, w)`, not normalised, of any floating dtype
-                and strides.
-            return_dict: Whether to return an output class (default) or a tuple.
-            out: Where to write the images, `(N, out_channels, 1, f * h, f * w)`; otherwise as
-                of `RBLNAutoencoderKL.decode`. By default the result is a new tensor.
-            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
-
-        Returns:
-            `DecoderOutput(sample=…)`, or `(sample,)`: images `(N, out_channels, 1, f * h, f *
-            w)` in `[-1, 1]`.
-
-        Raises:
-            ValueError: The shape or the device is wrong, of `z` or of `out`, or there are
-                several frames.
-            TypeError: One is no floating tensor.
-            RBLNRuntimeError: There are no runtimes.
-            TimeoutError: The run took longer than `timeout`.
-            RBLNCancelledError: `should_stop` said so; what it raises itself passes through.
-            MemoryError: It would need more than `memory_limit`.
-
-        Example:
-            >>> image = vae.decode(latent).sample[:, :, 0]  # doctest: +SKIP
-        """
-        check_tensor(z, "z", self.resolved_config.latent_channels, frames=True)
-        sample = self.decode_latents(z[:, :, 0], out=_frame_of(out), **arguments)
-        sample = sample.unsqueeze(2)
-        return decoded(sample, return_dict)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode images and decode them again.
-
-        Args:
-            sample: Images, as `encode` takes them.
-            sample_posterior: Whether to draw the latent, or to take the mode (default).
-            return_dict: Whether to return an output class (default) or a tuple.
-            generator: Where to draw from. By default torch's own generator.
-
-        Returns:
-            As `decode`.
-
-        Raises:
-            ValueError, TypeError, RBLNRuntimeError: As `encode`.
-        """
-        (posterior,) = self.encode(sample, return_dict=False)
-        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
-
-    __call__ = forward
 
     def enable_tiling(
         self,
@@ -211,7 +103,7 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
         tile_sample_stride_height: float | None = None,
         tile_sample_stride_width: float | None = None,
     ) -> None:
-        """Run each image in less memory; the pixels stay the same.
+        """Run each frame in less memory; the pixels stay the same.
 
         Nothing is tiled, so the sizes of tiles, which diffusers takes, change nothing.
         """
@@ -231,19 +123,6 @@ class RBLNAutoencoderKLWan(RBLNAutoencoderModel):
     def z_dim(self) -> int:
         """Channels of a latent."""
         return self.resolved_config.latent_channels
-
-
-def _frame_of(out: Tensor | npt.NDArray[Any] | None) -> Any:
-    """The only frame of a tensor or an array to write to; what isn't one is refused later."""
-    axes = getattr(out, "ndim", None)
-    if out is None or axes is None:
-        return out
-    if axes != 5 or out.shape[2] != 1:
-        raise ValueError(
-            f"out must have the shape (N, C, 1, H, W), and has {tuple(out.shape)}. "
-            "out.unsqueeze(2) of a tensor, or out[:, :, None] of an array, adds the axis of frames."
-        )
-    return out[:, :, 0]
 
 
 class _Encoder(nn.Module):

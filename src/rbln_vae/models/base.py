@@ -297,7 +297,9 @@ class RBLNModel(ModuleMembers):
 
         Args:
             part: The name of a compiled part.
-            shape: `(N, C, H, W)` of its input.
+            shape: `(N, C, H, W)` of its input; `(N, C, T, H, W)` stands for `decode_frames` or
+                `encode_frames` of videos, which take the same for any `T`: state, activations
+                and the frames of one run.
 
         Raises:
             RBLNRuntimeError: There is no such part, or there are no runtimes.

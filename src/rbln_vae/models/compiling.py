@@ -107,7 +107,8 @@ def _compile_parts(
             rbln_config.num_devices,
             part,
         )
-        parts[part] = target.compile_module(family.module(model, part), options)
+        module = family.video_module if resolved.videos else family.module
+        parts[part] = target.compile_module(module(model, part), options)
     return parts
 
 
@@ -151,6 +152,7 @@ def resolve(
                 f"{rbln_config.fact_name(name)}={chosen} is in conflict with the model, which has "
                 f"{value}. Leave it out."
             )
+    facts["videos"] = _runs_videos(family, rbln_config)
     facts["sample_size"] = rbln_config.image_size or family.sample_size(config)
     facts["uses_encoder"] = rbln_config.fact("uses_encoder") is not False
     checked = rbln_config.with_facts(facts)
@@ -164,6 +166,20 @@ def resolve(
         if value in (None, dataclasses.MISSING):
             raise ValueError(f"The model has no {name}. Pass rbln_{name}.")
     return ResolvedConfig(**found)
+
+
+def _runs_videos(family: Family, rbln_config: RBLNModelConfig) -> bool:
+    """Whether a model is compiled for videos; `num_frames` says what is wanted.
+
+    Raises:
+        ValueError: Several frames are wanted, and only images can be run.
+    """
+    wanted = rbln_config.fact("num_frames")
+    static = get_target(str(rbln_config.target)).static_shapes
+    if wanted not in (None, 1) and (static or not family.videos):
+        reason = f"target {rbln_config.target!r}" if static else family.original_class_name
+        raise ValueError(f"num_frames={wanted}: {reason} runs images of one frame. Leave it out.")
+    return family.videos and wanted != 1 and not static
 
 
 def settled(

@@ -59,6 +59,7 @@ class ResolvedConfig:
         decoder_scale_factor: The same of images that were decoded.
         condition_channels: Channels of the condition that the decoder may be given, as a part
             of its own. By default 0: there is no such part.
+        videos: Whether it runs videos, too. By default `False`.
     """
 
     target: str
@@ -72,6 +73,7 @@ class ResolvedConfig:
     vae_scale_factor: int
     decoder_scale_factor: int
     condition_channels: int = 0
+    videos: bool = False
 
     def dtype_of(self, part: str) -> str:
         """In what a part stores images and weights."""
@@ -125,6 +127,10 @@ class Family(ABC):
 
     original_class_name: ClassVar[str]
     """The diffusers class."""
+    videos: ClassVar[bool] = False
+    """Whether its models can be compiled for videos; `video_module` makes their parts then."""
+    frames_encoded: ClassVar[int] = 1
+    """Frames of a video that are encoded together after the first."""
 
     @abstractmethod
     def facts(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +158,18 @@ class Family(ABC):
         Returns:
             A copy that shares the model's weights, so that a target may change it.
         """
+
+    def video_module(self, model: torch.nn.Module, part: str) -> torch.nn.Module:
+        """One part of a model for videos, as `BuildsGraph` says; only where `videos` is true.
+
+        Args:
+            model: As of `module`.
+            part: As of `module`.
+
+        Raises:
+            RBLNCompileError: The model computes something else than this version knows.
+        """
+        raise NotImplementedError(f"no videos of {self.original_class_name}")
 
     def sample_size(self, config: Mapping[str, Any]) -> Any:
         """The image that a model is compiled for unless an option says another.

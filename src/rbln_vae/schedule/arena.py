@@ -18,8 +18,11 @@ ALIGNMENT = 4096
 class Buffer:
     """A range of the arena, and the first and the last task that need it.
 
-    `holds` has the values that are kept in it, one after the other or side by side, and for each
-    the first task that needs it.
+    The state of a video has buffers, too. They lie behind the arena, in memory that outlives the
+    run.
+
+    `holds` has the values that are kept in it, one after the other or side by side, and for
+    each the first task that needs it.
     `over` fixes the place of a buffer relative to another one, whose lifetime ends before,
     because its contents overwrite those of the other.
     """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
 from ..graph.ir import Conv2d, Graph, Modulate, Norm, Operation, Shape, Shuffle, Value
+from .arena import ALIGNMENT
 from .rules import Rules
 from .sweep import Import, Sweep
 
@@ -41,8 +43,8 @@ class Problem:
         self.rules = rules
         self.shapes: dict[Value, Shape] = graph.infer_shapes(input_shape)
         self.heights = {value: shape[2] for value, shape in self.shapes.items()}
-        self.batch = self.shapes[graph.input][0]
-        self.makers: tuple[Operation, ...] = (Import(graph.input), *graph.operations)
+        self.batch = self.shapes[graph.inputs[0]][0]
+        self.makers: tuple[Operation, ...] = (*map(Import, graph.inputs), *graph.operations)
         self.positions = {o.output: index for index, o in enumerate(graph.operations)}
         self.norms: dict[Value, list[Norm]] = {}
         for operation in graph.operations:
@@ -77,6 +79,28 @@ class Problem:
         if isinstance(operation, Shuffle):  # the rows of a cell
             return 2 if operation.way == "up" else 1
         return 1
+
+    @functools.cached_property
+    def homes(self) -> dict[str, tuple[Value, int]]:
+        """The value that each slot of the state gets, and the offset at which it lies.
+
+        The graphs of the first run and of the others give the same offsets.
+        """
+        found, end = {}, 0
+        for slot in self.graph.state:
+            found[slot.name] = slot.left, end
+            size = self.batch * self.heights[slot.left] * self.row_bytes(slot.left)
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        return found
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of the state."""
+        if not self.homes:
+            return 0
+        value, begin = list(self.homes.values())[-1]
+        size = self.batch * self.heights[value] * self.row_bytes(value)
+        return begin + -(-size // ALIGNMENT) * ALIGNMENT
 
     def strip_unit(self, targets: Iterable[Operation]) -> int:
         """The number of which the rows of a strip must be a multiple."""

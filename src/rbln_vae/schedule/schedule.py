@@ -15,9 +15,11 @@ class Kind(enum.Enum):
     """The kinds of tasks."""
 
     IMPORT = "Import"
-    """Copy rows of the caller's tensor to the input."""
+    """Copy rows of the caller's tensor to an input."""
     EXPORT = "Export"
-    """Copy rows of the output to the caller's tensor."""
+    """Copy rows of an output to the caller's tensor."""
+    KEEP = "Keep"
+    """Copy an image to where the state of a video has it."""
     MOVE = "MoveRows"
     """Move the rows that a window still needs to its beginning."""
     PREPARE = "Prepare"
@@ -45,6 +47,7 @@ class Task:
         buffers: Other buffers that it reads or writes, by name: prepared ones, `"sums"` and
             `"coefficients"`.
         norm: The norm, for `Kind.NORM`.
+        tensor: The number of the input or output of the graph, for an import or export.
         flops: Floating-point operations of the task; a product and its sum count as two.
         sweep: The number of the task's sweep, from 1; 0 outside sweeps.
     """
@@ -58,6 +61,7 @@ class Task:
     output: View | None = None
     buffers: Mapping[str, Buffer] = field(default_factory=dict)
     norm: Norm | None = None
+    tensor: int = 0
     flops: int = 0
     sweep: int = 0
 
@@ -67,11 +71,15 @@ class Schedule:
     """The tasks of a run for one input shape.
 
     Attributes:
-        input_shape: `(N, C, H, W)`.
-        output_shape: `(N, C, H, W)`.
+        input_shape: `(N, C, H, W)` of each input.
+        output_shape: `(N, C, H, W)` of each output.
+        inputs: The number of inputs.
+        outputs: The number of outputs.
         tasks: The tasks, in order.
         buffers: All buffers of the arena.
         arena_bytes: The size of the arena.
+        state_bytes: The size of the state of a video, which is not a part of the arena. In the
+            addresses of buffers it follows the arena.
         recomputed: The rematerialised values: never held whole, but computed in strips
             wherever they are needed. All other values are computed once.
         needed_flops: Floating-point operations of a run that keeps all values.
@@ -79,9 +87,12 @@ class Schedule:
 
     input_shape: Shape
     output_shape: Shape
+    inputs: int
+    outputs: int
     tasks: tuple[Task, ...]
     buffers: tuple[Buffer, ...]
     arena_bytes: int
+    state_bytes: int
     recomputed: tuple[Value, ...]
     needed_flops: int
 

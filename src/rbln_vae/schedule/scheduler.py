@@ -46,12 +46,15 @@ def make_schedule(
 def droppable(graph: Graph) -> frozenset[Value]:
     """The values that can be rematerialised in strips."""
     readers = graph.consumers()
-    readers[graph.output].append(Export("", graph.output))
-    makers: list[Operation] = [Import(graph.input), *graph.operations]
+    for output in graph.outputs:
+        readers[output].append(Export("", output))
+    makers: list[Operation] = [*map(Import, graph.inputs), *graph.operations]
+    carried = graph.carried
     return frozenset(
         maker.output
         for maker in makers
         if isinstance(maker, (Import, *SWEPT))
+        and maker.output not in carried
         and all(
             isinstance(reader, (Export, *SWEPT))
             # What a modulation multiplies by and adds is small.
@@ -82,13 +85,20 @@ class _Scheduler:
         self.images = self.tasks.images
         self.sweeps = 0
         self.needed_until = self.last_needs()
+        self.carried = self.graph.carried
+        self.series = _series(self.graph)
+        self.kept: dict[str, Value | None] = {slot.name: slot.read for slot in self.graph.state}
+        """What lies in the place of each slot; `None` if that is free."""
 
     def last_needs(self) -> dict[Value, int]:
         """The index of the last operation that needs each value.
 
-        A rematerialised value needs its inputs for as long as it is needed itself.
+        A rematerialised value needs its inputs for as long as it is needed itself. An output is
+        exported as soon as it is there, and what is left for the next run is needed until the end.
         """
-        until = {self.graph.output: len(self.graph.operations)}
+        until = {value: self.problem.positions.get(value, -1) for value in self.graph.outputs}
+        kept = (slot.left for slot in self.graph.state if not slot.zeros)
+        until |= dict.fromkeys(kept, len(self.graph.operations))
         for index, operation in reversed(list(enumerate(self.graph.operations))):
             again = operation.output in self.recomputed
             needed = max(index, until.get(operation.output, -1)) if again else index
@@ -98,14 +108,14 @@ class _Scheduler:
 
     def schedule(self) -> Schedule:
         graph = self.graph
-        if graph.input not in self.recomputed:
-            arrival = Import(graph.input)
-            self.tasks.add(Kind.IMPORT, arrival, output=self.tasks.image(graph.input))
-            self.tasks.prepare_norms(arrival, None)
+        for slot in graph.state:
+            if slot.read is not None:
+                self.images[slot.read] = self.tasks.home(slot.name)
         for index, operation in enumerate(graph.operations):
+            self.import_images(operation.inputs)
             if operation.output in self.images:
-                continue  # made in one sweep with another
-            if operation.output in self.recomputed:
+                pass  # made in one sweep with another
+            elif operation.output in self.recomputed:
                 if operation.output in self.norms:
                     self.sweep([operation])
             elif self.recomputed.intersection(operation.inputs):
@@ -114,29 +124,136 @@ class _Scheduler:
                 self.sweep(readers)
             else:
                 self.compute_whole(index, operation)
-        departure = Export("", graph.output)
-        if graph.output in self.recomputed:
-            self.sweep([departure])
-        else:
-            self.tasks.add(Kind.EXPORT, departure, inputs=(self.images[graph.output],))
+            self.export_image(operation.output)
+            self.keep(index)
+        self.import_images((*graph.outputs, *(slot.left for slot in graph.state)))
+        for value in graph.inputs:
+            self.export_image(value)
+        self.keep_the_rest()
         arena = lay_out(self.tasks.buffers, self.tasks.times())
+        self.tasks.place_state(arena)
         return Schedule(
-            self.shapes[graph.input],
-            self.shapes[graph.output],
+            self.shapes[graph.inputs[0]],
+            self.shapes[graph.outputs[0]],
+            len(graph.inputs),
+            len(graph.outputs),
             tuple(self.tasks.tasks),
             tuple(self.tasks.buffers),
             arena,
+            self.problem.state_bytes,
             tuple(o.output for o in self.problem.makers if o.output in self.recomputed),
             sum(self.problem.flops.values()),
         )
+
+    def import_images(self, values: Iterable[Value]) -> None:
+        """Import the inputs among some values that are needed whole, unless they are there."""
+        for value in values:
+            if (
+                value in self.graph.inputs
+                and value not in self.images
+                and value not in self.recomputed
+            ):
+                arrival, number = Import(value), self.graph.inputs.index(value)
+                image = self.tasks.image(value, self.home_of(value))
+                self.tasks.add(Kind.IMPORT, arrival, output=image, tensor=number)
+                self.tasks.prepare_norms(arrival, None)
+
+    def export_image(self, value: Value) -> None:
+        """Export a value if it is an output."""
+        if value not in self.graph.outputs:
+            return
+        departure = Export("", value)
+        if value in self.recomputed:
+            self.sweep([departure])
+        else:
+            number = self.graph.outputs.index(value)
+            self.tasks.add(Kind.EXPORT, departure, inputs=(self.images[value],), tensor=number)
+
+    # State.
+
+    def home_of(self, value: Value) -> View | None:
+        """The place in the state for a value that is about to be produced, if it is free."""
+        for slot in self.graph.state:
+            if slot.left == value and not slot.zeros and self.kept[slot.name] is None:
+                self.kept[slot.name] = value
+                return self.tasks.home(slot.name)
+        return None
+
+    def keep(self, index: int) -> bool:
+        """Fill the places of the state that are free after an operation.
+
+        A place is for the value that the run leaves in it. Until that is there, it holds another
+        frame that the same layer still needs, which else would take memory of the arena.
+
+        Returns:
+            Whether anything changed.
+        """
+        changed = False
+        for slot in self.graph.state:
+            kept, left = self.kept[slot.name], None if slot.zeros else slot.left
+            if kept is not None and kept != left and self.needed_until.get(kept, -1) <= index:
+                kept = self.kept[slot.name] = None
+                changed = True
+            if kept is None and left is not None:
+                value = left if left in self.images else self.waiting(left, index)
+                if value is not None:
+                    self.move(value, slot.name)
+                    changed = True
+        return changed and (self.keep(index) or True)
+
+    def waiting(self, left: Value, index: int) -> Value | None:
+        """A frame that is needed after an operation and lies in the arena.
+
+        It belongs to the same layer as a value that will be left.
+        """
+        for value, image in self.images.items():
+            if (
+                self.series.get(value) == self.series.get(left, left)
+                and self.needed_until.get(value, -1) > index
+                and not self.tasks.is_home(image)
+            ):
+                return value
+        return None
+
+    def move(self, value: Value, slot: str) -> None:
+        """Copy a value to the place of a slot, where it is read from then on."""
+        before = self.images[value]
+        for other in self.graph.state:
+            if self.kept[other.name] == value and (other.zeros or other.left != value):
+                self.kept[other.name] = None
+        self.kept[slot] = value
+        self.images[value] = after = self.tasks.home(slot)
+        self.tasks.add(Kind.KEEP, Identity(value, value), inputs=(before,), output=after)
+
+    def keep_the_rest(self) -> None:
+        """Bring everything that the run leaves to its place."""
+        end = len(self.graph.operations)
+        while True:
+            self.keep(end)
+            wrong = [
+                slot
+                for slot in self.graph.state
+                if not slot.zeros and self.kept[slot.name] != slot.left
+            ]
+            if not wrong:
+                return
+            # Values that are in each other's places: one of them makes room.
+            value = self.kept[wrong[0].name]
+            assert value is not None
+            before = self.images[value]
+            self.kept[wrong[0].name] = None
+            after = self.tasks.image(value)
+            self.tasks.add(Kind.KEEP, Identity(value, value), inputs=(before,), output=after)
+
+    # Places of values.
 
     def replaceable(self, index: int, value: Value | None, *read: Value) -> View | None:
         """The image of a value, if the operation may overwrite it with its output."""
         if value is None or value in read or self.needed_until[value] != index:
             return None
-        if not self.rules.overwrites:
-            return None
         image = self.images[value]
+        if not self.rules.overwrites or self.tasks.is_home(image):
+            return None
         # Another value may be stored in the same place, as after an identity.
         others = self.sharing(index, value)
         return None if any(view.offset == image.offset for view in others) else image
@@ -166,7 +283,7 @@ class _Scheduler:
     def compute_whole(self, index: int, operation: Operation) -> None:
         """Compute all rows of an operation at once."""
         value = operation.output
-        if isinstance(operation, Identity):
+        if isinstance(operation, Identity) and not self.tasks.is_home(self.images[operation.input]):
             self.images[value] = self.images[operation.input]
             self.tasks.prepare_norms(operation, None)
             return
@@ -175,10 +292,11 @@ class _Scheduler:
         # A value that is only added, or taken pixel by pixel, may be overwritten.
         added = getattr(operation, "residual", None)
         if isinstance(operation, Conv2d):
-            over = self.replaceable(index, added, operation.input)
+            over = self.replaceable(index, added, operation.input, *operation.earlier)
             if over is None and self.rules.runs_in_place(operation):
                 over = self.replaceable(index, operation.input)
-            target = self.tasks.image(value, over or self.vacant(index, value))
+            over = self.home_of(value) or over or self.vacant(index, value)
+            target = self.tasks.image(value, over)
             sums = self.tasks.sums(operation)
             prepared = self.tasks.prepare(operation)
         else:
@@ -191,7 +309,8 @@ class _Scheduler:
             over = self.replaceable(index, added, *operation.inputs[:-1])
             if isinstance(operation, Modulate):
                 over = self.replaceable(index, operation.input, *operation.inputs[1:])
-            target = self.tasks.image(value, over or self.vacant(index, value))
+            over = self.home_of(value) or over or self.vacant(index, value)
+            target = self.tasks.image(value, over)
         self.tasks.compute(operation, (0, self.heights[value]), 0, inputs, target, sums, prepared)
         self.tasks.prepare_norms(operation, sums)
 
@@ -225,7 +344,7 @@ class _Scheduler:
             value = waiting.pop()
             if value in self.recomputed and value not in needed:
                 needed.add(value)
-                if value != self.graph.input:
+                if value not in self.graph.inputs:
                     waiting.extend(self.graph.operations[self.problem.positions[value]].inputs)
         return [maker for maker in self.problem.makers if maker.output in needed]
 
@@ -242,6 +361,8 @@ class _Scheduler:
         if self.problem.batch > 1 or not isinstance(operation, Conv2d):
             return []
         value = operation.input
+        if value in self.carried:
+            return []
         readers = [other for other in self.graph.operations[index:] if value in other.inputs]
         shape, made = self.shapes[value], self.shapes[operation.output]
         before = shape[2] * self.problem.row_bytes(value)
@@ -286,7 +407,8 @@ class _Scheduler:
         values = [each.output for each in sweep.targets]
         if not others:
             index = self.problem.positions[target.output]
-            over = self.overwritten(sweep) or self.vacant(index, target.output)
+            over = self.home_of(target.output)
+            over = over or self.overwritten(sweep) or self.vacant(index, target.output)
             if over is not None:
                 self.tasks.image(target.output, over)
                 return None
@@ -350,12 +472,17 @@ class _Scheduler:
                     continue
                 match operation:
                     case Import():
+                        number = self.graph.inputs.index(value)
+                        view = view_of(value, rows)
                         self.tasks.add(
-                            Kind.IMPORT, operation, rows=rows, output=view_of(value, rows)
+                            Kind.IMPORT, operation, rows=rows, output=view, tensor=number
                         )
                     case Export(input=result):
+                        number = self.graph.outputs.index(result)
                         view = view_of(result, rows)
-                        self.tasks.add(Kind.EXPORT, operation, rows=rows, inputs=(view,))
+                        self.tasks.add(
+                            Kind.EXPORT, operation, rows=rows, inputs=(view,), tensor=number
+                        )
                     case Conv2d() | Modulate() | Shuffle():
                         read = list(sweep.read(operation, rows))
                         if value in dropped:
@@ -400,3 +527,16 @@ class _Scheduler:
             ):
                 return image
         return None
+
+
+def _series(graph: Graph) -> dict[Value, Value]:
+    """For each frame that a convolution over frames reads, one that stands for all of its layer."""
+    found: dict[Value, Value] = {}
+    for operation in graph.operations:
+        if isinstance(operation, Conv2d) and operation.earlier:
+            frames = (*operation.earlier, operation.input)
+            known = {found.get(frame, frame) for frame in frames}
+            one = found.get(frames[0], frames[0])
+            found |= dict.fromkeys(frames, one)
+            found |= {frame: one for frame, other in found.items() if other in known}
+    return found

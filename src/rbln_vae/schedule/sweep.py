@@ -57,9 +57,12 @@ def rows_read(
         else:
             bottom = top_row(operation, end - 1) + kernel_height
         height = heights[operation.input]
-        yield operation.input, (min(height, max(0, top)), max(0, min(height, bottom)))
+        near = (min(height, max(0, top)), max(0, min(height, bottom)))
+        yield operation.input, near
         if operation.residual is not None:
             yield operation.residual, rows
+        for value in operation.earlier:
+            yield value, near
     elif isinstance(operation, Modulate):
         yield operation.input, rows
         for value in operation.inputs[1:]:
@@ -186,7 +189,7 @@ class Sweep:
         (target,) = self.targets
         if self.heights[value] != self.height:
             return False
-        if isinstance(target, Conv2d) and target.input == value:
+        if isinstance(target, Conv2d) and value in (target.input, *target.earlier):
             return False
         readers = [o for o in (*self.members, target) if value in o.inputs]
         begins = range(0, self.height, self.step)

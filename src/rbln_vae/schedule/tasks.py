@@ -34,6 +34,7 @@ class TaskList:
         self.buffers: list[Buffer] = []
         self.images: dict[Value, View] = {}
         self.sweep = 0
+        self._homes: dict[str, Buffer] = {}
         self._coefficients: dict[tuple[Value, Norm], Buffer] = {}
 
     def times(self) -> list[int]:
@@ -76,6 +77,25 @@ class TaskList:
             over.buffer.holds[value] = len(self.tasks)
         return self.images[value]
 
+    def home(self, slot: str) -> View:
+        """A view of where the state has the image of a slot."""
+        value, offset = self.problem.homes[slot]
+        _, channels, height, width = self.shapes[value]
+        row = self.problem.row_bytes(value)
+        size = -(-self.problem.batch * height * row // ALIGNMENT) * ALIGNMENT
+        if slot not in self._homes:
+            self._homes[slot] = Buffer(slot, size, 0, 0, offset=offset)
+        return View(self._homes[slot], channels, height, width, row, height * row)
+
+    def is_home(self, view: View) -> bool:
+        """Whether a view is of the state."""
+        return any(view.buffer is buffer for buffer in self._homes.values())
+
+    def place_state(self, arena: int) -> None:
+        """Put the state behind an arena of that size, which has been laid out."""
+        for slot, buffer in self._homes.items():
+            buffer.offset = arena + self.problem.homes[slot][1]
+
     def beside(self, values: Sequence[Value], place: Place) -> Buffer:
         """Give several values a common buffer at a place, row beside row; batches of one."""
         row = sum(self.problem.row_bytes(value) for value in values)
@@ -103,6 +123,7 @@ class TaskList:
         output: View | None = None,
         buffers: Mapping[str, Buffer] | None = None,
         norm: Norm | None = None,
+        tensor: int = 0,
         flops: int = 0,
     ) -> None:
         """Add a task, which extends the lives of its buffers; by default for all rows."""
@@ -121,6 +142,7 @@ class TaskList:
                 output,
                 buffers or {},
                 norm,
+                tensor,
                 flops,
                 self.sweep,
             )

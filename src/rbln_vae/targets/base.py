@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from ..profiler import RunProfile
 from ..sizes import format_size
 from ..units import format_bytes
 from .watch import Progress, ShouldStop
+
+if TYPE_CHECKING:
+    from .stream import Chunks, Stream
 
 
 class CompiledPart(Protocol):
@@ -139,8 +142,35 @@ class Runtime(Protocol):
             MemoryError: It would need more than its memory limit.
         """
 
+    def chunks(self, shape: tuple[int, ...]) -> Chunks:
+        """What the runs of a stream take and give.
+
+        Args:
+            shape: `(N, C, H, W)` of a frame.
+
+        Raises:
+            ValueError: The part takes no such frames, or runs images alone.
+        """
+
+    def stream(self, shape: tuple[int, ...], result_bytes: int | None = None) -> Stream:
+        """Begin to run the part on a batch of videos.
+
+        Args:
+            shape: `(N, C, H, W)` of a frame.
+            result_bytes: What results take that are there at the same time, for the memory
+                limit. By default those of one run in float32.
+
+        Raises:
+            ValueError: The part takes no such frames, or runs images alone.
+            MemoryError: It would need more than its memory limit, state included.
+        """
+
     def memory_needed(self, shape: tuple[int, ...]) -> int:
         """Bytes that a run on an input of that shape takes, besides weights.
+
+        Args:
+            shape: `(N, C, H, W)`; or `(N, C, T, H, W)` for a stream of videos, which takes the
+                same for any `T`: state, activations, and the frames of one run.
 
         Raises:
             ValueError: The part takes no such input.
@@ -167,7 +197,7 @@ class Runtime(Protocol):
         """What a run on an input of that shape takes in memory and work, for a reader.
 
         Args:
-            shape: `(N, C, H, W)`.
+            shape: As of `memory_needed`.
             steps: Whether to list what it does, too.
 
         Raises:
@@ -273,10 +303,20 @@ def _kind(device: int | str) -> str:
     return "npu" if isinstance(device, int) else device.partition(":")[0]
 
 
+@runtime_checkable
+class BuildsGraph(Protocol):
+    """A module that builds its graph itself, instead of being traced."""
+
+    def graph(self) -> Graph:
+        """The graph."""
+
+
 class GraphTarget(Target):
     """A target that runs our own graphs, not what another compiler makes of a module."""
 
     def compile_module(self, module: nn.Module, options: CompileOptions) -> CompiledPart:
+        if isinstance(module, BuildsGraph):
+            return self.compile(module.graph(), options)
         return self.compile(capture(module, options.part, options.input_shape[1]), options)
 
     @abstractmethod
@@ -328,6 +368,15 @@ def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> Memory
         f"A run of the {part} on {format_size(shape)} needs at least {format_bytes(least)} "
         f"besides the weights, and memory_limit is {format_bytes(limit)}. Raise it to "
         f"'{math.ceil(least / 2**20)}MiB', or run a smaller image."
+    )
+
+
+def only_images(part: str) -> ValueError:
+    """The error of a part that is to run a video, and runs images."""
+    return ValueError(
+        f"The {part} was compiled for images of one frame. Compile the model again for videos: "
+        "without rbln_num_frames=1, for a target other than 'rbln', and with dtype 'bfloat16' or "
+        "'float32'."
     )
 
 

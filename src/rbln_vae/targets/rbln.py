@@ -29,7 +29,16 @@ from ..errors import (
 from ..levels import sample_of
 from ..profiler import RunProfile
 from ..sizes import format_size
-from .base import CompiledPart, CompileOptions, OnRows, RuntimeOptions, Target, hand_over
+from .base import (
+    CompiledPart,
+    CompileOptions,
+    OnRows,
+    RuntimeOptions,
+    Target,
+    hand_over,
+    only_images,
+)
+from .stream import Chunks, Stream
 from .watch import Progress, ShouldStop, Watch
 
 DEFAULT_TIMEOUT = 60.0
@@ -162,6 +171,14 @@ class RblnRuntime:
     def profiles(self) -> list[RunProfile]:
         """Always empty: Rebellions' profiler writes its own files."""
         return []
+
+    def chunks(self, shape: tuple[int, ...]) -> Chunks:
+        """Always refused: only images are compiled for NPUs."""
+        raise only_images("model")
+
+    def stream(self, shape: tuple[int, ...], result_bytes: int | None = None) -> Stream:
+        """Always refused: only images are compiled for NPUs."""
+        raise only_images("model")
 
     def memory_needed(self, shape: tuple[int, ...]) -> int:
         """Always 0: a run needs only memory of the NPU, which is taken when the model loads."""

@@ -13,7 +13,7 @@ from rbln_vae.targets.cpu.runtime import CpuRuntime
 def attention_graph() -> Graph:
     """Attention of an image to itself: one operation, one step of a run."""
     return Graph(
-        "decoder", "x", 32, "y", (Attention("y", "x", "x", "x", heads=1, scale=0.2),), {}
+        "decoder", ("x",), 32, ("y",), (Attention("y", "x", "x", "x", heads=1, scale=0.2),), {}
     ).verify()
 
 

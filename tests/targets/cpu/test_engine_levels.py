@@ -27,7 +27,7 @@ BOUNDARIES = [x for level in range(256) for x in ((level - 0.5) / 127.5 - 1, lev
 @functools.cache
 def copying(dtype: str = "float32", channels: int = 1) -> CpuRuntime:
     """A runtime that gives its input, rounded to a dtype."""
-    graph = Graph("decoder", "x", channels, "y", [Identity("y", "x")], {})
+    graph = Graph("decoder", ("x",), channels, ("y",), [Identity("y", "x")], {})
     return CpuRuntime(graph, dtype=dtype, num_threads=2)
 
 
@@ -135,7 +135,7 @@ def test_the_engine_refuses_flags_for_other_images() -> None:
     plan.add(_engine.ExportStep(image=image))
     tensor, flags = torch.zeros(1, 1, 1, 1), torch.ones(2, dtype=torch.bool)
     with pytest.raises(ValueError, match="each image"):
-        _engine.Executor(1).run(plan, tensor, tensor.byte(), 60.0, None, False, None, flags)
+        _engine.Executor(1).run(plan, [tensor], [tensor.byte()], 60.0, None, False, None, flags)
 
 
 # Memory, and rows as they are finished

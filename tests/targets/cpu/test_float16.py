@@ -220,7 +220,7 @@ def test_weights_of_any_size_lose_no_more_than_others(size: float) -> None:
         Conv2d("a", "x", "w", None, padding=(1, 1, 1, 1)),
         Conv2d("y", "a", "v", None),
     )
-    graph = Graph("case", "x", 24, "y", operations, weights).verify()
+    graph = Graph("case", ("x",), 24, ("y",), operations, weights).verify()
     packed = pack(graph, "float16")
     kernels = packed["w"].double() * packed["w.factor"].double()
     assert relative_l2(kernels, pack(graph, "float32")["w"].double()) < 3e-4

@@ -126,7 +126,7 @@ def test_what_is_stored_is_the_nearest_with_ties_to_even(
         positive = positive[positive.isnan() | (positive < 65520)]
     values = torch.cat([positive, -positive])
     weights = {"w": torch.zeros(len(values), 1, 1, 1), "b": values}
-    graph = Graph("case", "x", 1, "y", (Conv2d("y", "x", "w", "b"),), weights).verify()
+    graph = Graph("case", ("x",), 1, ("y",), (Conv2d("y", "x", "w", "b"),), weights).verify()
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     native, shape = CpuRuntime(graph, dtype=dtype), (1, 1, 1, 5)
     found = native.execute(native.program(shape), torch.zeros(shape))

@@ -84,7 +84,7 @@ def test_a_plan_keeps_a_step_as_it_was_when_it_was_checked() -> None:
     plan.add(last)
     first.image.offset = last.image.offset = 2**40
     source, result = torch.randn(SHAPE), torch.empty(SHAPE)
-    _engine.Executor(1).run(plan, source, result, 60.0, None, False)
+    _engine.Executor(1).run(plan, [source], [result], 60.0, None, False)
     assert torch.equal(source, result)
 
 

@@ -218,7 +218,7 @@ def test_denormals_count_as_zero_in_a_run_and_nowhere_else(
     """Arithmetic on them takes a hundred times as long where they don't."""
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     weight = torch.eye(4)[:, :, None, None]
-    graph = Graph("copy", "x", 4, "y", (Conv2d("y", "x", "w", None),), {"w": weight})
+    graph = Graph("copy", ("x",), 4, ("y",), (Conv2d("y", "x", "w", None),), {"w": weight})
     native = CpuRuntime(graph, dtype=dtype, num_threads=2)
     image = torch.full((2, 4, 64, 64), 1e-40)
     assert native.run(image).count_nonzero() == 0

@@ -84,6 +84,6 @@ def test_an_operation_that_lowering_does_not_know_is_refused_not_taken_for_anoth
         def infer(self, shapes: Shapes, weights: Weights) -> tuple[int, ...]:
             return shapes[self.input]
 
-    graph = Graph("part", "x", 4, "y", (Unknown("y", "x"),), {})
+    graph = Graph("part", ("x",), 4, ("y",), (Unknown("y", "x"),), {})
     with pytest.raises(NotImplementedError, match="no step for Unknown"):
         CpuRuntime(graph).program(SHAPE)

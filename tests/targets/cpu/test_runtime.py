@@ -110,7 +110,7 @@ def test_convolutions_with_and_without_doubling_share_a_weight(dtype: str) -> No
         Conv2d("a", "x", "w", None, padding=ones),
         Conv2d("y", "a", "w", None, padding=ones, upsample=True),
     )
-    graph = Graph("case", "x", 8, "y", operations, weights).verify()
+    graph = Graph("case", ("x",), 8, ("y",), operations, weights).verify()
     image = torch.randn(1, 8, 9, 11, generator=generator)
     found = CpuRuntime(graph, dtype=dtype).run(image)
     limit = {"float32": 1e-6, "float16": 1.5e-3, "bfloat16": 1e-2}[dtype]
@@ -153,7 +153,7 @@ def test_any_strides_and_dtypes(decoder: Graph, dtype: torch.dtype) -> None:
 
 def test_half_precision_is_rounded_to_the_nearest() -> None:
     graph = Graph(
-        "case", "x", 1, "y", (Conv2d("y", "x", "w", None),), {"w": torch.ones(1, 1, 1, 1)}
+        "case", ("x",), 1, ("y",), (Conv2d("y", "x", "w", None),), {"w": torch.ones(1, 1, 1, 1)}
     )
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     image = torch.nan_to_num(every).view(1, 1, 256, 256)
@@ -182,7 +182,7 @@ def rare_operations() -> Graph:
         Modulate("j", "h", "e", "e"),
         Modulate("y", "j", "g", "f", norm),
     )
-    return Graph("rare", "x", 3, "y", operations, weights).verify()
+    return Graph("rare", ("x",), 3, ("y",), operations, weights).verify()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def modulated(factor: int, *, read_later: bool) -> Graph:
         Conv2d("z", "m", "z", None, activation="silu", residual="a" if read_later else None),
         Conv2d("y", "z", "y", None, padding=(1, 1, 1, 1)),
     )
-    return Graph("modulated", "x", 5, "y", operations, weights).verify()
+    return Graph("modulated", ("x",), 5, ("y",), operations, weights).verify()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_mean_far_from_zero(dtype: str) -> None:
     weights |= {"g": torch.ones(32), "h": torch.zeros(32)}
     norm = Norm(4, 1e-6, "g", "h")
     operations = (Conv2d("a", "x", "w", "b"), GroupNorm("y", "a", norm))
-    graph = Graph("case", "x", 32, "y", operations, weights).verify()
+    graph = Graph("case", ("x",), 32, ("y",), operations, weights).verify()
     image = torch.randn(1, 32, 40, 40) * (1 if dtype == "float32" else 100)
     expected = torch.nn.functional.group_norm(image.double() + 1000, 4, eps=1e-6)
     assert difference(CpuRuntime(graph, dtype=dtype).run(image), expected) < (
@@ -302,7 +302,7 @@ def test_weights_packed_before_need_no_weights(decoder: Graph) -> None:
 def test_tiles_that_would_change_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {"w": torch.randn(32, 32, 3, 3)}
     conv = Conv2d("y", "x", "w", None, padding=(1, 1, 1, 1))
-    graph = Graph("case", "x", 32, "y", (conv,), weights).verify()
+    graph = Graph("case", ("x",), 32, ("y",), (conv,), weights).verify()
     monkeypatch.setattr(Convolution, "tile", lambda *_: (8, 10))
     with pytest.raises(ValueError, match="cells that don't begin"):
         CpuRuntime(graph, dtype="float32").run(torch.randn(1, 32, 40, 40))

@@ -49,12 +49,10 @@ class CpuTarget(GraphTarget):
         graph = optimise(graph)
         dtype = options.dtype or self.best_dtype()
         if dtype == "float16":
-            graph = give_headroom(graph)
+            # What leaves the range is run again, which a video can't be.
+            graph = give_headroom(graph.start.stateless())
         packed = pack(graph, dtype)
-        shapes = {
-            name: torch.empty(weight.shape, device="meta") for name, weight in graph.weights.items()
-        }
-        graph = dataclasses.replace(graph, weights=shapes)
+        graph = _without_weights(graph)
         # What the engine has no kernel for is an error now, not at the first run.
         CpuRuntime(graph, packed, dtype=dtype, num_threads=1).program(options.input_shape)
         return Artifact(graph, self.name, dtype, options.source, packed=packed)
@@ -85,6 +83,15 @@ class CpuTarget(GraphTarget):
             timeout=options.timeout,
             activate_profiler=options.activate_profiler,
         )
+
+
+def _without_weights(graph: Graph) -> Graph:
+    """The graphs of a part with the shapes of their weights alone."""
+    shapes = {
+        name: torch.empty(weight.shape, device="meta") for name, weight in graph.weights.items()
+    }
+    first = None if graph.first is None else _without_weights(graph.first)
+    return dataclasses.replace(graph, weights=shapes, first=first)
 
 
 TARGET = CpuTarget()

@@ -75,7 +75,8 @@ class Bound:
         activations. Where these are more than a quarter as large, a twentieth of the time is at
         stake at most.
         """
-        return 4 * self.program.schedule.arena_bytes < kernels <= self.spare
+        schedule = self.program.schedule
+        return 4 * (schedule.arena_bytes + schedule.state_bytes) < kernels <= self.spare
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class _Lowering:
                 return self.transfer(_engine.ExportStep, task, task.inputs[0])
             case Kind.MOVE:
                 return self.move(task)
+            case Kind.KEEP:
+                return self.copy(task)
             case Kind.PREPARE if isinstance(task.operation, Conv2d):
                 return self.winograd_kernels(task, task.operation)
             case Kind.PREPARE:
@@ -134,7 +136,19 @@ class _Lowering:
         task: Task,
         view: View | None,
     ) -> Step:
-        native = kind(batch=self.batch, image=self.image(view), first_row=task.rows[0])
+        native = kind(
+            batch=self.batch,
+            image=self.image(view),
+            first_row=task.rows[0],
+            tensor=task.tensor,
+        )
+        return self.make(task, native)
+
+    def copy(self, task: Task) -> Step:
+        (source,) = task.inputs
+        native = _engine.PointwiseStep(
+            batch=self.batch, input=self.image(source), output=self.image(task.output)
+        )
         return self.make(task, native)
 
     def move(self, task: Task) -> Step:
@@ -159,13 +173,21 @@ class _Lowering:
         native = _engine.WinogradStep(
             panels=conv.panels,
             blocks=-(-conv.inputs // BLOCK),
+            skipped=self.rules.skipped_blocks(operation),
             phases=conv.phases,
             kernels=_offset(task.buffers["kernels"]),
         )
         work = 2 * kernels_work(conv, self.machine)
+        kernels = self.transformed(operation, task.buffers["kernels"])
         name = kernels_name(operation)
-        kernels = Kernels(name, task.buffers["kernels"].bytes)
         return self.make(task, native, name, kind="Winograd", work=work, kernels=kernels)
+
+    def transformed(self, operation: Conv2d, buffer: Buffer | None) -> Kernels | None:
+        """The transformed kernels in a buffer; without frames of zeros they are others."""
+        if buffer is None:
+            return None
+        rest = f" without {operation.left_out} frames" if operation.left_out else ""
+        return Kernels(kernels_name(operation) + rest, buffer.bytes)
 
     def convolution(self, task: Task, operation: Conv2d) -> Step:
         rules, machine = self.rules, self.machine
@@ -193,7 +215,10 @@ class _Lowering:
         if kernels is None:
             weights[1] = kernels_name(operation)
             weight_bytes = conv.products * conv.inputs * conv.outputs * machine.element_bytes
-        source, *residual = task.inputs
+        count = len(task.inputs) - len(operation.earlier)
+        source, *residual = task.inputs[:count]
+        earlier = [self.image(view) for view in task.inputs[count:]]
+        absent = _engine.ConvStep().earlier[len(earlier) :]
         # In a sketch the first strip stands for all of them.
         rows = task.rows[1] - task.rows[0]
         whole_flops = operation.flops(rules.shapes, self.weights)
@@ -202,6 +227,8 @@ class _Lowering:
         native = _engine.ConvStep(
             batch=self.batch,
             input=self.image(source),
+            earlier=[*earlier, *absent],
+            left_out=operation.left_out,
             output=self.image(task.output),
             reading=self.reading(task, operation.activation),
             eps=eps,
@@ -230,7 +257,7 @@ class _Lowering:
             kind=operation.kind,
             work=work,
             extra_bytes=weight_bytes,
-            kernels=None if kernels is None else Kernels(kernels_name(operation), kernels.bytes),
+            kernels=self.transformed(operation, kernels),
         )
 
     # Norms.

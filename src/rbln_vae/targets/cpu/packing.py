@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import config
-from ...graph.ir import Conv2d, Graph, Operation, RMSNorm, Shuffle
+from ...graph.ir import Conv2d, Graph, Operation, RMSNorm, Shuffle, Weights
 
 BLOCK = 32
 """Channels of a block: images have the memory layout `[N][H][blocks][W][32]`."""
@@ -27,37 +27,32 @@ DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in conf
 
 
 def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
-    """Pack all weights of a graph.
+    """Pack all weights of a part.
 
     Args:
-        graph: The optimised graph.
+        graph: The optimised graph; the weights of that of the first run are packed, too.
         dtype: The dtype in which images and kernels are stored, one of `DTYPES`.
 
     Returns:
-        A tensor for each weight of the graph, under its name (that of an RMS norm padded with
+        A tensor for each weight of the part, under its name (that of an RMS norm padded with
         zeros to whole blocks of channels; kernels under `kernels_name`), and a bias of zeros
         for each convolution without one, under `bias_name`. In float16 kernels are divided by
         a power of two that makes the most of its range, which stands under `factor_name`.
     """
     packed: dict[str, Tensor] = {}
-    for operation in graph.operations:
+    weights = graph.all_weights
+    for operation in graph.all_operations:
         for name in _vectors(operation):
-            packed[name] = graph.weights[name].detach().to(torch.float32).contiguous()
-    for operation in graph.operations:
+            packed[name] = weights[name].detach().to(torch.float32).contiguous()
+    for operation in graph.all_operations:
         if isinstance(operation, Conv2d):
-            kernels = graph.weights[operation.weight].detach()
-            if operation.doubles(graph.weights):
-                kernels = doubling_kernels(kernels)
-            if dtype == "float16":
-                factor = _factor(kernels)
-                kernels = kernels / factor
-                packed[factor_name(operation)] = torch.tensor([factor])
-            packed[kernels_name(operation)] = pack_kernels(kernels, DTYPES[dtype])
-            outputs = operation.kernel(graph.weights)[0]
-            phases = 4 if operation.has_phases(graph.weights) else 1
+            if kernels_name(operation) not in packed:
+                packed |= _packed_kernels(operation, weights, dtype)
+            outputs = operation.kernel(weights)[0]
+            phases = 4 if operation.has_phases(weights) else 1
             bias = torch.zeros(phases, -(-outputs // PANEL) * PANEL)
             if operation.bias is not None:
-                bias[:, :outputs] = graph.weights[operation.bias].detach().view(phases, outputs)
+                bias[:, :outputs] = weights[operation.bias].detach().view(phases, outputs)
             packed[bias_name(operation)] = bias.flatten()
             if isinstance(operation.norm, RMSNorm):
                 name = operation.norm.weight
@@ -77,17 +72,19 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
         packed: The tensors to check.
         dtype: The dtype of the computation.
     """
+    weights = graph.all_weights
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        name: (tuple(graph.weights[name].shape), torch.float32)
-        for operation in graph.operations
+        name: (tuple(weights[name].shape), torch.float32)
+        for operation in graph.all_operations
         for name in _vectors(operation)
     }
-    for operation in graph.operations:
+    for operation in graph.all_operations:
         if isinstance(operation, Conv2d):
-            outputs, inputs, height, width = operation.kernel(graph.weights)
-            panels, blocks = -(-outputs // PANEL), -(-inputs // BLOCK)
-            phases = 4 if operation.has_phases(graph.weights) else 1
-            doubles = operation.doubles(graph.weights)
+            outputs, inputs, height, width = operation.kernel(weights)
+            frame_blocks = -(-inputs // operation.frames // BLOCK)
+            panels, blocks = -(-outputs // PANEL), operation.frames * frame_blocks
+            phases = 4 if operation.has_phases(weights) else 1
+            doubles = operation.doubles(weights)
             matrices = DOUBLING_PRODUCTS if doubles else phases * height * width
             size = panels * PANEL * matrices * blocks * BLOCK
             expected[kernels_name(operation)] = ((size,), DTYPES[dtype])
@@ -95,7 +92,7 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
                 expected[factor_name(operation)] = ((1,), torch.float32)
             expected[bias_name(operation)] = ((phases * panels * PANEL,), torch.float32)
             if isinstance(operation.norm, RMSNorm):
-                expected[operation.norm.weight] = ((blocks * BLOCK,), torch.float32)
+                expected[operation.norm.weight] = ((frame_blocks * BLOCK,), torch.float32)
         elif isinstance(operation, Shuffle):
             expected[order_name(operation)] = ((len(operation.order),), torch.int32)
     if packed.keys() != expected.keys():
@@ -108,6 +105,28 @@ def check_packed(graph: Graph, packed: Mapping[str, Tensor], dtype: str) -> None
                 f"{name!r} is packed as {tuple(tensor.shape)} of {tensor.dtype}, expected {shape} "
                 f"of {wanted}"
             )
+
+
+def _packed_kernels(operation: Conv2d, weights: Weights, dtype: str) -> dict[str, Tensor]:
+    """The packed kernels of a convolution, and in float16 their factor."""
+    kernels = _by_frame(weights[operation.weight].detach(), operation.frames)
+    if operation.doubles(weights):
+        kernels = doubling_kernels(kernels)
+    packed = {}
+    if dtype == "float16":
+        factor = _factor(kernels)
+        kernels = kernels / factor
+        packed[factor_name(operation)] = torch.tensor([factor])
+    return packed | {kernels_name(operation): pack_kernels(kernels, DTYPES[dtype])}
+
+
+def _by_frame(kernels: Tensor, frames: int) -> Tensor:
+    """Kernels in which the channels of each frame fill whole blocks, with zeros."""
+    if frames == 1:
+        return kernels
+    *before, inputs, height, width = kernels.shape
+    apart = kernels.reshape(*before, frames, inputs // frames, height, width)
+    return F.pad(apart, (0, 0, 0, 0, 0, -apart.shape[-3] % BLOCK)).flatten(-4, -3)
 
 
 def _vectors(operation: Operation) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class Kernels:
     """Kernels that are transformed for Winograd's algorithm.
 
     Attributes:
-        weight: The name of the packed weights that they are made of.
+        weight: The name of the packed weights that they are made of, and of what is left out.
         bytes: Their size.
     """
 
@@ -128,7 +128,13 @@ class Program:
         """
         schedule = self.schedule
         plan = _engine.Plan(
-            self.machine.kernels, schedule.arena_bytes, schedule.input_shape, schedule.output_shape
+            self.machine.kernels,
+            schedule.arena_bytes,
+            schedule.input_shape,
+            schedule.output_shape,
+            schedule.inputs,
+            schedule.outputs,
+            schedule.state_bytes,
         )
         for step in self.steps_beside(kept):
             _add(plan, step, packed, kept)

@@ -21,6 +21,9 @@ from .tiles import FASTEST, FEW_CELLS, Choices, Convolution, Machine, gains_by_w
 MAX_TAPS = 64
 """The most taps of a convolution kernel."""
 
+MAX_FRAMES = 3
+"""The most frames of a convolution kernel."""
+
 
 class CpuRules:
     """The engine's `Rules` for a graph and one input shape.
@@ -131,6 +134,7 @@ class CpuRules:
         conv = self.convolution(operation)
         return (
             conv.kernel == (1, 1)
+            and not operation.earlier
             and operation.stride == 1
             and not any(operation.padding)
             and not operation.upsample
@@ -141,6 +145,10 @@ class CpuRules:
         )
 
     # Lowering uses these, too.
+
+    def skipped_blocks(self, operation: Conv2d) -> int:
+        """The blocks of input channels of frames that a convolution leaves out."""
+        return operation.left_out * _blocks(self.shapes[operation.input][1])
 
     def convolution(self, operation: Conv2d) -> Convolution:
         """The properties of a convolution that determine its tiles.
@@ -153,7 +161,16 @@ class CpuRules:
         return self._convolutions[operation.output]
 
     def _convolution(self, operation: Conv2d) -> Convolution:
-        outputs, inputs, height, width = operation.kernel(self.graph.weights)
+        outputs, _, height, width = operation.kernel(self.graph.weights)
+        inputs = self.shapes[operation.input][1]
+        if operation.earlier:  # of each frame whole blocks
+            inputs = (1 + len(operation.earlier)) * _blocks(inputs) * BLOCK
+        doubles = operation.doubles(self.graph.weights)
+        if operation.frames > (1 if doubles else MAX_FRAMES):
+            raise RBLNCompileError(
+                f"The target 'cpu' takes convolutions over up to {MAX_FRAMES} frames, and over one "
+                f"that is doubled; {operation.output!r} has {operation.frames}."
+            )
         if height * width > MAX_TAPS:
             raise RBLNCompileError(
                 f"The target 'cpu' takes convolution kernels of up to {MAX_TAPS} taps, "
@@ -166,7 +183,7 @@ class CpuRules:
             kernel=(height, width),
             stride=operation.stride,
             upsample=operation.upsample,
-            doubles=operation.doubles(self.graph.weights),
+            doubles=doubles,
             grid=(grid[0], grid[1]),
             normed=operation.norm is not None or operation.activation is not None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -22,11 +23,13 @@ from ...host import usable_memory, usable_processors
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ...schedule import fitting
+from ...schedule.problem import Problem
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
-from ..base import OnRows, beyond_float16, over_memory_limit, torch_allocates
+from ..base import OnRows, beyond_float16, only_images, over_memory_limit, torch_allocates
+from ..stream import Chunks, Stream, frame_shape
 from ..watch import Progress, ShouldStop, Watch
 from .kept import Bound, KeptKernels
 from .lower import ADDRESSABLE, lower
@@ -175,11 +178,12 @@ def _new_result(shape: Shape, dtype: torch.dtype, levels: bool) -> Tensor:
 
 
 class CpuRuntime:
-    """Runs a graph with the engine; any number of threads may share it.
+    """Runs a part with the engine; any number of threads may share it.
 
     Args:
-        graph: The optimised graph. With `packed`, only the shapes of its weights are read, so
-            they may be on the meta device.
+        graph: The optimised graph; of a part that runs videos, that of later runs, and images are
+            run by that of the first run. With `packed`, only the shapes of the weights are read,
+            so they may be on the meta device.
         packed: The result of `packing.pack` for `dtype`; `None` packs the graph's weights.
         dtype: The dtype of the computation; `None` is the fastest on this machine.
         num_threads: The threads of a run; `None` is one per core that this process may use.
@@ -209,7 +213,7 @@ class CpuRuntime:
             raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}.")
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}, expected at least 1.")
-        self.graph = graph
+        self.graph = graph.start.stateless()
         self.timeout = timeout
         limit = usable_memory() if memory_limit is None else memory_limit
         self.memory_limit = min(limit, ADDRESSABLE)
@@ -230,6 +234,15 @@ class CpuRuntime:
         if activate_profiler:
             self._profiles = deque(maxlen=KEPT_PROFILES)
             self._limit = measured_limit(self._kernels.isa, dtype, self._executor.threads)
+        self._videos: tuple[CpuRuntime, CpuRuntime] | None = None
+        if graph.first is not None:
+            self._videos = self._of_graph(graph.first), self._of_graph(graph)
+
+    def _of_graph(self, graph: Graph) -> CpuRuntime:
+        """What runs another graph with the same weights, threads and memory."""
+        other = copy.copy(self)
+        other.graph, other._bound = graph, {}
+        return other
 
     def program(self, shape: Shape) -> Program:
         """The program for an input shape; `print(program.describe())` shows it.
@@ -267,8 +280,13 @@ class CpuRuntime:
             ValueError: The shape is not valid for the part.
             MemoryError: Every schedule exceeds the memory limit.
         """
-        bound = self._planned(tuple(shape))
-        return bound.bytes + bound.kept_bytes + self._result_bytes(tuple(shape))
+        shape = tuple(shape)
+        if len(shape) == 5:
+            frame = frame_shape(shape)
+            most = max(each.bytes + each.kept_bytes for each in self._bound_for_stream(frame))
+            return most + frame[0] * self._state_bytes(frame) + self.chunks(frame).result_bytes
+        bound = self._planned(shape)
+        return bound.bytes + bound.kept_bytes + self._result_bytes(shape)
 
     def seconds_expected(self, shape: Shape) -> float | None:
         """About how long a run takes, from the work of its steps and the peak of this machine.
@@ -277,6 +295,13 @@ class CpuRuntime:
             ValueError, MemoryError: As `memory_needed`.
         """
         shape = tuple(shape)
+        if len(shape) == 5:
+            chunks = self.chunks(frame_shape(shape))
+            first, later = self._bound_for_stream(frame_shape(shape))
+            runs = -(-(shape[2] - chunks.taken[0]) // chunks.taken[1])
+            times = self._seconds(first.steps), self._seconds(later.steps, runs)
+            known = [each for each in times if each is not None]
+            return shape[0] * sum(known) if len(known) == 2 else None
         bound = self._planned(shape)
         parts = -(-shape[0] // bound.program.schedule.input_shape[0])
         return self._seconds(bound.beside_kept if bound.kept_bytes else bound.steps, parts)
@@ -284,6 +309,8 @@ class CpuRuntime:
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         """The memory and the work of a run, and those of other schedules."""
         shape = tuple(shape)
+        if len(shape) == 5:
+            return self._describe_stream(shape, steps)
         result = self._result_bytes(shape)
         bound = self._planned(shape)
         schedule, kept = bound.program.schedule, bound.kept_bytes
@@ -316,6 +343,31 @@ class CpuRuntime:
                 lines.append(f"{memory:>14} {other.extra_work:>11.1%} {time:>14}  {again}")
         return "\n".join([*lines, "", bound.program.describe()] if steps else lines)
 
+    def _describe_stream(self, shape: Shape, steps: bool) -> str:
+        frame = frame_shape(shape)
+        bounds, chunks = self._bound_for_stream(frame), self.chunks(frame)
+        state, least = frame[0] * self._state_bytes(frame), self.memory_needed(shape)
+        runs = -(-(shape[2] - chunks.taken[0]) // chunks.taken[1])
+        count = chunks.given[0] + runs * chunks.given[1]
+        lines = [
+            f"{self.graph.name} on {shape[2]} frames of {format_size(frame)}, "
+            f"{self.machine.dtype}, {self.machine.isa}, {self.machine.threads} threads",
+            f"memory      {format_bytes(least)} for any number of frames: {format_bytes(state)} "
+            f"for state, {format_bytes(least - state - chunks.result_bytes)} for activations and "
+            f"threads, {format_bytes(chunks.result_bytes)} for {chunks.given[1]} frames of the "
+            "result",
+        ]
+        for name, bound, given in zip(("first", "later"), bounds, chunks.given, strict=True):
+            lines.append(
+                f"{name:<12}{given} of {count} frames in "
+                f"{bound.program.schedule.flops / 1e12:.3f} TFLOP, {self._estimate(bound.steps)}"
+            )
+        total = self.seconds_expected(shape)
+        lines.append(f"time        {'not known' if total is None else format_seconds(total)}")
+        if steps:
+            lines += [f"\n{bound.program.describe()}" for bound in bounds]
+        return "\n".join(lines)
+
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
         """Use less memory than the limit allows.
 
@@ -325,7 +377,91 @@ class CpuRuntime:
                 `TILING_TIME` times as long, by estimate. Less memory is used only if the limit
                 requires it.
         """
-        self._slicing, self._tiling = slicing, tiling
+        for runtime in (self, *(self._videos or ())):
+            runtime._slicing, runtime._tiling = slicing, tiling
+
+    # Videos.
+
+    def chunks(self, shape: Shape) -> Chunks:
+        """What the runs of a stream take and give.
+
+        Args:
+            shape: `(N, C, H, W)` of a frame.
+
+        Raises:
+            ValueError: The part takes no such frames, or runs images alone.
+        """
+        self._check_shape(shape)
+        if self._videos is None:
+            raise only_images(self.graph.name)
+        return Chunks.of(self._videos[1].graph, shape)
+
+    def stream(
+        self,
+        shape: Shape,
+        result_bytes: int | None = None,
+        memory_limit: int | None = None,
+    ) -> Stream:
+        """Begin to run the part on a batch of videos; see `Runtime.stream`."""
+        shape = tuple(shape)
+        bounds = self._bound_for_stream(shape, result_bytes, memory_limit)
+        chunks, videos = self.chunks(shape), self._videos
+        assert videos is not None
+        with torch_allocates():
+            floats = self._state_bytes(shape) // 4
+            states = [_engine.allocate(floats) for _ in range(shape[0])]
+
+        def step(
+            first: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
+        ) -> None:
+            videos[not first]._run_chunk(bounds[not first], state, inputs, outputs, watch)
+
+        return Stream(chunks, states, step, self.timeout)
+
+    def _run_chunk(
+        self,
+        bound: Bound,
+        state: Tensor,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        watch: Watch,
+    ) -> None:
+        """Run a chunk of one video, whose state follows."""
+        with torch_allocates():
+            taken = (*EXCHANGED, torch.uint8)
+            sources = [each if each.dtype in taken else each.float() for each in inputs]
+            results = [
+                each if each.dtype in taken else torch.empty_like(each, dtype=torch.float32)
+                for each in outputs
+            ]
+        watch.check()
+        nothing = torch.empty(EMPTY)
+        bound = self.kept_kernels.beside(
+            bound, lambda plan: self._run_plan(plan, [nothing], [nothing], watch, lambda _: 0)
+        )
+        self._run_bound(bound, sources, results, watch, 0, state=state)
+        for result, output in zip(results, outputs, strict=True):
+            if result is not output:
+                output.copy_(result)
+
+    def _state_bytes(self, shape: Shape) -> int:
+        """The bytes of the state of one video, of frames of a shape."""
+        assert self._videos is not None
+        first = self._videos[0]
+        one = (1, *shape[1:])
+        return Problem(first.graph, one, first.rules(one)).state_bytes
+
+    def _bound_for_stream(
+        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
+    ) -> tuple[Bound, Bound]:
+        """The programs for the first chunk of one video, and for later ones."""
+        chunks, videos = self.chunks(shape), self._videos
+        assert videos is not None
+        limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
+        taken = chunks.result_bytes if result_bytes is None else result_bytes
+        taken += shape[0] * self._state_bytes(shape)
+        first, later = (runtime._bound_for((1, *shape[1:]), limit, taken) for runtime in videos)
+        return first, later
 
     def run(
         self,
@@ -423,7 +559,7 @@ class CpuRuntime:
                 alone = slice(n, n + 1)
                 flag = None if flags is None else flags[alone].fill_(True)
                 wide = self._wide_bound(part[alone], limit, taken)
-                self._run_bound(wide, part[alone], images[alone], watch, begin + n, flag)
+                self._run_bound(wide, [part[alone]], [images[alone]], watch, begin + n, flag)
         if may_overflow and on_rows is not None:
             # No row is valid before the whole image is.
             on_rows(0, result)
@@ -471,30 +607,33 @@ class CpuRuntime:
         watch.check(done)
         nothing = torch.empty(EMPTY)
         bound = self.kept_kernels.beside(
-            bound, lambda plan: self._run_plan(plan, nothing, nothing, watch, lambda _: done)
+            bound,
+            lambda plan: self._run_plan(plan, [nothing], [nothing], watch, lambda _: done),
         )
-        return self._run_bound(bound, source, result, watch, done, finite, on_rows)
+        return self._run_bound(bound, [source], [result], watch, done, finite, on_rows)
 
     def _run_bound(
         self,
         bound: Bound,
-        source: Tensor,
-        result: Tensor,
+        sources: list[Tensor],
+        results: list[Tensor],
         watch: Watch,
         done: int,
-        finite: Tensor | None,
+        finite: Tensor | None = None,
         on_rows: Callable[[int, int], None] | None = None,
+        state: Tensor | None = None,
     ) -> list[int]:
         """Run what is bound, and keep the times of its steps if the profiler is active."""
         start = time.time()
         beyond, times = self._run_plan(
             bound.native,
-            source,
-            result,
+            sources,
+            results,
             watch,
-            lambda items: done + len(source) * bound.share_done(items),
+            lambda items: done + len(sources[0]) * bound.share_done(items),
             finite,
             on_rows,
+            state,
         )
         if self._profiles is not None:
             self._profiles.append(self._profile(bound, start, times))
@@ -503,12 +642,13 @@ class CpuRuntime:
     def _run_plan(
         self,
         plan: _engine.Plan,
-        source: Tensor,
-        result: Tensor,
+        sources: list[Tensor],
+        results: list[Tensor],
         watch: Watch,
         done: Callable[[int], float],
         finite: Tensor | None = None,
         on_rows: Callable[[int, int], None] | None = None,
+        state: Tensor | None = None,
     ) -> tuple[list[int], list[tuple[float, float]]]:
         """Run a plan, and return what `_engine.Executor.run` does.
 
@@ -523,13 +663,14 @@ class CpuRuntime:
             with _threads_start():
                 return self._executor.run(
                     plan,
-                    source,
-                    result,
+                    sources,
+                    results,
                     watch.seconds_left,
                     ask if watch.needs_asking else None,
                     profile,
                     on_rows,
                     finite,
+                    state,
                 )
         except _engine.TimedOutError:
             raise watch.timed_out() from None
@@ -550,14 +691,17 @@ class CpuRuntime:
         Returns:
             How many were kept.
         """
-        kept = len(self._bound)
-        self._bound.clear()
+        runtimes = (self, *(self._videos or ()))
+        kept = sum(len(runtime._bound) for runtime in runtimes)
+        for runtime in runtimes:
+            runtime._bound.clear()
         return kept
 
     def _result_bytes(self, shape: Shape, element_bytes: int = 4) -> int:
         """The bytes of the result for an input shape; floats count as float32 (default)."""
         self._check_shape(shape)
-        return element_bytes * math.prod(self.graph.infer_shapes(shape)[self.graph.output])
+        shapes = self.graph.infer_shapes(shape)
+        return element_bytes * math.prod(shapes[self.graph.outputs[0]])
 
     def _check_shape(self, shape: Shape) -> None:
         if len(shape) != 4 or min(shape) < 1 or shape[1] != self.graph.input_channels:

@@ -27,7 +27,8 @@ class TorchTarget(GraphTarget):
         dtype = options.dtype or self.best_dtype()
         graph = optimise(graph)
         if dtype == "float16":
-            graph = give_headroom(graph)
+            # What leaves the range is run again, which a video can't be.
+            graph = give_headroom(graph.start.stateless())
         return Artifact(graph, self.name, dtype, options.source)
 
     def load(self, path: Path) -> Artifact:

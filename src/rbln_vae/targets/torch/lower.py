@@ -45,18 +45,20 @@ class Frame:
     Attributes:
         images: The arena, in the dtype of images.
         floats: The same memory in float32.
-        source: What the caller gave: floats or levels, on any device.
-        result: Where the result goes: floats or levels, on any device.
-        dtype: The dtype that levels of the result are computed from.
+        sources: What the caller gave: floats or levels, on any device.
+        results: Where the results go: floats or levels, on any device.
+        dtype: The dtype that levels of a result are computed from.
+        state: The state of a video, in the dtype of images; empty if there is none.
         finite: Gets whether each image had only finite values, if asked for.
         on_rows: Called with the first row and the number of rows that are finished.
     """
 
     images: Tensor
     floats: Tensor
-    source: Tensor
-    result: Tensor
+    sources: list[Tensor]
+    results: list[Tensor]
     dtype: torch.dtype
+    state: Tensor
     finite: Tensor | None = None
     on_rows: Callable[[int, int], object] | None = None
 
@@ -119,13 +121,14 @@ def lower(schedule: Schedule, rules: TorchRules, weights: Weights) -> Program:
         rules: Of PyTorch's kernels, for the graph and the shape.
         weights: Of the graph, on the device.
     """
-    lowering = _Lowering(rules, weights)
+    lowering = _Lowering(rules, weights, schedule.arena_bytes)
     return Program(schedule, tuple(map(lowering.step, schedule.tasks)))
 
 
 class _Lowering:
-    def __init__(self, rules: TorchRules, weights: Weights) -> None:
+    def __init__(self, rules: TorchRules, weights: Weights, arena_bytes: int) -> None:
         self.rules = rules
+        self.arena_bytes = arena_bytes
         self.graph = rules.graph
         self.weights = weights
         self.batch = rules.batch
@@ -143,6 +146,8 @@ class _Lowering:
                 workspace, run = self.exporting(task)
             case Kind.MOVE:
                 workspace, run = 0, self.move(task)
+            case Kind.KEEP:
+                workspace, run = 0, self.copy(task)
             case Kind.STATISTICS:
                 workspace, run = self.statistics(task)
             case Kind.NORM:
@@ -171,8 +176,12 @@ class _Lowering:
         """What returns the image of a view."""
         shape = (self.batch, view.channels, view.height, view.width)
         image, row = view.image_bytes // self.size, view.row_bytes // self.size
+        strides = (image, 1, row, view.channels)
         offset = (view.buffer.offset + view.offset) // self.size
-        return lambda frame: frame.images.as_strided(shape, (image, 1, row, view.channels), offset)
+        begin = self.arena_bytes // self.size
+        if offset >= begin:
+            return lambda frame: frame.state.as_strided(shape, strides, offset - begin)
+        return lambda frame: frame.images.as_strided(shape, strides, offset)
 
     def floats(self, buffer: Buffer, *shape: int) -> Take:
         """What returns a buffer of float32."""
@@ -225,7 +234,7 @@ class _Lowering:
 
         def run(frame: Frame) -> None:
             for (begin, end), take in chunks:
-                source = frame.source[:, :, begin:end]
+                source = frame.sources[task.tensor][:, :, begin:end]
                 if not source.is_floating_point():
                     source = sample_of(source.to(frame.images.device))
                 take(frame).copy_(source)
@@ -244,7 +253,7 @@ class _Lowering:
         def run(frame: Frame) -> None:
             for (begin, end), take in chunks:
                 image = take(frame)
-                result = frame.result[:, :, begin:end]
+                result = frame.results[task.tensor][:, :, begin:end]
                 if not result.is_floating_point():
                     image = image.to(frame.dtype)
                 if frame.finite is not None:
@@ -271,6 +280,16 @@ class _Lowering:
         def run(frame: Frame) -> None:
             for to, source in parts:
                 to(frame).copy_(source(frame))
+
+        return run
+
+    def copy(self, task: Task) -> Call:
+        (source,) = task.inputs
+        assert task.output is not None
+        take, give = self.image(source), self.image(task.output)
+
+        def run(frame: Frame) -> None:
+            give(frame).copy_(take(frame))
 
         return run
 
@@ -329,9 +348,13 @@ class _Lowering:
         doubles, phases = operation.doubles(graph.weights), operation.has_phases(graph.weights)
         above, _, left, right = operation.padding
         columns = (0, 0) if left == right else (left, right)
-        source, *residual = task.inputs
+        count = len(task.inputs) - len(operation.earlier)
+        source, *residual = task.inputs[:count]
+        frames = [*task.inputs[count:], source]
         reading = self.reading(task, operation.activation)
         kernel = self.weights.kernel(operation, graph)
+        if operation.left_out:
+            kernel = kernel[:, -len(frames) * source.channels :]
         bias = None
         if operation.bias is not None:
             bias = self.weights.vector(operation.bias, self.dtype)
@@ -363,13 +386,16 @@ class _Lowering:
             below = bottom - top - (last - first) - above
             # The convolution itself sees the zeros around a whole image.
             around = above if above == below else 0
-            read = source.rows(first - task.source_row, last - task.source_row)
+            reads = [
+                frame.rows(first - task.source_row, last - task.source_row) for frame in frames
+            ]
+            read = reads[-1]
             own = (begin - task.rows[0], end - task.rows[0])
             output = task.output.rows(*own)
             padding = (above - around, below - around, *columns)
             chunks.append(
                 (
-                    self.image(read),
+                    [self.image(each) for each in reads],
                     padding,
                     around,
                     self.image(output),
@@ -379,10 +405,11 @@ class _Lowering:
             )
             changes = operation.norm is not None or operation.activation is not None
             # The libraries may take the kernel and the image in other layouts.
-            image = self.bytes_of(read.channels, bottom - top, width + sum(columns))
+            image = self.bytes_of(read.channels, bottom - top, width + sum(columns)) * len(frames)
             library = self.rules.machine.library_bytes + kernel.numel() * self.size + image
             dense = not changes and not any(padding) and self.is_dense(read)
-            copied = 0 if dense else image
+            # Several frames are read, and then put together.
+            copied = 2 * image if operation.earlier else 0 if dense else image
             channels = output.channels if doubles or phases else len(kernel)
             made = self.bytes_of(channels, end - begin, output.width)
             # PyTorch's own kernels read and sum up copies in float32.
@@ -397,9 +424,11 @@ class _Lowering:
         def run(frame: Frame) -> None:
             how = reading(frame)
             all_sums = None if take_sums is None else take_sums(frame)
-            for take, padding, around, out, added, some in chunks:
+            for takes, padding, around, out, added, some in chunks:
+                read = [self.kernels.read(take(frame), how, padding) for take in takes]
+                image = read[0] if len(read) == 1 else torch.cat(read, 1)
                 self.kernels.write(
-                    convolve(self.kernels.read(take(frame), how, padding), around),
+                    convolve(image, around),
                     out(frame),
                     added_after,
                     None if added is None else added(frame),

@@ -144,6 +144,7 @@ class TorchRules:
         kernel = operation.kernel(self.graph.weights)[2:]
         return (
             kernel == (1, 1)
+            and not operation.earlier
             and operation.stride == 1
             and not any(operation.padding)
             and not operation.upsample

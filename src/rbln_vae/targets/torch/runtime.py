@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -20,11 +21,20 @@ from ...graph.ir import Graph, Shape, Value
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ...schedule import fitting
+from ...schedule.problem import Problem
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes
-from ..base import OnRows, RuntimeOptions, beyond_float16, over_memory_limit, torch_allocates
+from ..base import (
+    OnRows,
+    RuntimeOptions,
+    beyond_float16,
+    only_images,
+    over_memory_limit,
+    torch_allocates,
+)
+from ..stream import Chunks, Stream, frame_shape
 from ..watch import Progress, ShouldStop, Watch
 from .lower import Frame, Program, lower
 from .recording import RECORDED, Recording, Recordings
@@ -46,10 +56,11 @@ ROUNDED = 2**26
 
 
 class TorchRuntime:
-    """Runs a graph by PyTorch's kernels; any number of threads may share it.
+    """Runs a part by PyTorch's kernels; any number of threads may share it.
 
     Args:
-        graph: The optimised graph.
+        graph: The optimised graph; of a part that runs videos, that of later runs, and images are
+            run by that of the first run.
         dtype: The dtype of images and products: float32, float16 or bfloat16. Statistics, norms
             and activations are computed in float32. An image with values beyond the range of
             float16 is run again in bfloat16.
@@ -67,7 +78,7 @@ class TorchRuntime:
         options: RuntimeOptions,
         free_memory: Callable[[], int] | None = None,
     ) -> None:
-        self.graph = graph
+        self.graph = graph.start.stateless()
         self.machine = Machine.of(torch.device(device), dtype, options.num_threads)
         self._options = options
         self._free_memory = free_memory
@@ -81,6 +92,15 @@ class TorchRuntime:
         self._programs: dict[tuple[Shape, int | None], Program] = {}
         self._profiles: collections.deque[RunProfile] = collections.deque(maxlen=KEPT_PROFILES)
         self._process = os.getpid()
+        self._videos: tuple[TorchRuntime, TorchRuntime] | None = None
+        if graph.first is not None:
+            self._videos = self._of_graph(graph.first), self._of_graph(graph)
+
+    def _of_graph(self, graph: Graph) -> TorchRuntime:
+        """What runs another graph with the same weights."""
+        other = copy.copy(self)
+        other.graph, other._programs = graph, {}
+        return other
 
     # Planning.
 
@@ -110,6 +130,10 @@ class TorchRuntime:
             MemoryError: Every schedule exceeds the memory limit.
         """
         shape = tuple(shape)
+        if len(shape) == 5:
+            frame = frame_shape(shape)
+            most = max(each.bytes for each in self._programs_for_stream(frame))
+            return most + frame[0] * self._state_bytes(frame) + self.chunks(frame).result_bytes
         return self.program(shape).bytes + self._result_bytes(shape)
 
     def seconds_expected(self, shape: Shape) -> float | None:
@@ -119,6 +143,14 @@ class TorchRuntime:
     def describe(self, shape: Shape, *, steps: bool = False) -> str:
         """The memory and the work of a run, and those of other schedules."""
         shape = tuple(shape)
+        if len(shape) == 5:
+            state = shape[0] * self._state_bytes(frame_shape(shape))
+            return (
+                f"{self.graph.name} on {shape[2]} frames of {format_size(frame_shape(shape))}, "
+                f"{str(self.machine.dtype).removeprefix('torch.')}, {self.machine.device}\n"
+                f"memory      {format_bytes(self.memory_needed(shape))} for any number of frames, "
+                f"of it {format_bytes(state)} for state"
+            )
         program, result = self.program(shape), self._result_bytes(shape)
         schedule = program.schedule
         parts = -(-shape[0] // schedule.input_shape[0])
@@ -157,15 +189,16 @@ class TorchRuntime:
             tiling: Whether to run each image in the least memory that takes at most
                 `TILING_WORK` times the work.
         """
-        self._slicing, self._tiling = slicing, tiling
-        self._programs.clear()
+        for runtime in (self, *(self._videos or ())):
+            runtime._slicing, runtime._tiling = slicing, tiling
+            runtime._programs.clear()
         if self._recordings is not None:
             self._recordings.keep(0)
 
     def _result_bytes(self, shape: Shape, element_bytes: int = 4) -> int:
         """The bytes of the result for an input shape; floats count as float32 (default)."""
         self._check_shape(shape)
-        return element_bytes * math.prod(self.graph.infer_shapes(shape)[self.graph.output])
+        return element_bytes * math.prod(self.graph.infer_shapes(shape)[self.graph.outputs[0]])
 
     def _check_shape(self, shape: Shape) -> None:
         if len(shape) != 4 or min(shape) < 1 or shape[1] != self.graph.input_channels:
@@ -223,6 +256,71 @@ class TorchRuntime:
 
     def _lowered(self, schedule: Schedule, search: Search[TorchRules]) -> Program:
         return lower(schedule, search.rules(schedule.input_shape[0]), self._weights)
+
+    # Videos.
+
+    def chunks(self, shape: Shape) -> Chunks:
+        """What the runs of a stream take and give.
+
+        Args:
+            shape: `(N, C, H, W)` of a frame.
+
+        Raises:
+            ValueError: The part takes no such frames, or runs images alone.
+        """
+        self._check_shape(shape)
+        if self._videos is None:
+            raise only_images(self.graph.name)
+        return Chunks.of(self._videos[1].graph, shape)
+
+    def stream(
+        self,
+        shape: Shape,
+        result_bytes: int | None = None,
+        memory_limit: int | None = None,
+    ) -> Stream:
+        """Begin to run the part on a batch of videos; see `Runtime.stream`."""
+        shape = tuple(shape)
+        chunks, videos = self.chunks(shape), self._videos
+        assert videos is not None
+        size = self._state_bytes(shape)
+        programs = self._programs_for_stream(shape, result_bytes, memory_limit)
+        with torch_allocates():
+            states = [
+                torch.zeros(size, dtype=torch.uint8, device=self.machine.device)
+                for _ in range(shape[0])
+            ]
+
+        def step(
+            first: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
+        ) -> None:
+            self._check_process()
+            runtime, program = videos[not first], programs[not first]
+            source = inputs[0]
+            dtype = source.dtype if source.is_floating_point() else torch.float32
+            with torch.no_grad(), _threads(self._options.num_threads), self._exactly():
+                runtime._execute(program, 0, inputs, outputs, dtype, watch, None, None, 0, state)
+
+        return Stream(chunks, states, step, self._options.timeout)
+
+    def _state_bytes(self, shape: Shape) -> int:
+        """The bytes of the state of one video, of frames of a shape."""
+        assert self._videos is not None
+        first, one = self._videos[0].graph, (1, *shape[1:])
+        return Problem(first, one, TorchRules(first, one, self.machine)).state_bytes
+
+    def _programs_for_stream(
+        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
+    ) -> tuple[Program, Program]:
+        """The programs for the first chunk of one video, and for later ones."""
+        self._check_process()
+        chunks, videos = self.chunks(shape), self._videos
+        assert videos is not None
+        limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
+        taken = chunks.result_bytes if result_bytes is None else result_bytes
+        taken += shape[0] * self._state_bytes(shape)
+        first, later = (runtime._program_for((1, *shape[1:]), limit, taken) for runtime in videos)
+        return first, later
 
     # Running.
 
@@ -309,8 +407,8 @@ class TorchRuntime:
             self._execute(
                 program,
                 limit,
-                part,
-                result[begin : begin + size],
+                [part],
+                [result[begin : begin + size]],
                 dtype,
                 watch,
                 in_range[begin : begin + size],
@@ -356,15 +454,17 @@ class TorchRuntime:
         self,
         program: Program,
         limit: int,
-        source: Tensor,
-        result: Tensor,
+        sources: list[Tensor],
+        results: list[Tensor],
         dtype: torch.dtype,
         watch: Watch,
-        in_range: Tensor,
+        in_range: Tensor | None,
         on_rows: Callable[[int, int], object] | None,
         done: int,
+        state: Tensor | None = None,
     ) -> None:
-        recording = self._recording(program, limit)
+        # A recording has the addresses of one state.
+        recording = self._recording(program, limit) if state is None else None
         if recording is None:
             steps = program.steps
             arena = torch.empty(
@@ -372,13 +472,15 @@ class TorchRuntime:
             )
         else:
             steps, arena = recording.steps, recording.arena
-        notices = self.machine.dtype == torch.float16 or not result.is_floating_point()
+        notices = self.machine.dtype == torch.float16 or not results[0].is_floating_point()
+        state = arena[:0] if state is None else state
         frame = Frame.on(
             arena,
             self.machine.dtype,
-            source,
-            result,
+            sources,
+            results,
             dtype,
+            state.view(self.machine.dtype),
             in_range if notices else None,
             on_rows,
         )
@@ -387,11 +489,11 @@ class TorchRuntime:
         flops = 0
         try:
             for step in steps:
-                watch.check(done + len(source) * flops / program.flops)
+                watch.check(done + len(sources[0]) * flops / program.flops)
                 step.run(frame)
                 clock.lap(step.flops)
                 flops += step.flops
-            watch.check(done + len(source))
+            watch.check(done + len(sources[0]))
         finally:
             if recording is not None:
                 recording.end()

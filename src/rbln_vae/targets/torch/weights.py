@@ -14,12 +14,16 @@ class Weights:
     """The weights of a graph on a device.
 
     Args:
-        graph: An optimised graph.
+        graph: An optimised graph; the weights of that of the first run are taken, too.
         machine: The device, and the dtype of kernels and biases.
     """
 
     def __init__(self, graph: Graph, machine: Machine) -> None:
         self._tensors: dict[str, Tensor] = {}
+        for each in (graph.start, graph):
+            self._add_all(each, machine)
+
+    def _add_all(self, graph: Graph, machine: Machine) -> None:
         for operation in graph.operations:
             norm = getattr(operation, "norm", None)
             if isinstance(norm, Norm):

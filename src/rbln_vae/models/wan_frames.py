@@ -1,0 +1,342 @@
+"""The networks of Wan 2.1, Wan 2.2 and Qwen-Image for videos, as graphs of frames.
+
+What the layers do in time is built here, not traced: the Python code of diffusers runs through
+caches of five axes that no export follows. `checked_graph` holds the result against the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RBLNCompileError
+from ..graph.capture import replica
+from ..graph.interpreter import run_video
+from ..graph.ir import Graph, RMSNorm, Value
+from .family import ENCODER
+from .networks import means
+from .unrolled import Layer, Unrolled, chain, reading_cells
+
+FRAMES_ENCODED = 4
+"""Frames that the encoder takes at once after the first, as diffusers does."""
+
+TOLERANCE = 1e-4
+"""The most by which a graph may differ from the model, relative to the norm of the result."""
+
+
+class VideoPart(nn.Module):
+    """A part of a model for videos, which builds its graphs.
+
+    Args:
+        vae: The diffusers model. It is not changed.
+        part: `"encoder"` or `"decoder"`.
+    """
+
+    def __init__(self, vae: Any, part: str) -> None:
+        super().__init__()
+        self._made_of = (vae, part)  # a tuple, since a module takes in the modules it is given
+
+    def graph(self) -> Graph:
+        """The graphs, which have been compared with the model."""
+        return checked_graph(*self._made_of)
+
+
+def checked_graph(vae: Any, part: str) -> Graph:
+    """The graphs of a part for videos, which have been compared with the model.
+
+    Args:
+        vae: The diffusers model. It is not changed.
+        part: `"encoder"` or `"decoder"`.
+
+    Raises:
+        RBLNCompileError: A layer is not one of diffusers', or the results differ.
+    """
+    first = _Network(vae, part).build()
+    graph = _Network(vae, part, first).build()
+    found, expected = _compared(vae, part, graph)
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-6))
+    if not error <= TOLERANCE:
+        raise RBLNCompileError(
+            f"The {part} of this {type(vae).__name__} computes something else than this version "
+            f"of rbln-vae knows: on a small video their results differ by {error:.1e}. Check that "
+            "the model is one of diffusers' own classes; with rbln_num_frames=1 it is compiled for "
+            "images from its own code."
+        )
+    return graph
+
+
+def _compared(vae: Any, part: str, graph: Graph) -> tuple[Tensor, Tensor]:
+    """The results of the graph and of the model for a small random video."""
+    model: Any = replica(vae).float().cpu()
+    model.clear_cache()
+    generator = torch.Generator().manual_seed(0)
+    ratio = 2 ** (len(vae.config.dim_mult) - 1) * (getattr(vae.config, "patch_size", None) or 1)
+    frames, side = (1 + 2 * FRAMES_ENCODED, ratio) if part == ENCODER else (3, 1)
+    video = torch.randn(1, graph.input_channels, frames, 2 * side, 3 * side, generator=generator)
+    with torch.no_grad():
+        results = list(run_video(graph, list(video.unbind(2))))
+        if part == ENCODER:
+            expected = model.encode(video, return_dict=False)[0].parameters
+        else:
+            expected = model.decode(video, return_dict=False)[0]
+            results = [frame.clamp(-1, 1) for frame in results]
+    return torch.stack(results, 2), expected
+
+
+class _Network(Unrolled):
+    """The network of one part, for the first run or for those that follow."""
+
+    def __init__(self, vae: Any, part: str, first: Graph | None = None) -> None:
+        config = vae.config
+        self.vae = vae
+        self.patches = (config.get("patch_size") or 1) > 1
+        name = "in_channels" if "in_channels" in config else "input_channels"
+        channels = config[name] // (4 if self.patches else 1)
+        super().__init__(part, channels if part == ENCODER else config.z_dim, first)
+
+    def build(self) -> Graph:
+        if self.part == ENCODER:
+            return self.graph(self.encoder(), 1 if self.is_first else FRAMES_ENCODED)
+        return self.graph(self.decoder(), 1)
+
+    # The parts
+
+    def encoder(self) -> Layer:
+        encoder, path = self.vae.encoder, "encoder"
+        layers: list[Layer] = [self.causal(f"{path}.conv_in", encoder.conv_in, cells=self.patches)]
+        for index, block in enumerate(encoder.down_blocks):
+            layers.append(self.layer(f"{path}.down_blocks.{index}", block))
+        layers += self.middle(f"{path}.mid_block", encoder.mid_block)
+        layers.append(self.causal(f"{path}.conv_out", encoder.conv_out, encoder.norm_out, encoder))
+        return chain([*layers, self.causal("quant_conv", self.vae.quant_conv)])
+
+    def decoder(self) -> Layer:
+        decoder, path = self.vae.decoder, "decoder"
+        layers = [
+            self.causal("post_quant_conv", self.vae.post_quant_conv),
+            self.causal(f"{path}.conv_in", decoder.conv_in),
+            *self.middle(f"{path}.mid_block", decoder.mid_block),
+        ]
+        for index, block in enumerate(decoder.up_blocks):
+            layers.append(self.up_block(f"{path}.up_blocks.{index}", block))
+        last = self.causal(
+            f"{path}.conv_out", decoder.conv_out, decoder.norm_out, decoder, phases=self.patches
+        )
+        return chain([*layers, last])
+
+    def middle(self, path: str, block: Any) -> list[Layer]:
+        layers = [self.layer(f"{path}.resnets.0", block.resnets[0])]
+        for index, attention in enumerate(block.attentions):
+            layers.append(self.layer(f"{path}.attentions.{index}", attention))
+            layers.append(self.layer(f"{path}.resnets.{index + 1}", block.resnets[index + 1]))
+        return layers
+
+    def layer(self, path: str, module: nn.Module) -> Layer:
+        """Any layer between the first and the last convolution."""
+        kinds = {
+            "ResidualDownBlock": self.residual_down_block,
+            "ResidualBlock": self.residual_block,
+            "AttentionBlock": self.attention,
+            "Resample": self.resample,
+        }
+        for name, make in kinds.items():
+            if type(module).__name__.endswith(name):
+                return make(path, module)
+        raise RBLNCompileError(
+            f"{path} is a {type(module).__name__}, which this version of rbln-vae doesn't know in "
+            "videos. With rbln_num_frames=1 the model is compiled for images."
+        )
+
+    # Layers
+
+    def causal(
+        self,
+        path: str,
+        conv: Any,
+        norm: Any = None,
+        activated_by: Any = None,
+        *,
+        cells: bool = False,
+        phases: bool = False,
+    ) -> Layer:
+        """A causal convolution, perhaps after a norm and the activation of a module.
+
+        With `cells` it reads the pixels of the image instead of cells of patches, with
+        `phases` it writes them.
+        """
+        weight, bias = conv.weight, conv.bias
+        left, _, above, *_ = conv._padding
+        options: dict[str, Any] = {"padding": (above, above, left, left)}
+        if cells:
+            weight = reading_cells(weight, _patches(weight.shape[1]))
+            options = {"padding": (2 * above, 2 * above, 2 * left, 2 * left), "stride": 2}
+        if phases:
+            order = _patches(weight.shape[0]).view(-1, 2, 2).permute(1, 2, 0)
+            weight, bias = weight[order], bias[order]
+            options["upsample"] = True
+        if norm is not None:
+            options |= {"norm": self.norm(f"{path}.norm", norm), "activation": "silu"}
+            _require_silu(path, activated_by)
+        past = self.past(path, weight.shape[-3] - 1) if weight.shape[-3] > 1 else None
+
+        def run(frame: Value) -> Iterator[Value]:
+            frames = [frame] if past is None else past.followed_by(frame)
+            yield self.convolution(path, frames, weight, bias, **options)
+
+        return run
+
+    def norm(self, path: str, layer: Any) -> RMSNorm:
+        if isinstance(layer.bias, Tensor):
+            raise RBLNCompileError(
+                f"{path} is a {type(layer).__name__} with a bias, and no model of diffusers has "
+                "one. Check that the model is one of diffusers' own classes."
+            )
+        return self.pixel_norm(path, layer.gamma)
+
+    def residual_block(self, path: str, block: Any) -> Layer:
+        shortcut = chain([])
+        if not isinstance(block.conv_shortcut, nn.Identity):
+            shortcut = self.causal(f"{path}.conv_shortcut", block.conv_shortcut)
+        main = chain(
+            [
+                self.causal(f"{path}.conv1", block.conv1, block.norm1, block),
+                self.causal(f"{path}.conv2", block.conv2, block.norm2, block),
+            ]
+        )
+
+        def run(frame: Value) -> Iterator[Value]:
+            (beside,), (found,) = shortcut(frame), main(frame)
+            yield self.add(path, found, beside)
+
+        return run
+
+    def attention(self, path: str, block: Any) -> Layer:
+        norm = self.norm(f"{path}.norm", block.norm)
+        parts = zip(
+            ("to_q", "to_k", "to_v"),
+            block.to_qkv.weight.chunk(3),
+            block.to_qkv.bias.chunk(3),
+            strict=True,
+        )
+        convolutions = [(f"{path}.{name}", w.unsqueeze(2), b) for name, w, b in parts]
+        weight, bias = block.proj.weight.unsqueeze(2), block.proj.bias
+        scale = weight.shape[0] ** -0.5
+
+        def run(frame: Value) -> Iterator[Value]:
+            query, key, value = (
+                self.convolution(name, [frame], w, b, norm=norm) for name, w, b in convolutions
+            )
+            mixed = self.mixed(path, query, key, value, scale)
+            yield self.add(path, self.convolution(f"{path}.proj", [mixed], weight, bias), frame)
+
+        return run
+
+    def resample(self, path: str, module: Any) -> Layer:
+        up = module.mode.startswith("upsample")
+        conv = module.resample[1]
+        name, weight = f"{path}.resample.1", conv.weight.unsqueeze(2)
+
+        def in_space(frame: Value) -> Value:
+            if up:
+                frame = self.upsample(path, frame)
+                return self.convolution(name, [frame], weight, conv.bias, padding=(1, 1, 1, 1))
+            return self.convolution(
+                name, [frame], weight, conv.bias, stride=2, padding=(0, 1, 0, 1)
+            )
+
+        if module.mode in ("upsample2d", "downsample2d"):
+            return lambda frame: iter((in_space(frame),))
+        time_conv = module.time_conv
+        time = f"{path}.time_conv"
+        if up:
+            # The first run leaves out the convolution over time, and doesn't remember the frame.
+            past = self.past(time, 2, forgets=True)
+            halves = list(zip(time_conv.weight.chunk(2), time_conv.bias.chunk(2), strict=True))
+
+            def double(frame: Value) -> Iterator[Value]:
+                window = past.followed_by(frame)
+                if self.is_first:
+                    yield in_space(frame)
+                    return
+                for index, (half, bias) in enumerate(halves):
+                    yield in_space(self.convolution(f"{time}.{index}", window, half, bias))
+
+            return double
+        past = self.past(time, 1)
+        waiting: list[Value] = []
+
+        def halve(frame: Value) -> Iterator[Value]:
+            waiting.append(in_space(frame))
+            if self.is_first:
+                yield from past.followed_by(waiting.pop())
+            elif len(waiting) == 2:
+                window = past.followed_by(*waiting)
+                waiting.clear()
+                yield self.convolution(time, window, time_conv.weight, time_conv.bias)
+
+        return halve
+
+    # The blocks of Wan 2.2, which have a shortcut around all their layers
+
+    def residual_down_block(self, path: str, block: Any) -> Layer:
+        layers = [self.layer(f"{path}.resnets.{i}", each) for i, each in enumerate(block.resnets)]
+        if block.downsampler is not None:
+            layers.append(self.layer(f"{path}.downsampler", block.downsampler))
+        main = chain(layers)
+        average = block.avg_shortcut
+        frames, side = average.factor_t, average.factor_s
+        matrix = means(average.out_channels, average.in_channels * average.factor)
+        weight = matrix.view(-1, average.in_channels, frames, side, side)
+        read: list[Value] = []
+
+        def run(frame: Value) -> Iterator[Value]:
+            read.append(frame)
+            for found in main(frame):
+                beside = self.convolution(f"{path}.avg_shortcut", read, weight, stride=side)
+                read.clear()
+                yield self.add(path, found, beside)
+
+        return run
+
+    def up_block(self, path: str, block: Any) -> Layer:
+        layers = [self.layer(f"{path}.resnets.{i}", each) for i, each in enumerate(block.resnets)]
+        upsampler = getattr(block, "upsampler", None)
+        if getattr(block, "upsamplers", None):
+            layers.append(self.layer(f"{path}.upsamplers.0", block.upsamplers[0]))
+        elif upsampler is not None:
+            layers.append(self.layer(f"{path}.upsampler", upsampler))
+        main = chain(layers)
+        repeat = getattr(block, "avg_shortcut", None)
+        if repeat is None:
+            return main
+        elements = torch.arange(repeat.out_channels * repeat.factor) // repeat.repeats
+        orders = elements.view(repeat.out_channels, repeat.factor_t, -1).unbind(1)
+        copies = [(f"{path}.avg_shortcut.{i}", each.flatten()) for i, each in enumerate(orders)]
+
+        def run(frame: Value) -> Iterator[Value]:
+            # Of the copies of a frame, the first run makes the last one.
+            own = copies[-1:] if self.is_first else copies
+            for found, (name, order) in zip(main(frame), own, strict=True):
+                yield self.add(path, found, self.shuffle(name, frame, order))
+
+        return run
+
+
+def _patches(channels: int) -> Tensor:
+    """Which element of a 2x2 cell each channel of patches is, in the order channel, row, column.
+
+    The channels have the order channel, column, row.
+    """
+    return torch.arange(channels).view(-1, 2, 2).transpose(1, 2).flatten()
+
+
+def _require_silu(path: str, module: Any) -> None:
+    found = type(module.nonlinearity).__name__
+    if found != "SiLU":
+        raise RBLNCompileError(
+            f"The activation of {path} is {found}, and in videos only SiLU is known. With "
+            "rbln_num_frames=1 the model is compiled for images."
+        )

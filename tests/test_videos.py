@@ -1,0 +1,149 @@
+"""Video files, written and read frame by frame."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rbln_vae.levels import sample_of
+from rbln_vae.videos import is_pattern, is_video, read_video, write_video
+
+
+def clip(frames: int = 5, height: int = 48, width: int = 64) -> list[Tensor]:
+    """Smooth pictures that H.264 keeps well: a gradient that moves."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return [
+        torch.stack([2 * x + 8 * n, 3 * y, x + y], -1).clamp(0, 255).to(torch.uint8)
+        for n in range(frames)
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_a_video_that_is_written_is_read_again(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    assert write_video(path, clip(), fps=24) == 5
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 24
+    found = list(read_video(path))
+    assert [frame.shape for frame in found] == [(48, 64, 3)] * 5
+    for frame, expected in zip(found, clip(), strict=True):
+        assert (frame.float() - expected.float()).abs().mean() < 4
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_samples_are_written_as_the_pictures_that_show_them(tmp_path: Path) -> None:
+    samples = [sample_of(picture.permute(2, 0, 1)) for picture in clip(3)]
+    assert write_video(tmp_path / "%03d.png", samples) == 3
+    assert write_video(tmp_path / "b%d.png", [sample[None] for sample in samples]) == 3
+    for number, expected in enumerate(clip(3)):
+        for name in (f"{number:03d}.png", f"b{number}.png"):
+            picture = Image.open(tmp_path / name)
+            assert picture.tobytes() == bytes(expected.flatten().tolist())
+
+
+def test_frames_are_written_as_they_come(tmp_path: Path) -> None:
+    written: list[int] = []
+
+    def frames() -> Iterator[Tensor]:
+        for number, picture in enumerate(clip(3)):
+            written.append(len(list(tmp_path.glob("*.png"))))
+            assert written[-1] == number
+            yield picture
+
+    write_video(tmp_path / "%d.png", frames())
+    assert written == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "%d.png"])
+def test_what_fails_leaves_nothing_half_written(tmp_path: Path, name: str) -> None:
+    def frames() -> Iterator[Tensor]:
+        yield from clip(2)
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "clip.mp4").write_bytes(b"before")
+    with pytest.raises(OSError, match="No space left"):
+        write_video(tmp_path / name, frames())
+    assert (tmp_path / "clip.mp4").read_bytes() == b"before"
+    for path in tmp_path.iterdir():
+        assert path.name in ("clip.mp4", "0.png", "1.png")
+        if path.suffix == ".png":
+            Image.open(path).load()
+
+
+def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    link = tmp_path / "clip.mp4"
+    from rbln_vae import videos
+
+    with pytest.raises(OSError):
+        videos._write_file(full, "mp4", iter(clip(400)), 16)
+    assert not link.exists()
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([], "no frames"),
+        ([torch.zeros(4, 6, 7)], "expected"),
+        (clip(1, 47, 64), "47x64, and videos have even sides"),
+        ([*clip(1), *clip(1, 32, 32)], "32x32, and those before it 48x64"),
+    ],
+)
+def test_frames_that_make_no_video_are_refused(
+    tmp_path: Path, frames: list[Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_video(tmp_path / "clip.mp4", frames)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_and_rates_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a file with one of"):
+        write_video(tmp_path / "clip.txt", clip())
+    with pytest.raises(ValueError, match="fps=0"):
+        write_video(tmp_path / "clip.mp4", clip(), fps=0)
+    assert is_video("a/b.MP4") and is_video("a/%05d.png") and not is_video("a/b.safetensors")
+    assert not is_pattern("100%.png") and not is_pattern("a%s%s.png")
+
+
+def test_a_video_of_variable_rate_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.time_base = Fraction(1, 1000)
+        for time, picture in zip((0, 33, 67, 200, 233), clip(5), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match="variable frame rate"):
+        list(read_video(path))
+
+
+def test_rates_that_are_no_whole_ticks_are_constant(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mkv", clip(9), fps=30000 / 1001)
+    assert len(list(read_video(tmp_path / "clip.mkv"))) == 9
+
+
+def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(ValueError, match="can't be read as a video"):
+        next(read_video(tmp_path / "text.mp4"))
+    write_video(tmp_path / "clip.mp4", itertools.islice(itertools.cycle(clip()), 40))
+    shutil.copy(tmp_path / "clip.mp4", tmp_path / "cut.mp4")
+    with (tmp_path / "cut.mp4").open("r+b") as file:
+        file.truncate((tmp_path / "clip.mp4").stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"cut\.mp4"):
+        list(read_video(tmp_path / "cut.mp4"))
