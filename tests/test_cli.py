@@ -27,13 +27,14 @@ from skimage import data
 from typer.testing import CliRunner, Result
 from vaes import make_vae, make_vq
 
-from rbln_vae import RBLNAutoencoderKL, _engine
+from rbln_vae import RBLNAutoencoder, RBLNAutoencoderKL, _engine
 from rbln_vae.cli import app
 from rbln_vae.cli.datasets import lines, shown
 from rbln_vae.datasets import LatentDataset, Progress
 from rbln_vae.images import load_image, to_image, to_tensor
 from rbln_vae.models.autoencoder_kl import AutoencoderKLFamily
 from rbln_vae.models.family import CLASSES
+from rbln_vae.videos import read_video, write_video
 
 FACTOR = 2
 """Pixels per latent cell, in a direction, of the models made here."""
@@ -843,3 +844,70 @@ def test_ctrl_c_ends_a_real_command(compiled, tmp_path):
 def _seconds_of_processor(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# Videos
+
+
+@pytest.fixture(scope="module")
+def video_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("video") / "wan"
+    vae = RBLNAutoencoder.from_model(
+        tiny_vaes.make("AutoencoderKLWan"), rbln_target="cpu", rbln_dtype="float32"
+    )
+    vae.save_pretrained(directory)
+    return directory
+
+
+def test_a_clip_is_encoded_and_decoded_again(video_model: Path, tmp_path: Path) -> None:
+    pictures = [torch.full((32, 48, 3), 25 * n, dtype=torch.uint8) for n in range(9)]
+    write_video(tmp_path / "clip.mp4", pictures, fps=8)
+    done(run("encode", tmp_path / "clip.mp4", "-m", video_model, "-o", tmp_path))
+    latents = load_file(tmp_path / "clip.safetensors")["latents"]
+    vae = RBLNAutoencoder.from_pretrained(video_model)
+    frames = torch.stack(list(read_video(tmp_path / "clip.mp4")))[None]
+    assert torch.equal(latents, vae.encode(frames).latent_dist.mode())
+
+    said = done(
+        run(
+            "decode",
+            tmp_path / "clip.safetensors",
+            tmp_path / "a" / "out.mp4",
+            "-m",
+            video_model,
+            "--fps",
+            "8",
+        )
+    )
+    assert "9 frames at 8 per second" in said
+    assert len(list(read_video(tmp_path / "a" / "out.mp4"))) == 9
+    done(
+        run("decode", tmp_path / "clip.safetensors", tmp_path / "b" / "%02d.png", "-m", video_model)
+    )
+    expected = vae.decode_images(latents)[0]
+    for number, picture in enumerate(expected):
+        shown = Image.open(tmp_path / "b" / f"{number:02d}.png")
+        assert shown.tobytes() == picture.numpy().tobytes()
+
+
+def test_wrong_calls_about_videos_say_what_is_wrong(
+    video_model: Path, compiled: Path, photo: Path, tmp_path: Path
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"no video")
+    assert "can't be read as a video" in failed(run("encode", clip, "-m", video_model), 1)
+    assert "without pictures" in failed(run("encode", clip, photo, "-m", video_model), 2)
+    assert "does not exist" in failed(run("decode", tmp_path / "none", clip, "-m", video_model), 2)
+    save_file({"latents": torch.zeros(1, 16, 2, 2, 2)}, tmp_path / "z.safetensors")
+    said = failed(run("decode", tmp_path / "z.safetensors", "-m", video_model), 1)
+    assert "name what to write" in said
+    said = failed(run("decode", tmp_path / "z.safetensors", clip, "-m", compiled), 2)
+    assert "runs images" in said
+    assert clip.read_bytes() == b"no video"
+
+
+def test_plan_shows_what_a_video_takes(video_model: Path, compiled: Path) -> None:
+    said = done(run("plan", video_model, "--size", "64", "--frames", "81"))
+    assert "decoder on 21 frames of 1x16x8x8" in said and "4 of 81 frames" in said
+    assert "for any number of frames" in said and "for state" in said
+    assert "leave --frames out" in failed(run("plan", compiled, "--frames", "5"), 2)
