@@ -295,7 +295,7 @@ def test_progress_counts_frames() -> None:
     compiled("Wan 2.1").decode(
         latent("Wan 2.1", 2, batch=2), progress=lambda *counts: seen.append(counts)
     )
-    assert seen == [(1, 10), (5, 10), (6, 10), (10, 10)]
+    assert seen == [(n * 1000, 10_000) for n in (1, 5, 6, 10)]
     with pytest.raises(TypeError, match="progress must be a function"):
         compiled("Wan 2.1").decode(latent("Wan 2.1", 2), progress=1)  # type: ignore[arg-type]
 

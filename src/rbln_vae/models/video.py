@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..config import RBLNModelConfig, reject_unknown
 from ..targets.base import OnRows
 from ..targets.stream import Chunks, Stream
-from ..targets.watch import ShouldStop
+from ..targets.watch import PER_IMAGE, Progress, ShouldStop
 from .autoencoder import (
     RBLNAutoencoderModel,
     check_pictures,
@@ -24,6 +25,7 @@ from .autoencoder import (
     several_frames,
     writable,
 )
+from .base import RunArguments
 from .family import DECODER, ENCODER
 
 if TYPE_CHECKING:
@@ -31,9 +33,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
-Progress = Callable[[int, int], object]
-"""Called with the frames that are done and with all."""
+    from typing_extensions import Unpack
 
 
 class RBLNVideoAutoencoder(RBLNAutoencoderModel):
@@ -45,9 +45,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         self,
         x: Tensor,
         return_dict: bool = True,
-        *,
-        should_stop: ShouldStop | None = None,
-        progress: Progress | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Turn videos into distributions of latents.
 
@@ -56,11 +54,8 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
                 strides; or pictures `(N, T, H, W, in_channels)` of uint8. Of more than one frame,
                 `1 + 4 n` are encoded, as diffusers does; a warning says if some are left out.
             return_dict: Whether to return an output class (default) or a tuple.
-            should_stop: A function without arguments that is asked during the run, at most
-                every 50 ms and on the calling thread; a true answer stops the run. By default
-                the run is not stopped.
-            progress: Called on the calling thread with the frames of the latent that are done
-                and with all, of all videos. By default nothing is called.
+            **arguments: `should_stop`, `progress` and `memory_limit`: see `RunArguments`. Of
+                videos, progress counts thousandths of frames of the latent.
 
         Returns:
             `AutoencoderKLOutput(latent_dist=…)`, or `(latent_dist,)`; `latent_dist` is
@@ -82,16 +77,14 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-        _check_function("progress", progress)
         x = self._given_frames(x)
         if x.shape[2] == 1:
             image = x[:, :, 0]
             if image.dtype == torch.uint8:
                 image = image.permute(0, 2, 3, 1)
-            moments = self._encoded(image, should_stop).unsqueeze(2)
-            _report(progress, len(x), len(x))
+            moments = self._encoded(image, **arguments).unsqueeze(2)
         else:
-            moments = self._whole(ENCODER, x, None, should_stop, progress)
+            moments = self._whole(ENCODER, x, None, **arguments)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -101,8 +94,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         return_dict: bool = True,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        should_stop: ShouldStop | None = None,
-        progress: Progress | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into videos.
 
@@ -113,9 +105,8 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
             out: Where to write the videos, in the shape of the result: a tensor on the CPU, an
                 array or a memory map of float32, float16 or bfloat16, of any strides. It doesn't
                 count against `memory_limit`. By default the result is a new tensor.
-            should_stop: As of `encode`. By default the run is not stopped.
-            progress: Called on the calling thread with the frames that are done and with all, of
-                all videos. By default nothing is called.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`. Of videos,
+                progress counts thousandths of frames.
 
         Returns:
             `DecoderOutput(sample=…)`, or `(sample,)`: videos `(N, out_channels, T, f * h, f *
@@ -134,13 +125,11 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         Example:
             >>> video = vae.decode(latent).sample  # doctest: +SKIP
         """
-        _check_function("progress", progress)
         z = self._latent_frames(z)
         if z.shape[2] == 1:
-            image = self.decode_latents(z[:, :, 0], out=_frame_of(out), should_stop=should_stop)
-            _report(progress, len(z), len(z))
+            image = self.decode_latents(z[:, :, 0], out=_frame_of(out), **arguments)
             return decoded(image.unsqueeze(2), return_dict)
-        return decoded(self._whole(DECODER, z, out, should_stop, progress), return_dict)
+        return decoded(self._whole(DECODER, z, out, **arguments), return_dict)
 
     def forward(
         self,
@@ -172,8 +161,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
     @property
     def temporal_compression_ratio(self) -> int:
         """Frames per frame of the latent; the first is one by itself."""
-        halved: int = sum(map(bool, self.config["temperal_downsample"]))
-        return 2**halved
+        return int(2 ** sum(map(bool, self.config["temperal_downsample"])))
 
     # Frame by frame
 
@@ -259,8 +247,8 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         *,
         out: Tensor | npt.NDArray[np.uint8] | None = None,
         on_rows: OnRows | None = None,
-        should_stop: ShouldStop | None = None,
         finite: Tensor | None = None,
+        **arguments: Unpack[RunArguments],
     ) -> Tensor:
         """Decode latents to what a pipeline shows: uint8 pictures, channels last.
 
@@ -270,8 +258,8 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
             out: As of `RBLNAutoencoderKL.decode_images`, and so are the others; `on_rows` and
                 `finite` are for latents of one frame.
             on_rows: By default nothing is called.
-            should_stop: By default the run is not stopped.
             finite: By default a warning says if an image of one frame was not.
+            **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
 
         Returns:
             As `RBLNAutoencoderKL.decode_images`: `(N, H, W, out_channels)`, or with an axis of
@@ -284,15 +272,13 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
             >>> pictures = vae.decode_images(latent)  # doctest: +SKIP
         """
         if not isinstance(z, Tensor) or z.dim() != 5 or z.shape[2] == 1:
-            return super().decode_images(
-                z, out=out, on_rows=on_rows, should_stop=should_stop, finite=finite
-            )
+            return super().decode_images(z, out=out, on_rows=on_rows, finite=finite, **arguments)
         if on_rows is not None or finite is not None:
             raise ValueError(
                 "on_rows and finite are for latents of one frame. Use decode_frames for videos "
                 "that are to be shown as they are done."
             )
-        return self._whole(DECODER, self._latent_frames(z), out, should_stop, None, levels=True)
+        return self._whole(DECODER, self._latent_frames(z), out, levels=True, **arguments)
 
     # What they have in common
 
@@ -301,13 +287,16 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         part: str,
         given: Tensor,
         out: Tensor | npt.NDArray[Any] | None,
-        should_stop: ShouldStop | None,
-        progress: Progress | None,
         *,
         levels: bool = False,
+        **arguments: Unpack[RunArguments],
     ) -> Tensor:
         """The results for whole videos `(N, C, T, H, W)`, one video after the other."""
+        reject_unknown(arguments, RunArguments.__annotations__, "argument of a run")
+        should_stop, progress = arguments.get("should_stop"), arguments.get("progress")
         _check_function("should_stop", should_stop)
+        _check_function("progress", progress)
+        limit = RBLNModelConfig.memory_limit.checked(arguments.get("memory_limit"))
         frame = (1, *given.shape[1:2], *given.shape[3:])
         chunks = self._chunks(part, frame)
         source = given.detach() if self._target.any_device else given.detach().cpu()
@@ -327,7 +316,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         to = result.permute(0, 4, 1, 2, 3) if levels else result
         held = 0 if out is not None else (1 if levels else 4) * result.numel()
         for n in range(batch):
-            stream = self._stream(part, frame, held)
+            stream = self._stream(part, frame, held, limit)
             begin = done = 0
             while begin + stream.taken <= source.shape[2]:
                 frames = source[n : n + 1, :, begin : begin + stream.taken].unbind(2)
@@ -369,9 +358,15 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
             self.family.check_image_size(size, factor, self.config)
         return self._runtime(part, frame).chunks(frame)
 
-    def _stream(self, part: str, frame: tuple[int, ...], result_bytes: int | None = None) -> Stream:
+    def _stream(
+        self,
+        part: str,
+        frame: tuple[int, ...],
+        result_bytes: int | None = None,
+        memory_limit: int | None = None,
+    ) -> Stream:
         self._chunks(part, frame)
-        return self._runtime(part, frame).stream(frame, result_bytes)
+        return self._runtime(part, frame).stream(frame, result_bytes, memory_limit)
 
     def _check_runs(self, part: str) -> None:
         """Raise unless a part runs."""
@@ -434,7 +429,7 @@ def _check_function(name: str, function: object) -> None:
 
 def _report(progress: Progress | None, done: int, total: int) -> None:
     if progress is not None:
-        progress(done, total)
+        progress(done * PER_IMAGE, total * PER_IMAGE)
 
 
 def _frame_of(out: Tensor | npt.NDArray[Any] | None) -> Any:

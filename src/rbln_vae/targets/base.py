@@ -152,13 +152,20 @@ class Runtime(Protocol):
             ValueError: The part takes no such frames, or runs images alone.
         """
 
-    def stream(self, shape: tuple[int, ...], result_bytes: int | None = None) -> Stream:
+    def stream(
+        self,
+        shape: tuple[int, ...],
+        result_bytes: int | None = None,
+        memory_limit: int | None = None,
+    ) -> Stream:
         """Begin to run the part on a batch of videos.
 
         Args:
             shape: `(N, C, H, W)` of a frame.
             result_bytes: What results take that are there at the same time, for the memory
                 limit. By default those of one run in float32.
+            memory_limit: The most bytes of each run, state included; the smaller of it and the
+                runtime's holds. By default that of the runtime.
 
         Raises:
             ValueError: The part takes no such frames, or runs images alone.

@@ -176,7 +176,12 @@ class RblnRuntime:
         """Always refused: only images are compiled for NPUs."""
         raise only_images("model")
 
-    def stream(self, shape: tuple[int, ...], result_bytes: int | None = None) -> Stream:
+    def stream(
+        self,
+        shape: tuple[int, ...],
+        result_bytes: int | None = None,
+        memory_limit: int | None = None,
+    ) -> Stream:
         """Always refused: only images are compiled for NPUs."""
         raise only_images("model")
 

@@ -51,7 +51,9 @@ class Recording:
         self._idle = threading.Lock()
         self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
         none = self.arena[:0].view(dtype)
-        frame = Frame.on(self.arena, dtype, [self.arena], [self.arena], dtype, none)  # no step copies
+        frame = Frame.on(
+            self.arena, dtype, [self.arena], [self.arena], dtype, none
+        )  # no step copies
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
