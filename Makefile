@@ -37,8 +37,9 @@ STUB := src/rbln_vae/_engine.pyi
 WRITE_STUB = $(RUN)/python -m nanobind.stubgen --quiet --module rbln_vae._engine --output-file
 TIDY_STUB = $(RUN)/ruff format --quiet
 
-.PHONY: help install demo test test-all test-engine test-engine-all test-ray test-optimum-rbln bench \
-  bench-memory check format stub constraints site wheel test-wheel clean distclean
+.PHONY: help install demo test test-all test-engine test-engine-all test-arm test-ray \
+  test-optimum-rbln bench bench-memory check format stub constraints site wheel test-wheel clean \
+  distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
@@ -46,6 +47,7 @@ help:
 	@echo "make test-all   run all tests"
 	@echo "make test-engine  test the engine under sanitizers, and with emulated AMX tiles"
 	@echo "make test-engine-all  the same over more tests"
+	@echo "make test-arm   test the wheel for Arm under emulation, which needs qemu-user"
 	@echo "make test-ray   test what runs on Ray, which this installs"
 	@echo "make test-optimum-rbln  run optimum-rbln itself, in an environment of its own"
 	@echo "make bench      measure speed and memory against OpenVINO, diffusers and torch.compile"
@@ -82,6 +84,10 @@ test-engine-all: $(INSTALLED)
 	$(TEST_ENGINE) address -q -n auto -m "not slow" tests/targets/cpu
 	$(TEST_ENGINE) thread -q -m "not slow" tests/targets/cpu
 	$(TEST_ENGINE) emulated -q tests/targets/cpu
+
+test-arm: $(INSTALLED)
+	$(RUN)/python -m pip install --quiet --editable '.[wheels]'
+	PYTHON=$(RUN)/python tools/test_arm/run.sh
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
