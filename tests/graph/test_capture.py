@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "concatenation": (Call(lambda x: torch.cat([x, x], 1)), "'cat'"),
     "a slice": (Call(lambda x: x[:, :2]), "'slice'"),
     "addition of a weight": (
-        Call(lambda x, norm: x + norm.weight[:, None, None], nn.GroupNorm(1, 4)),
+        Call(lambda x, norm: x + norm.weight.unsqueeze(1).unsqueeze(2), nn.GroupNorm(1, 4)),
         "'unsqueeze'",
     ),
     "addition of infinity": (Call(lambda x: x + float("inf")), "addition of inf"),
