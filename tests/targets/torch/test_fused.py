@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
-
 import pytest
 import torch
 from graphs import evaluate, graph_of_every_kind
