@@ -319,7 +319,8 @@ class TorchRuntime:
         limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
         taken = chunks.result_bytes if result_bytes is None else result_bytes
         taken += shape[0] * self._state_bytes(shape)
-        first, later = (runtime._program_for((1, *shape[1:]), limit, taken) for runtime in videos)
+        # That of later chunks needs more: an error is to name the least for all.
+        later, first = (r._program_for((1, *shape[1:]), limit, taken) for r in reversed(videos))
         return first, later
 
     # Running.
