@@ -264,7 +264,7 @@ def test_nothing_is_read_ahead() -> None:
     assert read == [0]
     next(frames)
     assert read == [0, 1]
-    frames.close()  # type: ignore[attr-defined]
+    frames.close()
 
 
 def test_results_keep_the_dtype_of_what_is_given() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,7 +167,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
 
     def decode_frames(
         self, z: Tensor | Iterable[Tensor], *, should_stop: ShouldStop | None = None
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Decode latents, and yield each frame as it is done.
 
         That takes the same memory for videos of any length: one frame of the latent is decoded at
@@ -201,11 +201,11 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
         given = itertools.chain.from_iterable(
             self._latent_frames(each, several=True).unbind(2) for each in z
         )
-        return map(self._limited, self._streamed(DECODER, given, should_stop))
+        return self._streamed(DECODER, given, should_stop)
 
     def encode_frames(
         self, frames: Tensor | Iterable[Tensor], *, should_stop: ShouldStop | None = None
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Encode frames, and yield the moments of each frame of the latent as it is done.
 
         That takes the same memory for videos of any length. The moments have the bits of
@@ -323,16 +323,16 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
                 places = to[n : n + 1, :, done : done + stream.given].unbind(2)
                 begin, done = begin + len(frames), done + len(places)
                 stream.run(frames, places, should_stop, levels=levels)
-                if not levels and part == DECODER:
+                if not levels:
                     for place in places:
-                        self._limited(place)
+                        self._limited(part, place)
                 _report(progress, n * count + done, batch * count)
             stream.close()
         return result.to(given.device) if out is None else result
 
     def _streamed(
         self, part: str, given: Iterable[Tensor], should_stop: ShouldStop | None
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """The results for frames, as they are done."""
         stream: Stream | None = None
         frames: list[Tensor] = []
@@ -346,7 +346,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
                     results = stream.run(frames, should_stop=should_stop)
                     frames.clear()
                     while results:
-                        yield results.pop(0).to(frame.device)
+                        yield self._limited(part, results.pop(0)).to(frame.device)
             _warn_of_rest(len(frames))
         finally:
             if stream is not None:
@@ -374,8 +374,8 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
             self._check_encodes()
         self._runtime(part, self.resolved_config.input_shapes()[part])
 
-    def _limited(self, frame: Tensor) -> Tensor:
-        return frame.clamp_(-1, 1) if self.clamps else frame
+    def _limited(self, part: str, frame: Tensor) -> Tensor:
+        return frame.clamp_(-1, 1) if self.clamps and part == DECODER else frame
 
     def _check_several(self, name: str, shape: tuple[int, ...], axis: int) -> None:
         """Raise if there are several frames, and the model was compiled for images."""

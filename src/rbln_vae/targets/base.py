@@ -5,12 +5,10 @@ A target compiles parts of models, loads what it compiled, and makes runtimes, w
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
@@ -394,24 +392,6 @@ def beyond_float16(part: str) -> str:
         "values are run again in bfloat16, which takes longer and is less exact. Compile the "
         "model with dtype='bfloat16' or 'float32' to run each once."
     )
-
-
-@contextlib.contextmanager
-def torch_allocates() -> Iterator[None]:
-    """Turn torch's error about a failed allocation into a `MemoryError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        wanted = re.search(r"allocate ([\d.]+ [KMG]iB|\d+ bytes)", str(error))
-        if wanted is None:
-            raise
-        size = wanted[1]
-        if size.endswith("bytes"):
-            size = format_bytes(int(size.split()[0]))
-        raise MemoryError(
-            f"The system has no {size} more for this run. Run a smaller batch or image, or free "
-            "memory; the model can be used again."
-        ) from None
 
 
 def get_target(name: str) -> Target:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import RBLNRuntimeError
 from ..graph.ir import Graph, Shape
-from .base import torch_allocates
+from .allocation import torch_allocates
 from .watch import ShouldStop, Watch
 
 RunStep: TypeAlias = Callable[[bool, Any, list[Tensor], list[Tensor], Watch], None]

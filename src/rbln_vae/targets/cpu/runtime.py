@@ -28,7 +28,8 @@ from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
-from ..base import OnRows, beyond_float16, only_images, over_memory_limit, torch_allocates
+from ..allocation import torch_allocates
+from ..base import OnRows, beyond_float16, only_images, over_memory_limit
 from ..stream import Chunks, Stream, frame_shape
 from ..watch import Progress, ShouldStop, Watch
 from .kept import Bound, KeptKernels

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import Padding, Reading
+from .kernels import Padding, Reading, around
 
 _log = logging.getLogger(__name__)
 
@@ -311,14 +311,8 @@ def read(image: Tensor, reading: Reading, padding: Padding = (0, 0, 0, 0)) -> Te
     """See `kernels.read`."""
     if not reading.changes and not any(padding):
         return image.contiguous(memory_format=torch.channels_last)
-    above, below, left, right = padding
-    batch, channels, height, width = image.shape
-    block = torch.empty(
-        (batch, channels, height + above + below, width + left + right),
-        dtype=image.dtype,
-        device=image.device,
-        memory_format=torch.channels_last,
-    )
+    above, _, left, _ = padding
+    block = around(image, padding)
     _read(image, reading, block, above, left)
     return block
 

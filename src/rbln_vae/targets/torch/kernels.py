@@ -90,20 +90,27 @@ def read(image: Tensor, reading: Reading, padding: Padding = (0, 0, 0, 0)) -> Te
     """
     if not reading.changes and not any(padding):
         return image.contiguous(memory_format=torch.channels_last)
-    above, below, left, right = padding
-    batch, channels, height, width = image.shape
-    block = torch.empty(
-        (batch, channels, height + above + below, width + left + right),
-        dtype=image.dtype,
-        device=image.device,
-        memory_format=torch.channels_last,
-    )
+    above, _, left, _ = padding
+    height, width = image.shape[2:]
+    block = around(image, padding)
     block[:, :, :above].zero_()
     block[:, :, above + height :].zero_()
     block[..., :left].zero_()
     block[..., left + width :].zero_()
     apply(image, reading, block[:, :, above : above + height, left : left + width])
     return block
+
+
+def around(image: Tensor, padding: Padding) -> Tensor:
+    """Memory for an image and what is around it, with channels last."""
+    above, below, left, right = padding
+    batch, channels, height, width = image.shape
+    return torch.empty(
+        (batch, channels, height + above + below, width + left + right),
+        dtype=image.dtype,
+        device=image.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def apply(image: Tensor, reading: Reading, out: Tensor) -> None:

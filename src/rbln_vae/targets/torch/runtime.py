@@ -26,13 +26,13 @@ from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes
+from ..allocation import torch_allocates
 from ..base import (
     OnRows,
     RuntimeOptions,
     beyond_float16,
     only_images,
     over_memory_limit,
-    torch_allocates,
 )
 from ..stream import Chunks, Stream, frame_shape
 from ..watch import Progress, ShouldStop, Watch
