@@ -290,6 +290,19 @@ def test_results_are_written_to_a_memory_map(tmp_path: Path, target: str) -> Non
         vae.decode(z, out=torch.empty(2, 3, 8, 24, 16))
 
 
+def test_flags_that_save_memory_change_no_bit() -> None:
+    vae, z = compiled("Wan 2.1"), latent("Wan 2.1", 3, batch=2)
+    expected = vae.decode(z).sample
+    vae.enable_tiling()
+    vae.enable_slicing()
+    try:
+        assert torch.equal(vae.decode(z).sample, expected)
+        assert torch.equal(torch.stack(list(vae.decode_frames(z)), 2), expected)
+    finally:
+        vae.disable_tiling()
+        vae.disable_slicing()
+
+
 def test_progress_counts_frames() -> None:
     seen: list[tuple[int, int]] = []
     compiled("Wan 2.1").decode(

@@ -323,7 +323,7 @@ def right():
 runtime._run_plan = wait
 thread = threading.Thread(target=right)
 thread.start()
-making.wait()
+assert making.wait(600)
 number = os.fork()
 runtime._run_plan = run_plan
 if number == 0:
