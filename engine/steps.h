@@ -253,6 +253,12 @@ struct PointwiseStep {
   Image residual;
 
   Index items() const { return batch * output.blocks() * output.height; }
+  // Whether the output is the input as it is.
+  bool copies() const {
+    return reading.coefficients == kNone && reading.activation == Activation::kNone &&
+           factor == 1 && offset == 0 && residual.channels == 0 && above == 0 && left == 0 &&
+           output.height == input.height && output.width == input.width;
+  }
 };
 
 // Moves channels to others, or between channels and the pixels of cells of 2x2.

@@ -125,6 +125,12 @@ void pointwise_of(const PointwiseStep& s, const Context& context, Index item) {
   const Index n = item / s.output.height / s.output.blocks();
   const Index blocks = s.output.blocks();
   T* to = at<T>(context, s.output.offset) + s.output.at(n, block, y);
+  if (s.copies()) {
+    const T* from = at<const T>(context, s.input.offset) + s.input.at(n, block, y);
+    std::memmove(static_cast<void*>(to), from,
+                 static_cast<std::size_t>(s.output.width * kBlock) * sizeof(T));
+    return;
+  }
   const T* residual =
       s.residual.channels == 0
           ? nullptr
