@@ -48,6 +48,35 @@ def speed(
 
 
 @app.command()
+def video(
+    model: Annotated[str, typer.Option(help="a name of benchmarks/models.py")] = "wan",
+    parts: Annotated[str, typer.Option(help="decode, encode or both, with commas")] = (
+        "decode,encode"
+    ),
+    sizes: Annotated[str, typer.Option(help="of frames, such as 480x832, with commas")] = "256",
+    frames: Annotated[str, typer.Option(help="of the video, 1 + 4 n, with commas")] = "17",
+    contenders: Annotated[str, typer.Option(help="names, with commas; all by default")] = "",
+    rounds: Annotated[int, typer.Option(help="counted runs of each")] = 3,
+    name: Annotated[str, typer.Option(help="of the files under benchmarks/results")] = "video",
+) -> None:
+    """Time and peak memory of videos, whole and frame by frame."""
+    from rbln_vae.sizes import parse_size
+
+    from . import video
+
+    measured = video.measure(
+        model,
+        parts.split(","),
+        [parse_size(s) for s in sizes.split(",")],
+        [int(f) for f in frames.split(",")],
+        contenders.split(",") if contenders else [],
+        rounds,
+    )
+    print(video.table(measured))
+    print(f"saved {video.save(name, measured)}")
+
+
+@app.command()
 def memory(
     sizes: Annotated[str, typer.Option(help="pixels a side, with commas")] = "512,1024,2048,4096",
     name: Annotated[str, typer.Option(help="of the files under benchmarks/results")] = "memory",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rbln_vae.models.auto import class_for
+from rbln_vae.sizes import Size
 
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
@@ -138,25 +139,31 @@ def load(directory: Path, **options: Any) -> Any:
     )
 
 
-def make_input(directory: Path, part: str, size: int, images: int = 1) -> torch.Tensor:
+def make_input(
+    directory: Path, part: str, size: int | Size, images: int = 1, frames: int = 1
+) -> torch.Tensor:
     """The input of a part of a model: random, the same each time.
 
     Args:
         directory: Of the model, original or compiled.
         part: `"decode"` or `"encode"`.
-        size: Pixels a side.
-        images: How many, of one frame each.
+        size: Pixels a side, or height and width.
+        images: How many. By default one.
+        frames: Of each, for models of videos. By default one.
     """
     config = _config(directory)
     found = class_for(config["_class_name"], str(directory))
     facts = found.family.facts(config)
-    generator = torch.Generator().manual_seed(size)
-    frames = (1,) if found.frames else ()
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(width)
     if part == "encode":
-        shape = (images, facts["in_channels"], *frames, size, size)
+        axes = (frames,) if found.frames else ()
+        shape = (images, facts["in_channels"], *axes, height, width)
         return torch.rand(shape, generator=generator) * 2 - 1
-    side = size // facts["vae_scale_factor"]
-    return torch.randn(images, facts["latent_channels"], *frames, side, side, generator=generator)
+    factor = facts["vae_scale_factor"]
+    axes = ((frames + 3) // 4,) if found.frames else ()
+    cells = (*axes, height // factor, width // factor)
+    return torch.randn(images, facts["latent_channels"], *cells, generator=generator)
 
 
 def run(model: Any, part: str, inputs: torch.Tensor) -> torch.Tensor:
