@@ -37,8 +37,8 @@ class OursStreamed(Ours):
         frames = runs(self.input)
         last = next(frames)
         self.first = time.perf_counter() - start
-        for last in frames:
-            pass
+        while (frame := next(frames, None)) is not None:
+            last = frame
         return last.unsqueeze(2)
 
     def details(self) -> dict[str, float]:
@@ -190,7 +190,8 @@ def table(measured: Sequence[Measurement]) -> str:
     for m in measured:
         case = (m.part, m.size, m.frames)
         precision = m.contender.rsplit(" ", 1)[-1]
-        median, ours = medians[*case, m.contender], medians.get((*case, f"rbln-vae {precision}"))
+        median = medians[(*case, m.contender)]
+        ours = medians.get((*case, f"rbln-vae {precision}"))
         lines.append(
             f"| {m.part} {format_size(m.size)}, {m.frames} frames | {m.contender} | {median:.2f} | "
             f"{min(m.seconds):.2f} to {max(m.seconds):.2f} | "

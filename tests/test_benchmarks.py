@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import tiny_vaes
 import torch
-from benchmarks import gpu, speed
+from benchmarks import gpu, speed, video
 from benchmarks.contenders import DiffusersFloat32, OursFloat32
 from benchmarks.kernels import Timing, fit, measure, time_case
 from benchmarks.models import MODELS, Model, make_model
@@ -141,6 +141,25 @@ def test_the_table_of_speed_compares_contenders_of_one_precision():
     )
     assert theirs.endswith("| 2.00 GB |  | 4.00 |")
     assert other.endswith("| 1.0e-02 |  |")
+
+
+@pytest.mark.slow
+def test_videos_are_measured_whole_and_frame_by_frame(monkeypatch):
+    tiny = Model("AutoencoderKLWan", tiny_vaes.DEFAULTS["AutoencoderKLWan"])
+    monkeypatch.setitem(MODELS, "tiny", tiny)
+    names = ["rbln-vae f32", "rbln-vae frame by frame bf16", "diffusers f32"]
+    whole, streamed, theirs = video.measure("tiny", ["decode"], [(16, 32)], [5], names, 2)
+    assert len(whole.seconds) == len(streamed.seconds) == len(theirs.seconds) == 2
+    assert whole.error is not None
+    assert whole.error < 1e-4
+    assert streamed.first is not None
+    assert 0 < streamed.first < streamed.seconds[-1]
+    assert "decode 16x32, 5 frames | diffusers f32" in video.table([whole, streamed, theirs])
+
+
+def test_videos_of_a_model_that_is_not_in_the_table_are_not_measured():
+    with pytest.raises(ValueError, match="abacus"):
+        video.measure("abacus", ["decode"], [(16, 16)], [5], [], 1)
 
 
 # The benchmark of GPUs, tried out on the CPU

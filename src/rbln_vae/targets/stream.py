@@ -6,19 +6,24 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import RBLNRuntimeError
 from ..graph.ir import Graph, Shape
+from ..schedule.problem import Problem
+from ..schedule.rules import Rules
 from .allocation import torch_allocates
 from .watch import ShouldStop, Watch
 
 RunStep: TypeAlias = Callable[[bool, Any, list[Tensor], list[Tensor], Watch], None]
 """Runs a chunk of one video: whether it is the first one, the state of the video, its frames, where
 the results go, and what ends the run."""
+
+Planned = TypeVar("Planned")
+"""What a target plans to run."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,9 @@ class Chunks:
         """The bytes of the results of a run, in float32."""
         return 4 * self.given[1] * math.prod(self.result)
 
-
-def frame_shape(shape: Shape) -> Shape:
-    """The shape of a frame of videos `(N, C, T, H, W)`."""
-    batch, channels, _, height, width = shape
-    return (batch, channels, height, width)
+    def later_runs(self, frames: int) -> int:
+        """The runs after the first one for so many frames that they take."""
+        return -(-(frames - self.taken[0]) // self.taken[1])
 
 
 class Stream:
@@ -174,3 +177,121 @@ class Stream:
                     f"{self.chunks.frame}: the size can't change within a video. Begin another "
                     "stream for frames of another size."
                 )
+
+
+class GraphRuntime(Protocol[Planned]):
+    """A runtime of one of the two graphs of a part, as streams use it."""
+
+    graph: Graph
+
+    @property
+    def memory_limit(self) -> int:
+        """The most bytes of a run besides the weights."""
+
+    @property
+    def timeout(self) -> float | None:
+        """The most seconds of a run; `None` is no limit."""
+
+    def rules(self, shape: Shape) -> Rules:
+        """The target's rules for schedules of an input shape."""
+
+    def fitted(self, shape: Shape, limit: int, taken: int) -> Planned:
+        """What is run for a shape, within a limit of which a part is taken.
+
+        Raises:
+            MemoryError: Nothing fits.
+        """
+
+    def bytes_of(self, planned: Planned) -> int:
+        """The bytes of a run, without its result."""
+
+    def new_state(self, size: int) -> Tensor:
+        """Memory for the state of one video, in bytes."""
+
+    def run_chunk(
+        self,
+        planned: Planned,
+        state: Tensor,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        watch: Watch,
+    ) -> None:
+        """Run a chunk of one video, whose state follows."""
+
+
+class Streams(Generic[Planned]):
+    """How a part runs videos: by a runtime of its first graph, and one of the graph of later runs.
+
+    Args:
+        first: Of the first run.
+        later: Of those that follow.
+    """
+
+    def __init__(self, first: GraphRuntime[Planned], later: GraphRuntime[Planned]) -> None:
+        self.first = first
+        self.later = later
+
+    def chunks(self, shape: Shape) -> Chunks:
+        """What runs take and give, for frames `(N, C, H, W)`."""
+        return Chunks.of(self.later.graph, shape)
+
+    def state_bytes(self, shape: Shape) -> int:
+        """The bytes of the state of all videos of a batch, for frames of a shape."""
+        one = (1, *shape[1:])
+        return shape[0] * Problem(self.first.graph, one, self.first.rules(one)).state_bytes
+
+    def fitted(
+        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
+    ) -> tuple[Planned, Planned]:
+        """What is run for the first chunk of one video, and for later ones.
+
+        Args:
+            shape: `(N, C, H, W)` of a frame.
+            result_bytes: As of `Runtime.stream`, and so is `memory_limit`.
+            memory_limit: By default that of the runtime.
+
+        Raises:
+            MemoryError: It would need more than the limit.
+        """
+        limit = self.later.memory_limit
+        if memory_limit is not None:
+            limit = min(limit, memory_limit)
+        taken = self.chunks(shape).result_bytes if result_bytes is None else result_bytes
+        taken += self.state_bytes(shape)
+        one = (1, *shape[1:])
+        # Later chunks need more: an error is to name the least for all.
+        later = self.later.fitted(one, limit, taken)
+        return self.first.fitted(one, limit, taken), later
+
+    def memory_needed(self, shape: Shape) -> int:
+        """The bytes of a stream of frames `(N, C, H, W)`, with the results of a run.
+
+        Raises:
+            MemoryError: They are more than the limit.
+        """
+        first, later = self.fitted(shape)
+        most = max(self.first.bytes_of(first), self.later.bytes_of(later))
+        return most + self.state_bytes(shape) + self.chunks(shape).result_bytes
+
+    def begin(
+        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
+    ) -> Stream:
+        """Begin to run a batch of videos; see `Runtime.stream`."""
+        first, later = self.fitted(shape, result_bytes, memory_limit)
+        size = self.state_bytes(shape) // shape[0]
+        with torch_allocates():
+            states = [self.later.new_state(size) for _ in range(shape[0])]
+
+        def step(
+            begins: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
+        ) -> None:
+            runtime, planned = (self.first, first) if begins else (self.later, later)
+            runtime.run_chunk(planned, state, inputs, outputs, watch)
+
+        return Stream(self.chunks(shape), states, step, self.later.timeout)
+
+
+def frame_shape(shape: Shape) -> Shape:
+    """The shape of a frame of videos `(N, C, T, H, W)`."""
+    batch, channels, _, height, width = shape
+    return (batch, channels, height, width)

@@ -23,14 +23,13 @@ from ...host import usable_memory, usable_processors
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ...schedule import fitting
-from ...schedule.problem import Problem
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
 from ..allocation import torch_allocates
 from ..base import OnRows, beyond_float16, only_images, over_memory_limit
-from ..stream import Chunks, Stream, frame_shape
+from ..stream import Chunks, Stream, Streams, frame_shape
 from ..watch import Progress, ShouldStop, Watch
 from .kept import Bound, KeptKernels
 from .lower import ADDRESSABLE, lower
@@ -235,9 +234,11 @@ class CpuRuntime:
         if activate_profiler:
             self._profiles = deque(maxlen=KEPT_PROFILES)
             self._limit = measured_limit(self._kernels.isa, dtype, self._executor.threads)
-        self._videos: tuple[CpuRuntime, CpuRuntime] | None = None
+        self._of_videos: tuple[CpuRuntime, ...] = ()
+        self._streams: Streams[Bound] | None = None
         if graph.first is not None:
-            self._videos = self._of_graph(graph.first), self._of_graph(graph)
+            first, later = self._of_videos = self._of_graph(graph.first), self._of_graph(graph)
+            self._streams = Streams(first, later)
 
     def _of_graph(self, graph: Graph) -> CpuRuntime:
         """What runs another graph with the same weights, threads and memory."""
@@ -284,10 +285,8 @@ class CpuRuntime:
         shape = tuple(shape)
         if len(shape) == 5:
             frame = frame_shape(shape)
-            most = max(each.bytes + each.kept_bytes for each in self._bound_for_stream(frame))
-            return most + frame[0] * self._state_bytes(frame) + self.chunks(frame).result_bytes
-        bound = self._planned(shape)
-        return bound.bytes + bound.kept_bytes + self._result_bytes(shape)
+            return self._streams_of(frame).memory_needed(frame)
+        return self.bytes_of(self._planned(shape)) + self._result_bytes(shape)
 
     def seconds_expected(self, shape: Shape) -> float | None:
         """About how long a run takes, from the work of its steps and the peak of this machine.
@@ -297,9 +296,9 @@ class CpuRuntime:
         """
         shape = tuple(shape)
         if len(shape) == 5:
-            chunks = self.chunks(frame_shape(shape))
-            first, later = self._bound_for_stream(frame_shape(shape))
-            runs = -(-(shape[2] - chunks.taken[0]) // chunks.taken[1])
+            frame = frame_shape(shape)
+            first, later = self._streams_of(frame).fitted(frame)
+            runs = self.chunks(frame).later_runs(shape[2])
             times = self._seconds(first.steps), self._seconds(later.steps, runs)
             known = [each for each in times if each is not None]
             return shape[0] * sum(known) if len(known) == 2 else None
@@ -346,10 +345,10 @@ class CpuRuntime:
 
     def _describe_stream(self, shape: Shape, steps: bool) -> str:
         frame = frame_shape(shape)
-        bounds, chunks = self._bound_for_stream(frame), self.chunks(frame)
-        state, least = frame[0] * self._state_bytes(frame), self.memory_needed(shape)
-        runs = -(-(shape[2] - chunks.taken[0]) // chunks.taken[1])
-        count = chunks.given[0] + runs * chunks.given[1]
+        streams = self._streams_of(frame)
+        bounds, chunks = streams.fitted(frame), streams.chunks(frame)
+        state, least = streams.state_bytes(frame), streams.memory_needed(frame)
+        count = chunks.given[0] + chunks.later_runs(shape[2]) * chunks.given[1]
         lines = [
             f"{self.graph.name} on {shape[2]} frames of {format_size(frame)}, "
             f"{self.machine.dtype}, {self.machine.isa}, {self.machine.threads} threads",
@@ -378,7 +377,7 @@ class CpuRuntime:
                 `TILING_TIME` times as long, by estimate. Less memory is used only if the limit
                 requires it.
         """
-        for runtime in (self, *(self._videos or ())):
+        for runtime in (self, *self._of_videos):
             runtime._slicing, runtime._tiling = slicing, tiling
 
     # Videos.
@@ -392,10 +391,7 @@ class CpuRuntime:
         Raises:
             ValueError: The part takes no such frames, or runs images alone.
         """
-        self._check_shape(shape)
-        if self._videos is None:
-            raise only_images(self.graph.name)
-        return Chunks.of(self._videos[1].graph, shape)
+        return self._streams_of(shape).chunks(shape)
 
     def stream(
         self,
@@ -405,23 +401,26 @@ class CpuRuntime:
     ) -> Stream:
         """Begin to run the part on a batch of videos; see `Runtime.stream`."""
         shape = tuple(shape)
-        bounds = self._bound_for_stream(shape, result_bytes, memory_limit)
-        chunks, videos = self.chunks(shape), self._videos
-        assert videos is not None
-        with torch_allocates():
-            floats = self._state_bytes(shape) // 4
-            states = [_engine.allocate(floats) for _ in range(shape[0])]
+        return self._streams_of(shape).begin(shape, result_bytes, memory_limit)
 
-        def step(
-            first: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
-        ) -> None:
-            videos[not first]._run_chunk(bounds[not first], state, inputs, outputs, watch)
+    def _streams_of(self, shape: Shape) -> Streams[Bound]:
+        """What runs videos of frames of a shape."""
+        self._check_shape(shape)
+        if self._streams is None:
+            raise only_images(self.graph.name)
+        return self._streams
 
-        return Stream(chunks, states, step, self.timeout)
+    def bytes_of(self, planned: Bound) -> int:
+        """The bytes of a run, without its result."""
+        return planned.bytes + planned.kept_bytes
 
-    def _run_chunk(
+    def new_state(self, size: int) -> Tensor:
+        """Memory for the state of one video, in bytes."""
+        return _engine.allocate(size // 4)
+
+    def run_chunk(
         self,
-        bound: Bound,
+        planned: Bound,
         state: Tensor,
         inputs: list[Tensor],
         outputs: list[Tensor],
@@ -438,32 +437,12 @@ class CpuRuntime:
         watch.check()
         nothing = torch.empty(EMPTY)
         bound = self.kept_kernels.beside(
-            bound, lambda plan: self._run_plan(plan, [nothing], [nothing], watch, lambda _: 0)
+            planned, lambda plan: self._run_plan(plan, [nothing], [nothing], watch, lambda _: 0)
         )
         self._run_bound(bound, sources, results, watch, 0, state=state)
         for result, output in zip(results, outputs, strict=True):
             if result is not output:
                 output.copy_(result)
-
-    def _state_bytes(self, shape: Shape) -> int:
-        """The bytes of the state of one video, of frames of a shape."""
-        assert self._videos is not None
-        first = self._videos[0]
-        one = (1, *shape[1:])
-        return Problem(first.graph, one, first.rules(one)).state_bytes
-
-    def _bound_for_stream(
-        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
-    ) -> tuple[Bound, Bound]:
-        """The programs for the first chunk of one video, and for later ones."""
-        chunks, videos = self.chunks(shape), self._videos
-        assert videos is not None
-        limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
-        taken = chunks.result_bytes if result_bytes is None else result_bytes
-        taken += shape[0] * self._state_bytes(shape)
-        # That of later chunks needs more: an error is to name the least for all.
-        later, first = (r._bound_for((1, *shape[1:]), limit, taken) for r in reversed(videos))
-        return first, later
 
     def run(
         self,
@@ -521,7 +500,7 @@ class CpuRuntime:
             )
         limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
         taken = 0 if out is not None else self._result_bytes(shape, 1 if levels else 4)
-        bound = self._bound_for(shape, limit, taken)
+        bound = self.fitted(shape, limit, taken)
         held = self._executor.idle_bytes + self.kept_kernels.bytes
         if memory_limit is not None and held > limit - taken:
             self.release_memory()
@@ -551,7 +530,7 @@ class CpuRuntime:
         for begin in range(0, shape[0], size):
             part = source[begin : begin + size]
             if len(part) < size:
-                bound = self._bound_for(tuple(part.shape), limit, taken)
+                bound = self.fitted(tuple(part.shape), limit, taken)
             last = begin + size >= shape[0]
             images = result[begin : begin + size]
             flags = None if finite is None else finite[begin : begin + size]
@@ -584,7 +563,7 @@ class CpuRuntime:
         wanted = (self._kernels.isa, "bfloat16")
         kernels = next(k for k in _engine.all_kernels() if (k.isa, k.dtype) == wanted)
         machine = dataclasses.replace(self.machine, kernels=kernels)
-        program = self._bound_for(tuple(source.shape), limit, taken).program
+        program = self.fitted(tuple(source.shape), limit, taken).program
         bound = self._bind(dataclasses.replace(program, machine=machine), self._packed_in_bfloat16)
         if bound.bytes + self.kept_kernels.bytes > limit - taken:
             self.kept_kernels.give_back()
@@ -693,7 +672,7 @@ class CpuRuntime:
         Returns:
             How many were kept.
         """
-        runtimes = (self, *(self._videos or ()))
+        runtimes = (self, *self._of_videos)
         kept = sum(len(runtime._bound) for runtime in runtimes)
         for runtime in runtimes:
             runtime._bound.clear()
@@ -713,9 +692,9 @@ class CpuRuntime:
 
     def _planned(self, shape: Shape) -> Bound:
         """The program of a run whose result is a new tensor of floats."""
-        return self._bound_for(shape, self.memory_limit, self._result_bytes(shape))
+        return self.fitted(shape, self.memory_limit, self._result_bytes(shape))
 
-    def _bound_for(self, shape: Shape, limit: int, taken: int) -> Bound:
+    def fitted(self, shape: Shape, limit: int, taken: int) -> Bound:
         """The program of a run, or of a smaller batch, within a limit of which a part is taken."""
         # No lock, which could stay held in a forked child: single operations of a dict are atomic.
         room = limit - taken

@@ -21,7 +21,6 @@ from ...graph.ir import Graph, Shape, Value
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
 from ...schedule import fitting
-from ...schedule.problem import Problem
 from ...schedule.schedule import Schedule
 from ...schedule.search import Search
 from ...sizes import format_size
@@ -34,7 +33,7 @@ from ..base import (
     only_images,
     over_memory_limit,
 )
-from ..stream import Chunks, Stream, frame_shape
+from ..stream import Chunks, Stream, Streams, frame_shape
 from ..watch import Progress, ShouldStop, Watch
 from .lower import Frame, Program, lower
 from .recording import RECORDED, Recording, Recordings
@@ -92,9 +91,11 @@ class TorchRuntime:
         self._programs: dict[tuple[Shape, int | None], Program] = {}
         self._profiles: collections.deque[RunProfile] = collections.deque(maxlen=KEPT_PROFILES)
         self._process = os.getpid()
-        self._videos: tuple[TorchRuntime, TorchRuntime] | None = None
+        self._of_videos: tuple[TorchRuntime, ...] = ()
+        self._streams: Streams[Program] | None = None
         if graph.first is not None:
-            self._videos = self._of_graph(graph.first), self._of_graph(graph)
+            first, later = self._of_videos = self._of_graph(graph.first), self._of_graph(graph)
+            self._streams = Streams(first, later)
 
     def _of_graph(self, graph: Graph) -> TorchRuntime:
         """What runs another graph with the same weights."""
@@ -116,11 +117,20 @@ class TorchRuntime:
     def program(self, shape: Shape) -> Program:
         """The program for an input shape, which may be for a smaller batch."""
         shape = tuple(shape)
-        return self._program_for(shape, self.memory_limit, self._result_bytes(shape))
+        return self.fitted(shape, self.memory_limit, self._result_bytes(shape))
+
+    @property
+    def timeout(self) -> float | None:
+        """The most seconds of a run; `None` is no limit."""
+        return self._options.timeout
+
+    def rules(self, shape: Shape) -> TorchRules:
+        """The rules for schedules of an input shape."""
+        return TorchRules(self.graph, shape, self.machine)
 
     def search(self, shape: Shape) -> Search[TorchRules]:
         """The search over schedules for an input shape."""
-        return Search(self.graph, shape, lambda each: TorchRules(self.graph, each, self.machine))
+        return Search(self.graph, shape, self.rules)
 
     def memory_needed(self, shape: Shape) -> int:
         """The bytes of a run for an input shape, with its result and without weights.
@@ -132,8 +142,7 @@ class TorchRuntime:
         shape = tuple(shape)
         if len(shape) == 5:
             frame = frame_shape(shape)
-            most = max(each.bytes for each in self._programs_for_stream(frame))
-            return most + frame[0] * self._state_bytes(frame) + self.chunks(frame).result_bytes
+            return self._streams_of(frame).memory_needed(frame)
         return self.program(shape).bytes + self._result_bytes(shape)
 
     def seconds_expected(self, shape: Shape) -> float | None:
@@ -144,9 +153,10 @@ class TorchRuntime:
         """The memory and the work of a run, and those of other schedules."""
         shape = tuple(shape)
         if len(shape) == 5:
-            state = shape[0] * self._state_bytes(frame_shape(shape))
+            frame = frame_shape(shape)
+            state = self._streams_of(frame).state_bytes(frame)
             return (
-                f"{self.graph.name} on {shape[2]} frames of {format_size(frame_shape(shape))}, "
+                f"{self.graph.name} on {shape[2]} frames of {format_size(frame)}, "
                 f"{str(self.machine.dtype).removeprefix('torch.')}, {self.machine.device}\n"
                 f"memory      {format_bytes(self.memory_needed(shape))} for any number of frames, "
                 f"of it {format_bytes(state)} for state"
@@ -189,7 +199,7 @@ class TorchRuntime:
             tiling: Whether to run each image in the least memory that takes at most
                 `TILING_WORK` times the work.
         """
-        for runtime in (self, *(self._videos or ())):
+        for runtime in (self, *self._of_videos):
             runtime._slicing, runtime._tiling = slicing, tiling
             runtime._programs.clear()
         if self._recordings is not None:
@@ -206,7 +216,7 @@ class TorchRuntime:
                 f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
             )
 
-    def _program_for(self, shape: Shape, limit: int, taken: int) -> Program:
+    def fitted(self, shape: Shape, limit: int, taken: int) -> Program:
         """The program of a run, or of a smaller batch, within a limit of which a part is taken."""
         self._check_shape(shape)
         room = limit - taken
@@ -268,10 +278,7 @@ class TorchRuntime:
         Raises:
             ValueError: The part takes no such frames, or runs images alone.
         """
-        self._check_shape(shape)
-        if self._videos is None:
-            raise only_images(self.graph.name)
-        return Chunks.of(self._videos[1].graph, shape)
+        return self._streams_of(shape).chunks(shape)
 
     def stream(
         self,
@@ -280,48 +287,39 @@ class TorchRuntime:
         memory_limit: int | None = None,
     ) -> Stream:
         """Begin to run the part on a batch of videos; see `Runtime.stream`."""
-        shape = tuple(shape)
-        chunks, videos = self.chunks(shape), self._videos
-        assert videos is not None
-        size = self._state_bytes(shape)
-        programs = self._programs_for_stream(shape, result_bytes, memory_limit)
-        with torch_allocates():
-            states = [
-                torch.zeros(size, dtype=torch.uint8, device=self.machine.device)
-                for _ in range(shape[0])
-            ]
-
-        def step(
-            first: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
-        ) -> None:
-            self._check_process()
-            runtime, program = videos[not first], programs[not first]
-            source = inputs[0]
-            dtype = source.dtype if source.is_floating_point() else torch.float32
-            with torch.no_grad(), _threads(self._options.num_threads), self._exactly():
-                runtime._execute(program, 0, inputs, outputs, dtype, watch, None, None, 0, state)
-
-        return Stream(chunks, states, step, self._options.timeout)
-
-    def _state_bytes(self, shape: Shape) -> int:
-        """The bytes of the state of one video, of frames of a shape."""
-        assert self._videos is not None
-        first, one = self._videos[0].graph, (1, *shape[1:])
-        return Problem(first, one, TorchRules(first, one, self.machine)).state_bytes
-
-    def _programs_for_stream(
-        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
-    ) -> tuple[Program, Program]:
-        """The programs for the first chunk of one video, and for later ones."""
         self._check_process()
-        chunks, videos = self.chunks(shape), self._videos
-        assert videos is not None
-        limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
-        taken = chunks.result_bytes if result_bytes is None else result_bytes
-        taken += shape[0] * self._state_bytes(shape)
-        # That of later chunks needs more: an error is to name the least for all.
-        later, first = (r._program_for((1, *shape[1:]), limit, taken) for r in reversed(videos))
-        return first, later
+        shape = tuple(shape)
+        return self._streams_of(shape).begin(shape, result_bytes, memory_limit)
+
+    def _streams_of(self, shape: Shape) -> Streams[Program]:
+        """What runs videos of frames of a shape."""
+        self._check_shape(shape)
+        if self._streams is None:
+            raise only_images(self.graph.name)
+        return self._streams
+
+    def bytes_of(self, planned: Program) -> int:
+        """The bytes of a run, without its result."""
+        return planned.bytes
+
+    def new_state(self, size: int) -> Tensor:
+        """Memory for the state of one video, in bytes."""
+        return torch.zeros(size, dtype=torch.uint8, device=self.machine.device)
+
+    def run_chunk(
+        self,
+        planned: Program,
+        state: Tensor,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        watch: Watch,
+    ) -> None:
+        """Run a chunk of one video, whose state follows."""
+        self._check_process()
+        source = inputs[0]
+        dtype = source.dtype if source.is_floating_point() else torch.float32
+        with torch.no_grad(), _threads(self._options.num_threads), self._exactly():
+            self._execute(planned, 0, inputs, outputs, dtype, watch, None, None, 0, state)
 
     # Running.
 
@@ -351,7 +349,7 @@ class TorchRuntime:
         """
         shape = tuple(image.shape)
         self._check_shape(shape)
-        watch = Watch(self._options.timeout, should_stop, progress, shape[0])
+        watch = Watch(self.timeout, should_stop, progress, shape[0])
         watch.check()
         self._check_process()
         if not image.is_floating_point() and image.dtype != torch.uint8:
@@ -361,7 +359,7 @@ class TorchRuntime:
         source = image.detach()
         taken = 0 if out is not None else self._result_bytes(shape, 1 if levels else 4)
         limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
-        program = self._program_for(shape, limit, taken)
+        program = self.fitted(shape, limit, taken)
         expected = (shape[0], *program.schedule.output_shape[1:])
         dtype = source.dtype if source.is_floating_point() else torch.float32
         with torch_allocates(), _threads(self._options.num_threads), self._exactly():
@@ -403,7 +401,7 @@ class TorchRuntime:
         for begin in range(0, len(source), size):
             part = source[begin : begin + size]
             if len(part) < size:
-                program = self._program_for(tuple(part.shape), limit, taken)
+                program = self.fitted(tuple(part.shape), limit, taken)
             last = begin + size >= len(source)
             self._execute(
                 program,
@@ -446,7 +444,7 @@ class TorchRuntime:
                     self._free_memory,
                 )
             dtype = source.dtype if source.is_floating_point() else torch.float32
-            program = self._wide._program_for(tuple(source[alone].shape), limit, taken)
+            program = self._wide.fitted(tuple(source[alone].shape), limit, taken)
             in_range[alone] = self._wide._runs(
                 program, limit, taken, source[alone], result[alone], dtype, watch, None, n
             )
