@@ -20,6 +20,9 @@ COMPILE_CONSTRAINTS = echo $(TORCH) | $(RUN)/uv pip compile --quiet --universal 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INSTALLED := $(VENV)/.installed
+# What an extra asks for, without the package, whose engine pip would build again.
+INSTALL_EXTRA = $(RUN)/uv pip install --quiet --python $(RUN)/python --constraints $(CONSTRAINTS) \
+  --requirements pyproject.toml --extra
 
 # optimum-rbln pins other versions than ours, so it has an environment of its own. What it
 # needs for a VAE is named here; the rest of what it asks for is left out.
@@ -86,25 +89,25 @@ test-engine-all: $(INSTALLED)
 	$(TEST_ENGINE) emulated -q tests/targets/cpu
 
 test-arm: $(INSTALLED)
-	$(RUN)/python -m pip install --quiet --editable '.[wheels]'
+	$(INSTALL_EXTRA) wheels
 	PYTHON=$(RUN)/python tools/test_arm/run.sh
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-ray: $(INSTALLED)
-	$(RUN)/python -m pip install --quiet --editable '.[ray]'
+	$(INSTALL_EXTRA) ray
 	$(RUN)/python -m pytest tests/datasets/test_ray_data.py tests/serving/test_ray.py $(PYTEST_ARGS)
 
 test-optimum-rbln: $(OPTIMUM_INSTALLED)
 	$(OPTIMUM_VENV)/bin/python -m pytest --confcutdir=tests/optimum_rbln tests/optimum_rbln $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
-	$(RUN)/python -m pip install --quiet --editable '.[bench]'
+	$(INSTALL_EXTRA) bench
 	$(RUN)/python -m benchmarks speed
 
 bench-memory: $(INSTALLED)
-	$(RUN)/python -m pip install --quiet --editable '.[bench]'
+	$(INSTALL_EXTRA) bench
 	$(RUN)/python -m benchmarks memory
 
 check: $(INSTALLED)
@@ -135,17 +138,17 @@ constraints: $(INSTALLED)
 
 # Not built by mkdocs 2, of which its theme warns.
 site: $(INSTALLED)
-	$(RUN)/python -m pip install --quiet --editable '.[docs]'
+	$(INSTALL_EXTRA) docs
 	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs --quiet build --site-dir build/site
 	$(RUN)/python tools/check_links.py build/site
 
 wheel: $(INSTALLED)
-	$(RUN)/python -m pip install --quiet --editable '.[wheels]'
+	$(INSTALL_EXTRA) wheels
 	$(RUN)/python tools/build_wheels.py $(WHEEL_PYTHONS)
 
 # Where nothing else is installed: no compiler is on the path, and no clone's sources are found.
 test-wheel: $(INSTALLED)
-	$(RUN)/python -m pip install --quiet --editable '.[wheels]'
+	$(INSTALL_EXTRA) wheels
 	rm -rf build/wheel
 	$(RUN)/python tools/build_wheels.py --processor $$(uname -m) --output build/wheel $(RUN)/python
 	$(RUN)/python -m venv build/wheel/venv

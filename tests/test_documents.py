@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_vaes
+import torch
 from layouts import ldm
 from pictures import picture
 from safetensors.torch import save_file
@@ -33,6 +34,7 @@ from rbln_vae import RBLNAutoencoderKL
 from rbln_vae.cli import app
 from rbln_vae.serving import server
 from rbln_vae.serving.models import ServedModel
+from rbln_vae.videos import write_video
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -57,6 +59,7 @@ SMALLER: dict[str, list[tuple[str, str]]] = {
     "docs/trainers/ai-toolkit.md": [("1024", "64")],
     "docs/trainers/musubi.md": [("1024", "64")],
     "docs/trainers/sd-scripts.md": [("1024", "64"), ("2048", "128 --min-bucket 32")],
+    "docs/video.md": [("480x832 --frames 81", "32x48 --frames 5")],
 }
 """What is put in place of sizes that take long, and of devices that aren't here."""
 
@@ -158,6 +161,11 @@ def names_for(document: str) -> dict[str, Any]:
             json.dumps({"_class_name": "Pipeline", "vae": ["diffusers", "AutoencoderKL"]})
         )
         names["image"] = picture(3)
+    elif document == "docs/video.md":
+        tiny_vaes.make("AutoencoderKLWan").save_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae")
+        write_video("clip.mp4", [torch.full((32, 48, 3), 50 * n).byte() for n in range(5)], fps=8)
+        names["latent"], names["frames"] = noise(1, 16, 2, 4, 6), noise(1, 3, 5, 32, 48)
+        names["show"], names["memory_map"] = list[Any]().append, torch.empty(1, 3, 5, 32, 48)
     elif document.startswith(("docs/trainers", "docs/datasets")):
         make_single_files()
     return names

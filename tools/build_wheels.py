@@ -82,11 +82,15 @@ def environment(directory: Path, python: str, processor: str) -> dict[str, str]:
 
 
 def build(source: Path, python: str, processor: str, output: Path) -> None:
-    """Build a wheel, and have auditwheel check that it runs on systems as old as promised."""
+    """Build a wheel, and check that it runs on processors and systems as old as promised."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         variables = environment(directory, python, processor)
-        uv_build("--wheel", "--python", python, "--out-dir", directory, source, **variables)
+        objects = f"--config-setting=build-dir={directory}/objects"
+        uv_build(
+            "--wheel", "--python", python, "--out-dir", directory, objects, source, **variables
+        )
+        run("python", ROOT / "tools/check_symbols.py", directory / "objects/compile_commands.json")
         (wheel,) = directory.glob("*.whl")
         # It knows the platforms of other processors, but doesn't take their names.
         run("auditwheel", "repair", "--plat", "auto", "--wheel-dir", directory / "checked", wheel)
