@@ -8,6 +8,7 @@ PyAV is the extra `video`: `pip install rbln-vae[video]`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
@@ -15,9 +16,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -206,11 +208,41 @@ def _picture(frame: Tensor) -> Tensor:
     return frame.cpu().contiguous()
 
 
-def read_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class VideoHead:
+    """What a video says of itself before its frames.
+
+    Attributes:
+        height: Rows of a frame.
+        width: Columns of a frame.
+        fps: Frames per second; `None` if it doesn't tell.
+    """
+
+    height: int
+    width: int
+    fps: float | None
+
+
+def read_head(path: str | os.PathLike[str] | BinaryIO) -> VideoHead:
+    """Read what a video says of itself.
+
+    Args:
+        path: As of `read_video`.
+
+    Raises:
+        ValueError: It is no video.
+        RBLNRuntimeError: PyAV is not installed.
+    """
+    with _opened(path) as (_, stream):
+        rate = stream.average_rate
+        return VideoHead(stream.height, stream.width, None if rate is None else float(rate))
+
+
+def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
     """Read a video frame by frame.
 
     Args:
-        path: Any file that PyAV opens.
+        path: Any file that PyAV opens, by its name or open.
 
     Yields:
         Pictures `(H, W, 3)` of uint8.
@@ -224,21 +256,32 @@ def read_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
         >>> frames = (picture[None] for picture in read_video("clip.mp4"))
         >>> moments = vae.encode_frames(frames)  # doctest: +SKIP
     """
+    with _opened(path) as (container, stream):
+        times: list[Fraction] = []
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise ValueError(f"{_name(path)} is damaged: a frame can't be decoded as a whole.")
+            if frame.pts is not None and frame.time_base:
+                times = [*times[-2:], frame.pts * frame.time_base]
+            _check_rate(_name(path), times, frame.time_base)
+            yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]]:
+    """The open file and its first video; what PyAV finds wrong is a `ValueError`."""
     av = require_pyav()
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path) if isinstance(path, os.PathLike) else path) as container:
             if not container.streams.video:
-                raise ValueError(f"{path} has no video.")
-            times: list[Fraction] = []
-            for frame in container.decode(video=0):
-                if frame.is_corrupt:
-                    raise ValueError(f"{path} is damaged: a frame can't be decoded as a whole.")
-                if frame.pts is not None and frame.time_base:
-                    times.append(frame.pts * frame.time_base)
-                _check_rate(path, times[-3:], frame.time_base)
-                yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                raise ValueError(f"{_name(path)} has no video.")
+            yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        raise ValueError(f"{path} can't be read as a video: {error}") from error
+        raise ValueError(f"{_name(path)} can't be read as a video: {error}") from error
+
+
+def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the video"
 
 
 def _check_rate(path: Any, times: list[Fraction], tick: Fraction | None) -> None:

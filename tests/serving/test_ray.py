@@ -19,7 +19,7 @@ import requests
 import torch
 from diffusers.utils.remote_utils import remote_decode, remote_encode
 from services import PATIENCE, query_of, raw, wait_until
-from test_video import MP4, assert_shows, wan
+from test_served_videos import MP4, assert_shows, wan
 from vaes import default_compiled, default_vae, noise
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rbln-vae[ray]'")
