@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -16,6 +22,9 @@ from torch import Tensor
 
 from rbln_vae.levels import sample_of
 from rbln_vae.videos import is_pattern, is_video, read_video, write_video
+
+PATIENCE = 60
+"""Seconds after which something that should happen won't."""
 
 
 def clip(frames: int = 5, height: int = 48, width: int = 64) -> list[Tensor]:
@@ -50,17 +59,110 @@ def test_samples_are_written_as_the_pictures_that_show_them(tmp_path: Path) -> N
             assert picture.tobytes() == bytes(expected.flatten().tolist())
 
 
-def test_frames_are_written_as_they_come(tmp_path: Path) -> None:
-    written: list[int] = []
-
+def test_frames_are_written_while_the_next_are_made(tmp_path: Path) -> None:
     def frames() -> Iterator[Tensor]:
-        for number, picture in enumerate(clip(3)):
-            written.append(len(list(tmp_path.glob("*.png"))))
-            assert written[-1] == number
+        for number, picture in enumerate(clip(4)):
+            names = [f"{before}.png" for before in range(number)]
+            until(functools.partial(is_written, names))
             yield picture
 
+    def is_written(names: list[str]) -> bool:
+        return sorted(path.name for path in tmp_path.glob("[0-9].png")) == names
+
+    assert write_video(tmp_path / "%d.png", frames()) == 4
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return when it holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+class Slow(io.BytesIO):
+    """A file that takes nothing until its gate is open, and then notes on which thread it does."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.gate, self.fails = threading.Event(), fails
+        self.threads = set[int]()
+
+    def write(self, data: Any, /) -> int:
+        assert self.gate.wait(PATIENCE)
+        self.threads.add(threading.get_ident())
+        if self.fails:
+            raise BrokenPipeError("nobody reads")
+        return super().write(data)
+
+
+def test_only_a_few_frames_wait_for_a_slow_file_and_their_order_is_kept() -> None:
+    file, asked = Slow(), list[int]()
+
+    def frames() -> Iterator[Tensor]:
+        for number, picture in enumerate(clip(40)):
+            asked.append(number)
+            yield picture
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write_video, file, frames())
+        until(lambda: len(asked) >= 3)
+        time.sleep(0.1)
+        assert len(asked) <= 5  # one that is made, those that wait, and one that is written
+        file.gate.set()
+        assert writing.result(PATIENCE) == 40
+    file.seek(0)
+    with av.open(file) as container:
+        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for picture, expected in zip(found, clip(40), strict=True):
+        assert abs(picture.astype(int) - expected.numpy().astype(int)).mean() < 4
+
+
+def test_a_pipe_gets_each_frame_as_soon_as_it_is_there() -> None:
+    sizes, file = list[int](), io.BytesIO()
+
+    def frames() -> Iterator[Tensor]:
+        for picture in clip(6):
+            until(lambda: not sizes or file.tell() > sizes[-1])
+            sizes.append(file.tell())
+            yield picture
+
+    assert write_video(file, frames(), fps=24) == 6
+    assert sizes[0] == 0 and sizes == sorted(set(sizes))
+    file.seek(0)
+    with av.open(file) as container:
+        assert container.streams.video[0].average_rate == 24
+        assert len(list(container.decode(video=0))) == 6
+
+
+def test_what_takes_no_more_ends_the_frames() -> None:
+    file, asked = Slow(fails=True), list[int]()
+    file.gate.set()
+
+    def frames() -> Iterator[Tensor]:
+        for number, picture in enumerate(itertools.cycle(clip())):
+            asked.append(number)
+            yield picture
+
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        write_video(file, frames())
+    assert len(asked) <= 5
+    assert threading.get_ident() not in file.threads
+
+
+def test_frames_may_be_made_in_one_tensor(tmp_path: Path) -> None:
+    def frames() -> Iterator[Tensor]:
+        picture = torch.empty(48, 64, 3, dtype=torch.uint8)
+        for each in clip(6):
+            yield picture.copy_(each)
+
     write_video(tmp_path / "%d.png", frames())
-    assert written == [0, 1, 2]
+    for number, expected in enumerate(clip(6)):
+        picture = Image.open(tmp_path / f"{number}.png")
+        assert picture.tobytes() == bytes(expected.flatten().tolist())
+    write_video(tmp_path / "clip.mkv", frames())
+    for frame, expected in zip(read_video(tmp_path / "clip.mkv"), clip(6), strict=True):
+        assert (frame.float() - expected.float()).abs().mean() < 4
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "%d.png"])

@@ -1,18 +1,25 @@
 """Reads and writes videos frame by frame: files that PyAV opens, or numbered PNG pictures.
 
+While frames are written on a thread of their own, the caller's thread makes the next ones: what
+decodes them and what compresses them both have work.
+
 PyAV is the extra `video`: `pip install rbln-vae[video]`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -28,6 +35,23 @@ FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 QUALITY = 17
 """The constant rate factor of H.264: 0 is lossless, and about 18 looks so."""
 
+_STREAMED = {
+    # A fragment for each frame, sent on at once; nothing is written again at the end.
+    "movflags": "frag_every_frame+empty_moov+default_base_moof",
+    "flush_packets": "1",
+}
+_MOST_AHEAD = 2
+"""The frames that wait to be written: enough that both sides always have work."""
+
+Item = TypeVar("Item")
+
+
+class Writable(Protocol):
+    """What takes the bytes of a file one after the other: a socket's file, a pipe, `io.BytesIO`."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Take the next bytes; called on a thread of its own."""
+
 
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Whether a path names a video: a file of `FORMATS`, or a pattern such as `out/%05d.png`."""
@@ -42,15 +66,19 @@ def is_pattern(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def write_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: float = 16.0) -> int:
-    """Write a video frame by frame, so that only one is in memory.
+def write_video(
+    path: str | os.PathLike[str] | Writable, frames: Iterable[Tensor], fps: float = 16.0
+) -> int:
+    """Write a video frame by frame, so that only a few are in memory.
 
-    A file is written beside its place and renamed at the end: where anything fails, nothing is
-    left. Of pictures, each is there as a whole or not at all.
+    The calling thread makes the frames, and another one writes those before. A file is written
+    beside its place and renamed at the end: where anything fails, nothing is left. Of pictures,
+    each is there as a whole or not at all.
 
     Args:
         path: A file of `FORMATS`, in H.264 with 4:2:0 colours; or a pattern such as
-            `out/%05d.png`, for numbers from 0. The directory must exist.
+            `out/%05d.png`, for numbers from 0. The directory must exist. What has a method
+            `write`, such as a pipe, gets an MP4 in fragments, each frame as soon as it is there.
         frames: Samples `(3, H, W)` or `(1, 3, H, W)` in `[-1, 1]`, as `decode_frames` yields
             them; or pictures `(H, W, 3)` of uint8. All have the same size.
         fps: Frames per second, by default 16. Pictures have no rate.
@@ -67,8 +95,12 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: flo
     Example:
         >>> write_video("out.mp4", vae.decode_frames(latent), fps=16)  # doctest: +SKIP
     """
-    path = Path(path)
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps={fps}: expected a positive number of frames per second.")
     pictures = map(_picture, frames)
+    if not isinstance(path, (str, os.PathLike)):
+        return _write_file(path, "mp4", pictures, fps, {"tune": "zerolatency"}, _STREAMED)
+    path = Path(path)
     if is_pattern(path):
         return _write_pictures(path, pictures)
     if path.suffix.lower() not in FORMATS:
@@ -76,48 +108,85 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[Tensor], fps: flo
             f"{path}: expected a file with one of {', '.join(FORMATS)}, or a pattern such as "
             "out/%05d.png."
         )
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps={fps}: expected a positive number of frames per second.")
     with atomic_path(path) as temporary:
         return _write_file(temporary, FORMATS[path.suffix.lower()], pictures, fps)
 
 
 def _write_pictures(path: Path, pictures: Iterable[Tensor]) -> int:
-    count = 0
-    for count, picture in enumerate(pictures, 1):
-        with atomic_path(path.with_name(path.name % (count - 1))) as temporary:
-            Image.fromarray(picture.numpy()).save(temporary, "PNG")
-    return _some(count)
+    def write(numbered: tuple[int, Image.Image]) -> None:
+        number, picture = numbered
+        with atomic_path(path.with_name(path.name % number)) as temporary:
+            picture.save(temporary, "PNG")
+
+    # The pictures are copies: whoever makes the frames may write to them again.
+    copies = (Image.fromarray(picture.numpy()).copy() for picture in pictures)
+    return _some(_each_meanwhile(write, enumerate(copies)))
 
 
-def _write_file(path: Path, kind: str, pictures: Iterator[Tensor], fps: float) -> int:
-    av = _av()
-    count = 0
-    with av.open(str(path), "w", format=kind) as container:
+def _write_file(
+    to: str | os.PathLike[str] | Writable,
+    kind: str,
+    pictures: Iterator[Tensor],
+    fps: float,
+    codec: Mapping[str, str] | None = None,
+    container: Mapping[str, str] | None = None,
+) -> int:
+    av = require_pyav()
+    with av.open(to, "w", format=kind, options=dict(container or {})) as file:
         stream: Any = None
-        for picture in pictures:
-            height, width, _ = picture.shape
-            if stream is None:
-                if height % 2 or width % 2:
+
+        def copies() -> Iterator[Any]:
+            nonlocal stream
+            for picture in pictures:
+                height, width, _ = picture.shape
+                if stream is None:
+                    if height % 2 or width % 2:
+                        raise ValueError(
+                            f"The frames are {height}x{width}, and videos have even sides. Write "
+                            "pictures instead, such as out/%05d.png."
+                        )
+                    rate = Fraction(fps).limit_denominator(100_000)
+                    stream = file.add_stream("libx264", rate=rate)
+                    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+                    stream.options = {"crf": str(QUALITY), **(codec or {})}
+                elif (height, width) != (stream.height, stream.width):
                     raise ValueError(
-                        f"The frames are {height}x{width}, and videos have even sides. Write "
-                        "pictures instead, such as out/%05d.png."
+                        f"A frame is {height}x{width}, and those before it {stream.height}x"
+                        f"{stream.width}: all frames of a video have the same size."
                     )
-                rate = Fraction(fps).limit_denominator(100_000)
-                stream = container.add_stream("libx264", rate=rate)
-                stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-                stream.options = {"crf": str(QUALITY)}
-            elif (height, width) != (stream.height, stream.width):
-                raise ValueError(
-                    f"A frame is {height}x{width}, and those before it {stream.height}x"
-                    f"{stream.width}: all frames of a video have the same size."
-                )
-            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
-            container.mux(stream.encode(frame))
+                yield av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+
+        count = _some(_each_meanwhile(lambda frame: file.mux(stream.encode(frame)), copies()))
+        file.mux(stream.encode())
+    return count
+
+
+def _each_meanwhile(work: Callable[[Item], None], items: Iterable[Item]) -> int:
+    """Work on each item on another thread, in order, while this one makes the next; count them.
+
+    What is made already is still worked on if the next item fails; if the work fails, none is.
+    """
+    waiting: deque[Future[None]] = deque()
+    failed = False
+    count = 0
+
+    def unless_failed(item: Item) -> None:
+        nonlocal failed
+        if failed:
+            return
+        failed = True  # unless this succeeds
+        work(item)
+        failed = False
+
+    with ThreadPoolExecutor(1, "write-video") as thread:
+        for item in items:
+            waiting.append(thread.submit(unless_failed, item))
             count += 1
-        if stream is not None:
-            container.mux(stream.encode())
-    return _some(count)
+            while waiting and (waiting[0].done() or len(waiting) > _MOST_AHEAD):
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+    return count
 
 
 def _some(count: int) -> int:
@@ -139,11 +208,41 @@ def _picture(frame: Tensor) -> Tensor:
     return frame.cpu().contiguous()
 
 
-def read_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class VideoHead:
+    """What a video says of itself before its frames.
+
+    Attributes:
+        height: Rows of a frame.
+        width: Columns of a frame.
+        fps: Frames per second; `None` if it doesn't tell.
+    """
+
+    height: int
+    width: int
+    fps: float | None
+
+
+def read_head(path: str | os.PathLike[str] | BinaryIO) -> VideoHead:
+    """Read what a video says of itself.
+
+    Args:
+        path: As of `read_video`.
+
+    Raises:
+        ValueError: It is no video.
+        RBLNRuntimeError: PyAV is not installed.
+    """
+    with _opened(path) as (_, stream):
+        rate = stream.average_rate
+        return VideoHead(stream.height, stream.width, None if rate is None else float(rate))
+
+
+def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
     """Read a video frame by frame.
 
     Args:
-        path: Any file that PyAV opens.
+        path: Any file that PyAV opens, by its name or open.
 
     Yields:
         Pictures `(H, W, 3)` of uint8.
@@ -157,21 +256,32 @@ def read_video(path: str | os.PathLike[str]) -> Iterator[Tensor]:
         >>> frames = (picture[None] for picture in read_video("clip.mp4"))
         >>> moments = vae.encode_frames(frames)  # doctest: +SKIP
     """
-    av = _av()
+    with _opened(path) as (container, stream):
+        times: list[Fraction] = []
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise ValueError(f"{_name(path)} is damaged: a frame can't be decoded as a whole.")
+            if frame.pts is not None and frame.time_base:
+                times = [*times[-2:], frame.pts * frame.time_base]
+            _check_rate(_name(path), times, frame.time_base)
+            yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]]:
+    """The open file and its first video; what PyAV finds wrong is a `ValueError`."""
+    av = require_pyav()
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path) if isinstance(path, os.PathLike) else path) as container:
             if not container.streams.video:
-                raise ValueError(f"{path} has no video.")
-            times: list[Fraction] = []
-            for frame in container.decode(video=0):
-                if frame.is_corrupt:
-                    raise ValueError(f"{path} is damaged: a frame can't be decoded as a whole.")
-                if frame.pts is not None and frame.time_base:
-                    times.append(frame.pts * frame.time_base)
-                _check_rate(path, times[-3:], frame.time_base)
-                yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                raise ValueError(f"{_name(path)} has no video.")
+            yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        raise ValueError(f"{path} can't be read as a video: {error}") from error
+        raise ValueError(f"{_name(path)} can't be read as a video: {error}") from error
+
+
+def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the video"
 
 
 def _check_rate(path: Any, times: list[Fraction], tick: Fraction | None) -> None:
@@ -188,7 +298,12 @@ def _check_rate(path: Any, times: list[Fraction], tick: Fraction | None) -> None
         )
 
 
-def _av() -> Any:
+def require_pyav() -> Any:
+    """Import PyAV.
+
+    Raises:
+        RBLNRuntimeError: It is not installed.
+    """
     try:
         return importlib.import_module("av")
     except ImportError:

@@ -13,14 +13,16 @@ from pictures import encoded, photograph, picture
 from PIL import Image, ImageOps
 
 from rbln_vae.datasets.options import Options
-from rbln_vae.datasets.pictures import Prepared, Rejected, prepare, quiet
+from rbln_vae.datasets.pictures import Clip, Prepared, Rejected, prepare, quiet
 from rbln_vae.datasets.sources import Sample
 
 OPTIONS = Options(sizes=((64, 64),), prescale=False)
 
 
 def prepared(content: bytes | str, options: Options = OPTIONS, **sample) -> Prepared | Rejected:
-    return prepare(Sample("key", content, **sample), options, options.sizing(8))
+    found = prepare(Sample("key", content, **sample), options, options.sizing(8))
+    assert not isinstance(found, Clip)
+    return found
 
 
 def image_of(content: bytes | str, options: Options = OPTIONS) -> Prepared:

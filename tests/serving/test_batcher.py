@@ -50,6 +50,9 @@ class Doubler:
     def weight(self, part: str, shape: tuple[int, ...]) -> float:
         return shape[0]
 
+    def whole_video(self, shape: tuple[int, ...], output: str) -> int:
+        return 0
+
     def run(self, part: str, tensor: torch.Tensor, should_stop: ShouldStop) -> torch.Tensor:
         with self.lock:
             self.runs.append(tuple(tensor.shape))

@@ -26,6 +26,7 @@ def model(**changes: Any) -> ModelInfo:
         "name": "m",
         "class_name": "AutoencoderKL",
         "frames": False,
+        "frames_per_latent": None,
         "parts": ("encoder", "decoder"),
         "in_channels": 3,
         "latent_channels": 4,
@@ -202,7 +203,7 @@ def test_a_model_decodes_to_pictures_where_these_are_shown(
         output_type=output_type,
         partial_postprocess=partial,
     )
-    assert protocol.shows_pictures(query, accept) is shown
+    assert protocol.output_of(query, accept) == ("pictures" if shown else "sample")
 
 
 def test_one_channel_is_a_grey_picture_and_a_fourth_is_the_opacity() -> None:

@@ -19,6 +19,7 @@ import requests
 import torch
 from diffusers.utils.remote_utils import remote_decode, remote_encode
 from services import PATIENCE, query_of, raw, wait_until
+from test_served_videos import MP4, assert_shows, wan
 from vaes import default_compiled, default_vae, noise
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rbln-vae[ray]'")
@@ -43,6 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Iterator[str]
 
     directory = tmp_path_factory.mktemp("models") / "tiny"
     default_compiled().save_pretrained(directory)
+    wan().save_pretrained(directory.parent / "wan")
     os.environ[MARK] = mark
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -50,7 +52,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Iterator[str]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        options = {"model": str(directory), "replicas": "2", "queue": "1000"}
+        models = f"{directory},{directory.parent / 'wan'}"
+        options = {"model": models, "replicas": "2", "queue": "1000"}
         serve.run(build(options))
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -90,6 +93,28 @@ def test_answers_diffusers_client(server: str) -> None:
     assert torch.equal(found, default_compiled().decode(latent).sample)
     expected = default_compiled().encode(image).latent_dist.mode()
     assert torch.equal(remote_encode(f"{server}/encode", image), expected)
+
+
+def test_sends_videos(server: str) -> None:
+    latent = noise(1, 16, 3, 4, 6)
+    assert_shows(remote_decode(f"{server}/decode?model=wan", latent, **MP4), latent)
+    with pytest.raises(RuntimeError, match="'code': 'not_finite'"):
+        remote_decode(f"{server}/decode?model=wan", latent.fill_(3e38), **MP4)
+
+
+def test_a_client_that_leaves_a_video_lets_the_next_one_in(server: str) -> None:
+    def ask(frames: int) -> Any:
+        latent = noise(1, 16, frames, 4, 6)
+        query = query_of(latent, output_type="mp4", model="wan")
+        return requests.post(
+            f"{server}/decode", params=query, data=raw(latent), stream=True, timeout=2 * PATIENCE
+        )
+
+    for _ in range(4):  # more than there are workers, each for many minutes
+        answer = ask(20_000)
+        assert answer.status_code == 200
+        answer.close()
+    assert_shows(ask(3).content, noise(1, 16, 3, 4, 6))
 
 
 def test_refuses_in_the_same_form(server: str) -> None:

@@ -198,11 +198,6 @@ def test_an_error_reads_well(server: str) -> None:
         remote_encode(f"{server}/encode", noise(1, 3, 7, 8))
 
 
-def test_a_video_is_refused(server: str) -> None:
-    with pytest.raises(RuntimeError, match=r"'code': 'invalid_query'.*output_type"):
-        remote_decode(f"{server}/decode", noise(1, 4, 8, 8), output_type="mp4", return_type="mp4")
-
-
 def test_the_key_goes_into_the_address() -> None:
     latent = noise(1, 4, 4, 4)
     options: dict[str, Any] = {"do_scaling": False, "output_type": "pt", "return_type": "pt"}

@@ -29,7 +29,8 @@ class LatentDataset(Dataset[Item]):
     An item is a dict with `key`, `caption` (or `None`), `columns`, the sizes
     `original_size`, `crops_coords_top_left` and `target_size`, each `(height, width)` in
     pixels, and tensors `(C, h, w)`: `mean` and `logvar`, or `latent`. The tensors of the
-    mirrored image, if it was encoded, have names that end in `_flipped`.
+    mirrored image, if it was encoded, have names that end in `_flipped`. An item of a video also
+    has its `frames` and `fps`, and its tensors are `(C, t, h, w)`.
 
     All formats give the same items. Safetensors and WebDataset read only the bytes of the
     sample. Parquet reads its whole row group, so access in random order costs much more than
@@ -105,9 +106,13 @@ class LatentDataset(Dataset[Item]):
 
     @functools.cached_property
     def sizes(self) -> Tensor:
-        """Height and width of each sample's image in pixels, int32 `(samples, 2)`."""
+        """Height and width of each sample's image in pixels, int32 `(samples, 2)`.
+
+        Of videos `(samples, 3)`: frames, height and width.
+        """
         sizes = [self._shard(number).sizes for number in range(len(self._shards))]
-        return torch.from_numpy(np.concatenate([np.empty((0, 2), np.int32), *sizes]))
+        axes = 2 if self.manifest["options"].get("frames") is None else 3
+        return torch.from_numpy(np.concatenate([np.empty((0, axes), np.int32), *sizes]))
 
     def verify(self) -> None:
         """Read every shard and compare it with its checksum.

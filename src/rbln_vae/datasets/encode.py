@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import hub
 from ..errors import RBLNDatasetError
 from ..host import usable_processors
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.kinds import KINDS
-from ..sizes import Placement, Size, format_size
-from .encoder import LatentEncoder, identity_of, load_model, sizing_for
+from ..sizes import Size, format_size
+from .encoder import encoder_for, identity_of, load_model, sizing_for
 from .job import (
     REJECTED,
     Entry,
@@ -34,7 +32,7 @@ from .job import (
     open_job,
 )
 from .options import Options
-from .pictures import Prepared, prepare, quiet
+from .pictures import Rejected, prepare, quiet
 from .pipeline import Progress, encode_splits
 from .sources import Source, Split, open_source
 from .sources.folder import FolderSource
@@ -161,7 +159,7 @@ def encode_dataset(
         _require_ray()
         vae = load_model(model, {**settings, "create_runtimes": False}, loading)
     _check_model(vae, options)
-    encoder = LatentEncoder(vae, options) if ray is None else None
+    encoder = encoder_for(vae, options) if ray is None else None
     sizing = sizing_for(vae, options)
     record = directory_of(directory, options)
     with open_job(record, options, opened.describe(), _identity(vae, model, loading)) as job:
@@ -263,7 +261,7 @@ def _settings(
 def _open(source: Any, out: Path, options: Options, reading: Mapping[str, Any]) -> Source:
     """Open a source, and check that the output can be written for it."""
     if (trainer := options.trainer) is None:
-        opened = open_source(source, **reading)
+        opened = open_source(source, media=options.media, **reading)
         _check_apart(source, out)
         return opened
     kind = reading.get("kind", "auto")
@@ -421,7 +419,7 @@ def estimate(
     settings |= {} if threads is None else {"num_threads": threads}
     vae = load_model(model, settings, loading)
     _check_model(vae, options)
-    encoder = LatentEncoder(vae, options)
+    encoder = encoder_for(vae, options)
     sizing = sizing_for(vae, options)
     done = 0
     record = directory_of(directory, options)
@@ -435,15 +433,14 @@ def estimate(
     with quiet():
         for sample in itertools.islice(_samples(opened.splits(options.shard_size)), _PROBED):
             prepared = prepare(sample, options, sizing)
-            if isinstance(prepared, Prepared):
-                sizes[prepared.placement.size] += 1
-            else:
+            if isinstance(prepared, Rejected):
                 rejected[prepared.reason] += 1
+            else:
+                sizes[prepared.placement.size] += 1
     probed = sum(sizes.values()) + sum(rejected.values())
     decode = (time.perf_counter() - start) / max(1, probed)
     encode = sum(
-        _seconds_to_encode(encoder, size) * count / sum(sizes.values())
-        for size, count in sizes.items()
+        encoder.seconds(size) * count / sum(sizes.values()) for size, count in sizes.items()
     )
     named = {format_size(size): count for size, count in sorted(sizes.items())}
     return Estimate(opened.count(), done, named, dict(rejected), decode, encode)
@@ -451,14 +448,3 @@ def estimate(
 
 def _samples(splits: Iterator[Split]) -> Iterator[Any]:
     return (sample for split in splits for sample in split.samples())
-
-
-def _seconds_to_encode(encoder: LatentEncoder, size: Size) -> float:
-    """Seconds per image, after a warm-up run."""
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    image = Prepared("", None, {}, Placement(size, size, (0, 0), size), pixels)
-    batch = [image] * encoder.batch_size
-    encoder.encode(batch)
-    start = time.perf_counter()
-    encoder.encode(batch)
-    return (time.perf_counter() - start) / len(batch)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,10 +22,13 @@ from ..images import check_takes_pictures, with_opacity
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import ENCODER
 from ..models.opening import open_found
+from ..models.video import RBLNVideoAutoencoder
+from ..sizes import Placement, Size
 from ..targets.base import get_target
+from ..videos import require_pyav
 from .buckets import Placer
 from .options import Options
-from .pictures import Prepared
+from .pictures import Clip, Prepared, Rejected
 from .seeds import seed_of
 from .trainers.base import MASK
 
@@ -31,13 +38,14 @@ MIRRORED = "_flipped"
 
 @dataclass(frozen=True)
 class Encoded:
-    """An encoded image, as a shard stores it.
+    """An encoded image or video, as a shard stores it.
 
     Attributes:
-        record: Key, caption, sizes and columns, as JSON values.
-        tensors: Tensors `(C, h, w)` by name: `mean` and `logvar`, or `latent`, and those of
-            the mirrored image if it was encoded. For a trainer that keeps it, also the opacity
-            `(H, W)`.
+        record: Key, caption, sizes and columns, as JSON values; of a video its `frames` and
+            `fps`, too.
+        tensors: Tensors `(C, h, w)`, of a video `(C, t, h, w)`, by name: `mean` and `logvar`, or
+            `latent`, and those of the mirrored image if it was encoded. For a trainer that keeps
+            it, also the opacity `(H, W)`.
     """
 
     record: dict[str, Any]
@@ -51,8 +59,14 @@ class Encoder(Protocol):
     def batch_size(self) -> int:
         """The most images of a run."""
 
-    def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
-        """Encode images of the same size; `None` stands for a latent that is not finite."""
+    def encode(self, images: Sequence[Any]) -> list[Encoded | Rejected]:
+        """Encode what was prepared and has the same size; what can't be is rejected."""
+
+    def seconds(self, size: Size) -> float:
+        """About how long an image or a video of that size takes."""
+
+
+NOT_FINITE = "its latent holds values that aren't finite in latent_dtype"
 
 
 class LatentEncoder:
@@ -96,14 +110,14 @@ class LatentEncoder:
         self._scaling = vae.latent_scaling
         self._dtype: torch.dtype = getattr(torch, options.latent_dtype)
 
-    def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
+    def encode(self, images: Sequence[Prepared]) -> list[Encoded | Rejected]:
         """Encode images of the same size.
 
         Args:
             images: At most `batch_size` images.
 
         Returns:
-            One result per image; `None` if the latent is not finite in the stored dtype.
+            One result per image; it is rejected if the latent is not finite in the stored dtype.
         """
         pixels = torch.stack([torch.from_numpy(image.pixels) for image in images])
         kept = self._kept(pixels, [image.key for image in images], "")
@@ -118,11 +132,19 @@ class LatentEncoder:
             if image.opacity is not None:
                 tensors[MASK] = torch.from_numpy(image.opacity) / 255
         return [
-            Encoded(self._record(image), tensors)
-            if all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-            else None
+            self._finite(image.key, Encoded(self._record(image), tensors))
             for image, tensors in zip(images, kept, strict=True)
         ]
+
+    def seconds(self, size: Size) -> float:
+        """Seconds per image, after a warm-up run."""
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        image = Prepared("", None, {}, Placement(size, size, (0, 0), size), pixels)
+        batch = [image] * self.batch_size
+        self.encode(batch)
+        start = time.perf_counter()
+        self.encode(batch)
+        return (time.perf_counter() - start) / len(batch)
 
     def _kept(self, pixels: Tensor, keys: Sequence[str], suffix: str) -> list[dict[str, Tensor]]:
         count = len(pixels)
@@ -132,32 +154,41 @@ class LatentEncoder:
             )
         channels = self._vae.resolved_config.in_channels
         encoded = self._vae.encode_images(with_opacity(pixels, channels))
-        result = []
-        for i, key in enumerate(keys):
-            if isinstance(encoded, Tensor):
-                tensors = {"latent": encoded[i]}
-            elif self._options.kept == "mean":
-                tensors = {"latent": encoded.mean[i]}
-            elif self._options.kept == "drawn":
-                mean, logvar = encoded.mean[i], encoded.logvar[i]
-                generator = torch.Generator().manual_seed(
-                    seed_of(self._options.seed, "sample" + suffix, key)
-                )
-                noise = torch.randn(mean.shape, generator=generator)
-                tensors = {"latent": mean + torch.exp(0.5 * logvar) * noise}
-            else:
-                tensors = {"mean": encoded.mean[i], "logvar": encoded.logvar[i]}
-            if self._options.scaled:
-                tensors = {
-                    name: self._scaling.scale_log_variance(tensor)
-                    if name == "logvar"
-                    else self._scaling.scale(tensor)
-                    for name, tensor in tensors.items()
-                }
-            result.append({name + suffix: t.to(self._dtype) for name, t in tensors.items()})
-        return result
+        if isinstance(encoded, Tensor):
+            return [self._scaled({"latent": latent}, suffix) for latent in encoded[: len(keys)]]
+        return [
+            self._scaled(self._of_moments(encoded.mean[i], encoded.logvar[i], key, suffix), suffix)
+            for i, key in enumerate(keys)
+        ]
 
-    def _record(self, image: Prepared) -> dict[str, Any]:
+    def _of_moments(self, mean: Tensor, logvar: Tensor, key: str, suffix: str) -> dict[str, Tensor]:
+        """What is kept of a distribution."""
+        if self._options.kept == "mean":
+            return {"latent": mean}
+        if self._options.kept == "drawn":
+            generator = torch.Generator().manual_seed(
+                seed_of(self._options.seed, "sample" + suffix, key)
+            )
+            noise = torch.randn(mean.shape, generator=generator)
+            return {"latent": mean + torch.exp(0.5 * logvar) * noise}
+        return {"mean": mean, "logvar": logvar}
+
+    def _scaled(self, tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
+        """Tensors `(…, C, h, w)` as they are stored."""
+        if self._options.scaled:
+            tensors = {
+                name: self._scaling.scale_log_variance(tensor)
+                if name == "logvar"
+                else self._scaling.scale(tensor)
+                for name, tensor in tensors.items()
+            }
+        return {name + suffix: tensor.to(self._dtype) for name, tensor in tensors.items()}
+
+    def _finite(self, key: str, encoded: Encoded) -> Encoded | Rejected:
+        finite = all(bool(tensor.isfinite().all()) for tensor in encoded.tensors.values())
+        return encoded if finite else Rejected(key, NOT_FINITE)
+
+    def _record(self, image: Prepared | Clip) -> dict[str, Any]:
         place = image.placement
         record = {
             "key": image.key,
@@ -170,6 +201,104 @@ class LatentEncoder:
         if self._options.flip:
             record["crops_coords_top_left" + MIRRORED] = list(place.mirrored_offset)
         return record
+
+
+class VideoEncoder(LatentEncoder):
+    """The same of videos, each of which is read and encoded frame by frame.
+
+    Args:
+        vae: A model of videos with an encoder.
+        options: The options of the job, with `frames`.
+
+    Raises:
+        ValueError: As `LatentEncoder`; or the model runs images only, or has no such number of
+            frames.
+        RBLNRuntimeError: PyAV is not installed.
+    """
+
+    def __init__(self, vae: RBLNAutoencoderModel, options: Options) -> None:
+        if not isinstance(vae, RBLNVideoAutoencoder) or not vae.resolved_config.videos:
+            raise ValueError(
+                f"frames is {options.frames}, and the model, {type(vae).__name__}, was compiled "
+                "for images; name a model of videos, such as Wan's, or omit frames"
+            )
+        assert options.frames is not None
+        require_pyav()
+        self._video, self._step = vae, vae.temporal_compression_ratio
+        self._most = options.frames
+        if rest := (self._most - 1) % self._step:
+            below = self._most - rest
+            raise ValueError(
+                f"frames is {self._most}, expected 1 + {self._step} n, such as {below} or "
+                f"{below + self._step}"
+            )
+        super().__init__(vae, dataclasses.replace(options, batch_size=None))
+        self._options = options
+        self.batch_size = 1
+
+    def encode(self, images: Sequence[Clip]) -> list[Encoded | Rejected]:  # type: ignore[override]
+        """Encode one video.
+
+        Args:
+            images: The video.
+
+        Returns:
+            One result; it is rejected if it can't be read to the end, or is not finite.
+        """
+        (clip,) = images
+        tensors: dict[str, Tensor] = {}
+        try:
+            for suffix in ("", MIRRORED) if self._options.flip else ("",):
+                mean, logvar = self._moments(clip.frames(), bool(suffix)).chunk(2)
+                # As of DiagonalGaussianDistribution, which `encode` gives.
+                kept = self._of_moments(mean, logvar.clamp(-30, 20), clip.key, suffix)
+                by_frame = {name: tensor.transpose(0, 1) for name, tensor in kept.items()}
+                for name, tensor in self._scaled(by_frame, suffix).items():
+                    tensors[name] = tensor.transpose(0, 1).contiguous()
+        except ValueError as error:
+            return [Rejected(clip.key, str(error))]
+        latent = next(iter(tensors.values()))
+        frames = 1 + (latent.shape[1] - 1) * self._step
+        record = {**self._record(clip), "frames": frames, "fps": clip.fps}
+        return [self._finite(clip.key, Encoded(record, tensors))]
+
+    def seconds(self, size: Size) -> float:
+        """Seconds for a video of the most frames, from those for a few."""
+        few = min(self._most, 1 + self._step)
+        noise = np.random.default_rng(0).integers(0, 256, (few, *size, 3), np.uint8)
+        self._moments(iter(noise), False)
+        start = time.perf_counter()
+        self._moments(iter(noise), False)
+        return (time.perf_counter() - start) * self._most / few
+
+    def _moments(self, frames: Iterator[npt.NDArray[np.uint8]], mirrored: bool) -> Tensor:
+        """Mean and log-variance `(2 * C, t, h, w)` of a video."""
+        channels = self._vae.resolved_config.in_channels
+
+        def whole_chunks() -> Iterator[Tensor]:
+            chunk: list[Tensor] = []
+            taken = 1
+            for frame in itertools.islice(frames, self._most):
+                pixels = torch.from_numpy(frame)[None]
+                chunk.append(with_opacity(pixels.flip(2) if mirrored else pixels, channels))
+                if len(chunk) == taken:
+                    yield from chunk
+                    chunk.clear()
+                    taken = self._step
+
+        moments = [each[0].float().cpu() for each in self._video.encode_frames(whole_chunks())]
+        if not moments:
+            raise ValueError("it has no frames")
+        return torch.stack(moments, 1)
+
+
+def encoder_for(vae: RBLNAutoencoderModel, options: Options) -> LatentEncoder:
+    """The encoder of images, or of videos if the options have `frames`.
+
+    Raises:
+        ValueError: As the encoder.
+    """
+    return (LatentEncoder if options.frames is None else VideoEncoder)(vae, options)
 
 
 def load_model(

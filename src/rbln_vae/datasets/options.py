@@ -12,6 +12,7 @@ from PIL import Image
 from ..config import reject_unknown, setting
 from ..sizes import Size
 from .buckets import Crop, Placer, Sizing
+from .sources.files import Media
 from .trainers import TRAINERS, Trainer
 
 Format: TypeAlias = Literal[
@@ -22,7 +23,10 @@ Dtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
 _DEFAULTS: Mapping[str, Any] = {"latent_dtype": "float16", "bucket_step": 64, "shard_size": 256}
 """Of options whose defaults differ for trainers."""
 
-_OF_SHARDS = ("max_aspect", "crop", "sample", "scale")
+_SHARD_OF_VIDEOS = 16
+"""The most samples of a shard of videos, which are as large as many images."""
+
+_OF_SHARDS = ("max_aspect", "crop", "sample", "scale", "frames")
 """Options that no trainer has."""
 
 _OF_TRAINERS = ("architecture", "upscale", "min_bucket", "max_bucket", "alpha_mask")
@@ -107,11 +111,18 @@ class Options:
         + "; ".join(f"{', '.join(t.architectures)} for {n}" for n, t in TRAINERS.items())
         + ".",
     )
-    shard_size: int = setting(None, "The most samples of a shard. By default 256.")
+    shard_size: int = setting(
+        None, "The most samples of a shard. By default 256, and 16 if they are videos."
+    )
     batch_size: int | None = setting(
         None,
         "Images of a run. By default what the model is compiled for. On targets with exact "
         "batches, the bits don't depend on it.",
+    )
+    frames: int | None = setting(
+        None,
+        "Encode videos: the most frames of each, 1 + 4 n; what is longer is cut off at the end. By "
+        "default images are encoded, and videos left out.",
     )
     max_pixels: int = setting(100_000_000, "Images of more pixels are rejected.")
     min_side: int = setting(32, "Images with a side of fewer pixels are rejected.")
@@ -127,7 +138,7 @@ class Options:
                 )
         for name in (
             *("bucket_step", "min_bucket", "max_bucket"),
-            *("shard_size", "batch_size", "max_pixels", "min_side"),
+            *("shard_size", "batch_size", "max_pixels", "min_side", "frames"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -139,15 +150,22 @@ class Options:
                 f"{self.format} files can't hold bfloat16; choose latent_dtype float16 or "
                 "float32, or format safetensors"
             )
+        if self.format == "parquet" and self.frames is not None:
+            raise ValueError(
+                "parquet files hold latents of images; choose format safetensors or webdataset for "
+                "videos"
+            )
         self.sizing(1)
 
     def _set_defaults(self) -> None:
         """Set what depends on the format, and refuse what has no place in it."""
         refused: tuple[str, ...] = _OF_TRAINERS
         fixed: tuple[str, ...] = ()
-        defaults = _DEFAULTS
+        defaults = dict(_DEFAULTS)
+        if self.frames is not None:
+            defaults["shard_size"] = _SHARD_OF_VIDEOS
         if (kind := TRAINERS.get(self.format)) is not None:
-            defaults = kind.defaults(self.architecture)
+            defaults = dict(kind.defaults(self.architecture))
             fixed = kind.fixed(str(self.architecture))
             refused = (*_OF_SHARDS, *(n for n in _OF_SOME_TRAINERS if n not in kind.offers))
             if len(self.sizes) != 1:
@@ -168,6 +186,11 @@ class Options:
         """The trainer whose cache is written, if any."""
         kind = TRAINERS.get(self.format)
         return None if kind is None else kind(self)
+
+    @property
+    def media(self) -> Media:
+        """What the samples are."""
+        return "image" if self.frames is None else "video"
 
     @property
     def kept(self) -> Literal["moments", "drawn", "mean"]:

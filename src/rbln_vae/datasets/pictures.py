@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ..images import open_image, upright_rgb
-from ..sizes import Placement, format_size
+from ..sizes import Placement, Size, format_size
+from ..videos import read_head, read_video
 from .buckets import Placer
 from .options import Options
 from .sources import Sample
@@ -57,6 +58,42 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A video as the encoder takes it, whose frames are not read yet.
+
+    Attributes:
+        key: Of the sample.
+        caption: Of the sample.
+        columns: Of the sample.
+        placement: How each frame is scaled and cropped.
+        file: The path of the video, or its bytes.
+        fps: Its frames per second, if it tells.
+    """
+
+    key: str
+    caption: str | None
+    columns: Mapping[str, Any]
+    placement: Placement
+    file: str | bytes
+    fps: float | None
+
+    def frames(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The frames, each uint8 `(H, W, 3)`, scaled and cropped.
+
+        Raises:
+            ValueError: It is damaged, or its rate or its size varies.
+        """
+        for number, frame in enumerate(read_video(_readable(self.file))):
+            if tuple(frame.shape[:2]) != self.placement.original:
+                raise ValueError(
+                    f"its frame {number} is {format_size(frame.shape[:2])}, and those before it "
+                    f"{format_size(self.placement.original)}"
+                )
+            picture = Image.fromarray(frame.numpy())
+            yield np.array(_scaled(picture, self.placement, (0, 0, *picture.size)))
+
+
+@dataclass(frozen=True)
 class Rejected:
     """A sample that can't be encoded, and why."""
 
@@ -68,8 +105,10 @@ class _UnfitError(Exception):
     """An image isn't one that is wanted."""
 
 
-def prepare(sample: Sample, options: Options, sizing: Placer) -> Prepared | Rejected:
+def prepare(sample: Sample, options: Options, sizing: Placer) -> Prepared | Clip | Rejected:
     """Read and decode a sample, and give it the size of its bucket.
+
+    Of a video only the head is read; its frames are when it is encoded.
 
     Args:
         sample: What a source gave.
@@ -84,14 +123,16 @@ def prepare(sample: Sample, options: Options, sizing: Placer) -> Prepared | Reje
         return Rejected(sample.key, sample.error)
     try:
         caption, columns = _with_sidecars(sample)
+        if options.frames is not None:
+            return _as_clip(sample, caption, columns, options, sizing)
         content = sample.image if isinstance(sample.image, bytes) else read_file(sample.image)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         return Rejected(sample.key, f"it can't be read: {error.strerror or error}")
-    except ValueError as error:
+    except (ValueError, _UnfitError) as error:
         return Rejected(sample.key, str(error))
     try:
         with open_image(io.BytesIO(content)) as image:
-            _check(image, options)
+            _check((image.height, image.width), options)
             if isinstance(sizing, Trainer):
                 return _as_trainer(sample, image, options, sizing)
             turn = image.getexif().get(_ORIENTATION, 1) if isinstance(image, JpegImageFile) else 0
@@ -114,6 +155,28 @@ def prepare(sample: Sample, options: Options, sizing: Placer) -> Prepared | Reje
         placement, box = drafted
     pixels = np.array(_scaled(picture, placement, box or (0, 0, *picture.size)))
     return Prepared(sample.key, caption, columns, placement, pixels)
+
+
+def _as_clip(
+    sample: Sample,
+    caption: str | None,
+    columns: Mapping[str, Any],
+    options: Options,
+    sizing: Placer,
+) -> Clip:
+    """Open a video, and choose the size of its frames."""
+    file = sample.image
+    if isinstance(file, str) and "://" in file:
+        file = read_file(file)
+    head = read_head(_readable(file))
+    size = head.height, head.width
+    _check(size, options)
+    placement = sizing.place(size, sample.key, options.crop, options.seed)
+    return Clip(sample.key, caption, columns, placement, file, head.fps)
+
+
+def _readable(file: str | bytes) -> str | io.BytesIO:
+    return file if isinstance(file, str) else io.BytesIO(file)
 
 
 def _as_trainer(sample: Sample, image: Image.Image, options: Options, trainer: Trainer) -> Prepared:
@@ -189,9 +252,8 @@ def _scaled(picture: Image.Image, placement: Placement, box: Box) -> Image.Image
     return picture.resize((width, height), Image.Resampling.LANCZOS, region)
 
 
-def _check(image: Image.Image, options: Options) -> None:
+def _check(size: Size, options: Options) -> None:
     """Look at the size before anything is decoded."""
-    size = image.height, image.width
     if size[0] * size[1] > options.max_pixels:
         raise _UnfitError(
             f"it is {format_size(size)}, which is more than max_pixels {options.max_pixels}"

@@ -21,10 +21,8 @@ from ..errors import RBLNDatasetError
 from .buckets import Placer
 from .encoder import Encoded, Encoder
 from .job import Entry, Job, Part
-from .pictures import Prepared, Rejected, prepare, quiet
+from .pictures import Clip, Prepared, Rejected, prepare, quiet
 from .sources import Split
-
-NOT_FINITE = "its latent holds values that aren't finite in latent_dtype"
 
 
 @dataclass
@@ -90,7 +88,7 @@ class _Failed:
     error: BaseException
 
 
-_Item = _Begin | _End | _Failed | Future[Prepared | Rejected] | None
+_Item = _Begin | _End | _Failed | Future[Prepared | Clip | Rejected] | None
 
 
 def encode_splits(
@@ -274,11 +272,11 @@ class _Gathered:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._waiting: dict[tuple[int, int], list[tuple[int, Prepared]]] = {}
+        self._waiting: dict[tuple[int, int], list[tuple[int, Prepared | Clip]]] = {}
         self._counted = [0, 0]
         self.results: list[Encoded | Rejected | None] = []
 
-    def add(self, prepared: Prepared | Rejected) -> None:
+    def add(self, prepared: Prepared | Clip | Rejected) -> None:
         """Take the next sample."""
         if isinstance(prepared, Rejected):
             self.results.append(prepared)
@@ -301,8 +299,8 @@ class _Gathered:
         self._counted = [0, 0]
         return encoded, rejected
 
-    def _run(self, group: list[tuple[int, Prepared]]) -> None:
+    def _run(self, group: list[tuple[int, Prepared | Clip]]) -> None:
         encoded = self._encoder.encode([prepared for _, prepared in group])
-        for (place, prepared), result in zip(group, encoded, strict=True):
-            self.results[place] = result or Rejected(prepared.key, NOT_FINITE)
-            self._counted[result is None] += 1
+        for (place, _), result in zip(group, encoded, strict=True):
+            self.results[place] = result
+            self._counted[isinstance(result, Rejected)] += 1

@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from .encoder import LatentEncoder, load_model, sizing_for
+from .encoder import encoder_for, load_model, sizing_for
 from .job import Entry, Job
 from .options import Options
 from .pipeline import Progress, encode_splits, first_missing
@@ -52,7 +52,7 @@ class Worker:
     ) -> None:
         made = Options.from_dict(options)
         vae = load_model(model, settings, loading)
-        self._encoder = LatentEncoder(vae, made)
+        self._encoder = encoder_for(vae, made)
         self._sizing = sizing_for(vae, made)
         self._job = Job(Path(directory), made)
         self._decoders = decoders

@@ -18,6 +18,7 @@ from ..files import atomic_path
 from ..sizes import format_size
 from .encoder import Encoded
 from .formats import FORMATS, Shard
+from .formats.base import size_of
 from .options import Format
 from .trainers import Trainer
 
@@ -62,7 +63,7 @@ def write_shard(
         raise unwritable(path, error) from error
     sizes: dict[str, int] = {}
     for sample in samples:
-        name = format_size(sample.record["target_size"])
+        name = format_size(size_of(sample.record))
         sizes[name] = sizes.get(name, 0) + 1
     return ShardInfo(path.name, len(samples), size, digest, dict(sorted(sizes.items())))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +15,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+from torch import Tensor
 
+from ..errors import RBLNRuntimeError
 from ..models.family import DECODER, ENCODER
 from ..version import __version__
+from ..videos import require_pyav
 from . import protocol
 from .backend import Backend
 from .batcher import ClosedError, Outcome, QueueFullError, TooLargeError
@@ -24,7 +29,7 @@ from .body import Bodies, announced_length, read_body, too_long, unless_gone
 from .edge import Edge, refusal
 from .errors import CODES, RefusedError
 from .metrics import CONTENT_TYPE, Metrics
-from .models import ModelInfo, Shape
+from .models import ModelInfo, NotFiniteError, Output, Shape
 from .protocol import DecodeQuery, EncodeQuery, PlanQuery, Reply, TensorInput
 from .settings import Limits
 
@@ -46,6 +51,7 @@ class ModelEntry(BaseModel):
     name: str
     class_name: str
     frames: bool
+    frames_per_latent: int | None
     parts: list[str]
     in_channels: int
     latent_channels: int
@@ -131,7 +137,8 @@ def create_app(backend: Backend, limits: Limits | None = None) -> FastAPI:
     tensor = {protocol.TENSOR: {"schema": binary}, "application/octet-stream": {"schema": binary}}
     pictures = {f"image/{kind.lower()}": {"schema": binary} for kind in protocol.PICTURE_FORMATS}
     results = {protocol.TENSOR: {"schema": binary}}
-    images = {kind: {"schema": binary} for kind in protocol.IMAGE_TYPES.values()}
+    shown = (*protocol.IMAGE_TYPES.values(), protocol.VIDEO_TYPE)
+    images = {kind: {"schema": binary} for kind in shown}
     problems: dict[int | str, dict[str, Any]] = {
         "default": {"model": Problem, "description": "Anything else; `code` says what."}
     }
@@ -144,7 +151,7 @@ def create_app(backend: Backend, limits: Limits | None = None) -> FastAPI:
         openapi_extra={"requestBody": {"content": tensor, "required": True}},
     )
     async def decode(request: Request, query: Annotated[DecodeQuery, Query()]) -> Response:
-        """Turn a latent into an image; `POST /` is the same."""
+        """Turn a latent into an image or a video; `POST /` is the same."""
         return await service.decode(request, query)
 
     @app.post(
@@ -220,17 +227,24 @@ class _Service:
         self.backend.drain()
 
     async def decode(self, request: Request, query: DecodeQuery) -> Response:
-        model = self.model(query.model)
-        expected = protocol.decode_input(query, model)
-        await self._admit(model, DECODER, expected.model_shape)
-        with self._room_for(request, expected) as most:
+        model, accept = self.model(query.model), request.headers.get("accept", "")
+        expected = protocol.decode_input(query, model, accept)
+        output = protocol.output_of(query, accept)
+        if output == "frames":
+            await _require_pyav()
+        await self._admit(model, DECODER, expected.model_shape, output)
+        with ExitStack() as held:
+            most = held.enter_context(self._room_for(request, expected))
             body = await read_body(request, most, self.limits.body_timeout)
             # What takes a while is done in threads, so that nobody else waits for it.
             latent = await asyncio.to_thread(expected.read, body)
             latent = protocol.prepare_latent(latent, query, model, expected)
-            pictures = protocol.shows_pictures(query, request.headers.get("accept", ""))
-            outcome = await self._run(request, model, DECODER, latent, pictures)
-        if pictures:
+            if output == "frames":
+                # Its levels are those of float32, the finest; the file has no other dtype.
+                chunks = self.backend.video(model.name, latent.float(), query.fps)
+                return await self._video(request, model, latent, chunks, held)
+            outcome = await self._run(request, model, DECODER, latent, output)
+        if output == "pictures":
             reply = await asyncio.to_thread(
                 protocol.picture_reply, outcome.tensor, outcome.finite, query
             )
@@ -278,11 +292,13 @@ class _Service:
             )
         return models[name]
 
-    async def _admit(self, model: ModelInfo, part: str, shape: Shape) -> None:
+    async def _admit(
+        self, model: ModelInfo, part: str, shape: Shape, output: Output = "sample"
+    ) -> None:
         """Refuse what would be refused later, before more is done for it."""
         self._require_pixels(model.pixels(part, shape))
         try:
-            await self.backend.check(model.name, part, shape)
+            await self.backend.check(model.name, part, shape, output)
         except ValueError as error:
             raise RefusedError(422, "wrong_shape", str(error)) from error
         except Exception as error:
@@ -312,27 +328,111 @@ class _Service:
         return self.bodies.hold(most if length is None else length)
 
     async def _run(
-        self, request: Request, model: ModelInfo, part: str, tensor: Any, pictures: bool = False
+        self,
+        request: Request,
+        model: ModelInfo,
+        part: str,
+        tensor: Tensor,
+        output: Output = "sample",
     ) -> Outcome:
         try:
-            outcome = await unless_gone(
-                request, self.backend.run(model.name, part, tensor, pictures)
-            )
+            outcome = await unless_gone(request, self.backend.run(model.name, part, tensor, output))
         except RefusedError:
             raise
         except Exception as error:
             raise _refused(error) from error
+        self._note(request, model, part, tensor, outcome)
+        return outcome
+
+    async def _video(
+        self,
+        request: Request,
+        model: ModelInfo,
+        latent: Tensor,
+        chunks: AsyncGenerator[bytes | Outcome, None],
+        held: ExitStack,
+    ) -> Response:
+        """The answer with a video, once its first bytes are there."""
+        try:
+            first = await unless_gone(request, anext(chunks))
+        except RefusedError:
+            raise
+        except Exception as error:
+            raise _refused(error) from error
+        note = functools.partial(self._note, request, model, DECODER, latent)
+        return _VideoResponse(request, first, chunks, note, held.pop_all())
+
+    def _note(
+        self, request: Request, model: ModelInfo, part: str, tensor: Tensor, outcome: Outcome
+    ) -> None:
+        """Count a result, and log how it came about."""
         self.metrics.ran(model.name, part, outcome)
         entry = request.state.entry
         entry.update(model=model.name, part=part, shape=list(tensor.shape), batch=outcome.batch)
         entry.update(waited=round(outcome.waited, 4), ran=round(outcome.ran, 4))
-        return outcome
 
     def _respond(self, request: Request, reply: Reply, outcome: Outcome) -> Response:
         timing = f"queue;dur={outcome.waited * 1e3:.1f}, run;dur={outcome.ran * 1e3:.1f}"
         headers = {**reply.headers, "server-timing": timing}
         request.state.entry["bytes"] = len(reply.body)
         return Response(reply.body, media_type=reply.media_type, headers=headers)
+
+
+class _VideoResponse(Response):
+    """A video that is sent as it is made.
+
+    If that fails, the connection ends in the middle: the status has been sent.
+
+    Args:
+        request: What it answers.
+        first: The first bytes.
+        chunks: The others, and at the end how they came about.
+        note: Called with that.
+        held: What is held until the end.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        first: bytes | Outcome,
+        chunks: AsyncGenerator[bytes | Outcome, None],
+        note: Callable[[Outcome], None],
+        held: ExitStack,
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self.init_headers({"content-type": protocol.VIDEO_TYPE})
+        self._request, self._first, self._chunks = request, first, chunks
+        self._note, self._held = note, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            try:
+                async with aclosing(self._chunks):
+                    await unless_gone(self._request, self._send(send))
+            except Exception as error:
+                refused = _refused(error)
+                if not isinstance(refused, RefusedError):
+                    raise
+                self._request.state.entry["code"] = refused.code
+
+    async def _send(self, send: Send) -> None:
+        head = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **head})
+        sent, data = 0, self._first
+        while isinstance(data, bytes):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            sent += len(data)
+            data = await anext(self._chunks)
+        self._note(data)
+        self._request.state.entry["bytes"] = sent
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _require_pyav() -> None:
+    try:
+        await asyncio.to_thread(require_pyav)
+    except RBLNRuntimeError as error:
+        raise RefusedError(501, "no_pyav", f"{error} That is for the operator to do.") from None
 
 
 def _refused(error: Exception) -> Exception:
@@ -364,6 +464,8 @@ def _refused(error: Exception) -> Exception:
             return RefusedError(
                 504, "timeout", f"{error} The operator gives more with --run-timeout."
             )
+        case NotFiniteError():
+            return protocol.not_finite(str(error))
     return error
 
 

@@ -11,15 +11,16 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..units import format_bytes
-from .models import Runner, Shape
+from .models import Output, Runner, Shape
 from .planner import Planner
 from .settings import BatcherOptions
 
@@ -28,6 +29,10 @@ _LEAST_WEIGHT = 1 / 8
 
 _NEW_RATE = 0.2
 """How much the latest run counts in the estimate of the time that a run takes."""
+
+
+TakeFrames: TypeAlias = Callable[[Iterator[Tensor]], Any]
+"""What a video is given to, frame by frame, on the thread of its run."""
 
 
 class QueueFullError(Exception):
@@ -55,7 +60,7 @@ class Outcome:
     """A result, and how it came about.
 
     Attributes:
-        tensor: What the model gave.
+        tensor: What the model gave; empty for a video that was taken frame by frame.
         finite: Whether all values of pictures were finite; else true.
         waited: Seconds in the queue.
         ran: Seconds of the run that made it.
@@ -74,7 +79,8 @@ class _Job:
     runner: Runner
     part: str
     tensor: Tensor
-    pictures: bool
+    output: Output
+    take: TakeFrames | None
     weight: float
     memory: int
     arrived: float
@@ -85,9 +91,11 @@ class _Job:
         return tuple(self.tensor.shape)
 
     @property
-    def kind(self) -> tuple[str, str, bool, torch.dtype, Shape]:
-        """What jobs that run together have in common."""
-        return self.runner.name, self.part, self.pictures, self.tensor.dtype, self.shape[1:]
+    def kind(self) -> object:
+        """What jobs that run together have in common; videos run alone."""
+        if len(self.shape) == 5:
+            return self
+        return self.runner.name, self.part, self.output, self.tensor.dtype, self.shape[1:]
 
 
 @dataclass(eq=False)
@@ -141,7 +149,9 @@ class Batcher:
         """Bytes that the runs under way were admitted for."""
         return sum(batch.memory for batch in self._running)
 
-    async def check(self, runner: Runner, part: str, shape: Shape) -> None:
+    async def check(
+        self, runner: Runner, part: str, shape: Shape, output: Output = "sample"
+    ) -> None:
         """Raise if a request of that shape would be refused now.
 
         It is planned in a thread, and takes room in the queue meanwhile.
@@ -153,10 +163,15 @@ class Batcher:
             ValueError: The model takes no such shape.
         """
         with self._room_for(runner, part, shape):
-            await self._admitted_memory(runner, part, shape)
+            await self._admitted_memory(runner, part, shape, output)
 
     async def submit(
-        self, runner: Runner, part: str, tensor: Tensor, pictures: bool = False
+        self,
+        runner: Runner,
+        part: str,
+        tensor: Tensor,
+        output: Output = "sample",
+        take: TakeFrames | None = None,
     ) -> Outcome:
         """Run a tensor when its turn comes.
 
@@ -166,8 +181,9 @@ class Batcher:
         Args:
             runner: The model.
             part: Which part of it.
-            tensor: `(N, C, H, W)`; not to be written to any more.
-            pictures: Whether to decode to pictures, by default not.
+            tensor: `(N, C, H, W)`, of videos `(N, C, T, H, W)`; not to be written to any more.
+            output: What the run gives, by default floats.
+            take: What takes the frames if these are the output.
 
         Raises:
             TooLargeError, QueueFullError, ClosedError, ValueError: As `check`.
@@ -175,10 +191,10 @@ class Batcher:
         """
         arrived, shape = time.monotonic(), tuple(tensor.shape)
         with self._room_for(runner, part, shape) as weight:
-            memory = await self._admitted_memory(runner, part, shape)
+            memory = await self._admitted_memory(runner, part, shape, output)
         # Nothing can come between: the room that it had is the room that it takes now.
         done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        job = _Job(runner, part, tensor, pictures, weight, memory, arrived, done)
+        job = _Job(runner, part, tensor, output, take, weight, memory, arrived, done)
         self._waiting.append(job)
         self._wake()
         try:
@@ -223,13 +239,16 @@ class Batcher:
         finally:
             self._planned.remove(weight)
 
-    async def _admitted_memory(self, runner: Runner, part: str, shape: Shape) -> int:
+    async def _admitted_memory(
+        self, runner: Runner, part: str, shape: Shape, output: Output
+    ) -> int:
         """Bytes that a run of its own takes, if that is no more than the limit."""
         limit = self.options.memory_limit
         try:
             needed = await self._planner.memory_needed(runner, part, shape)
         except MemoryError as error:
             raise TooLargeError(str(error)) from error
+        needed += runner.whole_video(shape, output)
         if self._closed:
             raise ClosedError
         if limit is not None and needed > limit:
@@ -342,11 +361,15 @@ class Batcher:
         started = time.monotonic()
         try:
             tensor = first.tensor if len(jobs) == 1 else torch.cat([job.tensor for job in jobs])
-            if first.pictures:
+            finite = torch.ones(len(tensor), dtype=torch.bool)
+            if first.take is not None:
+                with contextlib.closing(first.runner.decode_frames(tensor, nobody_waits)) as frames:
+                    first.take(frames)
+                result = torch.empty(len(tensor), 0)
+            elif first.output == "pictures":
                 result, finite = first.runner.decode_images(tensor, nobody_waits)
             else:
                 result = first.runner.run(first.part, tensor, nobody_waits)
-                finite = torch.ones(len(tensor), dtype=torch.bool)
         except Exception as error:
             for job in jobs:
                 loop.call_soon_threadsafe(_fail, job, error)

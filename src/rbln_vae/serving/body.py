@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Iterator
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -126,7 +126,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytearray:
     return body
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """Await work, and cancel it if the client disconnects; the body must have been read.
 
     Raises:
@@ -142,6 +142,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
     finally:
         leaving.cancel()
         working.cancel()
+        await asyncio.wait((working, leaving))  # so that nothing of it runs any more
 
 
 async def _left(request: Request) -> None:

@@ -25,6 +25,8 @@ CODES = {
     "invalid_query": "422: a parameter is missing, unknown or has a wrong value",
     "unknown_model": "404: the server has no model of that name",
     "no_encoder": "422: the model was compiled without its encoder",
+    "no_video": "422: the model runs images, or its frames don't go into a video file",
+    "no_pyav": "501: the server lacks PyAV, which writes videos",
     "unknown_scaling": "422: the server doesn't know the scaling of the model's latents",
     "wrong_shape": "422: the shape doesn't fit the model",
     "wrong_body_size": "422: the length of the body doesn't match shape and dtype",

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..config import format_dtypes
+from ..levels import levels_of
 from ..models.autoencoder import RBLNAutoencoderModel
 from ..models.family import DECODER, ENCODER
 from ..models.latents import LatentScaling, mode
 from ..models.opening import open_model
+from ..models.video import RBLNVideoAutoencoder
 from ..targets.base import get_target
 from ..targets.watch import ShouldStop
 
 Shape = tuple[int, ...]
 
+Output: TypeAlias = Literal["sample", "pictures", "frames"]
+"""What a run gives: floats, the levels that show them, or a video frame by frame."""
+
 _USUAL_SIDES = (256, 512, 1024, 2048)
 """The sides of the images, in pixels, that a plan is shown for."""
 LONGEST_NAME = 100
 """The most characters of a model's name."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A frame can't be shown, because it has NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,9 @@ class ModelInfo:
     Attributes:
         name: The name for `?model=`.
         class_name: The diffusers class that was compiled.
-        frames: Whether latents and images have an axis of frames, of length 1.
+        frames: Whether latents and images have an axis of frames.
+        frames_per_latent: The number of frames of each further frame of a latent after the first,
+            which is one; `None` if the model runs images only.
         parts: `"decoder"`, and `"encoder"` if it was compiled.
         in_channels: The number of channels of an input image.
         latent_channels: The number of channels of a latent.
@@ -48,6 +60,7 @@ class ModelInfo:
     name: str
     class_name: str
     frames: bool
+    frames_per_latent: int | None
     parts: tuple[str, ...]
     in_channels: int
     latent_channels: int
@@ -61,10 +74,12 @@ class ModelInfo:
     def of(cls, name: str, vae: RBLNAutoencoderModel) -> ModelInfo:
         """The facts about a compiled model."""
         resolved = vae.resolved_config
+        runs_videos = isinstance(vae, RBLNVideoAutoencoder) and resolved.videos
         return cls(
             name=name,
             class_name=vae.family.original_class_name,
             frames=vae.frames,
+            frames_per_latent=vae.temporal_compression_ratio if runs_videos else None,
             parts=resolved.parts,
             in_channels=resolved.in_channels,
             latent_channels=resolved.latent_channels,
@@ -76,9 +91,13 @@ class ModelInfo:
         )
 
     def pixels(self, part: str, shape: Shape) -> int:
-        """The pixels of all images that an input of a part stands for."""
-        count = shape[0] * math.prod(shape[2:])
+        """The pixels of all images that an input of a part stands for; of videos, of a frame."""
+        count = shape[0] * math.prod(shape[-2:])
         return count if part == ENCODER else count * self.vae_scale_factor**2
+
+    def frame_count(self, shape: Shape) -> int:
+        """The frames of each of the videos of a latent, or 1 if it has no axis of frames."""
+        return 1 + (shape[2] - 1) * (self.frames_per_latent or 1) if len(shape) == 5 else 1
 
 
 def named_models(texts: Iterable[str]) -> dict[str, str]:
@@ -155,7 +174,13 @@ class Runner(Protocol):
         """Whether each sample of a batch gets the same bits as in a run of its own."""
 
     def memory_needed(self, part: str, shape: Shape) -> int:
-        """The bytes that a run needs. May take seconds; called in threads."""
+        """The bytes that a run needs. May take seconds; called in threads.
+
+        Of a video, `(N, C, T, H, W)`, those that it takes frame by frame.
+        """
+
+    def whole_video(self, shape: Shape, output: Output) -> int:
+        """The bytes of a video that is given as a whole, which come on top; else 0."""
 
     def weight(self, part: str, shape: Shape) -> float:
         """The approximate time of a run, in images of the size that the model is tuned for."""
@@ -176,7 +201,21 @@ class Runner(Protocol):
         """Decode to pictures, in the same way.
 
         Returns:
-            The pictures, uint8 `(N, H, W, C)`, and whether all values of each were finite.
+            The pictures, uint8 `(N, H, W, C)`, of videos `(N, T, H, W, C)`, and whether all
+            values of each were finite.
+        """
+
+    def decode_frames(
+        self, latent: Tensor, should_stop: ShouldStop
+    ) -> Generator[Tensor, None, None]:
+        """Decode a video, in the same way, and yield each frame as it is done.
+
+        Args:
+            latent: `(N, C, T, H, W)`.
+            should_stop: As of `run`.
+
+        Raises:
+            NotFiniteError: A frame has NaN or infinity.
         """
 
 
@@ -220,9 +259,21 @@ class ServedModel:
 
     def weight(self, part: str, shape: Shape) -> float:
         height, width = self.info.sample_size
-        return self.info.pixels(part, shape) / (height * width)
+        return self.info.frame_count(shape) * self.info.pixels(part, shape) / (height * width)
+
+    def whole_video(self, shape: Shape, output: Output) -> int:
+        if len(shape) != 5 or output == "frames":
+            return 0
+        size = torch.uint8.itemsize if output == "pictures" else torch.float32.itemsize
+        channels = self._vae.resolved_config.out_channels
+        pixels = self.info.frame_count(shape) * self.info.pixels(DECODER, shape)
+        return size * channels * pixels
 
     def run(self, part: str, tensor: Tensor, should_stop: ShouldStop) -> Tensor:
+        if tensor.dim() == 5:
+            videos = self._videos().decode(tensor, return_dict=False, should_stop=should_stop)
+            assert isinstance(videos, tuple)
+            return videos[0]
         if part == DECODER:
             return self._vae.decode_latents(tensor, should_stop=should_stop)
         images = tensor if tensor.is_floating_point() else tensor.permute(0, 2, 3, 1)
@@ -230,8 +281,37 @@ class ServedModel:
 
     def decode_images(self, latent: Tensor, should_stop: ShouldStop) -> tuple[Tensor, Tensor]:
         finite = torch.ones(len(latent), dtype=torch.bool)
+        if latent.dim() == 5:
+            return self._decode_videos(latent, should_stop, finite), finite
         images = self._vae.decode_images(latent, should_stop=should_stop, finite=finite)
         return images, finite
+
+    def decode_frames(
+        self, latent: Tensor, should_stop: ShouldStop
+    ) -> Generator[Tensor, None, None]:
+        frames = self._videos().decode_frames(latent, should_stop=should_stop)
+        with contextlib.closing(frames):
+            for number, frame in enumerate(frames):
+                if not bool(frame.isfinite().all()):
+                    raise NotFiniteError(f"Frame {number} of the video isn't finite.")
+                yield frame
+
+    def _decode_videos(self, latent: Tensor, should_stop: ShouldStop, finite: Tensor) -> Tensor:
+        """The pictures of the frames; `finite` gets whether all of each video were finite."""
+        factor, channels = self.info.vae_scale_factor, self._vae.resolved_config.out_channels
+        batch, _, _, height, width = latent.shape
+        shape = (batch, self.info.frame_count(latent.shape), factor * height, factor * width)
+        pictures = torch.empty((*shape, channels), dtype=torch.uint8)
+        frames = self._videos().decode_frames(latent, should_stop=should_stop)
+        with contextlib.closing(frames):
+            for number, frame in enumerate(frames):
+                finite &= frame.isfinite().flatten(1).all(1)
+                pictures[:, number] = levels_of(frame).movedim(1, -1)
+        return pictures
+
+    def _videos(self) -> RBLNVideoAutoencoder:
+        assert isinstance(self._vae, RBLNVideoAutoencoder)
+        return self._vae
 
 
 def open_models(

@@ -26,7 +26,7 @@ from ..images import load_image, open_image, to_levels, with_opacity
 from ..models.latents import LatentScaling
 from ..sizes import check_image_size
 from .errors import RefusedError
-from .models import LONGEST_NAME, ModelInfo, Shape
+from .models import LONGEST_NAME, ModelInfo, Output, Shape
 from .png import encode_png
 
 DTYPES = {
@@ -38,11 +38,13 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 TENSOR = "tensor/binary"
 IMAGE_TYPES = {"png": "image/png", "jpg": "image/jpeg"}
+VIDEO_TYPE = "video/mp4"
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
 """The formats of pictures that are read; the size is known before decoding."""
 
 _LARGEST_SIDE = 1 << 24
+_MOST_FPS = 240
 _MOST_AXES = 8
 
 _JPEG_QUALITY = 95
@@ -75,16 +77,23 @@ class DecodeQuery(Query):
     shape: list[int] = Field(
         min_length=1,
         max_length=_MOST_AXES,
-        description="The shape of the latent: (N, C, H, W), for models of videos also (N, C, 1, H, "
+        description="The shape of the latent: (N, C, H, W), for models of videos also (N, C, T, H, "
         "W), or packed (N, H / 2 * W / 2, 4 * C). One parameter for each number.",
     )
     dtype: Dtype = Field(description="The dtype of the latent; a result tensor has the same.")
-    output_type: Literal["pil", "pt"] = Field(
-        "pil", description="A picture, or a tensor (N, C, H, W) in [-1, 1]."
+    output_type: Literal["pil", "pt", "mp4"] = Field(
+        "pil",
+        description="A picture, a tensor (N, C, H, W) or of videos (N, C, T, H, W) in [-1, 1], or "
+        "a video, which comes while it is decoded.",
+    )
+    fps: float = Field(
+        16, gt=0, le=_MOST_FPS, description="With output_type=mp4, the frames per second."
     )
     image_format: Literal["png", "jpg"] = Field("jpg", description="The format of the picture.")
     partial_postprocess: bool = Field(
-        False, description="With output_type=pt, return uint8 (N, H, W, C) instead."
+        False,
+        description="With output_type=pt, return uint8 (N, H, W, C), of a video (T, H, W, C), "
+        "instead.",
     )
     do_scaling: bool = Field(
         False, description="Take missing factors from the model's configuration."
@@ -124,7 +133,8 @@ class TensorInput:
     Attributes:
         shape: The shape of the tensor in the request.
         dtype: The dtype of its elements.
-        model_shape: The shape `(N, C, H, W)` of the model's input.
+        model_shape: The shape of the model's input: `(N, C, H, W)`, or of videos
+            `(1, C, T, H, W)`.
     """
 
     shape: Shape
@@ -169,13 +179,21 @@ def wrong_body_size(expected: TensorInput, found: int) -> RefusedError:
 # Decoding
 
 
-def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
+def decode_input(query: DecodeQuery, model: ModelInfo, accept: str = "") -> TensorInput:
     """The expected body of a decode request.
+
+    Args:
+        query: The query of the request.
+        model: The model.
+        accept: The `Accept` header of the request, by default empty.
 
     Raises:
         RefusedError: The shape does not fit the model.
     """
     shape = _positive(query.shape)
+    if query.output_type == "mp4" or (model.frames and len(shape) == 5 and shape[2] > 1):
+        _check_video(shape, query, model, accept)
+        return TensorInput(shape, DTYPES[query.dtype], shape)
     image_shape = _without_frames(shape, model)
     patch = _scaling(query, model).patch_size
     channels = patch**2 * model.latent_channels
@@ -202,6 +220,47 @@ def decode_input(query: DecodeQuery, model: ModelInfo) -> TensorInput:
     return TensorInput(shape, DTYPES[query.dtype], model_shape)
 
 
+def _check_video(shape: Shape, query: DecodeQuery, model: ModelInfo, accept: str) -> None:
+    """Raise unless the latent is that of a video, and can be shown as it was asked."""
+    if model.frames_per_latent is None:
+        why = (
+            "was compiled for images of one frame. Compile it again without rbln_num_frames=1, and "
+            "for another target than 'rbln'"
+            if model.frames
+            else f"is a model of images, {model.class_name}. Name one of videos, such as Wan's"
+        )
+        raise RefusedError(422, "no_video", f"The model {model.name!r} {why}.")
+    if len(shape) != 5 or shape[1] != model.latent_channels:
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"The model {model.name!r} decodes videos from latents of shape "
+            f"(1, {model.latent_channels}, T, H, W), and this one has {_text(shape)}.",
+        )
+    output = output_of(query, accept)
+    if output == "pictures" and query.output_type == "pil":
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"A picture shows one image, and the latent {_text(shape)} is that of a video. Ask for "
+            "output_type=mp4, or for a tensor: output_type=pt, or a processor.",
+        )
+    if shape[0] != 1 and not (query.output_type == "pt" and output == "sample"):
+        raise RefusedError(
+            422,
+            "wrong_shape",
+            f"The latent {_text(shape)} holds {shape[0]} videos, and one is shown. Send them one "
+            "by one, or ask for output_type=pt without partial_postprocess.",
+        )
+    if output == "frames" and model.in_channels != 3:
+        raise RefusedError(
+            422,
+            "no_video",
+            f"The model {model.name!r} gives frames of {model.in_channels} channels, and those of "
+            "a video file have 3. Ask for output_type=pt.",
+        )
+
+
 def _without_frames(shape: Shape, model: ModelInfo) -> Shape:
     """A shape without its axis of frames, if it has one and the model takes it."""
     if len(shape) != 5 or not model.frames:
@@ -210,8 +269,8 @@ def _without_frames(shape: Shape, model: ModelInfo) -> Shape:
         raise RefusedError(
             422,
             "wrong_shape",
-            f"The model {model.name!r} runs images of one frame, (N, C, 1, H, W), and this shape "
-            f"is {_text(shape)}. Send the frames one by one, if they are images of their own.",
+            f"The model {model.name!r} encodes images of one frame here, (N, C, 1, H, W), and this "
+            f"one has {_text(shape)}. Send the frames one by one, if they are images of their own.",
         )
     return (*shape[:2], *shape[3:])
 
@@ -242,8 +301,10 @@ def _unpacked_shape(shape: Shape, query: DecodeQuery, model: ModelInfo) -> Shape
 def prepare_latent(
     latent: Tensor, query: DecodeQuery, model: ModelInfo, expected: TensorInput
 ) -> Tensor:
-    """The unscaled latent `(N, C, H, W)` for the decoder, as pipelines compute it."""
+    """The unscaled latent for the decoder, as pipelines compute it."""
     scaling = _scaling(query, model)
+    if len(expected.model_shape) == 5:
+        return scaling.unscale(latent.transpose(1, 2)).transpose(1, 2)
     if latent.dim() == 5:
         latent = latent.squeeze(2)
     if latent.dim() == 3:
@@ -287,22 +348,26 @@ class Reply:
     headers: dict[str, str]
 
 
-def shows_pictures(query: DecodeQuery, accept: str) -> bool:
-    """Whether the response shows pictures, so that the model decodes to uint8.
+def output_of(query: DecodeQuery, accept: str) -> Output:
+    """What the model gives for the response: levels where it shows pictures.
 
     Args:
         query: The query of the request.
         accept: The `Accept` header of the request. With `output_type=pil` and a processor,
             the client asks for a tensor in `[0, 1]` with it.
     """
-    return query.partial_postprocess if query.output_type == "pt" else TENSOR not in accept
+    if query.output_type == "mp4":
+        return "frames"
+    shown = query.partial_postprocess if query.output_type == "pt" else TENSOR not in accept
+    return "pictures" if shown else "sample"
 
 
 def sample_reply(sample: Tensor, query: DecodeQuery) -> Reply:
     """The response that `remote_decode` reads if it shows no pictures.
 
     Args:
-        sample: The decoded images `(N, C, H, W)`, approximately in `[-1, 1]`.
+        sample: The decoded images `(N, C, H, W)`, or videos `(N, C, T, H, W)`, approximately in
+            `[-1, 1]`.
         query: The query of the request.
 
     Raises:
@@ -310,8 +375,11 @@ def sample_reply(sample: Tensor, query: DecodeQuery) -> Reply:
     """
     if query.output_type == "pt":
         # As it was asked: with an axis of frames if the latent had one.
-        return tensor_reply(sample.unsqueeze(2) if len(query.shape) == 5 else sample)
+        framed = len(query.shape) == 5 and sample.dim() == 4
+        return tensor_reply(sample.unsqueeze(2) if framed else sample)
     _require_finite(_is_finite(sample))
+    if sample.dim() == 5:  # the client takes the frames of a video as a batch
+        sample = sample[0].transpose(0, 1)
     shown: Any = VaeImageProcessor.denormalize(sample)
     return tensor_reply(shown)
 
@@ -320,7 +388,7 @@ def picture_reply(pictures: Tensor, finite: bool, query: DecodeQuery) -> Reply:
     """The response that `remote_decode` reads if it shows pictures.
 
     Args:
-        pictures: uint8 `(N, H, W, C)`.
+        pictures: uint8 `(N, H, W, C)`, or of a video `(1, T, H, W, C)`.
         finite: Whether all values that they show were.
         query: The query of the request.
 
@@ -329,7 +397,8 @@ def picture_reply(pictures: Tensor, finite: bool, query: DecodeQuery) -> Reply:
     """
     _require_finite(finite)
     if query.output_type == "pt":
-        return tensor_reply(pictures)
+        # The client takes the frames of a video as a batch.
+        return tensor_reply(pictures[0] if pictures.dim() == 5 else pictures)
     picture = pictures[0].numpy()
     shown_channels = (1, 3, 4) if query.image_format == "png" else (1, 3)
     if picture.shape[2] not in shown_channels:
@@ -359,13 +428,18 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _require_finite(finite: bool) -> None:
     if not finite:
-        raise RefusedError(
-            422,
-            "not_finite",
-            "The result isn't finite, so it can't be shown. output_type=pt without "
-            "partial_postprocess gives it as it is; scaling that was left out or done twice is a "
-            "common cause.",
-        )
+        raise not_finite("The result isn't finite")
+
+
+def not_finite(what: str) -> RefusedError:
+    """The error of a result that can't be shown because it has NaN or infinity."""
+    return RefusedError(
+        422,
+        "not_finite",
+        f"{what.removesuffix('.')}, so it can't be shown. output_type=pt without "
+        "partial_postprocess gives it as it is; scaling that was left out or done twice is a "
+        "common cause.",
+    )
 
 
 def tensor_reply(tensor: Tensor) -> Reply:

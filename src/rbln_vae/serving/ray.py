@@ -13,7 +13,8 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import ray.serve
@@ -29,7 +30,7 @@ from . import logs
 from .app import create_app
 from .backend import LocalBackend
 from .batcher import Outcome, QueueFullError
-from .models import ModelInfo, PlannedRun, Shape, named_models, open_models
+from .models import ModelInfo, Output, PlannedRun, Shape, named_models, open_models
 from .settings import RUN_TIMEOUT, BatcherOptions, Limits
 
 _MANY = 10_000
@@ -152,9 +153,19 @@ class Worker:
         """What images of usual sizes take, as `Backend.plan`."""
         return await self._backend.plan(model)
 
-    async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
+    async def run(
+        self, model: str, part: str, tensor: Tensor, output: Output = "sample"
+    ) -> Outcome:
         """Run a tensor, as `Backend.run`."""
-        return await self._backend.run(model, part, tensor, pictures)
+        return await self._backend.run(model, part, tensor, output)
+
+    async def video(
+        self, model: str, latent: Tensor, fps: float
+    ) -> AsyncGenerator[bytes | Outcome, None]:
+        """Decode a video, as `Backend.video`."""
+        async with aclosing(self._backend.video(model, latent, fps)) as chunks:
+            async for data in chunks:
+                yield data
 
 
 class Front:
@@ -180,22 +191,46 @@ class RemoteBackend:
     def models(self) -> Mapping[str, ModelInfo]:
         return self._models
 
-    async def check(self, model: str, part: str, shape: Shape) -> None:
+    async def check(self, model: str, part: str, shape: Shape, output: Output = "sample") -> None:
         """Does nothing: a worker checks when it gets the tensor."""
 
-    async def run(self, model: str, part: str, tensor: Tensor, pictures: bool = False) -> Outcome:
+    async def run(
+        self, model: str, part: str, tensor: Tensor, output: Output = "sample"
+    ) -> Outcome:
         end = time.monotonic() + _PATIENCE
         while True:
             try:
-                return await self._run_once(model, part, tensor, pictures)
+                return await self._run_once(model, part, tensor, output)
             except (RayActorError, DeploymentUnavailableError):
                 # The worker died. Runs have no side effects, so another worker can repeat it.
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(_PAUSE)
 
-    async def _run_once(self, model: str, part: str, tensor: Tensor, pictures: bool) -> Outcome:
-        response: Any = self._workers.run.remote(model, part, tensor, pictures)
+    async def video(
+        self, model: str, latent: Tensor, fps: float
+    ) -> AsyncGenerator[bytes | Outcome, None]:
+        end, begun = time.monotonic() + _PATIENCE, False
+        while True:
+            response: Any = self._workers.options(stream=True).video.remote(model, latent, fps)
+            try:
+                async for data in response:
+                    begun = True
+                    yield data
+                return
+            except (RayActorError, DeploymentUnavailableError):
+                if begun or time.monotonic() > end:
+                    raise
+            except BackPressureError:
+                raise QueueFullError(1) from None
+            except RayTaskError as error:
+                raise error.cause from None
+            finally:
+                response.cancel()
+            await asyncio.sleep(_PAUSE)
+
+    async def _run_once(self, model: str, part: str, tensor: Tensor, output: Output) -> Outcome:
+        response: Any = self._workers.run.remote(model, part, tensor, output)
         try:
             outcome: Outcome = await response
         except asyncio.CancelledError:

@@ -52,7 +52,7 @@ class Shard(ABC):
     @property
     @abstractmethod
     def sizes(self) -> npt.NDArray[np.int32]:
-        """Height and width of each sample's image in pixels, `(samples, 2)`."""
+        """`size_of` of each sample: `(samples, 2)`, of videos `(samples, 3)`."""
 
     @abstractmethod
     def record(self, index: int) -> dict[str, Any]:
@@ -60,7 +60,16 @@ class Shard(ABC):
 
     @abstractmethod
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Copies of the tensors of a sample, by name, each `(C, h, w)`."""
+        """Copies of the tensors of a sample, by name, each `(C, h, w)` or `(C, t, h, w)`."""
+
+
+def size_of(record: Mapping[str, Any]) -> tuple[int, ...]:
+    """Height and width of a sample in pixels, after the number of frames if it is a video.
+
+    Samples of one size have tensors of one shape.
+    """
+    frames = (record["frames"],) if "frames" in record else ()
+    return (*frames, *record["target_size"])
 
 
 def mapped(path: Path) -> npt.NDArray[np.uint8]:

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...sizes import Size, format_size
+from ...sizes import format_size
 from ..encoder import Encoded
 from ..seeds import seed_of
-from .base import FORMAT_NAME, FORMAT_VERSION, Shard, to_json
+from .base import FORMAT_NAME, FORMAT_VERSION, Shard, size_of, to_json
 
 
 class SafetensorsShard(Shard):
@@ -27,12 +27,12 @@ class SafetensorsShard(Shard):
 
     @staticmethod
     def write(path: Path, samples: Sequence[Encoded]) -> None:
-        rows: dict[Size, list[Encoded]] = {}
+        rows: dict[tuple[int, ...], list[Encoded]] = {}
         places = []
         for sample in samples:
-            height, width = sample.record["target_size"]
-            group = rows.setdefault((height, width), [])
-            places.append((height, width, len(group)))
+            size = size_of(sample.record)
+            group = rows.setdefault(size, [])
+            places.append((*size, len(group)))
             group.append(sample)
         tensors = {
             f"{name}.{format_size(size)}": torch.stack([sample.tensors[name] for sample in group])
@@ -69,7 +69,7 @@ class SafetensorsShard(Shard):
 
     @property
     def sizes(self) -> npt.NDArray[np.int32]:
-        return self._tensors["places"][:, :2].numpy()
+        return self._tensors["places"][:, :-1].numpy()
 
     def record(self, index: int) -> dict[str, Any]:
         start, end = self._tensors["records.ends"][index : index + 2].tolist()
@@ -77,6 +77,6 @@ class SafetensorsShard(Shard):
         return record
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        height, width, row = self._tensors["places"][index].tolist()
-        size = format_size((height, width))
+        *sides, row = self._tensors["places"][index].tolist()
+        size = format_size(sides)
         return {name: self._tensors[f"{name}.{size}"][row].clone() for name in self._names[size]}

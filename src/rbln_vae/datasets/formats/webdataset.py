@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..encoder import Encoded
 from ..seeds import seed_of
-from .base import Shard, mapped, to_json
+from .base import Shard, mapped, size_of, to_json
 
 
 class WebDatasetShard(Shard):
@@ -69,7 +69,7 @@ class WebDatasetShard(Shard):
 
     @property
     def sizes(self) -> npt.NDArray[np.int32]:
-        found = [self.record(i)["target_size"] for i in range(len(self._records))]
+        found = [size_of(self.record(i)) for i in range(len(self._records))]
         return np.array(found, np.int32)
 
     def record(self, index: int) -> dict[str, Any]:

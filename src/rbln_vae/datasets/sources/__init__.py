@@ -6,7 +6,7 @@ import os
 from typing import Any, Literal, TypeAlias, get_args
 
 from .base import Sample, Source, Split
-from .files import file_system, find_files
+from .files import Media, file_system, find_files
 from .folder import FolderSource
 from .tables import Columns, HuggingFaceSource, ParquetSource, load_dataset
 from .tar import TarSource
@@ -23,6 +23,7 @@ def open_source(
     image_column: str | None = None,
     caption_column: str | None = None,
     split: str = "train",
+    media: Media = "image",
 ) -> Source:
     """Open a source of images.
 
@@ -38,9 +39,10 @@ def open_source(
         caption_column: The column of captions; by default `caption`, `text` or another usual
             name, if there is one.
         split: The split of a Hugging Face data set, by default `"train"`.
+        media: What the samples are: `"image"`, the default, or in folders and tar files `"video"`.
 
     Raises:
-        ValueError: The kind can't be detected.
+        ValueError: The kind can't be detected, or holds no videos.
         FileNotFoundError: The source does not exist.
         RBLNDatasetError: A package that reads the source is missing.
 
@@ -54,18 +56,24 @@ def open_source(
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
     columns = Columns(image_column, caption_column)
-    if not isinstance(where, (str, os.PathLike)):
-        return HuggingFaceSource(where, columns)
-    name = os.fspath(where)
+    name = os.fspath(where) if isinstance(where, (str, os.PathLike)) else None
     if kind == "auto":
-        kind = _kind_of(name)
+        kind = "huggingface" if name is None else _kind_of(name)
+    if media == "video" and kind not in ("folder", "webdataset"):
+        raise ValueError(
+            f"videos are read from folders and tar files, and the source is of kind {kind!r}"
+        )
+    if name is None:
+        return HuggingFaceSource(where, columns)
     if kind == "folder":
-        return FolderSource(name)
+        return FolderSource(name, media=media)
     if kind == "huggingface":
         return HuggingFaceSource(load_dataset(name, split), columns, f"{name} {split}")
     suffixes = (".parquet",) if kind == "parquet" else (".tar", ".tar.gz", ".tgz")
     files = find_files(name, suffixes)
-    return ParquetSource(name, files, columns) if kind == "parquet" else TarSource(name, files)
+    if kind == "parquet":
+        return ParquetSource(name, files, columns)
+    return TarSource(name, files, media)
 
 
 def _kind_of(name: str) -> Kind:

@@ -9,13 +9,20 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ...errors import RBLNDatasetError
 
 _IMAGES = "avif bmp dib gif heic heif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 """The suffixes of image files in folders and tar files."""
+
+VIDEO_SUFFIXES = frozenset(("mkv", "mov", "mp4", "webm"))
+"""The same of video files."""
+
+Media: TypeAlias = Literal["image", "video"]
+SUFFIXES: Mapping[Media, frozenset[str]] = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
+"""The suffixes of the files that are samples, by what is wanted of a source."""
 
 CAPTION_SUFFIXES = ("txt", "caption")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "txt", "TEXT")

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ...errors import RBLNDatasetError
 from .base import Sample, Source, Split
-from .files import CAPTION_SUFFIXES, IMAGE_SUFFIXES, digest, file_system, printable
+from .files import CAPTION_SUFFIXES, SUFFIXES, Media, digest, file_system, printable
 
 _NAMES_AT_ONCE = 1 << 16
 
@@ -25,10 +25,12 @@ class FolderSource(Source):
         root: The folder.
         takes: Which files are images, by their paths in the folder; sidecars are left out then.
             `None` takes all that Pillow may read.
+        media: What the files are, by default images.
     """
 
     root: str
     takes: Callable[[str], bool] | None = None
+    media: Media = "image"
 
     def splits(self, size: int) -> Iterator[Split]:
         files = self._files()
@@ -38,8 +40,8 @@ class FolderSource(Source):
             yield FolderSplit(self.root, group)
         if empty:
             raise RBLNDatasetError(
-                f"there are no images in {self.root}: expected files that end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+                f"there are no {self.media}s in {self.root}: expected files that end in "
+                f"{', '.join(sorted(SUFFIXES[self.media]))}"
                 + (", of the kinds that the trainer takes" if self.takes else "")
             )
 
@@ -60,7 +62,7 @@ class FolderSource(Source):
             entries = functools.partial(_remote_entries, fs, root)
         else:
             entries = functools.partial(_local_entries, self.root)
-        found = _walk(entries, "", ())
+        found = _walk(entries, "", (), SUFFIXES[self.media])
         if (takes := self.takes) is None:
             return found
         return ((image,) for image, *_ in found if takes(image))
@@ -71,7 +73,10 @@ Entry: TypeAlias = tuple[str, str, Any]
 
 
 def _walk(
-    entries: Callable[[str, bool], Iterator[Entry]], directory: str, above: tuple[Any, ...]
+    entries: Callable[[str, bool], Iterator[Entry]],
+    directory: str,
+    above: tuple[Any, ...],
+    wanted: frozenset[str],
 ) -> Iterator[tuple[str, ...]]:
     for stem, group in itertools.groupby(entries(directory, False), key=lambda entry: entry[0]):
         suffixes = [entry[1] for entry in group]
@@ -79,11 +84,11 @@ def _walk(
         known = (*CAPTION_SUFFIXES, "json")
         sidecars = tuple(f"{directory}{stem}{s}" for s in suffixes if plain[s] in known)
         for suffix in suffixes:
-            if plain[suffix] in IMAGE_SUFFIXES:
+            if plain[suffix] in wanted:
                 yield (f"{directory}{stem}{suffix}", *sidecars)
     for name, suffix, identity in entries(directory, True):
         if identity not in above:  # a link to a parent would recurse forever
-            yield from _walk(entries, f"{directory}{name}{suffix}/", (*above, identity))
+            yield from _walk(entries, f"{directory}{name}{suffix}/", (*above, identity), wanted)
 
 
 def _local_entries(root: str, directory: str, directories: bool) -> Iterator[Entry]:

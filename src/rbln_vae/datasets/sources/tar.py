@@ -11,7 +11,8 @@ from typing import Any
 
 from .base import Sample, Source, Split
 from .files import (
-    IMAGE_SUFFIXES,
+    SUFFIXES,
+    Media,
     file_fingerprint,
     file_system,
     names_of,
@@ -30,10 +31,11 @@ class TarSource(Source):
 
     name: str
     files: Sequence[str]
+    media: Media = "image"
 
     def splits(self, size: int) -> Iterator[Split]:
         for file, name in zip(self.files, names_of(self.files), strict=True):
-            yield TarSplit(file, name.removesuffix(".tar"))
+            yield TarSplit(file, name.removesuffix(".tar"), self.media)
 
     def count(self) -> int | None:
         if any("://" in file or not file.endswith(".tar") for file in self.files):
@@ -50,6 +52,7 @@ class TarSplit(Split):
 
     file: str
     name: str
+    media: Media = "image"
 
     def fingerprint(self) -> str:
         return file_fingerprint(self.file)
@@ -72,7 +75,7 @@ class TarSplit(Split):
             elif repeated:
                 yield Sample(f"{name}#{number}", error=f"{self.file} has several samples {key}")
             else:
-                yield _sample_of(name, members)
+                yield _sample_of(name, members, self.media)
 
     def _groups(self, start: int) -> Iterator[tuple[str, dict[str, bytes] | None]]:
         """The key and the members of each sample; the members are empty before `start`.
@@ -118,11 +121,11 @@ def _split_member(name: str) -> tuple[str, str]:
     return printable(directory + slash + stem), suffix.lower()
 
 
-def _sample_of(key: str, members: Mapping[str, bytes]) -> Sample:
-    images = [suffix for suffix in members if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+def _sample_of(key: str, members: Mapping[str, bytes], media: Media) -> Sample:
+    images = [suffix for suffix in members if suffix.rpartition(".")[2] in SUFFIXES[media]]
     if not images:
         found = ", ".join(members) or "nothing"
-        return Sample(key, error=f"there is no image in it, only {found}")
+        return Sample(key, error=f"there is no {media} in it, only {found}")
     beside = (member for member in members.items() if member[0] != images[0])
     try:
         caption, columns = read_sidecars(beside)
