@@ -63,6 +63,15 @@ MODELS: dict[str, Model] = {
             "scale_factor_spatial": 16,
         },
     ),
+    "svd": Model(
+        "AutoencoderKLTemporalDecoder",
+        {
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "down_block_types": (_DOWN,) * 4,
+            "sample_size": 768,
+        },
+    ),
     "taesd": Model("AutoencoderTiny", {}),
     "asymmetric": Model(
         "AsymmetricAutoencoderKL",
@@ -101,7 +110,8 @@ MODELS: dict[str, Model] = {
     ),
 }
 """Stable Diffusion 1 and 2, FLUX.2, Qwen-Image, Qwen-Image-2.1, Wan 2.1, Wan 2.2's small model,
-TAESD, the asymmetric autoencoder for twice the width, HunyuanImage 2.1 and Kandinsky 2.2."""
+Stable Video Diffusion, TAESD, the asymmetric autoencoder for twice the width, HunyuanImage 2.1 and
+Kandinsky 2.2."""
 
 
 def make_model(directory: Path, model: Model = MODELS["sd"]) -> None:

@@ -159,6 +159,7 @@ void bind_steps(nb::module_& m) {
   bind_struct(m, "ConvStep", "A convolution over tiles of an image.",
               Field{"batch", &ConvStep::batch}, Field{"input", &ConvStep::input},
               Field{"earlier", &ConvStep::earlier}, Field{"left_out", &ConvStep::left_out},
+              Field{"over_clip", &ConvStep::over_clip},
               Field{"output", &ConvStep::output}, Field{"reading", &ConvStep::reading},
               Field{"eps", &ConvStep::eps}, Field{"residual", &ConvStep::residual},
               Field{"output_activation", &ConvStep::output_activation},
@@ -170,7 +171,8 @@ void bind_steps(nb::module_& m) {
               Field{"tile_height", &ConvStep::tile_height},
               Field{"tile_width", &ConvStep::tile_width},
               Field{"cell_height", &ConvStep::cell_height},
-              Field{"cell_width", &ConvStep::cell_width}, Field{"splits", &ConvStep::splits},
+              Field{"cell_width", &ConvStep::cell_width},
+              Field{"image_cells", &ConvStep::image_cells}, Field{"splits", &ConvStep::splits},
               Field{"together", &ConvStep::together}, Field{"partials", &ConvStep::partials});
   bind_struct(m, "WinogradStep", "Transforms kernels for Winograd's algorithm.",
               Field{"panels", &WinogradStep::panels}, Field{"blocks", &WinogradStep::blocks},
@@ -183,7 +185,8 @@ void bind_steps(nb::module_& m) {
               Field{"partials", &StatisticsStep::partials});
   bind_struct(m, "NormStep", "From the sums of cells to the coefficients of a group norm.",
               Field{"batch", &NormStep::batch}, Field{"channels", &NormStep::channels},
-              Field{"groups", &NormStep::groups}, Field{"eps", &NormStep::eps},
+              Field{"groups", &NormStep::groups}, Field{"over_clip", &NormStep::over_clip},
+              Field{"eps", &NormStep::eps},
               Field{"partials", &NormStep::partials},
               Field{"partial_channels", &NormStep::partial_channels},
               Field{"grid_height", &NormStep::grid_height},

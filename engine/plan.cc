@@ -147,7 +147,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   for (Index i = 0; i < ConvStep::kMostEarlier; ++i) {
     const Image& image = s.earlier[static_cast<std::size_t>(i)];
     if (image.channels == 0) {
-      require(i + 1 >= s.sources(), "a frame is missing among earlier ones");
+      require(s.over_clip || i + 1 >= s.sources(), "a frame is missing among earlier ones");
       continue;
     }
     check_image("an earlier frame", s.batch, image);
@@ -156,7 +156,11 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
             "an earlier frame of another size than the input");
   }
   require(s.left_out >= 0 && s.left_out <= ConvStep::kMostEarlier, "too many frames of zeros");
-  require(s.left_out + s.sources() == 1 || (s.reading.coefficients == kNone && !s.doubles),
+  require(!s.over_clip || (s.earlier[0].channels == 0 && s.left_out == 0 && !s.doubles &&
+                           s.gamma == nullptr),
+          "a convolution over a clip that takes other frames, doubles or has an RMS norm");
+  require(s.over_clip || s.left_out + s.sources() == 1 ||
+              (s.reading.coefficients == kNone && !s.doubles),
           "several frames before a convolution that takes one");
   if (s.gamma != nullptr) {
     require(s.reading.coefficients == kNone, "two norms before one convolution");
@@ -211,9 +215,11 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   require(s.bias != nullptr && bias_bytes == biases * s.panels() * kPanel * 4,
           "a bias of another size");
   if (s.partials != kNone) {
+    const Index cells = product("cells", {s.cells_down(), s.cells_across()});
+    require(s.cells_apart() >= cells, "statistics of images overlap");
+    const Index before = product("cells", {s.batch - 1, s.cells_apart()});
     check_range("statistics", s.partials,
-                product("statistics", {s.batch, s.cells_down(), s.cells_across(), 2, s.panels(),
-                                       kPanel, 4}));
+                product("statistics", {before + cells, 2, s.panels(), kPanel, 4}));
   }
   product("scratch", {s.blocks(), s.rows_read(), s.columns_read(), kBlock, 8});
   require(s.together > 0, "an item without tiles");

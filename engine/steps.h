@@ -52,14 +52,17 @@ struct Reading {
 // outputs: by a kernel and a bias for each of the four phases or, where it `doubles`, by one
 // kernel that is convolved with the image doubled. Else the grid is the output. The input may
 // have more rows than the outputs read. A convolution over frames reads those before the input,
-// too, and takes their channels first.
+// too, and takes their channels first. One over a clip reads of each image of the batch the one
+// before, itself and the one after, and zeros where there is none.
 struct ConvStep {
   static constexpr Index kMostEarlier = 2;
+  static constexpr Index kNeighbours = 3;
 
   Index batch = 1;
   Image input;
   std::array<Image, kMostEarlier> earlier;  // without channels where there are fewer frames
   Index left_out = 0;  // frames before these for which there are weights, and which are zeros
+  bool over_clip = false;
   Image output;
   Reading reading;
   const float* gamma = nullptr;  // [input blocks * 32], where an RMS norm comes first
@@ -83,6 +86,7 @@ struct ConvStep {
   Index tile_width = 1;
   Index cell_height = 1;  // of the grid; tiles consist of whole cells, whose statistics are summed
   Index cell_width = 1;
+  Index image_cells = 0;   // of a whole image, where the step computes some of its rows
   Index splits = 1;        // parts that the output panels are divided into
   Index together = 1;      // tiles of one item; the next is loaded during one
   Index partials = kNone;  // floats [N][cells][2][panels * 16]: means, sums of squares
@@ -96,15 +100,24 @@ struct ConvStep {
   Index tiles_across() const { return ceil_div(grid_width(), tile_width); }
   Index cells_down() const { return ceil_div(grid_height(), cell_height); }
   Index cells_across() const { return ceil_div(grid_width(), cell_width); }
+  // Cells from one image of the batch to the next.
+  Index cells_apart() const {
+    return image_cells != 0 ? image_cells : cells_down() * cells_across();
+  }
   Index panels() const { return ceil_div(output.channels, kPanel); }
   [[gnu::always_inline]] Index sources() const {
+    if (over_clip) return kNeighbours;
     Index count = 1;
     for (const Image& image : earlier) count += image.channels != 0;
     return count;
   }
   // The frames that are read, the input last.
   [[gnu::always_inline]] const Image& source(Index index) const {
-    return index + 1 < sources() ? earlier[static_cast<std::size_t>(index)] : input;
+    return !over_clip && index + 1 < sources() ? earlier[static_cast<std::size_t>(index)] : input;
+  }
+  // The image of the batch that a source of an image is; outside of the batch there are zeros.
+  [[gnu::always_inline]] Index image_of(Index source, Index n) const {
+    return over_clip ? n + source - kNeighbours / 2 : n;
   }
   // Blocks of all of them, and of all frames for which there are weights.
   Index blocks() const { return sources() * input.blocks(); }
@@ -202,6 +215,7 @@ struct NormStep {
   Index batch = 1;
   Index channels = 0;
   Index groups = 1;
+  bool over_clip = false;  // whether all images of the batch have the same statistics
   double eps = 0;
   const float* weight = nullptr;
   const float* bias = nullptr;
@@ -216,12 +230,14 @@ struct NormStep {
 
   Index cells_down() const { return ceil_div(grid_height, cell_height); }
   Index cells_across() const { return ceil_div(grid_width, cell_width); }
+  // Images whose statistics are taken together.
+  Index together() const { return over_clip ? batch : 1; }
   // Groups are divided among threads only where there is work for several.
   Index parts() const {
-    const Index work = cells_down() * cells_across() * channels;
+    const Index work = together() * cells_down() * cells_across() * channels;
     return smaller(groups, larger(1, work / 1024));
   }
-  Index items() const { return batch * parts(); }
+  Index items() const { return batch / together() * parts(); }
 };
 
 // The product with one image plus another: `norm(input) * scale + shift`. Each pixel of scale

@@ -30,15 +30,19 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
     WanTransformer3DModel,
 )
 from PIL import Image
 from torch import Tensor
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -272,6 +276,47 @@ def wan() -> Components:
 def wan_2_2() -> Components:
     """Wan 2.2's small model, which has a time step for each token."""
     return {**wan(), "expand_timesteps": True}
+
+
+def stable_video_diffusion() -> Components:
+    """Stable Video Diffusion, which makes the frames of a video from a picture."""
+    torch.manual_seed(0)
+    unet = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=WIDTH,
+        num_attention_heads=2,
+        addition_time_embed_dim=WIDTH,
+        projection_class_embeddings_input_dim=3 * WIDTH,
+        sample_size=8,
+        num_frames=3,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=WIDTH,
+        image_size=224,
+        patch_size=56,
+    )
+    return {
+        "unet": unet.eval(),
+        "scheduler": EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            interpolation_type="linear",
+            prediction_type="v_prediction",
+            sigma_max=700.0,
+            sigma_min=0.002,
+            timestep_spacing="leading",
+            timestep_type="continuous",
+            use_karras_sigmas=True,
+        ),
+        "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+        "feature_extractor": CLIPImageProcessor(),
+    }
 
 
 def hunyuan_image() -> Components:
@@ -614,6 +659,13 @@ PIPELINES: dict[str, Pipeline] = {
         tiny_vaes.WAN_2_2,
         {"num_frames": 1, **_SIZE},
         _GUIDED,
+    ),
+    "svd": Pipeline(
+        "StableVideoDiffusionPipeline",
+        stable_video_diffusion,
+        "AutoencoderKLTemporalDecoder",
+        call={"image": photograph(), "decode_chunk_size": 2, **_SIZE},
+        prompt={},
     ),
     "hunyuan-image": Pipeline(
         "HunyuanImagePipeline",

@@ -23,6 +23,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "AutoencoderKLFlux2": {**_PLAIN, "latent_channels": 4},
     "AutoencoderKLQwenImage": {"base_dim": 4, "num_res_blocks": 1},
     "AutoencoderKLQwenImage21": {"base_dim": 4, "decoder_base_dim": 6, "num_res_blocks": 1},
+    "AutoencoderKLTemporalDecoder": {
+        "block_out_channels": (32, 32, 64, 64),
+        "down_block_types": (_DOWN,) * 4,
+        "layers_per_block": 2,
+        "sample_size": 64,
+    },
     "AutoencoderKLWan": {"base_dim": 4, "num_res_blocks": 1},
     "AutoencoderTiny": {
         "encoder_block_out_channels": (8, 8, 8, 8),
@@ -152,7 +158,9 @@ def _round_trip(model: Any, image: Tensor) -> None:
     """Encode an image and decode it again, through every layer of the model."""
     encoded = model.encode(image)
     latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    condition = {}
+    more: dict[str, Any] = {}
     if isinstance(model, diffusers.AsymmetricAutoencoderKL):
-        condition = {"image": image, "mask": (image[:, :1] > 0).float()}
-    model.decode(latent, **condition)
+        more = {"image": image, "mask": (image[:, :1] > 0).float()}
+    elif isinstance(model, diffusers.AutoencoderKLTemporalDecoder):
+        more = {"num_frames": len(latent)}
+    model.decode(latent, **more)

@@ -1,4 +1,5 @@
 // Kernels for the steps that are bound by memory, in plain C++ for any machine.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -304,7 +305,7 @@ void statistics(DType dtype, const StatisticsStep& s, const Context& context, In
 // Means of cells are weighted by their pixels and summed in the order of the cells, so the result
 // does not depend on the number of threads.
 void norm(const NormStep& s, const Context& context, Index item) {
-  const Index n = item / s.parts();
+  const Index n = item / s.parts() * s.together();
   const Index part = item % s.parts();
   const Index size = s.channels / s.groups;
   const Index begin = s.groups * part / s.parts();
@@ -321,9 +322,9 @@ void norm(const NormStep& s, const Context& context, Index item) {
   for (Index group = begin; group < end; ++group) {
     const Index first = group * size;
     const auto each_cell = [&](auto&& use) {
-      for (Index cell = 0; cell < down * across; ++cell) {
-        const Index height =
-            smaller(s.cell_height, s.grid_height - cell / across * s.cell_height);
+      for (Index cell = 0; cell < s.together() * down * across; ++cell) {
+        const Index height = smaller(
+            s.cell_height, s.grid_height - cell / across % down * s.cell_height);
         const Index columns =
             smaller(s.cell_width, s.grid_width - cell % across * s.cell_width);
         use(partials + cell * 2 * s.partial_channels + first,
@@ -337,7 +338,8 @@ void norm(const NormStep& s, const Context& context, Index item) {
       total += count * sum;
     });
     const double count =
-        static_cast<double>(s.grid_height * s.grid_width * s.points) * static_cast<double>(size);
+        static_cast<double>(s.together() * s.grid_height * s.grid_width * s.points) *
+        static_cast<double>(size);
     const double mean = total / count;
     double squares = 0;
     each_cell([&](const float* means, double weight) {
@@ -357,9 +359,17 @@ void norm(const NormStep& s, const Context& context, Index item) {
       scale[c] = static_cast<float>(factor);
       shift[c] = static_cast<float>(static_cast<double>(s.bias[c]) - mean * factor);
     }
+    // The other images of a clip have the same.
+    for (Index other = 1; other < s.together(); ++other) {
+      std::copy_n(scale + first, size, scale + other * 2 * width + first);
+      std::copy_n(shift + first, size, shift + other * 2 * width + first);
+    }
   }
   if (part == 0) {
-    for (Index c = s.channels; c < width; ++c) scale[c] = shift[c] = 0.0f;
+    for (Index other = 0; other < s.together(); ++other) {
+      std::fill(scale + other * 2 * width + s.channels, scale + (other * 2 + 1) * width, 0.0f);
+      std::fill(shift + other * 2 * width + s.channels, shift + (other * 2 + 1) * width, 0.0f);
+    }
   }
 }
 

@@ -12,6 +12,7 @@ from .config import (
     RBLNAutoencoderKLHunyuanImageConfig,
     RBLNAutoencoderKLQwenImage21Config,
     RBLNAutoencoderKLQwenImageConfig,
+    RBLNAutoencoderKLTemporalDecoderConfig,
     RBLNAutoencoderKLWanConfig,
     RBLNAutoencoderTinyConfig,
     RBLNModelConfig,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .models.autoencoder_kl_hunyuan_image import RBLNAutoencoderKLHunyuanImage
     from .models.autoencoder_kl_qwenimage import RBLNAutoencoderKLQwenImage
     from .models.autoencoder_kl_qwenimage21 import RBLNAutoencoderKLQwenImage21
+    from .models.autoencoder_kl_temporal_decoder import RBLNAutoencoderKLTemporalDecoder
     from .models.autoencoder_kl_wan import RBLNAutoencoderKLWan
     from .models.autoencoder_tiny import RBLNAutoencoderTiny
     from .models.base import RBLNModel
@@ -61,6 +63,8 @@ __all__ = [
     "RBLNAutoencoderKLQwenImage21",
     "RBLNAutoencoderKLQwenImage21Config",
     "RBLNAutoencoderKLQwenImageConfig",
+    "RBLNAutoencoderKLTemporalDecoder",
+    "RBLNAutoencoderKLTemporalDecoderConfig",
     "RBLNAutoencoderKLWan",
     "RBLNAutoencoderKLWanConfig",
     "RBLNAutoencoderTiny",
@@ -93,6 +97,7 @@ __getattr__, __dir__ = lazy_names(
         ".models.autoencoder_kl_wan": ("RBLNAutoencoderKLWan",),
         ".models.autoencoder_kl_hunyuan_image": ("RBLNAutoencoderKLHunyuanImage",),
         ".models.autoencoder_kl_qwenimage21": ("RBLNAutoencoderKLQwenImage21",),
+        ".models.autoencoder_kl_temporal_decoder": ("RBLNAutoencoderKLTemporalDecoder",),
         ".models.autoencoder_tiny": ("RBLNAutoencoderTiny",),
         ".models.asymmetric_autoencoder_kl": ("RBLNAsymmetricAutoencoderKL",),
         ".models.base": ("RBLNModel",),

@@ -292,6 +292,7 @@ class ConvStep:
         input: Image = ...,
         earlier: Sequence[Image] = ...,
         left_out: int = 0,
+        over_clip: bool = False,
         output: Image = ...,
         reading: Reading = ...,
         eps: float = 0.0,
@@ -309,6 +310,7 @@ class ConvStep:
         tile_width: int = 1,
         cell_height: int = 1,
         cell_width: int = 1,
+        image_cells: int = 0,
         splits: int = 1,
         together: int = 1,
         partials: int = -1,
@@ -329,6 +331,10 @@ class ConvStep:
     def left_out(self) -> int: ...
     @left_out.setter
     def left_out(self, arg: int, /) -> None: ...
+    @property
+    def over_clip(self) -> bool: ...
+    @over_clip.setter
+    def over_clip(self, arg: bool, /) -> None: ...
     @property
     def output(self) -> Image: ...
     @output.setter
@@ -397,6 +403,10 @@ class ConvStep:
     def cell_width(self) -> int: ...
     @cell_width.setter
     def cell_width(self, arg: int, /) -> None: ...
+    @property
+    def image_cells(self) -> int: ...
+    @image_cells.setter
+    def image_cells(self, arg: int, /) -> None: ...
     @property
     def splits(self) -> int: ...
     @splits.setter
@@ -485,6 +495,7 @@ class NormStep:
         batch: int = 1,
         channels: int = 0,
         groups: int = 1,
+        over_clip: bool = False,
         eps: float = 0.0,
         partials: int = 0,
         partial_channels: int = 0,
@@ -507,6 +518,10 @@ class NormStep:
     def groups(self) -> int: ...
     @groups.setter
     def groups(self, arg: int, /) -> None: ...
+    @property
+    def over_clip(self) -> bool: ...
+    @over_clip.setter
+    def over_clip(self, arg: bool, /) -> None: ...
     @property
     def eps(self) -> float: ...
     @eps.setter

@@ -580,6 +580,43 @@ class RBLNAutoencoderKLHunyuanImageConfig(RBLNAutoencoderKLConfig):
     """What an `RBLNAutoencoderKLHunyuanImage` is compiled for; see `RBLNAutoencoderKLConfig`."""
 
 
+class RBLNAutoencoderKLTemporalDecoderConfig(RBLNModelConfig):
+    """What an `RBLNAutoencoderKLTemporalDecoder` is compiled for.
+
+    The options have the names and the order of optimum-rbln.
+
+    Args:
+        {options}
+        **kwargs: The options of `RBLNModelConfig`.
+
+    Raises:
+        ValueError: As of `RBLNAutoencoderKLConfig`.
+
+    Example:
+        >>> RBLNAutoencoderKLTemporalDecoderConfig(sample_size=(576, 1024)).image_size
+        (576, 1024)
+    """
+
+    batch_size = RBLNAutoencoderKLConfig.batch_size
+    sample_size = RBLNAutoencoderKLConfig.sample_size
+    uses_encoder = RBLNAutoencoderKLConfig.uses_encoder
+    num_frames = Option[int | None](
+        positive_int, "Frames of a video. It only says how many a clip has by default."
+    )
+    decode_chunk_size = Option[int | None](
+        positive_int,
+        "Frames of the clips that the decoder is compiled for: those of one call of `decode`. "
+        "Targets that take every shape are tuned for it, others take no other. By default "
+        "`num_frames`, or else 14.",
+    )
+    vae_scale_factor = RBLNAutoencoderKLConfig.vae_scale_factor
+    in_channels = RBLNAutoencoderKLConfig.in_channels
+    latent_channels = RBLNAutoencoderKLConfig.latent_channels
+    image_size = RBLNAutoencoderKLConfig.image_size
+    latent_sample_size = RBLNAutoencoderKLConfig.latent_sample_size
+    _check_together = RBLNAutoencoderKLConfig._check_together
+
+
 class RBLNAutoencoderKLWanConfig(RBLNModelConfig):
     """What an `RBLNAutoencoderKLWan` is compiled for.
 

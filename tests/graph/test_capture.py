@@ -264,6 +264,19 @@ class Within(nn.Module):
         return self.inside(self.before(x))
 
 
+class OverFrames(nn.Module):
+    """What a module does with the images of a batch as the frames of a clip."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        clip = x[None, :].reshape(1, *x.shape).permute(0, 2, 1, 3, 4)
+        found: Tensor = self.module(clip)
+        return found.permute(0, 2, 1, 3, 4).reshape(len(x), -1, *found.shape[3:])
+
+
 class PixelNorms(nn.Module):
     """An RMS norm over the channels of each pixel."""
 
@@ -330,7 +343,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "a slice": (Call(lambda x: x[:, :2]), "'slice'"),
     "addition of a weight": (
         Call(lambda x, norm: x + norm.weight.unsqueeze(1).unsqueeze(2), nn.GroupNorm(1, 4)),
-        "'unsqueeze'",
+        "'unsqueeze: an axis added at 1",
     ),
     "addition of infinity": (Call(lambda x: x + float("inf")), "addition of inf"),
     "subtraction of an image": (Call(lambda x: x - x), "only subtraction of a number"),
@@ -397,6 +410,14 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "attention with a mask": (
         Attends(attn_mask=torch.zeros((1, 1, 1, 1))),
         "attention with a mask",
+    ),
+    "a kernel of two frames": (
+        OverFrames(nn.Conv3d(4, 4, (2, 1, 1))),
+        "a kernel of 2 frames with 0 of padding",
+    ),
+    "a stride over frames": (
+        OverFrames(nn.Conv3d(4, 4, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0))),
+        "only dilation and stride 1",
     ),
     "causal attention": (Attends(is_causal=True), "causal"),
     "attention with dropout": (Attends(dropout_p=0.5), "dropout"),
@@ -512,6 +533,13 @@ EXPRESSED: dict[str, tuple[nn.Module, list[str]]] = {
     "channels in another order": (Ordered((2, 0, 0, 3, 1)), ["Shuffle"]),
     "attention scaled by hand": (Attends(scale=0.1), ["Attention"]),
     "attention with two heads": (Attends(heads=2), ["Attention"]),
+    "a convolution over frames": (
+        OverFrames(nn.Conv3d(4, 5, (3, 1, 1), padding=(1, 0, 0))),
+        ["Conv2d"],
+    ),
+    "one over frames and pixels": (OverFrames(nn.Conv3d(4, 5, 3, padding=1)), ["Conv2d"]),
+    "one of each frame": (OverFrames(nn.Conv3d(4, 5, (1, 3, 2))), ["Conv2d"]),
+    "a norm over frames": (OverFrames(nn.GroupNorm(2, 4, eps=1e-3)), ["GroupNorm"]),
     "what is not used": (Call(lambda x: (torch.tanh, F.silu(x))[1]), ["Activation"]),
 }
 

@@ -40,6 +40,7 @@ from rbln_vae.metrics import relative_l2
 
 Weights = dict[str, Tensor]
 NORM = Norm(2, 1e-3, "scale", "shift")
+CLIP_NORM = Norm(2, 1e-3, "scale", "shift", over_clip=True)
 RMS = RMSNorm(1e-24, "scale")
 CONV = {"w": (6, 4, 3, 2), "b": (6,)}
 SQUARE = {"w": (4, 4, 3, 3)}
@@ -49,6 +50,15 @@ ONES = (1, 1, 1, 1)
 
 def normal(x: Tensor, w: Weights) -> Tensor:
     return F.group_norm(x, 2, w["scale"], w["shift"], 1e-3)
+
+
+def clip_of(x: Tensor) -> Tensor:
+    """The images of a batch as frames `(1, C, T, H, W)`."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def frames_of(clip: Tensor) -> Tensor:
+    return clip.squeeze(0).transpose(0, 1)
 
 
 def doubled_convolution(x: Tensor, w: Weights) -> Tensor:
@@ -93,6 +103,23 @@ TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weigh
         Conv2d("y", "x", "w", None, padding=ONES, norm=NORM, activation="silu"),
         SQUARE | NORMED,
         lambda x, w: F.conv2d(F.silu(normal(x, w)), w["w"], padding=1),
+    ),
+    (
+        Conv2d("y", "x", "w", "b", padding=(1, 1, 0, 0), over_clip=True, norm=CLIP_NORM),
+        {"w": (6, 12, 3, 2), "b": (6,)} | NORMED,
+        lambda x, w: frames_of(
+            F.conv3d(
+                F.group_norm(clip_of(x), 2, w["scale"], w["shift"], 1e-3),
+                w["w"].unflatten(1, (3, 4)).transpose(1, 2),
+                w["b"],
+                padding=(1, 1, 0),
+            )
+        ),
+    ),
+    (
+        GroupNorm("y", "x", CLIP_NORM),
+        NORMED,
+        lambda x, w: frames_of(F.group_norm(clip_of(x), 2, w["scale"], w["shift"], 1e-3)),
     ),
     (
         Conv2d("y", "x", "w", None, padding=ONES, activation="gelu"),

@@ -123,6 +123,14 @@ BROKEN: dict[str, tuple[Graph, str]] = {
         small_graph(conv(bias="bias"), weight=(4, 4, 1, 1), bias=(5,)),
         "weight 'bias' has shape (5,), its operation needs (4,)",
     ),
+    "a kernel for one frame of a clip": (
+        small_graph(conv(over_clip=True), weight=(4, 4, 1, 1)),
+        "4 channels of 3 frames meet a kernel for 4",
+    ),
+    "a clip of frames that are left out": (
+        small_graph(conv(over_clip=True, left_out=1), weight=(4, 16, 1, 1)),
+        "over a clip reads frames of other inputs",
+    ),
     "a stride of 0": (small_graph(conv(stride=0), weight=(4, 4, 1, 1)), "stride 0"),
     "negative padding": (
         small_graph(conv(padding=(0, 0, -1, 0)), weight=(4, 4, 1, 1)),

@@ -57,13 +57,19 @@ def test_parts_have_one_dtype_or_each_its_own() -> None:
 def test_a_compiled_model_says_what_it_was_compiled_for() -> None:
     vae = default_compiled()
     found, config = vae.resolved_config, vae.rbln_config
-    facts = ("out_channels", "decoder_scale_factor", "condition_channels", "videos")
+    facts = (
+        "out_channels",
+        "decoder_scale_factor",
+        "condition_channels",
+        "videos",
+        "decode_chunk_size",
+    )
     for field in dataclasses.fields(found):
         if field.name not in facts:
             assert getattr(found, field.name) == getattr(config, field.name)
     assert found.out_channels == vae.config.out_channels
     assert found.decoder_scale_factor == found.vae_scale_factor and found.condition_channels == 0
-    assert not found.videos
+    assert not found.videos and not found.decode_chunk_size
     assert tuple(vae.compiled_models) == found.parts
     for part, compiled in vae.compiled_models.items():
         assert compiled.part == part

@@ -47,10 +47,10 @@ struct ConvTile {
   }
 
   // The statistics of a cell, or null where none are wanted.
-  float* partials(const ConvStep& s, const Context& context) const {
+  [[gnu::always_inline]] float* partials(const ConvStep& s, const Context& context) const {
     if (s.partials == kNone) return nullptr;
     const Index cell =
-        (n * s.cells_down() + y / s.cell_height) * s.cells_across() + x / s.cell_width;
+        n * s.cells_apart() + y / s.cell_height * s.cells_across() + x / s.cell_width;
     return reinterpret_cast<float*>(context.at(s.partials)) + cell * 2 * s.panels() * kPanel;
   }
 };
@@ -81,8 +81,7 @@ class Loader {
     n_ = tile.n;
     coefficients_ = nullptr;
     if (s_.reading.coefficients != kNone) {
-      coefficients_ = reinterpret_cast<const float*>(context_.at(s_.reading.coefficients)) +
-                      tile.n * 2 * blocks * kBlock;
+      coefficients_ = reinterpret_cast<const float*>(context_.at(s_.reading.coefficients));
     }
     block_ = row_ = column_ = 0;
     left_over_ = blocks * rows_ * columns_;
@@ -132,7 +131,7 @@ class Loader {
     Vector squares[kPixels];
     for (Index i = 0; i < kPixels; ++i) squares[i] = Simd::set(0.0f);
     for (Index block = 0; block < blocks; ++block) {
-      const T* from = pixel(image, block, y, left_ + column);
+      const T* from = pixel(image, n_, block, y, left_ + column);
       for (Index i = 0; i < kPixels; ++i, from += kBlock) {
         const Vector low = Simd::load_elements(from);
         const Vector high = Simd::load_elements(from + kPanel);
@@ -151,7 +150,9 @@ class Loader {
     const Index pitch = s_.columns_read();
     Scratch* to = scratch_ + block_ * plane_ + (row_ * pitch + column_) * kBlock;
     const Index y = top_ + row_;
-    if (y < 0 || y >= s_.input.height) {
+    const Index source = block_ / s_.input.blocks();
+    const Index n = s_.image_of(source, n_);
+    if (y < 0 || y >= s_.input.height || n < 0 || n >= s_.batch) {
       zero(to, pixels);
       return;
     }
@@ -161,16 +162,15 @@ class Loader {
     zero(to, begin - column_);
     zero(to + (end - column_) * kBlock, last - end);
     if (begin == end) return;
-    const Index source = block_ / s_.input.blocks();
     const Image& image = s_.source(source);
     below_ = row_ + 1 < rows_ ? image.row * kBlock : 0;
-    const T* from = pixel(image, block_ % s_.input.blocks(), y, left_ + begin);
-    read(from, to + (begin - column_) * kBlock, end - begin,
+    const T* from = pixel(image, n, block_ % s_.input.blocks(), y, left_ + begin);
+    read(n, from, to + (begin - column_) * kBlock, end - begin,
          norms_ + (source * rows_ + row_) * columns_ + begin);
   }
 
-  const T* pixel(const Image& image, Index block, Index y, Index x) const {
-    return reinterpret_cast<const T*>(context_.at(image.offset)) + image.at(n_, block, y) +
+  const T* pixel(const Image& image, Index n, Index block, Index y, Index x) const {
+    return reinterpret_cast<const T*>(context_.at(image.offset)) + image.at(n, block, y) +
            x * kBlock;
   }
 
@@ -179,8 +179,8 @@ class Loader {
                 static_cast<std::size_t>(pixels * kBlock) * sizeof(Scratch));
   }
 
-  // Reads pixels, of which an RMS norm has the factors `norms`.
-  void read(const T* from, Scratch* to, Index pixels, const float* norms) const {
+  // Reads pixels of an image of the batch, of which an RMS norm has the factors `norms`.
+  void read(Index n, const T* from, Scratch* to, Index pixels, const float* norms) const {
     if (s_.gamma != nullptr) {
       const float* of_block = s_.gamma + block_ % s_.input.blocks() * kBlock;
       const Vector gamma[2] = {Simd::load(of_block), Simd::load(of_block + kPanel)};
@@ -201,10 +201,12 @@ class Loader {
     Vector scale[2] = {Simd::set(1.0f), Simd::set(1.0f)};
     Vector shift[2] = {Simd::set(0.0f), Simd::set(0.0f)};
     if (coefficients_ != nullptr) {
+      const Index blocks = s_.input.blocks();
       for (Index half = 0; half < 2; ++half) {
-        const float* from = coefficients_ + block_ * kBlock + half * kPanel;
+        const float* from = coefficients_ + (2 * n * blocks + block_ % blocks) * kBlock +
+                            half * kPanel;
         scale[half] = Simd::load(from);
-        shift[half] = Simd::load(from + s_.input.blocks() * kBlock);
+        shift[half] = Simd::load(from + blocks * kBlock);
       }
     }
     load_normed(from, to, pixels, [&](const Vector& x, Index half, Index) {

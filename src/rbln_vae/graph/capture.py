@@ -120,6 +120,8 @@ def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProg
 
 
 _IMAGE = ("n", "c", "h", "w")
+_FRAMES = ("one", "n", "c", "h", "w")
+_CLIP = ("one", "c", "n", "h", "w")
 _CHANNELS_FIRST = ("n", "c", "hw")
 _CHANNELS_LAST = ("n", "hw", "c")
 _SPLIT = ("n", "hw", "heads", "d")
@@ -149,6 +151,7 @@ class _Arranged:
         """The shape of the tensor in the example."""
         height, width = self.size
         sizes = {
+            "one": 1,
             "n": EXAMPLE_BATCH,
             "c": self.channels,
             "h": height,
@@ -161,7 +164,11 @@ class _Arranged:
 
     def viewed(self, shape: tuple[int, ...]) -> _Arranged:
         """A view of the tensor: the same elements in the same order, with another shape."""
-        for same_order in ((self.axes,), (_IMAGE, _CHANNELS_FIRST), (_CHANNELS_LAST, _SPLIT)):
+        for same_order in (
+            (self.axes,),
+            (_IMAGE, _CHANNELS_FIRST, _FRAMES),
+            (_CHANNELS_LAST, _SPLIT),
+        ):
             if self.axes not in same_order:
                 continue
             for axes in same_order:
@@ -301,6 +308,8 @@ class _Capture:
             copied = source.detach().to(
                 "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
             )
+            if copied.dim() == 5:  # of a kernel over frames, with the channels of each in turn
+                copied = copied.movedim(2, 1).flatten(1, 2).contiguous()
             self.weights[name] = copied.reshape(*copied.shape, *[1] * (axes - copied.dim()))
         return name
 
@@ -326,7 +335,7 @@ class _Capture:
 
     def _label(self, node: torch.fx.Node, operation_name: str) -> str:
         path = _module_path(node)
-        leaf = operation_name in ("conv2d", "group_norm", "linear")
+        leaf = operation_name in ("conv2d", "conv3d", "group_norm", "linear")
         return (path or operation_name) if leaf else f"{path}.{operation_name}".lstrip(".")
 
     def _unique(self, label: str) -> str:
@@ -396,9 +405,33 @@ def _conv2d(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -
     )
 
 
+def _conv3d(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
+    """A convolution over the frames of a clip, which are the images of the batch."""
+    _expect(not isinstance(a["padding"], str), "padding given by name")
+    _expect(a["groups"] == 1, f"{a['groups']} groups, only 1 is supported")
+    _expect({*a["dilation"], *a["stride"]} == {1}, "only dilation and stride 1 are supported")
+    frames, padding = a["weight"].meta["val"].shape[2], [*a["padding"]]
+    around, tall, wide = padding if len(padding) == 3 else padding * 3
+    _expect(
+        (frames, around) in ((1, 0), (3, 1)),
+        f"a kernel of {frames} frames with {around} of padding, only 1 and 3 are supported",
+    )
+    return Conv2d(
+        value,
+        c.image(a["input"], _CLIP),
+        c.weight(a["weight"]),
+        c.optional_weight(a["bias"]),
+        padding=(tall, tall, wide, wide),
+        over_clip=frames > 1,
+    )
+
+
 def _group_norm(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
-    norm = Norm(a["num_groups"], float(a["eps"]), c.weight(a["weight"]), c.weight(a["bias"]))
-    return GroupNorm(value, c.image(a["input"], _IMAGE, _CHANNELS_FIRST), norm)
+    image = c.image(a["input"], _IMAGE, _CHANNELS_FIRST, _CLIP)
+    weight, bias = c.weight(a["weight"]), c.weight(a["bias"])
+    over_clip = c.arranged(a["input"]).axes == _CLIP
+    norm = Norm(a["num_groups"], float(a["eps"]), weight, bias, over_clip)
+    return GroupNorm(value, image, norm)
 
 
 def _rms_norm(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
@@ -515,6 +548,11 @@ def _shuffle(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) 
     return Shuffle(value, c.image(a["self"]), "up" if up else "down", tuple(range(channels)))
 
 
+def _unsqueeze(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> _Arranged:
+    _expect(a["dim"] == 0, f"an axis added at {a['dim']}, only one before all is supported")
+    return c.arranged(a["self"]).viewed(tuple(node.meta["val"].shape))
+
+
 def _pad(c: _Capture, node: torch.fx.Node, value: Value, a: dict[str, Any]) -> Operation:
     _expect(a.get("mode", "constant") == "constant", f"padding mode {a.get('mode')!r}")
     _expect(not a.get("value"), f"padding with {a.get('value')}, only 0 is supported")
@@ -559,6 +597,7 @@ _CHECKS = frozenset({"_assert_tensor_metadata", "sym_constrain_range_for_size"})
 
 _TRANSLATIONS: dict[str, _Translate] = {
     "conv2d": _conv2d,
+    "conv3d": _conv3d,
     "group_norm": _group_norm,
     "rms_norm": _rms_norm,
     "silu": _activation,
@@ -588,6 +627,7 @@ _TRANSLATIONS: dict[str, _Translate] = {
     "view": _view,
     "reshape": _view,
     "flatten": _view,
+    "unsqueeze": _unsqueeze,
     "transpose": _transpose,
     "permute": _permute,
     "scaled_dot_product_attention": _attention,

@@ -145,6 +145,8 @@ class Interpreter:
             self._read(operation, values[name]) for name in (*operation.earlier, operation.input)
         ]
         image = torch.cat(frames, 1) if operation.earlier else frames[0]
+        if operation.over_clip:
+            image = with_neighbours(image)
         weight = self._weights[operation.weight]
         if operation.left_out:
             weight = weight[..., -image.shape[1] :, :, :]
@@ -243,6 +245,10 @@ class Interpreter:
             pixels = image.float().movedim(1, 3)
             return F.rms_norm(pixels, weight.shape, weight, norm.eps).movedim(3, 1)
         weight, bias = self._weights[norm.weight].float(), self._weights[norm.bias].float()
+        if norm.over_clip:
+            clip = image.float().transpose(0, 1).unsqueeze(0)
+            normalised = F.group_norm(clip, norm.groups, weight, bias, norm.eps)
+            return normalised.squeeze(0).transpose(0, 1)
         return F.group_norm(image.float(), norm.groups, weight, bias, norm.eps)
 
 
@@ -276,6 +282,25 @@ def run_video(
 def _fast_layout(tensor: Tensor) -> Tensor:
     """A tensor of four axes in channels-last layout, in which torch convolves faster."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def with_neighbours(clip: Tensor) -> Tensor:
+    """The frames of a clip with the channels of the frame before, their own, and of the one after.
+
+    Where there is no frame, they are zeros.
+    """
+    frames, channels, height, width = clip.shape
+    result = torch.empty(
+        (frames, 3 * channels, height, width),
+        dtype=clip.dtype,
+        device=clip.device,
+        memory_format=torch.channels_last,
+    ).zero_()
+    before, own, after = result.chunk(3, 1)
+    before[1:].copy_(clip[:-1])
+    own.copy_(clip)
+    after[:-1].copy_(clip[1:])
+    return result
 
 
 def _enlarged(image: Tensor, factor: int) -> Tensor:

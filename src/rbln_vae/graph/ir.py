@@ -60,13 +60,15 @@ def _require_activation(function: str) -> None:
 class Norm:
     """Group normalisation with its affine weights.
 
-    Mean and variance are taken over a group of channels of a whole image.
+    Mean and variance are taken over a group of channels of a whole image, or `over_clip` of all
+    images of the batch, which are the frames of a clip.
     """
 
     groups: int
     eps: float
     weight: str = field(metadata=_WEIGHT)
     bias: str = field(metadata=_WEIGHT)
+    over_clip: bool = False
 
     def check(self, channels: int, weights: Weights) -> None:
         _require(
@@ -78,7 +80,7 @@ class Norm:
         _require_weight(weights, self.bias, (channels,))
 
     def __str__(self) -> str:
-        return f"{self.groups} groups"
+        return f"{self.groups} groups" + (" over the clip" if self.over_clip else "")
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,10 @@ class Conv2d(Operation):
     have the shape of the input, `norm` and `activation` are applied to each, and the kernel has
     the channels of all of them, frame by frame. Frames before these that are zeros are
     `left_out`: the kernel has their channels, and nothing is multiplied with them.
+
+    One `over_clip` takes the images of the batch for the frames of a clip. The kernel has the
+    channels of three of them: of the frame before, of the frame itself, and of the one after.
+    Where there is none, zeros are convolved.
     """
 
     input: Value = field(metadata=_VALUE)
@@ -184,11 +190,12 @@ class Conv2d(Operation):
     """One of `ACTIVATIONS`."""
     earlier: tuple[Value, ...] = field(default=(), metadata=_VALUE)
     left_out: int = 0
+    over_clip: bool = False
 
     @property
     def frames(self) -> int:
         """The frames whose channels the kernel has."""
-        return self.left_out + len(self.earlier) + 1
+        return self.left_out + len(self.earlier) + (3 if self.over_clip else 1)
 
     def kernel(self, weights: Weights) -> Shape:
         """The shape `(out, in, height, width)` of one kernel, with the channels of all frames."""
@@ -227,6 +234,10 @@ class Conv2d(Operation):
             not self.earlier or not self.group_norm,
             "a group norm has the statistics of one frame, and meets several",
         )
+        _require(
+            not self.over_clip or not (self.earlier or self.left_out or self.upsample),
+            "a convolution over a clip reads frames of other inputs, or doubles the image",
+        )
         if self.bias is not None:
             phases = (2, 2) if self.has_phases(weights) else ()
             _require_weight(weights, self.bias, (*phases, out))
@@ -262,7 +273,7 @@ class Conv2d(Operation):
         _, into, rows, columns = self.kernel(weights)
         # A kernel of 3x3 meets only 2x2 different pixels of an image that is doubled.
         taps = 4 if self.doubles(weights) else rows * columns
-        into = into // self.frames * (1 + len(self.earlier))
+        into = into // self.frames * (self.frames - self.left_out)
         return 2 * math.prod(shapes[self.output]) * into * taps
 
     def __str__(self) -> str:
@@ -273,6 +284,8 @@ class Conv2d(Operation):
             text += f", padding {self.padding}"
         if self.upsample:
             text += ", upsample"
+        if self.over_clip:
+            text += ", over the clip"
         if self.norm is not None:
             text += f", norm {self.norm}"
         text += f", {self.activation}" if self.activation else ""
@@ -579,6 +592,16 @@ class Graph:
         earlier = (v for o in self.operations if isinstance(o, Conv2d) for v in o.earlier)
         slots = (v for s in self.state for v in (s.read, s.left) if v is not None)
         return frozenset((*slots, *earlier))
+
+    @functools.cached_property
+    def runs_clips(self) -> bool:
+        """Whether the images of a batch are the frames of a clip, and can't run apart."""
+        norms = (getattr(operation, "norm", None) for operation in self.operations)
+        return any(getattr(each, "over_clip", False) for each in (*self.operations, *norms))
+
+    def least_shape(self, shape: Shape) -> Shape:
+        """The shape of the smallest run that a batch can be divided into."""
+        return shape if self.runs_clips else (1, *shape[1:])
 
     def stateless(self) -> Graph:
         """The graph of a first run whose state nobody reads: that of an image."""

@@ -407,7 +407,7 @@ def _applying(source: GroupNorm | PixelNorm | Activation, reader: Operation) -> 
         not isinstance(reader, Conv2d)
         or reader.norm is not None
         or reader.residual == source.output
-        or reader.frames > 1
+        or (reader.frames > 1 and not reader.over_clip)
     ):
         return None
     if isinstance(source, (GroupNorm, PixelNorm)):

@@ -153,6 +153,9 @@ def resolve(
                 f"{value}. Leave it out."
             )
     facts["videos"] = _runs_videos(family, rbln_config)
+    if family.clip_frames:
+        chosen = rbln_config.fact("decode_chunk_size"), rbln_config.fact("num_frames")
+        facts["decode_chunk_size"] = chosen[0] or chosen[1] or family.clip_frames
     facts["sample_size"] = rbln_config.image_size or family.sample_size(config)
     facts["uses_encoder"] = rbln_config.fact("uses_encoder") is not False
     checked = rbln_config.with_facts(facts)
@@ -174,6 +177,8 @@ def _runs_videos(family: Family, rbln_config: RBLNModelConfig) -> bool:
     Raises:
         ValueError: Several frames are wanted, and only images can be run.
     """
+    if family.clip_frames:
+        return False
     wanted = rbln_config.fact("num_frames")
     static = get_target(str(rbln_config.target)).static_shapes
     if wanted not in (None, 1) and (static or not family.videos):

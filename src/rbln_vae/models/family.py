@@ -24,6 +24,7 @@ CLASSES = (
     "AutoencoderKLHunyuanImage",
     "AutoencoderKLQwenImage",
     "AutoencoderKLQwenImage21",
+    "AutoencoderKLTemporalDecoder",
     "AutoencoderKLWan",
     "AutoencoderTiny",
     "VQModel",
@@ -60,6 +61,8 @@ class ResolvedConfig:
         condition_channels: Channels of the condition that the decoder may be given, as a part
             of its own. By default 0: there is no such part.
         videos: Whether it runs videos, too. By default `False`.
+        decode_chunk_size: Frames of a clip that the decoder decodes together. By default 0: it
+            decodes images.
     """
 
     target: str
@@ -74,6 +77,7 @@ class ResolvedConfig:
     decoder_scale_factor: int
     condition_channels: int = 0
     videos: bool = False
+    decode_chunk_size: int = 0
 
     def dtype_of(self, part: str) -> str:
         """In what a part stores images and weights."""
@@ -103,7 +107,7 @@ class ResolvedConfig:
         latent = (batch, self.latent_channels, height // factor, width // factor)
         shapes = {
             ENCODER: (batch, self.in_channels, height, width),
-            DECODER: latent,
+            DECODER: (self.decode_chunk_size or batch, *latent[1:]),
             CONDITIONED_DECODER: (
                 batch,
                 self.latent_channels + self.condition_channels,
@@ -129,6 +133,9 @@ class Family(ABC):
     """The diffusers class."""
     videos: ClassVar[bool] = False
     """Whether its models can be compiled for videos; `video_module` makes their parts then."""
+    clip_frames: ClassVar[int] = 0
+    """Frames of the clips that its decoders are compiled for, unless an option says others; 0 of
+    families whose decoders decode images."""
     frames_encoded: ClassVar[int] = 1
     """Frames of a video that are encoded together after the first."""
 

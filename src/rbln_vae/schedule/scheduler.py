@@ -34,8 +34,7 @@ def make_schedule(
 
     Args:
         problem: What to schedule.
-        recomputed: Values to rematerialise, a subset of `droppable(graph)`, by default none;
-            only for a batch of one.
+        recomputed: Values to rematerialise, a subset of `droppable(graph)`, by default none.
         sketch: Whether to include only the first strip of each sweep, whose tasks then count
             the work of all strips. That is enough to know memory and work. By default
             all strips are included.

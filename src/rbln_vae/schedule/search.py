@@ -49,7 +49,8 @@ class Search(Generic[RulesType]):
         self._rules_of = rules_of
         self._rules: dict[int, RulesType] = {}
         self._keeping_all: dict[int, Schedule] = {}
-        self._one = Problem(graph, self.shape(1), self.rules(1))
+        self._least = graph.least_shape(input_shape)[0]
+        self._one = Problem(graph, self.shape(self._least), self.rules(self._least))
         self._choices = _Choices(self._one)
 
     def shape(self, batch: int) -> Shape:
@@ -77,13 +78,13 @@ class Search(Generic[RulesType]):
 
         Returns:
             The cheapest schedule that was found, or `None` if none fits. If the batch does
-            not fit, the schedule is for a smaller batch. Only a schedule for one image
-            rematerialises values.
+            not fit, the schedule is for a smaller batch. Only a schedule for one image, or for
+            a clip, rematerialises values.
         """
         batch = self.input_shape[0]
-        one = self.keeping_all(1)
-        size = min(batch, limit // one.arena_bytes + 1)
-        while size > 0:
+        one = self.keeping_all(self._least)
+        size = min(batch, self._least * (limit // one.arena_bytes + 1))
+        while size >= self._least:
             parts = -(-batch // size)
             schedule = self.keeping_all(-(-batch // parts))
             if schedule.arena_bytes <= limit:
@@ -99,15 +100,15 @@ class Search(Generic[RulesType]):
         return self.recomputing(choice)
 
     def is_hopeless(self, limit: int) -> bool:
-        """Whether one image needs so much more than the limit that no schedule can fit.
+        """Whether one image or clip needs so much more than the limit that no schedule can fit.
 
         False for images that need at most 4 GiB: searching their schedules takes at most a
         second.
         """
-        return self.keeping_all(1).arena_bytes > max(8 * limit, 2**32)
+        return self.keeping_all(self._least).arena_bytes > max(8 * limit, 2**32)
 
     def recomputing(self, choice: Iterable[Value], *, sketch: bool = False) -> Schedule:
-        """The schedule for one image that rematerialises the chosen values."""
+        """The schedule for one image or clip that rematerialises the chosen values."""
         return make_schedule(self._one, choice, sketch=sketch)
 
     def tradeoffs(self) -> list[Schedule]:

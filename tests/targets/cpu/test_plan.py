@@ -248,3 +248,20 @@ def test_weights_of_a_convolution_have_the_type_of_its_kernels(
 def test_tiles_that_do_not_consist_of_whole_cells_are_refused(cell: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="cells"):
         make_plan().add(convolution(**{"tile_height": 4, "tile_width": 4, **cell}), FLOATS, PACKED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"over_clip": True, "left_out": 1}, "over a clip that takes other frames"),
+        ({"over_clip": True, "earlier": [IMAGE, _engine.Image()]}, "takes other frames"),
+        ({"over_clip": True}, "weights of another size"),
+        ({"partials": 2 * AFTER, "image_cells": -1}, "statistics of images overlap"),
+        ({"partials": 2 * AFTER, "image_cells": 2**62, "batch": 3}, "lie|overflow|overlap|another"),
+    ],
+)
+def test_a_convolution_over_a_clip_takes_no_other_frames(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan().add(convolution(**changes), FLOATS, PACKED)

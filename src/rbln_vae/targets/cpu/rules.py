@@ -134,7 +134,7 @@ class CpuRules:
         conv = self.convolution(operation)
         return (
             conv.kernel == (1, 1)
-            and not operation.earlier
+            and operation.frames == 1
             and operation.stride == 1
             and not any(operation.padding)
             and not operation.upsample
@@ -163,8 +163,8 @@ class CpuRules:
     def _convolution(self, operation: Conv2d) -> Convolution:
         outputs, _, height, width = operation.kernel(self.graph.weights)
         inputs = self.shapes[operation.input][1]
-        if operation.earlier:  # of each frame whole blocks
-            inputs = (1 + len(operation.earlier)) * _blocks(inputs) * BLOCK
+        if operation.frames > 1:  # of each frame whole blocks
+            inputs = (operation.frames - operation.left_out) * _blocks(inputs) * BLOCK
         doubles = operation.doubles(self.graph.weights)
         if operation.frames > (1 if doubles else MAX_FRAMES):
             raise RBLNCompileError(

@@ -535,12 +535,16 @@ class CpuRuntime:
             images = result[begin : begin + size]
             flags = None if finite is None else finite[begin : begin + size]
             rows = rows_finished if last and on_rows is not None and not may_overflow else None
-            for n in self._execute(bound, part, images, watch, begin, flags, rows):
-                # In a run of its own, so that its bits don't depend on the batch.
-                alone = slice(n, n + 1)
+            beyond = self._execute(bound, part, images, watch, begin, flags, rows)
+            # In runs of their own, so that their bits don't depend on the batch.
+            runs = [slice(n, n + 1) for n in beyond]
+            if self.graph.runs_clips:
+                runs = [slice(0, size)] if beyond else []
+            for alone in runs:
                 flag = None if flags is None else flags[alone].fill_(True)
                 wide = self._wide_bound(part[alone], limit, taken)
-                self._run_bound(wide, [part[alone]], [images[alone]], watch, begin + n, flag)
+                done = begin + alone.start
+                self._run_bound(wide, [part[alone]], [images[alone]], watch, done, flag)
         if may_overflow and on_rows is not None:
             # No row is valid before the whole image is.
             on_rows(0, result)
@@ -704,7 +708,7 @@ class CpuRuntime:
             try:
                 known = self._fit(*key)
             except fitting.TooLargeError as error:
-                least, one = error.needed + taken, (1, *shape[1:])
+                least, one = error.needed + taken, self.graph.least_shape(shape)
                 raise over_memory_limit(self.graph.name, one, least, limit) from None
             spare = 0 if self._tiling else min(room - known.bytes, self._most_kept)
             known = self._bound[key] = dataclasses.replace(known, spare=spare)
@@ -719,7 +723,7 @@ class CpuRuntime:
             fitting.TooLargeError: There is none.
         """
         self._check_shape(shape)
-        search = self.search((1, *shape[1:]) if slicing or tiling else shape)
+        search = self.search(self.graph.least_shape(shape) if slicing or tiling else shape)
         free = search.keeping_all(search.input_shape[0])
         scratch = 0
         try:
@@ -734,7 +738,9 @@ class CpuRuntime:
             scratch = bound.bytes - free.arena_bytes
         if tiling and not search.is_hopeless(room):
             frugal = fitting.thrifty(
-                search, lambda sketch: lower(sketch, search.rules(1)).work, TILING_TIME
+                search,
+                lambda sketch: lower(sketch, search.rules(sketch.input_shape[0])).work,
+                TILING_TIME,
             )
             bound = self._lowered(frugal, search)
             if bound.bytes <= room:

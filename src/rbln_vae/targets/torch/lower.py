@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...graph.interpreter import with_neighbours
 from ...graph.ir import (
     Activation,
     Add,
@@ -332,13 +333,19 @@ class _Lowering:
         take = self.sums(task.buffers["sums"], shape, rows)
         give = self.floats(task.buffers["coefficients"], self.batch, 2, channels)
         weight, bias = self.weights.vector(norm.weight), self.weights.vector(norm.bias)
+        # The parts of all frames of a clip are those of one image.
+        images = 1 if norm.over_clip else self.batch
+        counts = counts.repeat(self.batch // images)
 
         def run(frame: Frame) -> None:
+            sums, out = take(frame).reshape(images, -1, 2, channels), give(frame)
             self.kernels.coefficients(
-                take(frame), counts, norm.groups, norm.eps, weight, bias, give(frame)
+                sums, counts, norm.groups, norm.eps, weight, bias, out[:images]
             )
+            if norm.over_clip:
+                out[1:].copy_(out[:1])
 
-        return self.batch * channels * len(counts) * 40, run
+        return images * channels * len(counts) * 40, run
 
     # Products.
 
@@ -406,11 +413,13 @@ class _Lowering:
             )
             changes = operation.norm is not None or operation.activation is not None
             # The libraries may take the kernel and the image in other layouts.
-            image = self.bytes_of(read.channels, bottom - top, width + sum(columns)) * len(frames)
+            image = self.bytes_of(read.channels, bottom - top, width + sum(columns))
+            image *= operation.frames - operation.left_out
             library = self.rules.machine.library_bytes + kernel.numel() * self.size + image
             dense = not changes and not any(padding) and self.is_dense(read)
             # Several frames are read, and then put together.
-            copied = 2 * image if operation.earlier else 0 if dense else image
+            several = operation.frames - operation.left_out > 1
+            copied = 2 * image if several else 0 if dense else image
             channels = output.channels if doubles or phases else len(kernel)
             made = self.bytes_of(channels, end - begin, output.width)
             # PyTorch's own kernels read and sum up copies in float32.
@@ -428,6 +437,8 @@ class _Lowering:
             for takes, padding, around, out, added, some in chunks:
                 read = [self.kernels.read(take(frame), how, padding) for take in takes]
                 image = read[0] if len(read) == 1 else torch.cat(read, 1)
+                if operation.over_clip:
+                    image = with_neighbours(image)
                 self.kernels.write(
                     convolve(image, around),
                     out(frame),

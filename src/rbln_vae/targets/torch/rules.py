@@ -144,7 +144,7 @@ class TorchRules:
         kernel = operation.kernel(self.graph.weights)[2:]
         return (
             kernel == (1, 1)
-            and not operation.earlier
+            and operation.frames == 1
             and operation.stride == 1
             and not any(operation.padding)
             and not operation.upsample
@@ -178,7 +178,7 @@ class TorchRules:
             others: Of images of any height that are read with it.
         """
         height = shape[2]
-        batch = self.batch if self.machine.batches else 1
+        batch = self.batch if self.machine.batches or self.graph.runs_clips else 1
         sizes = (self.row_bytes(c, w) * h / height for _, c, h, w in (shape, *others))
         rows = max(2, int(self.machine.chunk_bytes / (batch * sum(sizes))))
         return int(min(self.machine.chunk_rows, 1 << (rows.bit_length() - 1)))

@@ -231,7 +231,7 @@ class TorchRuntime:
             try:
                 known = self._fit(shape, room)
             except fitting.TooLargeError as error:
-                least, one = error.needed + taken, (1, *shape[1:])
+                least, one = error.needed + taken, self.graph.least_shape(shape)
                 raise over_memory_limit(self.graph.name, one, least, limit) from None
             whole = not known.schedule.recomputed and known.schedule.input_shape == shape
             self._programs[shape, None if whole and not self._tiling else room] = known
@@ -246,7 +246,7 @@ class TorchRuntime:
             fitting.TooLargeError: There is none.
         """
         alone = self._slicing or self._tiling or not self.machine.batches
-        search = self.search((1, *shape[1:]) if alone else shape)
+        search = self.search(self.graph.least_shape(shape) if alone else shape)
         if self._tiling and not search.is_hopeless(room):
             frugal = fitting.thrifty(search, lambda sketch: sketch.flops, TILING_WORK)
             program = self._lowered(frugal, search)
@@ -430,8 +430,10 @@ class TorchRuntime:
         watch: Watch,
     ) -> None:
         """Run images again whose values are beyond the range of float16, in bfloat16."""
-        for n in (~in_range).nonzero().flatten().tolist():
-            alone = slice(n, n + 1)
+        runs = [slice(n, n + 1) for n in (~in_range).nonzero().flatten().tolist()]
+        if self.graph.runs_clips:
+            runs = [slice(0, len(source))] if runs else []
+        for alone in runs:
             if source.is_floating_point() and not source[alone].isfinite().all():
                 continue
             if self._wide is None:
@@ -446,7 +448,7 @@ class TorchRuntime:
             dtype = source.dtype if source.is_floating_point() else torch.float32
             program = self._wide.fitted(tuple(source[alone].shape), limit, taken)
             in_range[alone] = self._wide._runs(
-                program, limit, taken, source[alone], result[alone], dtype, watch, None, n
+                program, limit, taken, source[alone], result[alone], dtype, watch, None, alone.start
             )
 
     def _execute(
