@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import shutil
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from rbln_vae.levels import sample_of
-from rbln_vae.videos import is_pattern, is_video, read_video, write_video
+from rbln_vae.videos import is_pattern, is_video, read_head, read_video, write_video
 
 PATIENCE = 60
 """Seconds after which something that should happen won't."""
@@ -47,6 +48,24 @@ def test_a_video_that_is_written_is_read_again(tmp_path: Path, suffix: str) -> N
     for frame, expected in zip(found, clip(), strict=True):
         assert (frame.float() - expected.float()).abs().mean() < 4
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_videos_of_phones_are_read_upright(tmp_path: Path, degrees: int) -> None:
+    lying, shown = tmp_path / "lying.mp4", tmp_path / "shown.mp4"
+    write_video(lying, clip(), fps=24)
+    # The matrix of the header of the track, which players apply to what was recorded.
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    content = lying.read_bytes()
+    matrix = content.index(b"tkhd") + 44
+    rows = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    shown.write_bytes(content[:matrix] + rows + content[matrix + len(rows) :])
+    pictures = list(read_video(shown))
+    clockwise = -degrees // 90
+    for picture, recorded in zip(pictures, read_video(lying), strict=True):
+        assert torch.equal(picture, recorded.rot90(clockwise))
+    head = read_head(shown)
+    assert (head.height, head.width) == tuple(pictures[0].shape[:2])
 
 
 def test_samples_are_written_as_the_pictures_that_show_them(tmp_path: Path) -> None:

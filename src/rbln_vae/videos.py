@@ -233,9 +233,13 @@ def read_head(path: str | os.PathLike[str] | BinaryIO) -> VideoHead:
         ValueError: It is no video.
         RBLNRuntimeError: PyAV is not installed.
     """
-    with _opened(path) as (_, stream):
+    with _opened(path) as (container, stream):
         rate = stream.average_rate
-        return VideoHead(stream.height, stream.width, None if rate is None else float(rate))
+        size = stream.height, stream.width
+        first = next(container.decode(stream), None)
+        if first is not None and _quarter_turns(first) % 2:
+            size = size[::-1]
+        return VideoHead(*size, None if rate is None else float(rate))
 
 
 def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
@@ -245,7 +249,7 @@ def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
         path: Any file that PyAV opens, by its name or open.
 
     Yields:
-        Pictures `(H, W, 3)` of uint8.
+        Pictures `(H, W, 3)` of uint8, turned as the file says, as phones write it.
 
     Raises:
         ValueError: It is no video, it is damaged, or its rate varies: its frames are then not
@@ -264,7 +268,8 @@ def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
             if frame.pts is not None and frame.time_base:
                 times = [*times[-2:], frame.pts * frame.time_base]
             _check_rate(_name(path), times, frame.time_base)
-            yield torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            yield picture.rot90(_quarter_turns(frame))
 
 
 @contextlib.contextmanager
@@ -278,6 +283,11 @@ def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
         raise ValueError(f"{_name(path)} can't be read as a video: {error}") from error
+
+
+def _quarter_turns(frame: Any) -> int:
+    """By how many quarters of a turn a frame is shown counterclockwise."""
+    return round(frame.rotation / 90)
 
 
 def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
