@@ -287,7 +287,7 @@ def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]
 
 def _quarter_turns(frame: Any) -> int:
     """By how many quarters of a turn a frame is shown counterclockwise."""
-    return round(frame.rotation / 90)
+    return round(int(frame.rotation) / 90)
 
 
 def _name(path: str | os.PathLike[str] | BinaryIO) -> str:
