@@ -14,6 +14,7 @@ import tiny_vaes
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DecoderOutput
+from PIL import Image
 from tiny import Pipeline, picture
 from torch import Tensor
 
@@ -132,6 +133,66 @@ def test_videos_are_those_of_the_original(name: str) -> None:
     expected = run(make(case, original(case)), case, num_frames=9)
     assert found.shape == expected.shape == (1, 9, 3, 64, 64)
     assert_same(found, expected)
+
+
+class _Typed:
+    """Stands for the text encoder, of which the pipeline reads the dtype for the image."""
+
+    dtype = torch.float32
+
+
+def _of_layers() -> tiny.Components:
+    parts = tiny.qwen_image()
+    config = {
+        **parts["transformer"].config,
+        "use_additional_t_cond": True,
+        "use_layer3d_rope": True,
+    }
+    torch.manual_seed(0)
+    transformer = type(parts["transformer"]).from_config(config).eval()
+    return {**parts, "transformer": transformer, "text_encoder": _Typed(), "processor": None}
+
+
+def _see_through() -> Image.Image:
+    """A photograph whose opacity is as random as its colours."""
+    image = tiny.photograph()
+    image.putalpha(image.getchannel("R").rotate(90))
+    return image
+
+
+LAYERS = replace(
+    CASES["qwen-image"],
+    name="QwenImageLayeredPipeline",
+    parts=_of_layers,
+    options={"input_channels": 4},
+    call={"image": _see_through(), "prompt": "a cat", "layers": 3},
+)
+
+
+@pytest.fixture
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of 64x64 pixels in a pipeline that else makes about 640x640 or 1024x1024."""
+    monkeypatch.setattr(
+        "diffusers.pipelines.qwenimage.pipeline_qwenimage_layered.calculate_dimensions",
+        lambda area, ratio: (64, 64),
+    )
+
+
+@pytest.mark.usefixtures("small_layers")
+@pytest.mark.parametrize(("dtype", "least"), [("float32", FLOAT32_DB), ("bfloat16", BFLOAT16_DB)])
+def test_layers_are_those_of_the_original(dtype: str, least: float) -> None:
+    vaes = (compiled(LAYERS, dtype), original(LAYERS))
+    (found,), (expected,) = (run(make(LAYERS, vae), LAYERS) for vae in vaes)
+    assert found.shape == expected.shape == (3, 4, 64, 64)
+    assert_same(found, expected, least)
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_layers_tell_when_the_opacity_of_the_image_is_missing() -> None:
+    pipe = make(LAYERS, original(LAYERS))
+    (opaque,) = run(pipe, LAYERS, image=tiny.photograph().convert("RGBA"))
+    (expected,) = run(pipe, LAYERS)
+    assert psnr(opaque, expected, 1.0) < FLOAT32_DB
 
 
 class InBfloat16:

@@ -13,7 +13,7 @@ from .autoencoder_kl_wan import AutoencoderKLWanFamily, RBLNAutoencoderKLWan
 
 
 class AutoencoderKLQwenImageFamily(AutoencoderKLWanFamily):
-    """`AutoencoderKLQwenImage`: Qwen-Image, Qwen-Image-Edit, Krea 2 and Anima."""
+    """`AutoencoderKLQwenImage`: Qwen-Image, its variants Edit and Layered, Krea 2 and Anima."""
 
     original_class_name = "AutoencoderKLQwenImage"
 
@@ -28,7 +28,8 @@ class AutoencoderKLQwenImageFamily(AutoencoderKLWanFamily):
 class RBLNAutoencoderKLQwenImage(RBLNAutoencoderKLWan):
     """A compiled `AutoencoderKLQwenImage`, which stands wherever that of diffusers stands.
 
-    Everything is as in `RBLNAutoencoderKLWan`.
+    Everything is as in `RBLNAutoencoderKLWan`; images of Qwen-Image-Layered have 4 channels, of
+    which the last is the opacity.
 
     Example:
         >>> vae = RBLNAutoencoderKLQwenImage.from_pretrained(
