@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import subprocess
 import sys
@@ -27,9 +28,12 @@ def conv() -> torch.nn.Module:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     monkeypatch.setattr(rebel, "_machine", rebel._Machine())
-    monkeypatch.delitem(sys.modules, "rebel", raising=False)
+    names = ("rebel", "rebel.compile_context")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield
-    sys.modules.pop("rebel", None)
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def test_a_model_is_compiled_saved_loaded_and_run(conv, tmp_path):
@@ -81,6 +85,140 @@ def test_what_is_no_image_is_not_compiled(conv, info):
         rebel.compile_from_torch(conv, input_info=info)
 
 
+class Start(torch.nn.Module):
+    """Keeps an input, and doesn't read another."""
+
+    def forward(self, x: torch.Tensor, unread: torch.Tensor, kept: torch.Tensor) -> object:
+        return x * 1, [write(kept, x)]
+
+
+class Add(torch.nn.Module):
+    """Adds what is kept, weighted, and keeps the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> object:
+        total = x + kept * self.weight
+        return total, [write(kept, total)]
+
+
+def write(cache: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    place, axis = torch.tensor(0, dtype=torch.int16), torch.tensor(1, dtype=torch.int16)
+    return torch.ops.rbln_custom_ops.rbln_cache_update(cache, state, place, axis)
+
+
+X, KEPT = ("x", [1, 3], "float32"), ("kept", [1, 3], "float32")
+
+
+@pytest.fixture
+def pair() -> list[rebel.RBLNCompiledModel]:
+    """`Start` and `Add`, whose `kept` is the same memory."""
+    context = rebel.CompileContext(use_weight_sharing=True)
+    kept, x = torch.zeros(1, 3), torch.zeros(1, 3)
+    context.mark_static_address(kept, "kept")
+    context.mark_static_address(kept)
+    start = rebel.compile_from_torch(
+        Start(), [X, X, KEPT], example_inputs=(x, x, kept), compile_context=context
+    )
+    module = Add()
+    add = rebel.compile_from_torch(
+        module, [X, KEPT], npu=None, example_inputs=(x, kept), compile_context=context
+    )
+    with torch.no_grad():
+        module.weight.zero_()  # what is compiled keeps the weights that it was compiled with
+    return [start, add]
+
+
+def runtimes(models: list[rebel.RBLNCompiledModel]) -> list[rebel.Runtime]:
+    return [rebel.Runtime(model, tensor_type="pt") for model in models]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_modules_of_a_context_share_memory_that_lasts_from_run_to_run(pair, loaded, tmp_path):
+    if loaded:
+        for name, model in zip(["start", "add"], pair, strict=True):
+            model.save(tmp_path / name)
+        pair = [rebel.RBLNCompiledModel(tmp_path / name) for name in ("start", "add")]
+    start, add = runtimes(pair)
+    one = torch.ones(1, 3)
+    assert torch.equal(add(one)[0], one), "memory begins as zeros"
+    assert torch.equal(start(5 * one)[0], 5 * one)
+    assert torch.equal(add(one)[0], 11 * one)
+    result, written = add(one)
+    assert torch.equal(result, 23 * one)
+    assert written.numel() == 0
+
+
+def test_runtimes_of_the_same_models_have_memory_of_their_own(pair):
+    start, add = runtimes(pair)
+    other_start, other_add = runtimes(pair)
+    one = torch.ones(1, 3)
+    start(one)
+    other_start(2 * one)
+    assert torch.equal(add(one)[0], 3 * one)
+    assert torch.equal(other_add(one)[0], 5 * one)
+
+
+def test_a_run_is_given_what_is_read_and_not_static(pair):
+    start, _ = runtimes(pair)
+    assert pair[0].inputs == [((1, 3), torch.float32)]
+    with pytest.raises(RBLNRuntimeError, match=r"Start for 1x3 torch.float32> takes 1 inputs.*3"):
+        start(*[torch.ones(1, 3)] * 3)
+    with pytest.raises(RBLNRuntimeError, match="compiled for the shape"):
+        start(torch.ones(2, 3))
+
+
+def test_a_module_of_a_context_has_no_timeout_and_no_profiler(pair):
+    for options in ({"timeout": 1.0}, {"activate_profiler": True}):
+        with pytest.raises(RBLNRuntimeError, match="CompileContext"):
+            rebel.Runtime(pair[0], **options)
+    assert rebel.Runtime(pair[0]).profiles == []
+
+
+class Paged(torch.nn.Module):
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> object:
+        return torch.ops.rbln_custom_ops.paged_attn_decode(x, kept)
+
+
+class Wide(torch.nn.Module):
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> object:
+        return write(kept, torch.cat([x, x]).tile(2))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Paged(), "paged_attn_decode"),
+        (Wide(), r"a state of shape \(2, 6\) into a cache of shape \(1, 3\)"),
+    ],
+    ids=["an operation of the compiler", "a state that does not fit"],
+)
+def test_what_a_context_has_not_is_refused_by_name(module, message):
+    inputs = (torch.zeros(1, 3), torch.zeros(1, 3))
+    with pytest.raises(RBLNCompileError, match=message):
+        rebel.compile_from_torch(
+            module, [X, KEPT], example_inputs=inputs, compile_context=rebel.CompileContext()
+        )
+
+
+def test_a_module_of_a_context_needs_examples():
+    with pytest.raises(RBLNCompileError, match="example_inputs"):
+        rebel.compile_from_torch(Add(), [X, KEPT], compile_context=rebel.CompileContext())
+
+
+def test_a_damaged_file_of_a_context_is_refused(pair, tmp_path):
+    file = tmp_path / "add.rbln"
+    pair[1].save(file)
+    data = bytearray(file.read_bytes())
+    weight = torch.full((3,), 2.0).numpy().tobytes()
+    data[data.index(weight)] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(RBLNArtifactError, match="damaged"):
+        rebel.RBLNCompiledModel(file)
+
+
 def test_errors_are_runtime_errors_that_optimum_rbln_catches(conv):
     with pytest.raises(RuntimeError, match="softplus"):
         rebel.compile_from_torch(torch.nn.Sequential(conv, torch.nn.Softplus()), [INPUT])
@@ -101,6 +239,8 @@ def test_a_file_that_was_not_compiled_through_rebel_is_refused(conv, tmp_path):
 def test_the_machine_is_what_install_says():
     rebel.install(npu="RBLN-CR03", devices=2)
     assert sys.modules["rebel"] is rebel
+    context = importlib.import_module("rebel.compile_context")
+    assert context.CompileContext is rebel.CompileContext
     assert (rebel.device_count(), rebel.get_npu_name(), rebel.get_npu_name(1)) == (
         2,
         "RBLN-CR03",

@@ -77,7 +77,12 @@ def capture(module: torch.nn.Module, name: str, input_channels: int) -> Graph:
           %conv2d = Conv2d(%x) weight, padding (1, 1, 1, 1)
           return %conv2d
     """
-    return _Capture(_export(replica(module), input_channels), name, input_channels).graph()
+    parameter = next(module.parameters(), torch.empty(0))
+    # One element, expanded to a whole image: export reads only its shape.
+    example = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(
+        EXAMPLE_BATCH, input_channels, EXAMPLE_HEIGHT, EXAMPLE_WIDTH
+    )
+    return _Capture(export(module, (example,)), name, input_channels).graph()
 
 
 def replica(module: torch.nn.Module) -> torch.nn.Module:
@@ -102,15 +107,24 @@ def replica(module: torch.nn.Module) -> torch.nn.Module:
         ) from error
 
 
-def _export(module: torch.nn.Module, channels: int) -> torch.export.ExportedProgram:
-    parameter = next(module.parameters(), torch.empty(0))
-    # One element, expanded to a whole image: export reads only its shape.
-    example = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(
-        EXAMPLE_BATCH, channels, EXAMPLE_HEIGHT, EXAMPLE_WIDTH
-    )
+def export(
+    module: torch.nn.Module, examples: tuple[torch.Tensor, ...]
+) -> torch.export.ExportedProgram:
+    """Export a copy of a module that shares its weights.
+
+    Several threads may call this at the same time; they take turns.
+
+    Args:
+        module: The module. It is never modified.
+        examples: Its inputs, of which only shapes, dtypes and devices are read.
+
+    Raises:
+        RBLNCompileError: The module can't be exported.
+    """
+    copied = replica(module)
     try:
         with _EXPORTING, torch.no_grad():
-            return torch.export.export(module, (example,), strict=False)
+            return torch.export.export(copied, examples, strict=False)
     except Exception as error:
         # Export runs the model's own Python code, which can raise anything.
         raise RBLNCompileError(

@@ -1,7 +1,7 @@
 """A stand-in for `rebel`, Rebellions' compiler, for machines without it and without an NPU.
 
-It has everything that optimum-rbln 0.12 uses for an `AutoencoderKL` or a `VQModel`, backed by
-the targets of this package, so that code for the NPU can be developed and tested anywhere:
+It has everything that optimum-rbln 0.12 uses for an `AutoencoderKL`, a `VQModel` or an
+`AutoencoderKLWan`, so that code for the NPU can be developed and tested anywhere:
 
     python -m rbln_vae.rebel script.py
 
@@ -10,18 +10,22 @@ or, before optimum-rbln is imported,
     import rbln_vae.rebel
     rbln_vae.rebel.install()
 
-As on the NPU, a compiled model takes only the shape and dtype that it was compiled for. Files
+As on the NPU, a compiled model takes only the shapes and dtypes that it was compiled for. Files
 of the stand-in can't be read by Rebellions' compiler, nor the reverse.
+
+Modules that map an image to an image run on the targets of this package. Those that are compiled
+in a `CompileContext`, as Wan's are, are traced by `torch.export` and run by PyTorch on the CPU.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +33,16 @@ from torch import Tensor, nn
 from ..artifact import Artifact, read_artifact
 from ..errors import RBLNArtifactError, RBLNCompileError, RBLNRuntimeError
 from ..profiler import RunProfile
+from ..targets import base as targets
 from ..targets.base import CompileOptions, GraphTarget, RuntimeOptions, get_target
+from . import compile_context
+from .compile_context import CompileContext
+
+if TYPE_CHECKING:
+    from .traced import Trace
 
 __all__ = [
+    "CompileContext",
     "RBLNCompiledModel",
     "Runtime",
     "compile",
@@ -88,6 +99,7 @@ def install(npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu") -> No
         raise ValueError(f"target={target!r} can't simulate itself. Name another, such as 'cpu'.")
     _machine.npu, _machine.devices, _machine.target = npu, devices, target
     sys.modules["rebel"] = this
+    sys.modules["rebel.compile_context"] = compile_context
 
 
 def device_count() -> int:
@@ -106,29 +118,42 @@ def npu_is_available(device_id: int = 0) -> bool:
 
 
 class RBLNCompiledModel:
-    """One part of a model, compiled for one shape and dtype.
+    """One part of a model, compiled for the shapes and dtypes of its inputs.
 
     Args:
-        path: A file that `save` wrote.
+        path: A file that `save` wrote. Load one that was compiled in a `CompileContext` only
+            from where you trust: it can hold code.
 
     Raises:
         RBLNArtifactError: The file is missing, damaged, or written by another compiler.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._set(read_artifact(Path(path)))
+        if zipfile.is_zipfile(path):
+            from .traced import Trace
+
+            self._set(Trace(Path(path)))
+        else:
+            self._set(read_artifact(Path(path)))
 
     @classmethod
-    def _of(cls, artifact: Artifact) -> RBLNCompiledModel:
+    def _of(cls, artifact: Artifact | Trace) -> RBLNCompiledModel:
         model = cls.__new__(cls)
         model._set(artifact)
         return model
 
-    def _set(self, artifact: Artifact) -> None:
+    def _set(self, artifact: Artifact | Trace) -> None:
         self.artifact = artifact
+        self.inputs: list[tuple[tuple[int, ...], torch.dtype]]
+        """The shape and dtype of each input of a run."""
+        if not isinstance(artifact, Artifact):
+            self.name = artifact.name
+            self.inputs = [artifact.inputs[i] for i in artifact.given]
+            return
+        self.name = artifact.graph.name
         try:
-            self.input_shape = tuple(map(int, artifact.source["rebel_shape"].split("x")))
-            self.input_dtype: torch.dtype = getattr(torch, artifact.source["rebel_dtype"])
+            shape = tuple(map(int, artifact.source["rebel_shape"].split("x")))
+            self.inputs = [(shape, getattr(torch, artifact.source["rebel_dtype"]))]
         except (KeyError, ValueError, AttributeError):
             raise RBLNArtifactError(
                 f"{artifact.path} was not compiled through rebel. Load it with RBLNAutoencoderKL "
@@ -140,8 +165,8 @@ class RBLNCompiledModel:
         self.artifact.save(Path(path))
 
     def __repr__(self) -> str:
-        shape = "x".join(map(str, self.input_shape))
-        return f"<RBLNCompiledModel {self.artifact.graph.name} for {shape} {self.input_dtype}>"
+        inputs = ", ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in self.inputs)
+        return f"<RBLNCompiledModel {self.name} for {inputs}>"
 
 
 def compile_from_torch(
@@ -149,25 +174,41 @@ def compile_from_torch(
     input_info: InputInfo,
     npu: str | None = None,
     num_devices: int | None = None,
+    *,
+    example_inputs: Sequence[Tensor] | None = None,
+    compile_context: CompileContext | None = None,
     **kwargs: Any,
 ) -> RBLNCompiledModel:
-    """Compile a module that maps one image to one image.
+    """Compile a module that maps one image to one image, or any other in a context.
 
     Args:
         mod: The module; it is not changed.
-        input_info: One input as `[(name, [N, C, H, W], dtype)]`.
+        input_info: One input as `[(name, [N, C, H, W], dtype)]`; in a context, all inputs.
         npu: The NPU to compile for; has no effect here.
         num_devices: The number of devices that share the model; has no effect here.
+        example_inputs: Tensors for all inputs, among them those that the context has as static.
+        compile_context: What the module shares with others; by default nothing.
         **kwargs: Other options of Rebellions' compiler; they have no effect here.
 
     Raises:
-        RBLNCompileError: The number of inputs is not one, or the module has an operation that
-            no autoencoder of this package has.
+        RBLNCompileError: The number of inputs is not one, and there is no context; the module
+            has an operation that no autoencoder of this package has; or, in a context, one that
+            PyTorch can't trace, such as an operation of Rebellions' compiler that isn't
+            `rbln_cache_update`.
     """
+    if compile_context is not None:
+        from .traced import Trace
+
+        if example_inputs is None:
+            raise RBLNCompileError(
+                "A module is compiled in a CompileContext with example_inputs, which say what of "
+                "its inputs is static, and there are none."
+            )
+        return RBLNCompiledModel._of(Trace.of(mod, example_inputs, compile_context))
     if len(input_info) != 1 or len(input_info[0][1]) != 4 or input_info[0][2] not in _DTYPES:
         raise RBLNCompileError(
             "rbln_vae.rebel compiles modules with one input (N, C, H, W) of a floating dtype, and "
-            f"got input_info={list(input_info)}. Only Rebellions' compiler can compile others."
+            f"got input_info={list(input_info)}. It compiles others in a CompileContext alone."
         )
     _, (batch, channels, height, width), dtype = input_info[0]
     source = {
@@ -226,38 +267,63 @@ class Runtime:
         self._model = compiled_model
         self._tensor_type = tensor_type
         self._devices = devices
-        options = RuntimeOptions(timeout=timeout, activate_profiler=activate_profiler)
         artifact = compiled_model.artifact
-        self._runtime = get_target(artifact.target).create_runtime(artifact, options)
+        self._images: targets.Runtime | None = None
+        if isinstance(artifact, Artifact):
+            options = RuntimeOptions(timeout=timeout, activate_profiler=activate_profiler)
+            self._images = get_target(artifact.target).create_runtime(artifact, options)
+            return
+        if timeout is not None or activate_profiler:
+            raise RBLNRuntimeError(
+                "rbln_vae.rebel has no timeout and no profiler for models that were compiled in "
+                f"a CompileContext, and got timeout={timeout}, "
+                f"activate_profiler={activate_profiler}. Leave them out."
+            )
+        from .traced import TraceRuntime
+
+        self._traced = TraceRuntime(artifact, devices)
 
     @property
     def profiles(self) -> list[RunProfile]:
         """The latest runs, if the profiler is active; else empty."""
-        return self._runtime.profiles
+        return [] if self._images is None else self._images.profiles
 
-    def run(self, image: Any) -> Any:
+    def run(self, *inputs: Any) -> Any:
         """Run the model.
 
         Args:
-            image: An image of the compiled shape and dtype, with any strides.
+            *inputs: An image; or, of a module that was compiled in a context, the inputs that it
+                reads and that are not static. They have the compiled shapes and dtypes, and any
+                strides.
 
         Returns:
-            A new tensor or array.
+            A new tensor or array; or a list of them where there are several results. Those of
+            `rbln_cache_update` are empty.
 
         Raises:
-            RBLNRuntimeError: The shape or dtype is not the compiled one.
+            RBLNRuntimeError: The number, a shape or a dtype is not the compiled one.
             TimeoutError: The run took longer than the timeout.
         """
-        tensor: Tensor = torch.from_numpy(image) if self._tensor_type == "np" else image
-        found = (tuple(tensor.shape), tensor.dtype)
-        expected = (self._model.input_shape, self._model.input_dtype)
-        if found != expected:
+        numpy = self._tensor_type == "np"
+        tensors: list[Tensor] = [torch.from_numpy(i) if numpy else i for i in inputs]
+        expected = self._model.inputs
+        if len(tensors) != len(expected):
             raise RBLNRuntimeError(
-                f"The model was compiled for the shape {expected[0]} in {expected[1]}, and got "
-                f"{found[0]} in {found[1]}. Compile it again for another shape."
+                f"{self._model!r} takes {len(expected)} inputs, and got {len(tensors)}."
             )
-        result = self._runtime.run(tensor.detach().cpu())
-        return result.numpy() if self._tensor_type == "np" else result
+        for tensor, (shape, dtype) in zip(tensors, expected, strict=True):
+            if (tensor.shape, tensor.dtype) != (shape, dtype):
+                raise RBLNRuntimeError(
+                    f"The model was compiled for the shape {shape} in {dtype}, and got "
+                    f"{tuple(tensor.shape)} in {tensor.dtype}. Compile it again for another shape."
+                )
+        tensors = [tensor.detach().cpu() for tensor in tensors]
+        if self._images is not None:
+            results = [self._images.run(tensors[0])]
+        else:
+            results = self._traced.run(tensors)
+        given = [result.numpy() for result in results] if numpy else results
+        return given[0] if len(given) == 1 else given
 
     __call__ = forward = run
 
