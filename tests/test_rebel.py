@@ -138,6 +138,7 @@ def runtimes(models: list[rebel.RBLNCompiledModel]) -> list[rebel.Runtime]:
 @pytest.mark.parametrize("loaded", [False, True])
 def test_modules_of_a_context_share_memory_that_lasts_from_run_to_run(pair, loaded, tmp_path):
     if loaded:
+        rebel.install(trust_files=True)
         for name, model in zip(["start", "add"], pair, strict=True):
             model.save(tmp_path / name)
         pair = [rebel.RBLNCompiledModel(tmp_path / name) for name in ("start", "add")]
@@ -215,8 +216,15 @@ def test_a_damaged_file_of_a_context_is_refused(pair, tmp_path):
     weight = torch.full((3,), 2.0).numpy().tobytes()
     data[data.index(weight)] ^= 1
     file.write_bytes(data)
+    rebel.install(trust_files=True)
     with pytest.raises(RBLNArtifactError, match="damaged"):
         rebel.RBLNCompiledModel(file)
+
+
+def test_a_file_that_can_hold_code_is_read_only_if_files_are_trusted(pair, tmp_path):
+    pair[1].save(tmp_path / "add.rbln")
+    with pytest.raises(RBLNArtifactError, match=r"install\(trust_files=True\)"):
+        rebel.RBLNCompiledModel(tmp_path / "add.rbln")
 
 
 def test_errors_are_runtime_errors_that_optimum_rbln_catches(conv):

@@ -66,18 +66,24 @@ class _Machine:
     npu: str = "RBLN-CA22"
     devices: int = 1
     target: str = "cpu"
+    trust_files: bool = False
 
 
 _machine = _Machine()
 
 
-def install(npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu") -> None:
+def install(
+    npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu", *, trust_files: bool = False
+) -> None:
     """Make `import rebel` import this module, in this process.
 
     Args:
         npu: The name of the simulated NPU, by default `"RBLN-CA22"`.
         devices: The number of NPUs, by default 1; with 0 the machine can only compile.
         target: The target that runs the models, by default `"cpu"`.
+        trust_files: Whether files of modules that were compiled in a `CompileContext` are read.
+            They are archives of `torch.export`, which can hold code. By default they are
+            refused.
 
     Raises:
         RuntimeError: Another module `rebel` is already imported.
@@ -98,6 +104,7 @@ def install(npu: str = "RBLN-CA22", devices: int = 1, target: str = "cpu") -> No
     if not isinstance(get_target(target), GraphTarget):
         raise ValueError(f"target={target!r} can't simulate itself. Name another, such as 'cpu'.")
     _machine.npu, _machine.devices, _machine.target = npu, devices, target
+    _machine.trust_files = trust_files
     sys.modules["rebel"] = this
     sys.modules["rebel.compile_context"] = compile_context
 
@@ -121,15 +128,21 @@ class RBLNCompiledModel:
     """One part of a model, compiled for the shapes and dtypes of its inputs.
 
     Args:
-        path: A file that `save` wrote. Load one that was compiled in a `CompileContext` only
-            from where you trust: it can hold code.
+        path: A file that `save` wrote.
 
     Raises:
-        RBLNArtifactError: The file is missing, damaged, or written by another compiler.
+        RBLNArtifactError: The file is missing, damaged, or written by another compiler; or it
+            can hold code, and `install` was not told to trust files.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if zipfile.is_zipfile(path):
+            if not _machine.trust_files:
+                raise RBLNArtifactError(
+                    f"{path} is an archive of torch.export, which can hold code, so it isn't read. "
+                    "If you trust where it is from, call rbln_vae.rebel.install(trust_files=True) "
+                    "first, or run python -m rbln_vae.rebel --trust-files SCRIPT."
+                )
             from .traced import Trace
 
             self._set(Trace(Path(path)))

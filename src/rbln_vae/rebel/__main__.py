@@ -8,15 +8,20 @@ from pathlib import Path
 
 from rbln_vae import rebel
 
-USAGE = "usage: python -m rbln_vae.rebel SCRIPT [ARGUMENT...]\n       … -m MODULE [ARGUMENT...]"
+TRUST = "--trust-files"
+USAGE = (
+    f"usage: python -m rbln_vae.rebel [{TRUST}] SCRIPT [ARGUMENT...]\n"
+    "       … -m MODULE [ARGUMENT...]"
+)
 
 
 def main() -> None:
     """Install the stand-in, then run a script or a module like `python` does."""
-    arguments = sys.argv[1:]
+    trust = sys.argv[1:2] == [TRUST]
+    arguments = sys.argv[1 + trust :]
     if not arguments or arguments in (["-h"], ["--help"], ["-m"]):
         sys.exit(USAGE)
-    rebel.install()
+    rebel.install(trust_files=trust)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -68,7 +68,7 @@ class Trace:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what `save` wrote. Such a file can hold code, which this runs."""
+        """Read what `save` wrote, from where one trusts: such a file can hold code."""
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch reads without looking at checksums
