@@ -15,6 +15,7 @@ import torch
 
 import rbln_vae.rebel as rebel
 from rbln_vae import RBLNArtifactError, RBLNCompileError, RBLNRuntimeError
+from rbln_vae.artifact import Artifact
 
 INPUT = ("x", [1, 3, 8, 8], "float32")
 
@@ -89,7 +90,7 @@ class Start(torch.nn.Module):
     """Keeps an input, and doesn't read another."""
 
     def forward(self, x: torch.Tensor, unread: torch.Tensor, kept: torch.Tensor) -> object:
-        return x * 1, [write(kept, x)]
+        return x, [write(kept, x)], kept
 
 
 class Add(torch.nn.Module):
@@ -160,6 +161,32 @@ def test_runtimes_of_the_same_models_have_memory_of_their_own(pair):
     other_start(2 * one)
     assert torch.equal(add(one)[0], 3 * one)
     assert torch.equal(other_add(one)[0], 5 * one)
+
+
+def test_results_do_not_change_with_what_they_are_views_of(pair):
+    start, add = runtimes(pair)
+    image = torch.ones(1, 3)
+    same, _, kept = start(image)
+    image.zero_()
+    add(torch.ones(1, 3))
+    assert same.unique() == 1 and kept.unique() == 1
+
+
+class Rows(torch.nn.Module):
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().view(6) + kept  # traced without contiguous(), as the example is
+
+
+def test_strides_of_an_input_of_a_context_do_not_matter():
+    inputs = (torch.zeros(2, 3), torch.zeros(6))
+    info = [("x", [2, 3], "float32"), ("kept", [6], "float32")]
+    context = rebel.CompileContext()
+    compiled = rebel.compile_from_torch(
+        Rows(), info, example_inputs=inputs, compile_context=context
+    )
+    turned = torch.arange(6.0).view(3, 2).T
+    found = rebel.Runtime(compiled, tensor_type="pt")(turned, torch.zeros(6))
+    assert torch.equal(found, turned.reshape(6))
 
 
 def test_a_run_is_given_what_is_read_and_not_static(pair):
@@ -239,6 +266,7 @@ def test_errors_are_runtime_errors_that_optimum_rbln_catches(conv):
 
 def test_a_file_that_was_not_compiled_through_rebel_is_refused(conv, tmp_path):
     compiled = rebel.compile_from_torch(conv, [INPUT])
+    assert isinstance(compiled.artifact, Artifact)
     dataclasses.replace(compiled.artifact, source={}).save(tmp_path / "other.rbln")
     with pytest.raises(RBLNArtifactError, match="not compiled through rebel"):
         rebel.RBLNCompiledModel(tmp_path / "other.rbln")

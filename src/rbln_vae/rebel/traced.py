@@ -176,6 +176,8 @@ class TraceRuntime:
         for i, number in self._trace.static.items():
             inputs[i] = self._memory.tensors[number]
         for i, tensor in zip(self._trace.given, tensors, strict=True):
-            inputs[i] = tensor
+            inputs[i] = tensor.contiguous()  # as the example was
         with torch.no_grad():
-            return list(tree_leaves(self._module(*inputs)))
+            results = tree_leaves(self._module(*inputs))
+        lasting = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        return [r.clone() if r.untyped_storage().data_ptr() in lasting else r for r in results]
