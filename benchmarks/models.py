@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -179,8 +180,11 @@ def make_input(
 def run(model: Any, part: str, inputs: torch.Tensor) -> torch.Tensor:
     """Decode or encode by a model, original or compiled: pixels, moments or latents."""
     if part == "decode":
-        quantizes = hasattr(model.config, "num_vq_embeddings")
-        options = {"force_not_quantize": True} if quantizes else {}
+        options: dict[str, Any] = {}
+        if hasattr(model.config, "num_vq_embeddings"):
+            options = {"force_not_quantize": True}
+        if "num_frames" in inspect.signature(model.decode).parameters:  # one clip
+            options = {"num_frames": len(inputs)}
         result: torch.Tensor = model.decode(inputs, **options, return_dict=False)[0]
         return result
     encoded = model.encode(inputs, return_dict=False)[0]

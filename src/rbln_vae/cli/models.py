@@ -56,13 +56,15 @@ def original_moments(vae: torch.nn.Module, sample: torch.Tensor, *, frames: bool
 def original_pixels(vae: torch.nn.Module, latents: torch.Tensor, *, frames: bool) -> torch.Tensor:
     """The images `(N, C, H, W)` that a diffusers model decodes from latents `(N, C, h, w)`.
 
-    Latents are not quantised, which a VQModel does in `decode` unless told otherwise.
+    Latents are not quantised, which a VQModel does in `decode` unless told otherwise. Each is a
+    clip of one frame to a decoder of clips.
     """
     model = cast(Any, vae)
     if type(vae).__name__ == "VQModel":
         spatial = latents if model.config.norm_type == "spatial" else None
         return cast(torch.Tensor, model.decoder(model.post_quant_conv(latents), spatial))
-    found = model.decode(latents.unsqueeze(2) if frames else latents).sample
+    clips = {"num_frames": 1} if type(vae).__name__ == "AutoencoderKLTemporalDecoder" else {}
+    found = model.decode(latents.unsqueeze(2) if frames else latents, **clips).sample
     return cast(torch.Tensor, found.squeeze(2) if frames else found)
 
 

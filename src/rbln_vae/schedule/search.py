@@ -179,6 +179,9 @@ class _Choices:
         kept = sorted((self.candidates - choice) & self.kept_at_peak(limit, choice))
         grown = [self.with_kin(limit, choice | {value}, value) for value in kept]
         result = self.cheapest(limit, choice, grown)
+        if self.graph.runs_clips:
+            # Where statistics span all frames, no chain saved memory, and trying took minutes.
+            return result
         if result is None:
             # A value and its reader may have the same size, so that both must go.
             chains = (self.with_chain(limit, choice, value) for value in kept)
