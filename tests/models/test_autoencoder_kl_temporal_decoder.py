@@ -21,6 +21,9 @@ from rbln_vae import (
     RBLNCompileError,
 )
 from rbln_vae.metrics import relative_l2
+from rbln_vae.schedule import search
+from rbln_vae.schedule.schedule import Schedule
+from rbln_vae.schedule.scheduler import make_schedule
 
 OPTIONS = {"target": "cpu", "dtype": "float32"}
 
@@ -117,6 +120,25 @@ def test_a_limit_holds_the_result_of_all_clips(compiled: Any) -> None:
     assert torch.equal(compiled.decode(z, 2, memory_limit=one + others).sample, expected)
     with pytest.raises(MemoryError):
         compiled.decode(z, 2, memory_limit=others + 2**16)
+
+
+def test_planning_in_little_memory_tries_few_schedules(
+    compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = 0
+
+    def counted(*args: Any, **options: Any) -> Schedule:
+        nonlocal tried
+        tried += 1
+        return make_schedule(*args, **options)
+
+    monkeypatch.setattr(search, "make_schedule", counted)
+    compiled.enable_tiling()
+    try:
+        compiled.memory_needed("decoder", (1, 4, 24, 16))
+    finally:
+        compiled.disable_tiling()
+    assert 0 < tried < 1000
 
 
 @pytest.mark.parametrize("frames", [0, 3, 2.0, True, None])

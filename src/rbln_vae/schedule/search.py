@@ -7,11 +7,12 @@ for the memory it saves.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from ..graph.ir import Graph, Shape, Shuffle, Value
+from ..graph.ir import Graph, Operation, Shape, Shuffle, Value
 from .problem import Problem
 from .rules import Rules
 from .schedule import Schedule
@@ -25,6 +26,9 @@ DEARER = 1.05
 HOPELESS = 1.15
 """How many times the same a chain may cost that is not complete: a value may be computed twice
 until its other readers join the chain."""
+LONGEST_CHAIN = 8
+"""The most values of a chain. Longer ones save nothing in the models here, and in a deep decoder of
+clips trying them took a minute."""
 
 Choice = frozenset[Value]
 
@@ -179,9 +183,6 @@ class _Choices:
         kept = sorted((self.candidates - choice) & self.kept_at_peak(limit, choice))
         grown = [self.with_kin(limit, choice | {value}, value) for value in kept]
         result = self.cheapest(limit, choice, grown)
-        if self.graph.runs_clips:
-            # Where statistics span all frames, no chain saved memory, and trying took minutes.
-            return result
         if result is None:
             # A value and its reader may have the same size, so that both must go.
             chains = (self.with_chain(limit, choice, value) for value in kept)
@@ -211,11 +212,8 @@ class _Choices:
     ) -> Choice:
         """Add a value, and values computed from it until that saves memory or costs much."""
         excess, work = self.excess(limit, choice), self.work(choice)
-        more, following = choice, {value}
-        for operation in self.graph.operations:
-            if operation.output != value and not following.intersection(operation.inputs):
-                continue
-            following.add(operation.output)
+        more = choice
+        for operation in itertools.islice(self.computed_from(value), LONGEST_CHAIN):
             # Shuffles cost nothing, and what they make is as large as what reads it.
             shuffled = self.shuffled.intersection(operation.inputs)
             more = more | shuffled | {operation.output}
@@ -227,6 +225,14 @@ class _Choices:
             if self.work(more) <= dearest * work and self.excess(limit, more) < excess:
                 return more
         return choice
+
+    def computed_from(self, value: Value) -> Iterator[Operation]:
+        """What computes a value, and then what is computed from it."""
+        known = {value}
+        for operation in self.graph.operations:
+            if operation.output == value or known.intersection(operation.inputs):
+                known.add(operation.output)
+                yield operation
 
     def with_kin(self, limit: int, choice: Choice, value: Value) -> Choice:
         """Add neighbours of a value if that saves work: they then share its sweep."""
