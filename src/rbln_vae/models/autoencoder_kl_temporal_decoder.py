@@ -331,7 +331,7 @@ class _SpatioTemporalBlock(nn.Module):
             )
         # Of frames that are none of an image alone.
         mixer = block.time_mixer
-        alpha = float(mixer.get_alpha(torch.zeros(1, 1), 3))
+        alpha = float(mixer.get_alpha(torch.zeros(1, 1), 3).detach())
         self.share = alpha if mixer.switch_spatial_to_temporal_mix else 1 - alpha
 
     def forward(
