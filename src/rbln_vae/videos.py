@@ -269,7 +269,8 @@ def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
                 times = [*times[-2:], frame.pts * frame.time_base]
             _check_rate(_name(path), times, frame.time_base)
             picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-            yield picture.rot90(_quarter_turns(frame))
+            turns = _quarter_turns(frame)
+            yield picture.rot90(turns) if turns else picture  # rot90 copies
 
 
 @contextlib.contextmanager
