@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import tarfile
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
-import tiny_vaes
 import torch
+from clips import wan, write_variable
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pictures import digests
 from PIL import Image
@@ -23,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from vaes import default_compiled
 
-from rbln_vae import RBLNAutoencoder
 from rbln_vae.datasets import (
     BucketBatchSampler,
     LatentDataset,
@@ -35,7 +32,6 @@ from rbln_vae.datasets import (
 )
 from rbln_vae.datasets.seeds import seed_of
 from rbln_vae.models.latents import LatentScaling
-from rbln_vae.models.video import RBLNVideoAutoencoder
 from rbln_vae.videos import read_video, write_video
 
 SIZE = (32, 48)
@@ -43,15 +39,6 @@ OPTIONS = Options(sizes=(SIZE,), frames=9, latent_dtype="float32", shard_size=2)
 LENGTHS = {"a/long.mp4": 12, "b.mkv": 7, "c.mov": 9, "d.webm": 1, "e.mp4": 5}
 """The frames of the videos: 9, 5, 9, 1 and 5 of them are encoded."""
 ENCODED = {"a/long.mp4": 9, "b.mkv": 5, "c.mov": 9, "d.webm": 1, "e.mp4": 5}
-
-
-@functools.cache
-def wan(**options: Any) -> RBLNVideoAutoencoder:
-    vae = tiny_vaes.make("AutoencoderKLWan")
-    settings = {"target": "cpu", "dtype": "float32", "num_threads": 2, **options}
-    compiled = RBLNAutoencoder.from_model(vae, rbln_config=settings)
-    assert isinstance(compiled, RBLNVideoAutoencoder)
-    return compiled
 
 
 def clip(frames: int, seed: int = 0) -> list[Tensor]:
@@ -210,15 +197,7 @@ def broken(root: Path) -> dict[str, str]:
     write(root / "cut.mkv", clip(60))
     with (root / "cut.mkv").open("r+b") as file:
         file.truncate(700)
-    with av.open(str(root / "variable.mkv"), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.height, stream.width, stream.pix_fmt = 40, 60, "yuv420p"
-        stream.time_base = Fraction(1, 1000)
-        for time, picture in zip((0, 33, 67, 200, 233), clip(5), strict=True):
-            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_variable(root / "variable.mkv", clip(5))
     write_video(root / "tiny.mp4", [frame[:16, :16] for frame in clip(5)])
     return {
         "cut.mkv": "",

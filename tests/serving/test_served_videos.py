@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import threading
@@ -15,6 +14,7 @@ import pytest
 import requests
 import tiny_vaes
 import torch
+from clips import wan
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.remote_utils import remote_decode
 from diffusers.video_processor import VideoProcessor
@@ -25,7 +25,6 @@ from vaes import default_compiled, noise
 
 from rbln_vae import RBLNAutoencoder
 from rbln_vae.levels import levels_of
-from rbln_vae.models.video import RBLNVideoAutoencoder
 from rbln_vae.serving.models import ServedModel
 from rbln_vae.serving.settings import Limits
 from rbln_vae.targets.watch import ShouldStop
@@ -34,15 +33,6 @@ from rbln_vae.videos import write_video
 pytestmark = pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated")
 
 MP4: dict[str, Any] = {"output_type": "mp4", "return_type": "mp4", "do_scaling": False}
-
-
-@functools.cache
-def wan(**options: Any) -> RBLNVideoAutoencoder:
-    vae = tiny_vaes.make("AutoencoderKLWan")
-    settings = {"target": "cpu", "dtype": "float32", "num_threads": 2, **options}
-    compiled = RBLNAutoencoder.from_model(vae, rbln_config=settings)
-    assert isinstance(compiled, RBLNVideoAutoencoder)
-    return compiled
 
 
 def latent(frames: int = 3, seed: int = 0, batch: int = 1) -> Tensor:
