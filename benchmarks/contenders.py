@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rbln_vae.sizes import Size
+
 from . import models
 
 
 class Contender(ABC):
     """One way to run a part of the model; lives in a process of its own."""
 
-    def __init__(self, directory: Path, part: str, size: int, threads: int) -> None:
+    def __init__(
+        self, directory: Path, part: str, size: int | Size, threads: int, frames: int = 1
+    ) -> None:
         self.directory, self.part, self.size, self.threads = directory, part, size, threads
         torch.set_num_threads(threads)
-        self.input = models.make_input(directory, part, size)
+        self.input = models.make_input(directory, part, size, frames=frames)
 
     def convert(self) -> None:  # noqa: B027
         """Make a file of the model's own kind, where there is one.

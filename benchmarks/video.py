@@ -6,7 +6,6 @@ Each contender has a process of its own, and the processes run in turn.
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import statistics
 import time
@@ -23,7 +22,7 @@ from rbln_vae.sizes import Size, format_size
 
 from .contenders import Contender, Diffusers, DiffusersFloat32, Ours, OursFloat32
 from .machine import threads
-from .models import MODELS, make_input, make_model
+from .models import MODELS, make_model
 from .process import peak_memory
 from .report import write
 
@@ -125,7 +124,7 @@ def _measure(group: Sequence[Measurement], directory: Path, rounds: int) -> None
     with contextlib.ExitStack() as stack:
         pools: dict[str, Pool] = {}
         for m in group:
-            given = m.contender, directory, m.part, m.size, m.frames, threads()
+            given = m.contender, directory, m.part, m.size, threads(), m.frames
             # In another process than the runs, whose memory it would raise.
             with context.Pool(1) as converting:
                 converting.apply(_convert, given)
@@ -146,23 +145,15 @@ def _measure(group: Sequence[Measurement], directory: Path, rounds: int) -> None
 _contender: Contender
 
 
-def _made(
-    name: str, directory: Path, part: str, size: Size, frames: int, threads: int
-) -> Contender:
-    made = CONTENDERS[name](directory, part, math.isqrt(math.prod(size)) // 16 * 16, threads)
-    made.input = make_input(directory, part, size, frames=frames)
-    return made
+def _convert(name: str, directory: Path, part: str, size: Size, threads: int, frames: int) -> None:
+    contender = CONTENDERS[name](directory, part, size, threads, frames)
+    if not contender.converted.exists():
+        contender.convert()
 
 
-def _convert(*given: object) -> None:
-    made = _made(*given)  # type: ignore[arg-type]
-    if not made.converted.exists():
-        made.convert()
-
-
-def _prepare(*given: object) -> None:
+def _prepare(name: str, directory: Path, part: str, size: Size, threads: int, frames: int) -> None:
     global _contender
-    _contender = _made(*given)  # type: ignore[arg-type]
+    _contender = CONTENDERS[name](directory, part, size, threads, frames)
     _contender.prepare()
     video, _contender.input = _contender.input, _contender.input[:, :, :1]
     _contender.run()
