@@ -672,6 +672,17 @@ def test_a_job_that_is_killed_at_any_moment_gives_the_same(
     assert digests(out) == digests(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", [".000000.safetensors.abcd1234.tmp", ".tmpAb3dEf"])
+def test_what_a_killed_process_leaves_is_removed(images: Path, tmp_path: Path, name: str) -> None:
+    """The second is what safetensors writes before it renames it."""
+    encode_dataset(images, tmp_path / "out", default_compiled(), OPTIONS)
+    expected = digests(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / name).touch()
+    encode_dataset(images, tmp_path / "out", default_compiled(), OPTIONS)
+    assert digests(tmp_path / "out") == expected
+
+
 # What is seen
 
 

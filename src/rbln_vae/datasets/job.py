@@ -220,9 +220,9 @@ class Job:
         return totals
 
     def remove_temporaries(self) -> None:
-        """Remove the temporary files of a process that was killed."""
+        """Remove the temporary files of a process that was killed: our own, and safetensors'."""
         for place in (self.directory, self.directory / JOURNAL):
-            for stale in place.glob(".*.tmp"):
+            for stale in (*place.glob(".*.tmp"), *place.glob(".tmp??????")):
                 stale.unlink(missing_ok=True)
         if self.trainer is not None:
             for stale in self._out.rglob(self.trainer.temporaries):
