@@ -159,6 +159,7 @@ void bind_steps(nb::module_& m) {
   bind_struct(m, "ConvStep", "A convolution over tiles of an image.",
               Field{"batch", &ConvStep::batch}, Field{"input", &ConvStep::input},
               Field{"earlier", &ConvStep::earlier}, Field{"left_out", &ConvStep::left_out},
+              Field{"stacked", &ConvStep::stacked}, Field{"at_once", &ConvStep::at_once},
               Field{"over_clip", &ConvStep::over_clip},
               Field{"output", &ConvStep::output}, Field{"reading", &ConvStep::reading},
               Field{"eps", &ConvStep::eps}, Field{"residual", &ConvStep::residual},
@@ -177,6 +178,7 @@ void bind_steps(nb::module_& m) {
   bind_struct(m, "WinogradStep", "Transforms kernels for Winograd's algorithm.",
               Field{"panels", &WinogradStep::panels}, Field{"blocks", &WinogradStep::blocks},
               Field{"skipped", &WinogradStep::skipped}, Field{"phases", &WinogradStep::phases},
+              Field{"at_once", &WinogradStep::at_once},
               Field{"kernels", &WinogradStep::kernels});
   bind_struct(m, "StatisticsStep", "Sums of an image that no convolution summed.",
               Field{"batch", &StatisticsStep::batch}, Field{"input", &StatisticsStep::input},

@@ -113,6 +113,7 @@ std::vector<Index> Executor::run(const Plan& plan, const std::vector<Tensor>& in
                           inputs.data(),
                           outputs.data(),
                           overflowed.data(),
+                          plan.input_shape()[0],
                           &watch,
                           slot == 0};
     plan.run_item(step, context, item);

@@ -144,13 +144,16 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   check_reading(s.batch, s.input, s.reading);
   check_activation(s.output_activation);
   check_residual(s.batch, s.residual, s.output);
+  require(s.stacked > 0 && s.batch % s.stacked == 0 && s.at_once > 0 &&
+              s.stacked % s.at_once == 0,
+          "a batch that isn't made of whole stacks of frames");
   for (Index i = 0; i < ConvStep::kMostEarlier; ++i) {
     const Image& image = s.earlier[static_cast<std::size_t>(i)];
     if (image.channels == 0) {
       require(s.over_clip || i + 1 >= s.sources(), "a frame is missing among earlier ones");
       continue;
     }
-    check_image("an earlier frame", s.batch, image);
+    check_image("an earlier frame", s.videos(), image);
     require(image.channels == s.input.channels && image.height == s.input.height &&
                 image.width == s.input.width,
             "an earlier frame of another size than the input");
@@ -159,6 +162,12 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   require(!s.over_clip || (s.earlier[0].channels == 0 && s.left_out == 0 && !s.doubles &&
                            s.gamma == nullptr),
           "a convolution over a clip that takes other frames, doubles or has an RMS norm");
+  require(s.stacked == 1 || (!s.over_clip && s.left_out == 0 && s.before() > 0),
+          "a stack of frames without those before it");
+  require(!s.over_time() ||
+              (s.winograd() && (s.at_once == 2 || s.at_once == 4) && s.phases() == 1 &&
+               s.sources() == WinogradStep::kFrames && s.partials == kNone),
+          "frames that can't be made at once");
   require(s.over_clip || s.left_out + s.sources() == 1 ||
               (s.reading.coefficients == kNone && !s.doubles),
           "several frames before a convolution that takes one");
@@ -196,7 +205,11 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
             "cells that don't begin where squares of outputs do");
     require(s.phases() == 1 || (s.cell_height >= s.tile_height && s.cell_width >= s.tile_width),
             "several cells in a tile whose phases are computed one after the other");
-    product("scratch", {s.blocks(), s.rows_read(), s.columns_read(), kBlock, 16});
+    product("scratch",
+            {s.blocks(), s.at_once, s.rows_read(), s.columns_read(), kBlock, 16});
+    if (s.over_time()) {
+      product("sums", {s.panels(), kPanel, s.frames_read(), s.rows_read(), s.columns_read(), 16});
+    }
   }
   if (s.winograd()) {
     require(kernels_.winograd_kernels != nullptr && s.stride == 1 && s.kernel_height == 3 &&
@@ -204,7 +217,8 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
             "Winograd's algorithm needs kernels of 3x3 with stride 1, and not AMX");
     check_kernels(s.kernels, s.kept, kept_bytes,
                   product("kernels", {s.panels(), s.phases(), WinogradStep::kProducts,
-                                      s.blocks(), kBlock, kPanel, 4}));
+                                      s.over_time() ? s.frames_read() * s.input.blocks() : s.blocks(),
+                                      kBlock, kPanel, 4}));
   } else {
     const Index weights = product("weights", {s.panels(), s.phases(), s.packed_blocks(),
                                               s.matrices(), kBlock, kPanel, element_bytes()});
@@ -230,16 +244,20 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
 
 void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
   require(kernels_.winograd_kernels != nullptr, "AMX has no Winograd's algorithm");
-  require(s.blocks > 0 && s.skipped >= 0 && s.skipped < (Index{1} << 31),
+  require(s.blocks > 0 && s.blocks < (Index{1} << 31) && s.skipped >= 0 &&
+              s.skipped < (Index{1} << 31),
           "blocks that aren't there");
+  require(s.at_once == 1 || ((s.at_once == 2 || s.at_once == 4) && s.skipped == 0),
+          "kernels for frames that can't be made at once");
   const Index weights =
-      product("weights", {s.panels, s.phases, s.skipped + s.blocks, s.kTaps, kBlock, kPanel,
+      product("weights", {s.panels, s.phases, s.packed_blocks(), s.kTaps, kBlock, kPanel,
                           element_bytes()});
   require(s.weights != nullptr && weights > 0 && weights == weight_bytes,
           "packed weights of another size");
   check_kernels(
       s.kernels, s.kept, kept_bytes,
-      product("kernels", {s.panels, s.phases, s.kProducts, s.blocks, kBlock, kPanel, 4}));
+      product("kernels",
+              {s.panels, s.phases, s.times(), s.kProducts, s.blocks, kBlock, kPanel, 4}));
   append(s, s.items(), 0);
 }
 

@@ -52,8 +52,10 @@ struct Reading {
 // outputs: by a kernel and a bias for each of the four phases or, where it `doubles`, by one
 // kernel that is convolved with the image doubled. Else the grid is the output. The input may
 // have more rows than the outputs read. A convolution over frames reads those before the input,
-// too, and takes their channels first. One over a clip reads of each image of the batch the one
-// before, itself and the one after, and zeros where there is none.
+// too, and takes their channels first. Several frames may be stacked: then those of the input stand
+// one after the other in the batch, and some of them may be made at once, by filtering over time.
+// One over a clip reads of each image of the batch the one before, itself and the one after, and
+// zeros where there is none.
 struct ConvStep {
   static constexpr Index kMostEarlier = 2;
   static constexpr Index kNeighbours = 3;
@@ -62,6 +64,8 @@ struct ConvStep {
   Image input;
   std::array<Image, kMostEarlier> earlier;  // without channels where there are fewer frames
   Index left_out = 0;  // frames before these for which there are weights, and which are zeros
+  Index stacked = 1;   // frames of the input; earlier ones are single
+  Index at_once = 1;   // of these frames; more than one by `conv2d/over_time.h`
   bool over_clip = false;
   Image output;
   Reading reading;
@@ -107,19 +111,34 @@ struct ConvStep {
   Index panels() const { return ceil_div(output.channels, kPanel); }
   [[gnu::always_inline]] Index sources() const {
     if (over_clip) return kNeighbours;
-    Index count = 1;
+    return before() + 1;
+  }
+  [[gnu::always_inline]] Index before() const {
+    Index count = 0;
     for (const Image& image : earlier) count += image.channels != 0;
     return count;
   }
-  // The frames that are read, the input last.
-  [[gnu::always_inline]] const Image& source(Index index) const {
-    return !over_clip && index + 1 < sources() ? earlier[static_cast<std::size_t>(index)] : input;
+  Index videos() const { return batch / stacked; }
+  bool over_time() const { return at_once > 1; }
+  // The parts of the batch whose frames are made at once, and the frames that one reads.
+  [[gnu::always_inline]] Index parts() const { return batch / at_once; }
+  [[gnu::always_inline]] Index frames_read() const { return sources() + at_once - 1; }
+  // The image of the output that is a frame of a part.
+  [[gnu::always_inline]] Index made_image(Index frame, Index part) const {
+    return (part / videos() * at_once + frame) * videos() + part % videos();
   }
-  // The image of the batch that a source of an image is; outside of the batch there are zeros.
-  [[gnu::always_inline]] Index image_of(Index source, Index n) const {
-    return over_clip ? n + source - kNeighbours / 2 : n;
+  // Where a frame that a part reads lies, the oldest first.
+  [[gnu::always_inline]] const Image& source(Index index, Index part) const {
+    const Index frame = part / videos() * at_once + index;
+    return !over_clip && frame < before() ? earlier[static_cast<std::size_t>(frame)] : input;
   }
-  // Blocks of all of them, and of all frames for which there are weights.
+  // Its number in the batch there; outside of the batch there are zeros.
+  [[gnu::always_inline]] Index image_of(Index index, Index part) const {
+    if (over_clip) return part + index - kNeighbours / 2;
+    const Index frame = part / videos() * at_once + index;
+    return part % videos() + larger(0, frame - before()) * videos();
+  }
+  // Blocks of all sources, and of all frames for which there are weights.
   Index blocks() const { return sources() * input.blocks(); }
   Index skipped_blocks() const { return left_out * input.blocks(); }
   Index packed_blocks() const { return skipped_blocks() + blocks(); }
@@ -136,7 +155,7 @@ struct ConvStep {
   [[gnu::always_inline]] Index read(Index size, Index kernel) const {
     return (ceil_div(size, unit()) * unit() - 1) * stride + kernel;
   }
-  Index tiles() const { return batch * tiles_down() * tiles_across(); }
+  Index tiles() const { return parts() * tiles_down() * tiles_across(); }
   Index items() const { return ceil_div(tiles(), together) * splits; }
   // Items of the same channels follow each other, so that neighbouring threads read the same
   // weights.
@@ -144,7 +163,8 @@ struct ConvStep {
   Index first_tile(Index item) const { return item % ceil_div(tiles(), together) * together; }
   // Bytes of scratch for the factors of an RMS norm: a float for each pixel that a tile reads.
   [[gnu::always_inline]] Index norm_bytes() const {
-    return gamma == nullptr ? 0 : ceil_div(sources() * rows_read() * columns_read() * 4, 64) * 64;
+    const Index pixels = frames_read() * rows_read() * columns_read();
+    return gamma == nullptr ? 0 : ceil_div(pixels * 4, 64) * 64;
   }
 };
 
@@ -155,11 +175,15 @@ struct WinogradStep {
   Index blocks = 1;
   Index skipped = 0;  // blocks before these, which are left out
   Index phases = 1;
-  Index kernels = 0;  // floats [panels][phases][products][input blocks][512]
+  Index at_once = 1;  // as of the convolution; the blocks are those of one frame if it is more
+  Index kernels = 0;  // floats [panels][phases][times][products][blocks][512]
   float* kept = nullptr;  // where they are written instead, to be kept for later runs
 
   static constexpr Index kTaps = 9;
   static constexpr Index kProducts = (kOutputSquare + 2) * (kOutputSquare + 2);
+  static constexpr Index kFrames = 3;  // of a kernel that is transformed over time
+  Index packed_blocks() const { return skipped + (at_once > 1 ? kFrames : 1) * blocks; }
+  Index times() const { return at_once > 1 ? at_once + kFrames - 1 : 1; }
   Index items() const { return panels * blocks; }
 };
 
@@ -344,12 +368,17 @@ struct Context {
   const Tensor* outputs = nullptr;
   // By image: whether a value is beyond the range of the type in which it is stored.
   std::atomic<bool>* overflowed = nullptr;
+  Index images = 1;
   Watch* watch = nullptr;
   bool leads = false;  // whether the thread asks the watch, or sees what it found
 
   // What lies at an offset. Kernels of several instruction sets may share no code.
   [[gnu::always_inline]] std::byte* at(Index offset) const {
     return offset < arena_bytes ? arena + offset : state + (offset - arena_bytes);
+  }
+  // Notes a value of an image beyond the range; frames of one video follow each other in a batch.
+  [[gnu::always_inline]] void overflow(Index n) const {
+    overflowed[n % images].store(true, std::memory_order_relaxed);
   }
 };
 

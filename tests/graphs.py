@@ -27,6 +27,9 @@ from rbln_vae.graph.ir import (
     RMSNorm,
     Scale,
     Shuffle,
+    Slot,
+    Stack,
+    Unstack,
     Upsample,
 )
 
@@ -81,7 +84,9 @@ def graph_of_every_kind() -> Graph:
         ),
         Scale("half", "residual", 0.5, -0.1),
         Identity("same", "half"),
-        Add("sum", "same", "residual"),
+        Stack("both", ("same", "residual")),
+        Unstack("again", "both", 0, 2),
+        Add("sum", "again", "residual"),
         Attention("attention", "residual", "half", "sum", 2, 0.4, residual="sum"),
         Upsample("double", "attention"),
         Modulate("modulated", "double", "half", "attention", Norm(1, 1e-4, "scale", "shift")),
@@ -104,6 +109,65 @@ def graph_of_every_kind() -> Graph:
         second=(8, 8, 3, 3),
         doubled=(3, 8, 3, 3),
     )
+
+
+def over_frames(
+    frames: int,
+    inputs: int = 5,
+    outputs: int = 5,
+    *,
+    stacked: bool = True,
+    residual: bool = False,
+    rms: bool = True,
+) -> Graph:
+    """A convolution over three frames, so many in a run after the first: stacked, or one by one."""
+    conv: dict[str, Any] = {
+        "padding": (1, 1, 1, 1),
+        "norm": RMSNorm(1e-6, "gamma") if rms else None,
+        "activation": "silu",
+    }
+    names = tuple(f"x{index}" for index in range(frames))
+    results = tuple(f"y{index}" for index in range(frames))
+    later: list[Operation] = []
+    window = ["a", "b", *names]
+    given = {result: window[index : index + 3] for index, result in enumerate(results)}
+    if stacked and frames > 1:
+        later.append(Stack("stack", names))
+        given = {"made": ["a", "b", "stack"]}
+    for made, (*earlier, last) in given.items():
+        added = None
+        if residual:
+            added = f"{made} residual"
+            later.append(Conv2d(added, last, "beside", None))
+        later.append(
+            Conv2d(made, last, "kernel", "bias", residual=added, earlier=tuple(earlier), **conv)
+        )
+    if stacked and frames > 1:
+        later += [Unstack(each, "made", index, frames) for index, each in enumerate(results)]
+    shapes = {"kernel": (outputs, 3 * inputs, 3, 3), "bias": (outputs,)}
+    shapes |= {"gamma": (inputs,)} if rms else {}
+    weights = random_weights(**shapes)
+    first = Graph(
+        "decoder",
+        ("x0",),
+        inputs,
+        ("y0",),
+        (Conv2d("y0", "x0", "kernel", "bias", left_out=2, **conv),),
+        weights,
+        (Slot("a", None, "x0", zeros=True), Slot("b", None, "x0")),
+    )
+    beside = random_weights(beside=(outputs, inputs, 1, 1)) if residual else {}
+    left = window[-2:]
+    return Graph(
+        "decoder",
+        names,
+        inputs,
+        results,
+        tuple(later),
+        {**weights, **beside},
+        (Slot("a", "a", left[0]), Slot("b", "b", left[1])),
+        first,
+    ).verify()
 
 
 def kinds(graph: Graph) -> list[str]:

@@ -152,7 +152,7 @@ def test_it_is_a_safetensors_file_with_one_key(tmp_path: Path) -> None:
         "format_version", "checksum", "library_version", "target", "dtype", "source", "graphs",
         "shapes",
     ]  # fmt: skip
-    assert description["format_version"] == 4 and description["source"] == SOURCE
+    assert description["format_version"] == 5 and description["source"] == SOURCE
 
 
 def test_weights_are_views_of_the_file(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def at(item: Any, path: tuple[Any, ...]) -> Any:
     return item
 
 
-@pytest.mark.parametrize("version", [5, 0, "2", None, True, 2.0, [2]])
+@pytest.mark.parametrize("version", [6, 0, "2", None, True, 2.0, [2]])
 def test_another_format_version_is_refused_by_its_number(tmp_path: Path, version: Any) -> None:
     header, description, tensors = parts(written(tmp_path / "part"))
     description["format_version"] = version
@@ -291,12 +291,12 @@ def test_another_format_version_is_refused_by_its_number(tmp_path: Path, version
         read_artifact(tmp_path / "part")
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_older_format_versions_are_to_be_compiled_again(tmp_path: Path, version: int) -> None:
     header, description, tensors = parts(written(tmp_path / "part"))
     description["format_version"] = version
     (tmp_path / "part").write_bytes(sealed(header, description, tensors))
-    with pytest.raises(RBLNArtifactError, match=r"reads version 4\. Compile the model again\.$"):
+    with pytest.raises(RBLNArtifactError, match=r"reads version 5\. Compile the model again\.$"):
         read_artifact(tmp_path / "part")
 
 

@@ -72,7 +72,7 @@ template <class T>
 void check_range(const T* line, Index width, const Context& context, Index n) {
   bool any = false;
   for (Index i = 0; i < width * kBlock; ++i) any |= overflowed(line[i]);
-  if (any) context.overflowed[n].store(true, std::memory_order_relaxed);
+  if (any) context.overflow(n);
 }
 
 template <class T>

@@ -27,7 +27,7 @@ from .graph.ir import Graph, GraphError
 from .version import __version__
 
 FORMAT = "rbln_vae"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SUFFIX = ".rbln"
 
 _NO_CHECKSUM = "0" * 32

@@ -33,6 +33,8 @@ from rbln_vae.graph.ir import (
     RMSNorm,
     Scale,
     Shuffle,
+    Stack,
+    Unstack,
     Upsample,
 )
 from rbln_vae.graph.passes import optimise
@@ -169,6 +171,13 @@ TABLE: list[tuple[Operation, dict[str, tuple[int, ...]], Callable[[Tensor, Weigh
     (Scale("y", "x", -0.3), {}, lambda x, w: -0.3 * x),
     (Scale("y", "x", 2.0, -1.0), {}, lambda x, w: 2 * x - 1),
     (Identity("y", "x"), {}, lambda x, w: x),
+    (Stack("y", ("x", "x", "x")), {}, lambda x, w: torch.cat([x, x, x])),
+    (Unstack("y", "x", 1, 2), {}, lambda x, w: x[1:]),
+    (
+        Conv2d("y", "x", "w", "b", padding=(1, 1, 0, 0), earlier=("x", "x")),
+        {"w": (6, 12, 3, 2), "b": (6,)},
+        lambda x, w: F.conv2d(torch.cat([x, x, x], 1), w["w"], w["b"], padding=(1, 0)),
+    ),
     (Upsample("y", "x"), {}, lambda x, w: x.repeat_interleave(2, 2).repeat_interleave(2, 3)),
     (Pad("y", "x", (1, 2, 3, 4)), {}, lambda x, w: F.pad(x, (3, 4, 1, 2))),
     (Attention("y", "x", "x", "x", 1, 0.4), {}, lambda x, w: heads_by_hand(x, 1, 0.4)),

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from graphs import random_weights
+from graphs import over_frames, random_weights
 from torch import Tensor
 from vaes import TOLERANCE, noise
 
 from rbln_vae.graph.interpreter import run_video
-from rbln_vae.graph.ir import Add, Conv2d, Graph, GraphError, Identity, Operation, RMSNorm, Slot
+from rbln_vae.graph.ir import (
+    Add,
+    Conv2d,
+    Graph,
+    GraphError,
+    Identity,
+    Operation,
+    RMSNorm,
+    Slot,
+    Stack,
+    Unstack,
+)
 from rbln_vae.graph.passes import optimise
 from rbln_vae.metrics import relative_l2
 from rbln_vae.targets.base import RuntimeOptions
@@ -132,8 +144,35 @@ def halved() -> Graph:
     )
 
 
+def taken_apart() -> Graph:
+    """Frames of a stack that are read after the stack's last use, beside what may overwrite it."""
+    return part(
+        (over_time("y0", "x0", left_out=2),),
+        (
+            Stack("s", ("x0", "x1")),
+            over_time("t", "a", "b", "s"),
+            Unstack("t0", "t", 0, 2),
+            Unstack("t1", "t", 1, 2),
+            Conv2d("u", "s", "weight", None, padding=(1, 1, 1, 1), residual="t"),
+            Unstack("u1", "u", 1, 2),
+            Unstack("u0", "u", 0, 2),
+            Stack("turned", ("u1", "t0", "t1")),
+            Conv2d("v", "turned", "weight", None, padding=(1, 1, 1, 1), residual="turned"),
+            Unstack("v2", "v", 2, 3),
+            Add("y0", "u0", "t0"),
+            Add("y1", "v2", "t1"),
+        ),
+        {"a": ("x0", "t0"), "b": ("x0", "u1")},
+        inputs=2,
+        outputs=("y0", "y1"),
+    )
+
+
 GRAPHS: dict[str, Callable[[], Graph]] = {
-    each.__name__: each for each in (one_frame, four_frames, exchanged, copied, halved)
+    each.__name__: each for each in (one_frame, four_frames, exchanged, copied, halved, taken_apart)
+} | {
+    f"{frames} stacked": functools.partial(over_frames, frames, residual=True)
+    for frames in (1, 2, 3, 4, 8)
 }
 RUNTIMES: dict[str, Callable[[Graph], Any]] = {
     "cpu": lambda graph: CpuRuntime(graph, dtype="float32", num_threads=2),
@@ -162,6 +201,19 @@ def test_every_kind_of_state_gives_what_the_interpreter_gives(
         assert relative_l2(mine, theirs) < TOLERANCE
 
 
+@pytest.mark.parametrize("target", RUNTIMES)
+@pytest.mark.parametrize("frames", [2, 4, 6])
+def test_stacked_frames_are_those_made_one_by_one(frames: int, target: str) -> None:
+    given = [noise(1, C, 9, 7, seed=i) for i in range(1 + 2 * frames)]
+    expected = list(run_video(over_frames(frames, stacked=False), given))
+    stream = RUNTIMES[target](over_frames(frames)).stream(tuple(given[0].shape))
+    found = stream.run(given[:1])
+    for begin in range(1, len(given), frames):
+        found += stream.run(given[begin : begin + frames])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative_l2(mine, theirs) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs_of_videos_are_stored_and_rebuilt(name: str) -> None:
     graph = GRAPHS[name]()
@@ -184,6 +236,12 @@ def test_the_memory_of_a_stream_is_its_state_its_arena_and_its_frames() -> None:
 
 def replaced(graph: Graph, **changes: Any) -> Graph:
     return dataclasses.replace(graph, **changes)
+
+
+def operating(*operations: Operation) -> Graph:
+    """Other operations of the graph of later runs."""
+    weights = {name: WEIGHTS[name] for each in operations for name in each.weights}
+    return replaced(one_frame(), operations=operations, weights=weights)
 
 
 BROKEN: dict[str, tuple[Callable[[], Graph], str]] = {
@@ -216,6 +274,32 @@ BROKEN: dict[str, tuple[Callable[[], Graph], str]] = {
     "a kernel for more frames": (
         lambda: replaced(one_frame(), operations=(over_time("y0", "b", "x0"),)),
         "5 channels of 2 frames meet a kernel for 15",
+    ),
+    "a stack with zeros before it": (
+        lambda: operating(
+            Stack("stack", ("x0", "a")),
+            Conv2d("y0", "stack", "over_time", None, earlier=("b",), left_out=1),
+        ),
+        "frames (3, 5, 4096, 5120) and (6, 5, 4096, 5120)",
+    ),
+    "a stack of one frame": (
+        lambda: operating(Stack("y0", ("x0",))),
+        "a stack of 1 frames",
+    ),
+    "a stack of frames of several sizes": (
+        lambda: operating(
+            Conv2d("small", "x0", "weight", None, stride=2, padding=(1, 1, 1, 1)),
+            Stack("y0", ("x0", "small")),
+        ),
+        "a stack of frames of the shapes",
+    ),
+    "a frame that a stack doesn't have": (
+        lambda: operating(Unstack("y0", "x0", 3, 3)),
+        "frame 3 of 3 in a batch of 3 images",
+    ),
+    "a stack that comes out": (
+        lambda: operating(Stack("y0", ("x0", "a"))),
+        "'y0' has a batch of 6 images, the input one of 3",
     ),
     "two slots of one name": (
         lambda: replaced(one_frame(), state=(Slot("a", "a", "b"), Slot("a", "b", "x0"))),

@@ -6,6 +6,10 @@
 // over the channels, and makes the outputs of these sums. So the input of a tile is transformed
 // in the thread's scratch, multiplied product by product, and transformed back.
 //
+// Several frames are transformed over time besides, before they are in space, and back in this
+// order, too. Then a tile has so many values and sums that they don't fit in the L2 cache at the
+// same time. So only the values of one time are made at once, and meet all kernels of that time.
+//
 // The rounding of an output depends on its position in its 4x4 square, and a NaN or an infinity in
 // the input makes the whole square NaN.
 #pragma once
@@ -14,19 +18,22 @@
 
 #include "engine/kernels/conv2d/epilogue.h"
 #include "engine/kernels/conv2d/loader.h"
+#include "engine/kernels/conv2d/over_time.h"
 #include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
 namespace rbln_vae {
 
 // `Images` loads and stores images, `Simd` multiplies.
-template <InstructionSet Images, InstructionSet Simd, class Algorithm>
+template <InstructionSet Images, InstructionSet Simd, class Algorithm, Index kFrames = 1>
 class Filtering {
+  using Times = OverTime<Simd, kFrames>;
   using T = typename Images::T;
   using Weight = typename Simd::T;
   using Factor = typename Simd::Scratch;
   static_assert(Images::kMaxPanels >= Simd::kMaxPanels);
-  static constexpr Index kValues = Algorithm::kValues;
+  static constexpr Index kTimes = Times::kTimes;
+  static constexpr Index kValues = Algorithm::kValues;  // at one time
   static constexpr Index kProducts = Algorithm::kProducts;
   // Rows and columns of outputs in a square, and those of the grid that make them.
   static constexpr Index kSquare = kOutputSquare;
@@ -42,7 +49,7 @@ class Filtering {
  public:
   static Index scratch_bytes(const ConvStep& s) {
     const Sizes sizes(s);
-    return (sizes.input + sizes.sums * kProducts + sizes.outputs) *
+    return (sizes.inputs + sizes.sums * kTimes * kProducts + sizes.outputs * kFrames) *
                static_cast<Index>(sizeof(float)) +
            sizes.all_values * static_cast<Index>(sizeof(Factor)) + s.norm_bytes();
   }
@@ -58,11 +65,12 @@ class Filtering {
     Index chunks;      // groups of squares that are multiplied together
     Index chunk;       // squares of each chunk except the last
     Index groups;      // groups of panels that are multiplied before they are transformed back
-    Index input;       // a block of the input: [rows][columns][32]
+    Index input;       // a block of a frame of the input: [rows][columns][32]
+    Index inputs;      // those that are there at the same time: one, or [blocks][times]
     Index values;      // distance of transformed inputs: [blocks][squares][32]
     Index all_values;  // all of them, and what whole tiles read, and discard, beyond
     Index sums;        // distance of products: [groups][chunks][panels][pixels][16]
-    Index outputs;     // a row of squares: [panels][4][columns][16]
+    Index outputs;     // a row of squares of a frame: [panels][4][columns][16]
 
     explicit Sizes(const ConvStep& s) {
       const Index across = ceil_div(s.tile_width, kPoints);
@@ -70,13 +78,15 @@ class Filtering {
       chunks = ceil_div(squares, kMost);
       chunk = Simd::kWholeTiles ? kMost : ceil_div(squares, chunks);
       input = s.rows_read() * s.columns_read() * kBlock;
-      values = apart<Factor>(s.blocks() * squares * kBlock);
+      inputs = kFrames > 1 ? summed_blocks(s) * kTimes * input : input;
+      values = apart<Factor>(summed_blocks(s) * squares * kBlock);
       all_values = kValues * values + (Simd::kWholeTiles ? kMost * kBlock : 0);
       const Index group = chunks * kGroup;
       // The epilogue takes all phases of one group after another.
-      groups = s.phases() > 1 ? 1
-                              : larger(1, kSumsBytes / (kProducts * group *
-                                                        static_cast<Index>(sizeof(float))));
+      groups = kFrames > 1      ? ceil_div(s.panels(), Simd::kMaxPanels)
+               : s.phases() > 1 ? 1
+                                : larger(1, kSumsBytes / (kProducts * group *
+                                                          static_cast<Index>(sizeof(float))));
       sums = apart<float>(groups * group);
       outputs = Simd::kMaxPanels * kSquare * across * kSquare * kPanel;
     }
@@ -90,13 +100,18 @@ class Filtering {
     }
   };
 
+  // The blocks of input channels whose products are summed up before they are transformed back.
+  static Index summed_blocks(const ConvStep& s) {
+    return kFrames > 1 ? s.input.blocks() : s.blocks();
+  }
+
   Filtering(const ConvStep& s, const Context& context)
       : s_(s), context_(context), sizes_(s) {
     input_ = reinterpret_cast<float*>(context.scratch);
-    values_ = reinterpret_cast<Factor*>(input_ + sizes_.input);
+    values_ = reinterpret_cast<Factor*>(input_ + sizes_.inputs);
     sums_ = reinterpret_cast<float*>(values_ + sizes_.all_values);
-    outputs_ = sums_ + sizes_.sums * kProducts;
-    norms_ = outputs_ + sizes_.outputs;
+    outputs_ = sums_ + sizes_.sums * kTimes * kProducts;
+    norms_ = outputs_ + sizes_.outputs * kFrames;
     const void* kernels = s.weights;
     if (s.winograd()) kernels = context.at(s.kernels);
     if (s.winograd() && s.kept != nullptr) kernels = s.kept;
@@ -116,7 +131,10 @@ class Filtering {
     for (Index group = first; group < last; group += sizes_.groups) {
       const Index end = smaller(group + sizes_.groups, last);
       for (Index phase = 0; phase < s_.phases(); ++phase) {
-        multiply(group, end, phase);
+        for (Index time = 0; time < kTimes; ++time) {
+          if constexpr (kFrames > 1) transform(time);
+          multiply(group, end, phase, time);
+        }
         for (Index each = group; each < end; ++each) {
           tile.each_cell(s_, [&](const ConvTile& cell) {
             store(tile, cell, each, each - group, phase, epilogue);
@@ -127,7 +145,7 @@ class Filtering {
     Simd::leave();
   }
 
-  // Loads the input of the tile and transforms it, block by block.
+  // Loads the input of the tile block by block, and transforms it: of several frames over time.
   void load(const ConvTile& tile) {
     ConvTile whole = tile;
     whole.height = ceil_div(tile.height, kPoints) * kPoints;
@@ -136,26 +154,55 @@ class Filtering {
     across_ = whole.width / kPoints;
     squares_ = down_ * across_;
     Loader<Images, float> loader(s_, context_, norms_);
-    loader.start(whole, input_, 0);
-    const Index pitch = s_.columns_read();
-    for (Index block = 0; block < s_.blocks(); ++block) {
-      loader.advance((whole.height + 2) * (whole.width + 2));
-      Factor* to = values_ + block * sizes_.squares * kBlock;
-      for (Index y = 0; y < down_; ++y) {
-        for (Index x = 0; x < across_; ++x, to += kBlock) {
-          const float* from = input_ + (y * pitch + x) * kPoints * kBlock;
-          Algorithm::input(from, pitch * kBlock, to, sizes_.values);
-          Algorithm::input(from + kPanel, pitch * kBlock, to + kPanel, sizes_.values);
-        }
+    loader.start(whole, input_, kFrames > 1 ? sizes_.input : 0);
+    for (Index block = 0; block < summed_blocks(s_); ++block) {
+      loader.advance((kFrames > 1 ? kTimes : 1) * (whole.height + 2) * (whole.width + 2));
+      if constexpr (kFrames > 1) {
+        transform_over_time(input_ + block * kTimes * sizes_.input,
+                            (whole.height + 2) * s_.columns_read() * kBlock);
+      } else {
+        transform(input_, block);
       }
     }
   }
 
-  // All products for some groups of panels. The next kernels are prefetched, one panel during
-  // each chunk.
-  void multiply(Index first, Index last, Index phase) {
-    const Index blocks = s_.blocks();
-    const Index kernels = kProducts * blocks * kPanelBlock;  // of one panel and phase
+  // Transforms some elements of a block of all frames over time, in place.
+  void transform_over_time(float* input, Index elements) const {
+    for (Index at = 0; at < elements; at += kPanel) {
+      typename Simd::Vector d[kTimes], v[kTimes];
+#pragma GCC unroll 6
+      for (Index i = 0; i < kTimes; ++i) d[i] = Simd::load(input + i * sizes_.input + at);
+      Times::forward(d, v);
+#pragma GCC unroll 6
+      for (Index i = 0; i < kTimes; ++i) Simd::store(input + i * sizes_.input + at, v[i]);
+    }
+  }
+
+  // Transforms all blocks at one time in space.
+  void transform(Index time) {
+    for (Index block = 0; block < summed_blocks(s_); ++block) {
+      transform(input_ + (block * kTimes + time) * sizes_.input, block);
+    }
+  }
+
+  // Transforms a block in space.
+  void transform(const float* input, Index block) {
+    const Index pitch = s_.columns_read();
+    Factor* to = values_ + block * sizes_.squares * kBlock;
+    for (Index y = 0; y < down_; ++y) {
+      for (Index x = 0; x < across_; ++x, to += kBlock) {
+        const float* from = input + (y * pitch + x) * kPoints * kBlock;
+        Algorithm::input(from, pitch * kBlock, to, sizes_.values);
+        Algorithm::input(from + kPanel, pitch * kBlock, to + kPanel, sizes_.values);
+      }
+    }
+  }
+
+  // All products of one time for some groups of panels. The next kernels are prefetched, one panel
+  // during each chunk.
+  void multiply(Index first, Index last, Index phase, Index time) {
+    const Index blocks = summed_blocks(s_);
+    const Index kernels = kTimes * kProducts * blocks * kPanelBlock;  // of one panel and phase
     const Index tap = 0;
     Gemm<Weight, Factor> g;
     g.pixel_step = kBlock;
@@ -167,11 +214,12 @@ class Filtering {
     g.panel_step = s_.phases() * kernels;
     const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
     for (Index product = 0; product < kProducts && !stopped(context_); ++product) {
-      const Weight* here = kernels_ + phase * kernels + product * blocks * kPanelBlock;
+      const Index number = time * kProducts + product;
+      const Weight* here = kernels_ + phase * kernels + number * blocks * kPanelBlock;
       for (Index group = first; group < last; ++group) {
         g.panels = smaller(Simd::kMaxPanels, s_.panels() - group * Simd::kMaxPanels);
         g.b = here + group * step;
-        g.c = sums_ + product * sizes_.sums + (group - first) * sizes_.chunks * kGroup;
+        g.c = sums_ + number * sizes_.sums + (group - first) * sizes_.chunks * kGroup;
         const Weight* next =
             group + 1 < last ? g.b + step : here + blocks * kPanelBlock + first * step;
         for (Index chunk = 0; chunk * sizes_.chunk < squares_; ++chunk, g.c += kGroup) {
@@ -198,7 +246,6 @@ class Filtering {
     const Index apart = s_.phases() > 1 ? 2 : 1;  // pixels from one output to the next
     const Index height = cell.height * kScale;
     typename Epilogue<Images>::Job job;
-    job.sums = outputs_;
     job.bias = s_.bias + phase * s_.bias_step();
     job.pitch = across * kSquare;
     job.panel = panel;
@@ -220,19 +267,46 @@ class Filtering {
           const float* from =
               sums + at / sizes_.chunk * kGroup + (each * kMost + at % sizes_.chunk) * kPanel;
           float* to = outputs_ + (each * job.rows * job.pitch + x * kSquare) * kPanel;
-          Algorithm::output(from, sizes_.sums, to, job.pitch * kPanel);
+          transform_back(from, to, job.pitch * kPanel);
         }
       }
       const Index y = (cell.y * kScale + row * kSquare) * apart + phase / 2;
       const Index x = cell.x * kScale * apart + phase % 2;
-      job.output = pixel(s_.output, cell.n, panel / 2, y, x);
-      job.residual = s_.residual.channels == 0
-                         ? nullptr
-                         : pixel(s_.residual, cell.n, panel / 2, y, x);
       job.first = phase == 0 && row == 0;
       job.last = phase + 1 == s_.phases() && row + 1 == down;
-      epilogue.start(job);
-      epilogue.finish();
+      for (Index frame = 0; frame < kFrames; ++frame) {
+        const Index n = s_.made_image(frame, cell.n);
+        job.sums = outputs_ + frame * sizes_.outputs;
+        job.output = pixel(s_.output, n, panel / 2, y, x);
+        job.residual =
+            s_.residual.channels == 0 ? nullptr : pixel(s_.residual, n, panel / 2, y, x);
+        epilogue.start(job);
+        epilogue.finish();
+      }
+    }
+  }
+
+  // The outputs of a square of all frames, for a panel.
+  void transform_back(const float* from, float* to, Index row_step) const {
+    if constexpr (kFrames == 1) {
+      Algorithm::output(from, sizes_.sums, to, row_step);
+    } else {
+      alignas(64) float products[kFrames][kProducts * kPanel];
+      for (Index product = 0; product < kProducts; ++product) {
+        typename Simd::Vector m[kTimes], y[kFrames];
+#pragma GCC unroll 6
+        for (Index time = 0; time < kTimes; ++time) {
+          m[time] = Simd::load(from + (time * kProducts + product) * sizes_.sums);
+        }
+        Times::backward(m, y);
+#pragma GCC unroll 6
+        for (Index frame = 0; frame < kFrames; ++frame) {
+          Simd::store(products[frame] + product * kPanel, y[frame]);
+        }
+      }
+      for (Index frame = 0; frame < kFrames; ++frame) {
+        Algorithm::output(products[frame], kPanel, to + frame * sizes_.outputs, row_step);
+      }
     }
   }
 
@@ -249,7 +323,7 @@ class Filtering {
   float* sums_;
   float* outputs_;
   float* norms_;
-  const Weight* kernels_;  // [panels][phases][products][blocks][512]
+  const Weight* kernels_;  // [panels][phases][times][products][blocks][512]
   // The squares of the loaded tile.
   Index down_ = 0;
   Index across_ = 0;

@@ -66,7 +66,8 @@ class Loader {
   Loader(const ConvStep& s, const Context& context, float* norms)
       : s_(s), context_(context), norms_(norms) {}
 
-  // The previous tile must be finished. Blocks are `plane` elements apart in the scratch.
+  // The previous tile must be finished. Blocks are `plane` elements apart in the scratch. Where a
+  // step filters over time, the same block of all frames comes before the next one.
   void start(const ConvTile& tile, Scratch* scratch, Index plane) {
     scratch_ = scratch;
     plane_ = plane;
@@ -77,7 +78,7 @@ class Loader {
     // The columns inside the image.
     begin_ = smaller(columns_, larger(0, -left_));
     end_ = larger(begin_, smaller(columns_, s_.input.width - left_));
-    const Index blocks = s_.blocks();
+    const Index blocks = s_.frames_read() * s_.input.blocks();
     n_ = tile.n;
     coefficients_ = nullptr;
     if (s_.reading.coefficients != kNone) {
@@ -111,27 +112,29 @@ class Loader {
  private:
   // The factor of each pixel of the tile for an RMS norm: one over the root of its mean square.
   void measure() {
-    for (Index source = 0; source < s_.sources(); ++source) {
+    for (Index source = 0; source < s_.frames_read(); ++source) {
       for (Index row = 0; row < rows_; ++row) {
         const Index y = top_ + row;
         if (y < 0 || y >= s_.input.height) continue;
         float* const norms = norms_ + (source * rows_ + row) * columns_;
         Index column = begin_;
         for (; column + kMeasured <= end_; column += kMeasured) {
-          measure_pixels<kMeasured>(s_.source(source), y, column, norms);
+          measure_pixels<kMeasured>(source, y, column, norms);
         }
-        for (; column < end_; ++column) measure_pixels<1>(s_.source(source), y, column, norms);
+        for (; column < end_; ++column) measure_pixels<1>(source, y, column, norms);
       }
     }
   }
 
   template <Index kPixels>
-  void measure_pixels(const Image& image, Index y, Index column, float* norms) const {
+  void measure_pixels(Index source, Index y, Index column, float* norms) const {
+    const Image& image = s_.source(source, n_);
+    const Index n = s_.image_of(source, n_);
     const Index blocks = s_.input.blocks();
     Vector squares[kPixels];
     for (Index i = 0; i < kPixels; ++i) squares[i] = Simd::set(0.0f);
     for (Index block = 0; block < blocks; ++block) {
-      const T* from = pixel(image, n_, block, y, left_ + column);
+      const T* from = pixel(image, n, block, y, left_ + column);
       for (Index i = 0; i < kPixels; ++i, from += kBlock) {
         const Vector low = Simd::load_elements(from);
         const Vector high = Simd::load_elements(from + kPanel);
@@ -148,9 +151,11 @@ class Loader {
   // Some pixels of the current row.
   void load(Index pixels) {
     const Index pitch = s_.columns_read();
+    const bool over_time = s_.over_time();
+    const Index source = over_time ? block_ % s_.frames_read() : block_ / s_.input.blocks();
+    const Index block = over_time ? block_ / s_.frames_read() : block_ % s_.input.blocks();
     Scratch* to = scratch_ + block_ * plane_ + (row_ * pitch + column_) * kBlock;
     const Index y = top_ + row_;
-    const Index source = block_ / s_.input.blocks();
     const Index n = s_.image_of(source, n_);
     if (y < 0 || y >= s_.input.height || n < 0 || n >= s_.batch) {
       zero(to, pixels);
@@ -162,10 +167,10 @@ class Loader {
     zero(to, begin - column_);
     zero(to + (end - column_) * kBlock, last - end);
     if (begin == end) return;
-    const Image& image = s_.source(source);
+    const Image& image = s_.source(source, n_);
     below_ = row_ + 1 < rows_ ? image.row * kBlock : 0;
-    const T* from = pixel(image, n, block_ % s_.input.blocks(), y, left_ + begin);
-    read(n, from, to + (begin - column_) * kBlock, end - begin,
+    const T* from = pixel(image, n, block, y, left_ + begin);
+    read(n, block, from, to + (begin - column_) * kBlock, end - begin,
          norms_ + (source * rows_ + row_) * columns_ + begin);
   }
 
@@ -179,10 +184,11 @@ class Loader {
                 static_cast<std::size_t>(pixels * kBlock) * sizeof(Scratch));
   }
 
-  // Reads pixels of an image of the batch, of which an RMS norm has the factors `norms`.
-  void read(Index n, const T* from, Scratch* to, Index pixels, const float* norms) const {
+  // Reads pixels of a block of an image of the batch, of which an RMS norm has the factors `norms`.
+  void read(Index n, Index block, const T* from, Scratch* to, Index pixels,
+            const float* norms) const {
     if (s_.gamma != nullptr) {
-      const float* of_block = s_.gamma + block_ % s_.input.blocks() * kBlock;
+      const float* of_block = s_.gamma + block * kBlock;
       const Vector gamma[2] = {Simd::load(of_block), Simd::load(of_block + kPanel)};
       load_normed(from, to, pixels, [&](const Vector& x, Index half, Index i) {
         return Simd::multiply(Simd::multiply(x, Simd::set(norms[i])), gamma[half]);
@@ -203,7 +209,7 @@ class Loader {
     if (coefficients_ != nullptr) {
       const Index blocks = s_.input.blocks();
       for (Index half = 0; half < 2; ++half) {
-        const float* from = coefficients_ + (2 * n * blocks + block_ % blocks) * kBlock +
+        const float* from = coefficients_ + (2 * n * blocks + block) * kBlock +
                             half * kPanel;
         scale[half] = Simd::load(from);
         shift[half] = Simd::load(from + blocks * kBlock);

@@ -15,9 +15,9 @@
 #pragma once
 
 #include <concepts>
-#include <type_traits>
 
-#include "engine/kernels/conv2d/filtering.h"
+#include "engine/kernels/simd/instruction_set.h"
+#include "engine/steps.h"
 
 namespace rbln_vae {
 
@@ -97,14 +97,6 @@ struct Winograd {
     v[5] = g[2];
   }
 
- private:
-  static Vector scaled(double factor, const Vector& x) {
-    return Simd::multiply(Simd::set(static_cast<float>(factor)), x);
-  }
-  static Vector times(double factor, const Vector& x, const Vector& sum) {
-    return Simd::multiply_add(Simd::set(static_cast<float>(factor)), x, sum);
-  }
-
   // Transforms six inputs in one direction: the transpose of interpolation.
   [[gnu::always_inline]] static void forward(const Vector (&d)[kSide], Vector (&v)[kSide]) {
     constexpr double aa = kA * kA, bb = kB * kB;
@@ -132,65 +124,13 @@ struct Winograd {
     y[2] = times(aa, even_a, scaled(bb, even_b));
     y[3] = times(aa * kA, odd_a, times(bb * kB, odd_b, m[5]));
   }
-};
-
-// Transforms the weights of one panel and block: [phases][taps][512] to [phases][products][512],
-// where consecutive products are `blocks` apart.
-template <StoresImages Images, InstructionSet Simd>
-class WinogradKernels {
-  using T = typename Images::T;
-  using Algorithm = Winograd<Simd>;
-  using Vector = typename Simd::Vector;
-  static constexpr Index kSide = Algorithm::kSide;
-
- public:
-  static void run(const WinogradStep& s, const Context& context, Index item) {
-    const Index panel = item / s.blocks;
-    const Index block = item % s.blocks;
-    for (Index phase = 0; phase < s.phases; ++phase) {
-      const Index at = panel * s.phases + phase;
-      const T* from =
-          static_cast<const T*>(s.weights) +
-          (at * (s.skipped + s.blocks) + s.skipped + block) * s.kTaps * kPanelBlock;
-      float* kernels =
-          s.kept != nullptr ? s.kept : reinterpret_cast<float*>(context.at(s.kernels));
-      float* to = kernels + (at * s.kProducts * s.blocks + block) * kPanelBlock;
-      for (Index k = 0; k < kBlock; ++k) {
-        transform(from, k, to + k * kPanel, s.blocks * kPanelBlock);
-      }
-    }
-  }
 
  private:
-  // The weights of a tap for 16 output channels and one input channel of a block.
-  static Vector tap(const T* block, Index channel) {
-    if constexpr (panel_index(static_cast<const T*>(nullptr), 0, 1) == 1) {
-      return Images::load_elements(block + panel_index(block, channel, 0));
-    } else if constexpr (requires { Images::load_alternate(block, channel); }) {
-      // Two input channels are side by side.
-      const Index pair = channel & ~Index{1};
-      return Images::load_alternate(block + panel_index(block, pair, 0), channel & 1);
-    } else {
-      alignas(64) float lanes[kPanel];
-      for (Index n = 0; n < kPanel; ++n) lanes[n] = to_float(block[panel_index(block, channel, n)]);
-      return Simd::load(lanes);
-    }
+  static Vector scaled(double factor, const Vector& x) {
+    return Simd::multiply(Simd::set(static_cast<float>(factor)), x);
   }
-
-  // Transforms the kernels of 16 output channels for one input channel.
-  static void transform(const T* from, Index channel, float* to, Index step) {
-    Vector rows[kSide][3];
-    for (Index x = 0; x < 3; ++x) {
-      Vector g[3], v[kSide];
-      for (Index y = 0; y < 3; ++y) g[y] = tap(from + (y * 3 + x) * kPanelBlock, channel);
-      Algorithm::values(g, v);
-      for (Index y = 0; y < kSide; ++y) rows[y][x] = v[y];
-    }
-    for (Index y = 0; y < kSide; ++y) {
-      Vector v[kSide];
-      Algorithm::values(rows[y], v);
-      for (Index x = 0; x < kSide; ++x) Simd::store(to + (y * kSide + x) * step, v[x]);
-    }
+  static Vector times(double factor, const Vector& x, const Vector& sum) {
+    return Simd::multiply_add(Simd::set(static_cast<float>(factor)), x, sum);
   }
 };
 

@@ -6,7 +6,8 @@
 #include "engine/kernels/attention/attention.h"
 #include "engine/kernels/conv2d/conv2d.h"
 #include "engine/kernels/conv2d/doubling.h"
-#include "engine/kernels/conv2d/winograd.h"
+#include "engine/kernels/conv2d/filtering.h"
+#include "engine/kernels/conv2d/winograd_kernels.h"
 #include "engine/kernels/sets.h"
 #include "engine/kernels/simd/instruction_set.h"
 
@@ -73,13 +74,21 @@ constexpr Kernels make_kernels(const Facts& facts) {
 // Convolutions with Winograd's algorithm if the step asks for it, with the products of `Float32`.
 template <InstructionSet Simd, InstructionSet Float32 = Simd>
 constexpr Kernels make_winograd_kernels(const Facts& facts) {
-  using Other = Filtering<Simd, Float32, Winograd<Float32>>;
+  using One = Filtering<Simd, Float32, Winograd<Float32>>;
+  using Two = Filtering<Simd, Float32, Winograd<Float32>, 2>;
+  using Four = Filtering<Simd, Float32, Winograd<Float32>, 4>;
   Kernels kernels = make_kernels<Simd>(facts);
   kernels.conv2d_scratch = [](const ConvStep& s) {
-    return s.winograd() ? Other::scratch_bytes(s) : Convolutions<Simd>::scratch_bytes(s);
+    if (!s.winograd()) return Convolutions<Simd>::scratch_bytes(s);
+    return s.at_once == 4   ? Four::scratch_bytes(s)
+           : s.at_once == 2 ? Two::scratch_bytes(s)
+                            : One::scratch_bytes(s);
   };
   kernels.conv2d = [](const ConvStep& s, const Context& context, Index item) {
-    s.winograd() ? Other::run(s, context, item) : Convolutions<Simd>::run(s, context, item);
+    if (!s.winograd()) return Convolutions<Simd>::run(s, context, item);
+    s.at_once == 4   ? Four::run(s, context, item)
+    : s.at_once == 2 ? Two::run(s, context, item)
+                     : One::run(s, context, item);
   };
   kernels.winograd_kernels = WinogradKernels<Simd, Float32>::run;
   return kernels;

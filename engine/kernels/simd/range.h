@@ -22,7 +22,7 @@ template <StoresImages Simd>
 static inline void report(const typename Simd::Vector& largest, const Context& context, Index n) {
   if constexpr (std::is_same_v<typename Simd::T, Float16>) {
     if (Simd::largest(largest) >= kFloat16Infinity) {
-      context.overflowed[n].store(true, std::memory_order_relaxed);
+      context.overflow(n);
     }
   }
 }

@@ -26,6 +26,8 @@ from .ir import (
     RMSNorm,
     Scale,
     Shuffle,
+    Stack,
+    Unstack,
     Upsample,
     Value,
 )
@@ -141,10 +143,11 @@ class Interpreter:
 
     @_evaluate.register
     def _(self, operation: Conv2d, values: Mapping[Value, Tensor]) -> Tensor:
-        frames = [
+        *earlier, image = (
             self._read(operation, values[name]) for name in (*operation.earlier, operation.input)
-        ]
-        image = torch.cat(frames, 1) if operation.earlier else frames[0]
+        )
+        if earlier:
+            image = with_earlier(image, earlier)
         if operation.over_clip:
             image = with_neighbours(image)
         weight = self._weights[operation.weight]
@@ -224,6 +227,14 @@ class Interpreter:
         return F.pixel_shuffle(image, 2) if operation.way == "up" else image
 
     @_evaluate.register
+    def _(self, operation: Stack, values: Mapping[Value, Tensor]) -> Tensor:
+        return torch.cat([values[frame] for frame in operation.frames])
+
+    @_evaluate.register
+    def _(self, operation: Unstack, values: Mapping[Value, Tensor]) -> Tensor:
+        return values[operation.input].chunk(operation.count)[operation.index]
+
+    @_evaluate.register
     def _(self, operation: Pad, values: Mapping[Value, Tensor]) -> Tensor:
         above, below, left, right = operation.padding
         return F.pad(values[operation.input], (left, right, above, below))
@@ -300,6 +311,28 @@ def with_neighbours(clip: Tensor) -> Tensor:
     before[1:].copy_(clip[:-1])
     own.copy_(clip)
     after[:-1].copy_(clip[1:])
+    return result
+
+
+def with_earlier(stack: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+    """A stack of frames, each with the channels of the frames before it, and then its own.
+
+    Args:
+        stack: `(frames * N, C, H, W)`, one frame after the other.
+        earlier: The frames before these, `(N, C, H, W)` each: as many as stand before each.
+    """
+    taps, count = len(earlier) + 1, len(stack) // len(earlier[0])
+    frames = [*earlier, *stack.chunk(count)]
+    images, channels, height, width = stack.shape
+    result = torch.empty(
+        (images, taps * channels, height, width),
+        dtype=stack.dtype,
+        device=stack.device,
+        memory_format=torch.channels_last,
+    )
+    for index, found in enumerate(result.chunk(count)):
+        for part, frame in zip(found.chunk(taps, 1), frames[index:], strict=False):
+            part.copy_(frame)
     return result
 
 

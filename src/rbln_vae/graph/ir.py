@@ -3,7 +3,8 @@
 A `Graph` is a list of operations over named values, each assigned once. It has channels,
 weights and attributes, but no batch and no spatial size: shapes are inferred from an input
 when a run is planned, so one graph serves every resolution. All values are images
-`(N, C, H, W)`; the frames of a video are values of their own.
+`(N, C, H, W)`; the frames of a video are values of their own, or a stack: one after the other in
+the batch.
 """
 
 from __future__ import annotations
@@ -168,7 +169,9 @@ class Conv2d(Operation):
     A convolution over frames has the frames before its input as `earlier`, the oldest first. They
     have the shape of the input, `norm` and `activation` are applied to each, and the kernel has
     the channels of all of them, frame by frame. Frames before these that are zeros are
-    `left_out`: the kernel has their channels, and nothing is multiplied with them.
+    `left_out`: the kernel has their channels, and nothing is multiplied with them. The input may
+    have several frames one after the other, as `Stack` makes them; so has the output then, and
+    each of its frames is that of one frame of the input and of as many before it.
 
     One `over_clip` takes the images of the batch for the frames of a clip. The kernel has the
     channels of three of them: of the frame before, of the frame itself, and of the one after.
@@ -229,7 +232,13 @@ class Conv2d(Operation):
         )
         for value in self.earlier:
             found = shapes[value]
-            _require(found == shapes[self.input], f"frames {found} and {shapes[self.input]}")
+            _require(
+                found[1:] == shapes[self.input][1:]
+                and found == shapes[self.earlier[0]]
+                and batch % found[0] == 0
+                and (batch == found[0] or not self.left_out),
+                f"frames {found} and {shapes[self.input]}",
+            )
         _require(
             not self.earlier or not self.group_norm,
             "a group norm has the statistics of one frame, and meets several",
@@ -508,6 +517,40 @@ class Attention(Operation):
         return 2 * batch * (height * width) ** 2 * (channels + shapes[self.value][1])
 
 
+@dataclass(frozen=True)
+class Stack(Operation):
+    """Frames one after the other, as a batch of so many times the images."""
+
+    frames: tuple[Value, ...] = field(metadata=_VALUE)
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        _require(len(self.frames) > 1, f"a stack of {len(self.frames)} frames")
+        found = {shapes[frame] for frame in self.frames}
+        _require(len(found) == 1, f"a stack of frames of the shapes {sorted(found)}")
+        batch, *image = found.pop()
+        return (batch * len(self.frames), *image)
+
+
+@dataclass(frozen=True)
+class Unstack(Operation):
+    """One of the frames of a stack: that of an `index` among as many as `count`."""
+
+    input: Value = field(metadata=_VALUE)
+    index: int
+    count: int
+
+    def infer(self, shapes: Shapes, weights: Weights) -> Shape:
+        batch, *image = shapes[self.input]
+        _require(
+            0 <= self.index < self.count and batch % self.count == 0,
+            f"frame {self.index} of {self.count} in a batch of {batch} images",
+        )
+        return (batch // self.count, *image)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.index} of {self.count}"
+
+
 OPERATIONS: Mapping[str, type[Operation]] = types.MappingProxyType(
     {kind.__name__: kind for kind in Operation.__subclasses__()}
 )
@@ -716,7 +759,14 @@ class Graph:
         used = {name for operation in self.operations for name in operation.weights}
         unused = sorted(self.weights.keys() - used)
         _require(not unused, f"weights that no operation uses: {unused}")
-        self.probe_shapes()
+        shapes = self.probe_shapes()
+        for value in (*self.outputs, *(slot.left for slot in self.state)):
+            found = shapes[value][0]
+            _require(
+                found == PROBE_SHAPE[0],
+                f"{value!r} has a batch of {found} images, the input one of {PROBE_SHAPE[0]}: what "
+                "a run gives or leaves isn't a stack",
+            )
         return self
 
     def _verify_state(self) -> None:

@@ -1,13 +1,13 @@
-"""Builds the two graphs of a network that is causal in time, frame by frame.
+"""Builds the two graphs of a network that is causal in time.
 
-A layer is a function from a frame to the frames that it makes of it, an iterator. So a network
-makes each of its results before it begins the next, and only a few frames are in memory besides
-the state. What a layer must remember, it keeps in a `Past`.
+A layer is a function from the frames that a run gives it to those that it makes of them. Several
+frames are a stack, one value: so a convolution over frames has all of them before it, and shares
+products between them. What a layer must remember, it keeps in a `Past`.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -23,20 +23,19 @@ from ..graph.ir import (
     RMSNorm,
     Shuffle,
     Slot,
+    Stack,
+    Unstack,
     Upsample,
     Value,
 )
 
-Layer: TypeAlias = Callable[[Value], Iterator[Value]]
-"""Makes frames of a frame: one, several, or none until more have come."""
+Layer: TypeAlias = Callable[[Value], Value]
+"""Makes frames of frames: a stack of a stack, or a single one."""
 
 
 def chain(layers: Sequence[Layer]) -> Layer:
     """Layers one after the other, as a layer."""
-    if not layers:
-        return lambda frame: iter((frame,))
-    rest = chain(layers[1:])
-    return lambda frame: itertools.chain.from_iterable(map(rest, layers[0](frame)))
+    return lambda frames: functools.reduce(lambda value, layer: layer(value), layers, frames)
 
 
 class Past:
@@ -53,11 +52,15 @@ class Past:
         self.length = length
         self.forgets = forgets
 
-    def followed_by(self, *frames: Value) -> list[Value]:
-        """What is remembered and the frames that come now, which are remembered from now on."""
-        window = [*self.frames, *frames]
-        self.frames = window[-self.length :]
-        return window
+    def followed_by(self, frames: Sequence[Value]) -> list[Value]:
+        """What is remembered; the last of the frames that come now are from now on.
+
+        Args:
+            frames: At least the last ones, as many as are remembered.
+        """
+        before = self.frames
+        self.frames = [*before, *frames][-self.length :]
+        return before
 
     def left(self, name: str) -> Iterator[Slot]:
         """The slots in which it is left; they have the names of those that were read."""
@@ -86,6 +89,7 @@ class Unrolled:
         self.weights: dict[str, Tensor] = {}
         self._pasts: dict[str, Past] = {}
         self._counts: dict[str, int] = {}
+        self._frames: dict[Value, list[Value | None]] = {}
 
     @property
     def is_first(self) -> bool:
@@ -107,11 +111,12 @@ class Unrolled:
     def graph(self, layer: Layer, frames: int) -> Graph:
         """The graph that a network makes of so many frames."""
         inputs = tuple(f"frame@{index}" for index in range(frames))
-        outputs = tuple(itertools.chain.from_iterable(map(layer, inputs)))
+        results = layer(self.stack("frames", inputs))
+        outputs = tuple(self.unstack(results, index) for index in range(self.count(results)))
         slots = [slot for path, past in self._pasts.items() for slot in past.left(path)]
         if not self.is_first:
             slots = [Slot(slot.name, slot.name, slot.left) for slot in slots]
-        return Graph(
+        graph = Graph(
             self.part,
             inputs,
             self.channels,
@@ -120,7 +125,8 @@ class Unrolled:
             self.weights,
             tuple(slots),
             self.first,
-        ).verify()
+        )
+        return graph.pruned().verify()  # of some stacks only the frames are read
 
     def weight(self, name: str, weight: Tensor) -> str:
         """Add a weight, unless it is there."""
@@ -128,35 +134,104 @@ class Unrolled:
             self.weights[name] = weight.detach().float().cpu().contiguous()
         return name
 
-    def _add(self, path: str, make: Callable[[Value], Operation]) -> Value:
+    def _add(self, path: str, make: Callable[[Value], Operation], *, of: Value) -> Value:
+        """Add an operation, which gives as many frames as a value has."""
         count = self._counts.setdefault(path, 0)
         self._counts[path] = count + 1
         operation = make(f"{path}@{count}")
         self.operations.append(operation)
+        self._frames[operation.output] = [None] * self.count(of)
         return operation.output
+
+    # Frames
+
+    def count(self, value: Value) -> int:
+        """The frames of a value."""
+        return len(self._frames.get(value, (value,)))
+
+    def stack(self, path: str, frames: Sequence[Value]) -> Value:
+        """Single frames as one value."""
+        if len(frames) == 1:
+            return frames[0]
+        stack = self._add(path, lambda output: Stack(output, tuple(frames)), of=frames[0])
+        self._frames[stack] = list(frames)
+        return stack
+
+    def unstack(self, value: Value, index: int) -> Value:
+        """One of the frames of a value."""
+        if self.count(value) == 1:
+            return value
+        frames = self._frames[value]
+        single = frames[index]
+        if single is None:
+            operation = Unstack(f"{value}[{index}]", value, index, len(frames))
+            self.operations.append(operation)
+            single = frames[index] = operation.output
+        return single
+
+    def parts(self, path: str, value: Value, size: int) -> list[Value]:
+        """A stack as stacks of so many frames, which divides the number of its frames."""
+        count = self.count(value)
+        if count <= size:
+            return [value]
+        frames, parts = self._frames[value], []
+        for begin in range(0, count, size):
+            known = [frame for frame in frames[begin : begin + size] if frame is not None]
+            if len(known) == size:
+                parts.append(self.stack(path, known))
+                continue
+            name = f"{value}[{begin}:{begin + size}]"
+            self.operations.append(Unstack(name, value, begin // size, count // size))
+            self._frames[name] = [None] * size
+            parts.append(name)
+        return parts
+
+    def in_parts(self, path: str, layer: Layer, size: int) -> Layer:
+        """A layer that takes so many frames after the other."""
+
+        def run(frames: Value) -> Value:
+            made = [layer(part) for part in self.parts(path, frames, size)]
+            return self.stack(
+                path, [self.unstack(v, i) for v in made for i in range(self.count(v))]
+            )
+
+        return run
+
+    def last(self, value: Value, count: int) -> list[Value]:
+        """The last frames of a value, at most so many."""
+        frames = self.count(value)
+        return [self.unstack(value, index) for index in range(max(0, frames - count), frames)]
+
+    def in_turn(self, path: str, values: Sequence[Value]) -> Value:
+        """The frames of several values in turn: the first of each, then the second, and so on."""
+        count = self.count(values[0])
+        return self.stack(path, [self.unstack(v, i) for i in range(count) for v in values])
 
     # Operations
 
     def convolution(
         self,
         path: str,
-        frames: Sequence[Value],
+        frames: Value,
         weight: Tensor,
         bias: Tensor | None = None,
         *,
+        earlier: Sequence[Value] = (),
         stride: int = 1,
         padding: tuple[int, int, int, int] = (0, 0, 0, 0),
         upsample: bool = False,
         norm: RMSNorm | None = None,
         activation: str | None = None,
     ) -> Value:
-        """A convolution of a frame and those before it.
+        """A convolution of each of some frames and those before it.
 
         Args:
             path: The name of the layer.
-            frames: The frames, the last one last. Where the kernel has more, zeros come before.
+            frames: The frames.
             weight: `(out, in, frames, height, width)`; with `upsample` after two axes of phases.
             bias: By default none.
+            earlier: Frames before them, the last one last, by default none. Where the kernel has
+                more, zeros come before a single frame.
             stride: As of `Conv2d`; by default 1.
             padding: As of `Conv2d`; by default none.
             upsample: As of `Conv2d`; by default `False`.
@@ -164,13 +239,13 @@ class Unrolled:
             activation: Applied after it, by default none.
         """
         taps = weight.shape[-3]
-        used = frames[-taps:]
+        used = tuple(earlier[max(0, len(earlier) - taps + 1) :])
         flat = weight.movedim(-3, -4).flatten(-4, -3)
         return self._add(
             path,
             lambda output: Conv2d(
                 output,
-                used[-1],
+                frames,
                 self.weight(f"{path}.weight", flat),
                 None if bias is None else self.weight(f"{path}.bias", bias),
                 stride,
@@ -178,9 +253,10 @@ class Unrolled:
                 upsample,
                 norm,
                 activation,
-                earlier=tuple(used[:-1]),
-                left_out=taps - len(used),
+                earlier=used,
+                left_out=taps - 1 - len(used),
             ),
+            of=frames,
         )
 
     def pixel_norm(self, path: str, gamma: Tensor) -> RMSNorm:
@@ -190,20 +266,22 @@ class Unrolled:
 
     def add(self, path: str, left: Value, right: Value) -> Value:
         """The sum of two frames."""
-        return self._add(path, lambda output: Add(output, left, right))
+        return self._add(path, lambda output: Add(output, left, right), of=left)
 
     def upsample(self, path: str, frame: Value) -> Value:
         """A frame doubled by nearest neighbours."""
-        return self._add(path, lambda output: Upsample(output, frame))
+        return self._add(path, lambda output: Upsample(output, frame), of=frame)
 
     def shuffle(self, path: str, frame: Value, order: Tensor) -> Value:
         """A frame of twice the size, whose cells have the given elements of its pixels."""
         elements = tuple(order.tolist())
-        return self._add(path, lambda output: Shuffle(output, frame, "up", elements))
+        return self._add(path, lambda output: Shuffle(output, frame, "up", elements), of=frame)
 
     def mixed(self, path: str, query: Value, key: Value, value: Value, scale: float) -> Value:
         """Attention between the pixels of a frame, with one head."""
-        return self._add(path, lambda output: Attention(output, query, key, value, 1, scale))
+        return self._add(
+            path, lambda output: Attention(output, query, key, value, 1, scale), of=query
+        )
 
 
 def reading_cells(kernels: Tensor, order: Tensor) -> Tensor:

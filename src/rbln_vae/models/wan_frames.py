@@ -6,7 +6,6 @@ caches of five axes that no export follows. `checked_graph` holds the result aga
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +21,12 @@ from .unrolled import Layer, Unrolled, chain, reading_cells
 
 FRAMES_ENCODED = 4
 """Frames that the encoder takes at once after the first, as diffusers does."""
+
+FRAMES_OF_FULL_SIZE = 2
+"""Frames that layers make at once where images have the size of the video.
+
+Four would take a tenth less time, and memory for four more images of such layers.
+"""
 
 TOLERANCE = 1e-4
 """The most by which a graph may differ from the model, relative to the norm of the result."""
@@ -107,11 +112,16 @@ class _Network(Unrolled):
     def encoder(self) -> Layer:
         encoder, path = self.vae.encoder, "encoder"
         layers: list[Layer] = [self.causal(f"{path}.conv_in", encoder.conv_in, cells=self.patches)]
+        largest = 0
         for index, block in enumerate(encoder.down_blocks):
             layers.append(self.layer(f"{path}.down_blocks.{index}", block))
+            if not largest and hasattr(block, "resample"):
+                largest = len(layers)
         layers += self.middle(f"{path}.mid_block", encoder.mid_block)
         layers.append(self.causal(f"{path}.conv_out", encoder.conv_out, encoder.norm_out, encoder))
-        return chain([*layers, self.causal("quant_conv", self.vae.quant_conv)])
+        layers.append(self.causal("quant_conv", self.vae.quant_conv))
+        first = self.in_parts("full_size", chain(layers[:largest]), FRAMES_OF_FULL_SIZE)
+        return chain([first, *layers[largest:]])
 
     def decoder(self) -> Layer:
         decoder, path = self.vae.decoder, "decoder"
@@ -120,12 +130,20 @@ class _Network(Unrolled):
             self.causal(f"{path}.conv_in", decoder.conv_in),
             *self.middle(f"{path}.mid_block", decoder.mid_block),
         ]
+        largest = 0
         for index, block in enumerate(decoder.up_blocks):
-            layers.append(self.up_block(f"{path}.up_blocks.{index}", block))
-        last = self.causal(
-            f"{path}.conv_out", decoder.conv_out, decoder.norm_out, decoder, phases=self.patches
+            layers += self.up_block(f"{path}.up_blocks.{index}", block)
+            if getattr(block, "upsamplers", None):
+                largest = len(layers) - 1
+        layers.append(
+            self.causal(
+                f"{path}.conv_out", decoder.conv_out, decoder.norm_out, decoder, phases=self.patches
+            )
         )
-        return chain([*layers, last])
+        if not largest:
+            return chain(layers)
+        last = self.in_parts("full_size", chain(layers[largest:]), FRAMES_OF_FULL_SIZE)
+        return chain([*layers[:largest], last])
 
     def middle(self, path: str, block: Any) -> list[Layer]:
         layers = [self.layer(f"{path}.resnets.0", block.resnets[0])]
@@ -180,11 +198,13 @@ class _Network(Unrolled):
         if norm is not None:
             options |= {"norm": self.norm(f"{path}.norm", norm), "activation": "silu"}
             _require_silu(path, activated_by)
-        past = self.past(path, weight.shape[-3] - 1) if weight.shape[-3] > 1 else None
+        if weight.shape[-3] == 1:
+            return lambda frames: self.convolution(path, frames, weight, bias, **options)
+        past = self.past(path, weight.shape[-3] - 1)
 
-        def run(frame: Value) -> Iterator[Value]:
-            frames = [frame] if past is None else past.followed_by(frame)
-            yield self.convolution(path, frames, weight, bias, **options)
+        def run(frames: Value) -> Value:
+            earlier = past.followed_by(self.last(frames, past.length))
+            return self.convolution(path, frames, weight, bias, earlier=earlier, **options)
 
         return run
 
@@ -207,9 +227,9 @@ class _Network(Unrolled):
             ]
         )
 
-        def run(frame: Value) -> Iterator[Value]:
-            (beside,), (found,) = shortcut(frame), main(frame)
-            yield self.add(path, found, beside)
+        def run(frames: Value) -> Value:
+            beside = shortcut(frames)
+            return self.add(path, main(frames), beside)
 
         return run
 
@@ -225,12 +245,12 @@ class _Network(Unrolled):
         weight, bias = block.proj.weight.unsqueeze(2), block.proj.bias
         scale = weight.shape[0] ** -0.5
 
-        def run(frame: Value) -> Iterator[Value]:
+        def run(frames: Value) -> Value:
             query, key, value = (
-                self.convolution(name, [frame], w, b, norm=norm) for name, w, b in convolutions
+                self.convolution(name, frames, w, b, norm=norm) for name, w, b in convolutions
             )
             mixed = self.mixed(path, query, key, value, scale)
-            yield self.add(path, self.convolution(f"{path}.proj", [mixed], weight, bias), frame)
+            return self.add(path, self.convolution(f"{path}.proj", mixed, weight, bias), frames)
 
         return run
 
@@ -239,16 +259,14 @@ class _Network(Unrolled):
         conv = module.resample[1]
         name, weight = f"{path}.resample.1", conv.weight.unsqueeze(2)
 
-        def in_space(frame: Value) -> Value:
+        def in_space(frames: Value) -> Value:
             if up:
-                frame = self.upsample(path, frame)
-                return self.convolution(name, [frame], weight, conv.bias, padding=(1, 1, 1, 1))
-            return self.convolution(
-                name, [frame], weight, conv.bias, stride=2, padding=(0, 1, 0, 1)
-            )
+                frames = self.upsample(path, frames)
+                return self.convolution(name, frames, weight, conv.bias, padding=(1, 1, 1, 1))
+            return self.convolution(name, frames, weight, conv.bias, stride=2, padding=(0, 1, 0, 1))
 
         if module.mode in ("upsample2d", "downsample2d"):
-            return lambda frame: iter((in_space(frame),))
+            return in_space
         time_conv = module.time_conv
         time = f"{path}.time_conv"
         if up:
@@ -256,26 +274,32 @@ class _Network(Unrolled):
             past = self.past(time, 2, forgets=True)
             halves = list(zip(time_conv.weight.chunk(2), time_conv.bias.chunk(2), strict=True))
 
-            def double(frame: Value) -> Iterator[Value]:
-                window = past.followed_by(frame)
+            def double(frames: Value) -> Value:
+                earlier = past.followed_by(self.last(frames, past.length))
                 if self.is_first:
-                    yield in_space(frame)
-                    return
-                for index, (half, bias) in enumerate(halves):
-                    yield in_space(self.convolution(f"{time}.{index}", window, half, bias))
+                    return in_space(frames)
+                doubled = [
+                    self.convolution(f"{time}.{index}", frames, half, bias, earlier=earlier)
+                    for index, (half, bias) in enumerate(halves)
+                ]
+                return in_space(self.in_turn(time, doubled))
 
             return double
         past = self.past(time, 1)
-        waiting: list[Value] = []
 
-        def halve(frame: Value) -> Iterator[Value]:
-            waiting.append(in_space(frame))
+        def halve(frames: Value) -> Value:
+            halved = in_space(frames)
+            earlier = past.followed_by(self.last(halved, past.length))
             if self.is_first:
-                yield from past.followed_by(waiting.pop())
-            elif len(waiting) == 2:
-                window = past.followed_by(*waiting)
-                waiting.clear()
-                yield self.convolution(time, window, time_conv.weight, time_conv.bias)
+                return halved
+            found = []
+            for index in range(0, self.count(halved), 2):
+                even, odd = self.unstack(halved, index), self.unstack(halved, index + 1)
+                weight, bias = time_conv.weight, time_conv.bias
+                window = [*earlier, even]
+                found.append(self.convolution(time, odd, weight, bias, earlier=window))
+                earlier = [odd]
+            return self.stack(time, found)
 
         return halve
 
@@ -287,42 +311,53 @@ class _Network(Unrolled):
             layers.append(self.layer(f"{path}.downsampler", block.downsampler))
         main = chain(layers)
         average = block.avg_shortcut
-        frames, side = average.factor_t, average.factor_s
+        count, side = average.factor_t, average.factor_s
         matrix = means(average.out_channels, average.in_channels * average.factor)
-        weight = matrix.view(-1, average.in_channels, frames, side, side)
-        read: list[Value] = []
+        weight = matrix.view(-1, average.in_channels, count, side, side)
+        name = f"{path}.avg_shortcut"
 
-        def run(frame: Value) -> Iterator[Value]:
-            read.append(frame)
-            for found in main(frame):
-                beside = self.convolution(f"{path}.avg_shortcut", read, weight, stride=side)
-                read.clear()
-                yield self.add(path, found, beside)
+        def shortcut(frames: Value) -> Value:
+            if count == 1:
+                return self.convolution(name, frames, weight, stride=side)
+            singles = self.last(frames, self.count(frames))
+            # Zeros come before the first frame, which is alone.
+            ends = range(min(count, len(singles)), len(singles) + 1, count)
+            groups = [singles[max(0, end - count) : end] for end in ends]
+            made = [
+                self.convolution(name, last, weight, earlier=before, stride=side)
+                for *before, last in groups
+            ]
+            return self.stack(name, made)
+
+        def run(frames: Value) -> Value:
+            found = main(frames)
+            return self.add(path, found, shortcut(frames))
 
         return run
 
-    def up_block(self, path: str, block: Any) -> Layer:
+    def up_block(self, path: str, block: Any) -> list[Layer]:
         layers = [self.layer(f"{path}.resnets.{i}", each) for i, each in enumerate(block.resnets)]
         upsampler = getattr(block, "upsampler", None)
         if getattr(block, "upsamplers", None):
             layers.append(self.layer(f"{path}.upsamplers.0", block.upsamplers[0]))
         elif upsampler is not None:
             layers.append(self.layer(f"{path}.upsampler", upsampler))
-        main = chain(layers)
         repeat = getattr(block, "avg_shortcut", None)
         if repeat is None:
-            return main
+            return layers
+        main = chain(layers)
         elements = torch.arange(repeat.out_channels * repeat.factor) // repeat.repeats
         orders = elements.view(repeat.out_channels, repeat.factor_t, -1).unbind(1)
         copies = [(f"{path}.avg_shortcut.{i}", each.flatten()) for i, each in enumerate(orders)]
 
-        def run(frame: Value) -> Iterator[Value]:
+        def run(frames: Value) -> Value:
             # Of the copies of a frame, the first run makes the last one.
             own = copies[-1:] if self.is_first else copies
-            for found, (name, order) in zip(main(frame), own, strict=True):
-                yield self.add(path, found, self.shuffle(name, frame, order))
+            made = main(frames)
+            copied = [self.shuffle(name, frames, order) for name, order in own]
+            return self.add(path, made, self.in_turn(f"{path}.avg_shortcut", copied))
 
-        return run
+        return [run]
 
 
 def _patches(channels: int) -> Tensor:

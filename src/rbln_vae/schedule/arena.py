@@ -69,6 +69,10 @@ class View:
         offset = self.offset + begin * self.row_bytes
         return dataclasses.replace(self, height=end - begin, offset=offset)
 
+    def beginning_at(self, image: int) -> View:
+        """A view of the images of the batch from one on."""
+        return dataclasses.replace(self, offset=self.offset + image * self.image_bytes)
+
 
 def live_bytes(buffers: Iterable[Buffer], tasks: int) -> list[int]:
     """The bytes of all live buffers at each task."""

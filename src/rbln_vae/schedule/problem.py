@@ -25,7 +25,6 @@ class Problem:
         rules: The target's rules for this graph and shape.
 
     Attributes:
-        batch: The number of images.
         shapes: The shape of every value.
         heights: The height of every value.
         norms: The norms that read each value.
@@ -43,7 +42,6 @@ class Problem:
         self.rules = rules
         self.shapes: dict[Value, Shape] = graph.infer_shapes(input_shape)
         self.heights = {value: shape[2] for value, shape in self.shapes.items()}
-        self.batch = self.shapes[graph.inputs[0]][0]
         self.makers: tuple[Operation, ...] = (*map(Import, graph.inputs), *graph.operations)
         self.positions = {o.output: index for index, o in enumerate(graph.operations)}
         self.norms: dict[Value, list[Norm]] = {}
@@ -70,6 +68,10 @@ class Problem:
         """Bytes of one row of a value."""
         return self._row_bytes[value]
 
+    def bytes_of(self, value: Value) -> int:
+        """Bytes of a value."""
+        return self.shapes[value][0] * self.heights[value] * self.row_bytes(value)
+
     def rows_at_once(self, operation: Operation, *, summed: bool) -> int:
         """Rows of the output that a strip must not cut."""
         if isinstance(operation, Conv2d):
@@ -89,7 +91,7 @@ class Problem:
         found, end = {}, 0
         for slot in self.graph.state:
             found[slot.name] = slot.left, end
-            size = self.batch * self.heights[slot.left] * self.row_bytes(slot.left)
+            size = self.bytes_of(slot.left)
             end += -(-size // ALIGNMENT) * ALIGNMENT
         return found
 
@@ -99,7 +101,7 @@ class Problem:
         if not self.homes:
             return 0
         value, begin = list(self.homes.values())[-1]
-        size = self.batch * self.heights[value] * self.row_bytes(value)
+        size = self.bytes_of(value)
         return begin + -(-size // ALIGNMENT) * ALIGNMENT
 
     def strip_unit(self, targets: Iterable[Operation]) -> int:

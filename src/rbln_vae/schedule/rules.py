@@ -33,8 +33,8 @@ class Rules(Protocol):
     def statistics_bytes(self, shape: Shape) -> int:
         """Bytes of the sums of an image that no convolution has summed."""
 
-    def coefficients_bytes(self, channels: int) -> int:
-        """Bytes of the coefficients of a norm, for all images of the batch."""
+    def coefficients_bytes(self, shape: Shape) -> int:
+        """Bytes of the coefficients of a norm of an image, for all images of the batch."""
 
     def rows_at_once(self, operation: Conv2d, *, summed: bool) -> int:
         """Rows of the output that a strip must not cut.

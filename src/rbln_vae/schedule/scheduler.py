@@ -8,9 +8,21 @@ Strips begin only where the rules allow, so no decision changes a bit of the res
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ..graph.ir import Attention, Conv2d, Graph, Identity, Modulate, Operation, Shuffle, Value
+from ..graph.ir import (
+    Attention,
+    Conv2d,
+    Graph,
+    Identity,
+    Modulate,
+    Operation,
+    Shape,
+    Shuffle,
+    Stack,
+    Unstack,
+    Value,
+)
 from .arena import ALIGNMENT, Buffer, Place, View, lay_out
 from .problem import Problem
 from .schedule import Kind, Schedule
@@ -85,7 +97,13 @@ class _Scheduler:
         self.sweeps = 0
         self.needed_until = self.last_needs()
         self.carried = self.graph.carried
-        self.series = _series(self.graph)
+        self.series = _series(self.graph, self.shapes)
+        self.stacks: dict[Value, Value] = {}
+        """The stack of each frame that lies in one, or of each part of it."""
+        for operation in self.graph.operations:
+            if isinstance(operation, Unstack):
+                source = operation.input
+                self.stacks[operation.output] = self.stacks.get(source, source)
         self.kept: dict[str, Value | None] = {slot.name: slot.read for slot in self.graph.state}
         """What lies in the place of each slot; `None` if that is free."""
 
@@ -222,7 +240,7 @@ class _Scheduler:
                 self.kept[other.name] = None
         self.kept[slot] = value
         self.images[value] = after = self.tasks.home(slot)
-        self.tasks.add(Kind.KEEP, Identity(value, value), inputs=(before,), output=after)
+        self.tasks.add(Kind.COPY, Identity(value, value), inputs=(before,), output=after)
 
     def keep_the_rest(self) -> None:
         """Bring everything that the run leaves to its place."""
@@ -242,7 +260,7 @@ class _Scheduler:
             before = self.images[value]
             self.kept[wrong[0].name] = None
             after = self.tasks.image(value)
-            self.tasks.add(Kind.KEEP, Identity(value, value), inputs=(before,), output=after)
+            self.tasks.add(Kind.COPY, Identity(value, value), inputs=(before,), output=after)
 
     # Places of values.
 
@@ -253,15 +271,24 @@ class _Scheduler:
         image = self.images[value]
         if not self.rules.overwrites or self.tasks.is_home(image):
             return None
-        # Another value may be stored in the same place, as after an identity.
-        others = self.sharing(index, value)
-        return None if any(view.offset == image.offset for view in others) else image
+        return None if self.overlapped(index, value) else image
 
-    def sharing(self, index: int, value: Value) -> list[View]:
+    def overlapped(self, index: int, value: Value) -> bool:
+        """Whether an image that is still needed has memory of a value.
+
+        That of an identity is in the same place, that of a frame in its stack.
+        """
+        image = self.images[value]
+        return value in self.stacks or any(
+            view.offset == image.offset or self.stacks.get(name) == value
+            for name, view in self.sharing(index, value)
+        )
+
+    def sharing(self, index: int, value: Value) -> list[tuple[Value, View]]:
         """The images in the buffer of a value that an operation or a later one needs."""
         buffer = self.images[value].buffer
         return [
-            view
+            (name, view)
             for name, view in self.images.items()
             if view.buffer is buffer and name != value and self.needed_until.get(name, -1) >= index
         ]
@@ -271,10 +298,11 @@ class _Scheduler:
         for name, view in self.images.items():
             if (
                 self.needed_until.get(name, -1) < index
+                and self.shapes[name][0] == self.shapes[value][0]
                 and self.shapes[name][2:] == self.shapes[value][2:]
                 and self.problem.row_bytes(name) >= self.problem.row_bytes(value)
-                and (others := self.sharing(index, name))
-                and all(other.offset != view.offset for other in others)
+                and self.sharing(index, name)
+                and not self.overlapped(index, name)
             ):
                 return view
         return None
@@ -285,6 +313,13 @@ class _Scheduler:
         if isinstance(operation, Identity) and not self.tasks.is_home(self.images[operation.input]):
             self.images[value] = self.images[operation.input]
             self.tasks.prepare_norms(operation, None)
+            return
+        if isinstance(operation, Unstack):
+            first = operation.index * self.shapes[value][0]
+            self.images[value] = self.images[operation.input].beginning_at(first)
+            return
+        if isinstance(operation, Stack):
+            self.stack(index, operation)
             return
         inputs = tuple(self.images[each] for each in operation.inputs)
         sums = None
@@ -312,6 +347,15 @@ class _Scheduler:
             target = self.tasks.image(value, over)
         self.tasks.compute(operation, (0, self.heights[value]), 0, inputs, target, sums, prepared)
         self.tasks.prepare_norms(operation, sums)
+
+    def stack(self, index: int, operation: Stack) -> None:
+        """Copy frames to their places in a stack."""
+        value = operation.output
+        whole = self.tasks.image(value, self.vacant(index, value))
+        for number, frame in enumerate(operation.frames):
+            place = whole.beginning_at(number * self.shapes[frame][0])
+            copying = Identity(frame, frame)
+            self.tasks.add(Kind.COPY, copying, inputs=(self.images[frame],), output=place)
 
     # Strips.
 
@@ -357,10 +401,10 @@ class _Scheduler:
         Returns:
             The readers, or an empty list.
         """
-        if self.problem.batch > 1 or not isinstance(operation, Conv2d):
+        if not isinstance(operation, Conv2d) or operation.input in self.carried:
             return []
         value = operation.input
-        if value in self.carried:
+        if self.shapes[value][0] > 1:
             return []
         readers = [other for other in self.graph.operations[index:] if value in other.inputs]
         shape, made = self.shapes[value], self.shapes[operation.output]
@@ -411,7 +455,7 @@ class _Scheduler:
             if over is not None:
                 self.tasks.image(target.output, over)
                 return None
-        value = self.consumed(sweep) if self.problem.batch == 1 else None
+        value = self.consumed(sweep) if self.shapes[values[0]][0] == 1 else None
         if value is None:
             for each in values:
                 self.tasks.image(each)
@@ -528,12 +572,17 @@ class _Scheduler:
         return None
 
 
-def _series(graph: Graph) -> dict[Value, Value]:
+def _series(graph: Graph, shapes: Mapping[Value, Shape]) -> dict[Value, Value]:
     """For each frame that a convolution over frames reads, one that stands for all of its layer."""
     found: dict[Value, Value] = {}
+    single: dict[Value, list[Value]] = {}
     for operation in graph.operations:
+        if isinstance(operation, Unstack):
+            single.setdefault(operation.input, []).append(operation.output)
         if isinstance(operation, Conv2d) and operation.earlier:
-            frames = (*operation.earlier, operation.input)
+            before, last = operation.earlier, operation.input
+            now = [last] if shapes[last] == shapes[before[0]] else single.get(last, [])
+            frames = (*before, *now)
             known = {found.get(frame, frame) for frame in frames}
             one = found.get(frames[0], frames[0])
             found |= dict.fromkeys(frames, one)

@@ -57,9 +57,9 @@ class TaskList:
 
     def rows_of(self, value: Value, rows: int) -> View:
         """A view of a new buffer for some rows of a value."""
-        _, channels, _, width = self.shapes[value]
+        batch, channels, _, width = self.shapes[value]
         row = self.problem.row_bytes(value)
-        buffer = self.buffer(value, self.problem.batch * rows * row)
+        buffer = self.buffer(value, batch * rows * row)
         buffer.holds[value] = buffer.first
         return View(buffer, channels, rows, width, row, rows * row)
 
@@ -82,7 +82,7 @@ class TaskList:
         value, offset = self.problem.homes[slot]
         _, channels, height, width = self.shapes[value]
         row = self.problem.row_bytes(value)
-        size = -(-self.problem.batch * height * row // ALIGNMENT) * ALIGNMENT
+        size = -(-self.problem.bytes_of(value) // ALIGNMENT) * ALIGNMENT
         if slot not in self._homes:
             self._homes[slot] = Buffer(slot, size, 0, 0, offset=offset)
         return View(self._homes[slot], channels, height, width, row, height * row)
@@ -217,7 +217,7 @@ class TaskList:
             )
         for norm in norms:
             assert sums is not None
-            size = self.rules.coefficients_bytes(self.shapes[value][1])
+            size = self.rules.coefficients_bytes(self.shapes[value])
             buffer = self.buffer(f"{value} coefficients", size)
             self._coefficients[value, norm] = buffer
             buffers = {"sums": sums, "coefficients": buffer}

@@ -12,12 +12,14 @@ import math
 import pytest
 import torch
 from benchmarks.shapes import ATTENTIONS, CONVOLUTIONS, LAYERS, AttentionCase, ConvCase
+from graphs import over_frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbln_vae import _engine
 from rbln_vae.graph.interpreter import Interpreter
 from rbln_vae.graph.ir import Conv2d, Graph
+from rbln_vae.targets.cpu.rules import CpuRules
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.tiles import FASTEST, Choices, Convolution, Machine, gains_by_winograd
 
@@ -209,6 +211,8 @@ def divided(
 SUITABLE = [case for case in CONVOLUTIONS if case.suits_winograd]
 CLOSE = {"float32": 3e-6, "float16": 0.001, "bfloat16": 0.008}
 """How far apart two ways to convolve may be, by what the result is stored in."""
+CLOSE_OVER_TIME = CLOSE | {"float32": 1e-5}
+"""The same where one filters over time, too."""
 
 
 def convolved(
@@ -272,6 +276,47 @@ def test_winograd_takes_any_shape_and_tiles(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Convolution, "partition", lambda *_: (tile, splits))
         assert torch.equal(convolved(case, image(case), dtype, threads=2), found)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(WINOGRAD), st.sampled_from([2, 4, 6, 8]), sizes, sizes, sizes, sizes,
+    st.booleans(), st.booleans(), st.data(),
+)  # fmt: skip
+def test_frames_made_at_once_are_those_made_one_by_one(
+    kernels: tuple[str, str],
+    frames: int,
+    inputs: int,
+    outputs: int,
+    height: int,
+    width: int,
+    residual: bool,
+    rms: bool,
+    data: st.DataObject,
+) -> None:
+    isa, dtype = kernels
+    generator = torch.Generator().manual_seed(7)
+    video = torch.randn(1 + 2 * frames, 1, inputs, height, width, generator=generator)
+
+    def made(stacked: bool, choices: Choices, threads: int = 1) -> torch.Tensor:
+        graph = over_frames(frames, inputs, outputs, stacked=stacked, residual=residual, rms=rms)
+        native = CpuRuntime(graph, dtype=dtype, num_threads=threads, choices=choices)
+        if choices is WHEREVER_IT_CAN:
+            rules = CpuRules(graph, tuple(video[0].shape), native.machine, choices)
+            (conv,) = (o for o in graph.operations if isinstance(o, Conv2d) and o.earlier)
+            assert rules.convolution(conv).at_once == (2 if frames % 4 else 4)
+        stream = native.stream(tuple(video[0].shape))
+        runs = [video[:1], *video[1:].split(frames)]
+        return torch.cat([frame for run in runs for frame in stream.run(list(run))])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RBLN_VAE_ISA", isa)
+        found = made(True, WHEREVER_IT_CAN)
+        assert difference(found, made(False, NEVER)) < CLOSE_OVER_TIME[dtype]
+        tile = tuple(min(size, 4 * data.draw(st.integers(1, 6))) for size in (height, width))
+        splits = min(data.draw(st.integers(1, 2)), -(-outputs // 16))
+        patch.setattr(Convolution, "partition", lambda *_: (tile, splits))
+        assert torch.equal(made(True, WHEREVER_IT_CAN, threads=2), found)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), WINOGRAD)

@@ -253,6 +253,25 @@ def test_tiles_that_do_not_consist_of_whole_cells_are_refused(cell: dict[str, in
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"stacked": 2}, "whole stacks of frames"),
+        ({"stacked": 0}, "whole stacks of frames"),
+        ({"batch": 2, "stacked": 2, "at_once": 0}, "whole stacks of frames"),
+        ({"batch": 3, "stacked": 3, "at_once": 2}, "whole stacks of frames"),
+        ({"batch": 2, "stacked": 2}, "without those before it"),
+        ({"batch": 2, "stacked": 2, "earlier": [IMAGE] * 2, "left_out": 1}, "without those before"),
+        ({"batch": 2, "stacked": 2, "at_once": 2, "earlier": [IMAGE] * 2}, "made at once"),
+    ],
+)
+def test_a_stack_of_frames_has_those_before_it_and_is_made_in_whole_parts(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan().add(convolution(**changes), FLOATS, PACKED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"over_clip": True, "left_out": 1}, "over a clip that takes other frames"),
         ({"over_clip": True, "earlier": [IMAGE, _engine.Image()]}, "takes other frames"),
         ({"over_clip": True}, "weights of another size"),

@@ -63,7 +63,7 @@ def test_tiles_are_done_together_only_where_kernels_overlap_and_it_is_chosen(
     for choices in (FASTEST, Choices(together=False)):
         rules = CpuRules(decoder, shape, machine, choices)
         convs = [rules.convolution(o) for o in decoder.operations if isinstance(o, Conv2d)]
-        most = max(rules.together(conv, rules.tile(conv), 1) for conv in convs)
+        most = max(rules.together(conv, rules.tile(conv), 1, 1) for conv in convs)
         assert (most > 1) is (kernels.overlaps and choices.together)
 
 

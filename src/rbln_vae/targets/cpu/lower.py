@@ -57,7 +57,6 @@ class _Lowering:
     def __init__(self, rules: CpuRules) -> None:
         self.rules = rules
         self.machine = rules.machine
-        self.batch = rules.batch
         self.weights = rules.graph.weights
 
     def step(self, task: Task) -> Step:
@@ -68,7 +67,7 @@ class _Lowering:
                 return self.transfer(_engine.ExportStep, task, task.inputs[0])
             case Kind.MOVE:
                 return self.move(task)
-            case Kind.KEEP:
+            case Kind.COPY:
                 return self.copy(task)
             case Kind.PREPARE if isinstance(task.operation, Conv2d):
                 return self.winograd_kernels(task, task.operation)
@@ -103,7 +102,7 @@ class _Lowering:
         views = (*task.inputs, *([task.output] if task.output is not None else []))
         size = extra_bytes + sum(buffer.bytes for buffer in task.buffers.values())
         for view in views:
-            size += self.batch * view.height * self.rules.row_bytes(view.channels, view.width)
+            size += self.batch(task) * view.height * self.rules.row_bytes(view.channels, view.width)
         return Step(
             name=task.value,
             kind=kind or task.kind.value,
@@ -115,6 +114,10 @@ class _Lowering:
             weights=weights,
             kernels=kernels,
         )
+
+    def batch(self, task: Task) -> int:
+        """The images that a task reads and writes."""
+        return self.shape(task)[0]
 
     def image(self, view: View | None = None) -> _engine.Image:
         """An image as the engine takes it, or one without channels."""
@@ -137,7 +140,7 @@ class _Lowering:
         view: View | None,
     ) -> Step:
         native = kind(
-            batch=self.batch,
+            batch=self.batch(task),
             image=self.image(view),
             first_row=task.rows[0],
             tensor=task.tensor,
@@ -147,7 +150,7 @@ class _Lowering:
     def copy(self, task: Task) -> Step:
         (source,) = task.inputs
         native = _engine.PointwiseStep(
-            batch=self.batch, input=self.image(source), output=self.image(task.output)
+            batch=self.batch(task), input=self.image(source), output=self.image(task.output)
         )
         return self.make(task, native)
 
@@ -155,7 +158,7 @@ class _Lowering:
         first, last = task.rows
         image = self.image(task.output)
         native = _engine.MoveRowsStep(
-            batch=self.batch, image=image, from_row=first, rows=last - first
+            batch=self.batch(task), image=image, from_row=first, rows=last - first
         )
         return self.make(task, native)
 
@@ -175,6 +178,7 @@ class _Lowering:
             blocks=-(-conv.inputs // BLOCK),
             skipped=self.rules.skipped_blocks(operation),
             phases=conv.phases,
+            at_once=conv.at_once,
             kernels=_offset(task.buffers["kernels"]),
         )
         work = 2 * kernels_work(conv, self.machine)
@@ -183,11 +187,15 @@ class _Lowering:
         return self.make(task, native, name, kind="Winograd", work=work, kernels=kernels)
 
     def transformed(self, operation: Conv2d, buffer: Buffer | None) -> Kernels | None:
-        """The transformed kernels in a buffer; without frames of zeros they are others."""
+        """The transformed kernels in a buffer; they are others for other frames."""
         if buffer is None:
             return None
-        rest = f" without {operation.left_out} frames" if operation.left_out else ""
-        return Kernels(kernels_name(operation) + rest, buffer.bytes)
+        name, at_once = kernels_name(operation), self.rules.convolution(operation).at_once
+        if operation.left_out:
+            name += f" without {operation.left_out} frames"
+        if at_once > 1:
+            name += f" for {at_once} frames"
+        return Kernels(name, buffer.bytes)
 
     def convolution(self, task: Task, operation: Conv2d) -> Step:
         rules, machine = self.rules, self.machine
@@ -198,7 +206,8 @@ class _Lowering:
         sums, kernels = task.buffers.get("sums"), task.buffers.get("kernels")
         # Sums are made by cells of the whole image; else tiles are free.
         tall, wide = conv.unit if sums is None else rules.cell(whole)
-        tile, splits = rules.partition(conv, (tall, wide))
+        parts = self.batch(task) // conv.at_once
+        tile, splits = rules.partition(conv, (tall, wide), parts)
         assert task.output is not None
         if self.image(task.output).offset == self.image(task.inputs[0]).offset:
             splits = 1  # no other item may read what one has overwritten
@@ -223,12 +232,14 @@ class _Lowering:
         rows = task.rows[1] - task.rows[0]
         whole_flops = operation.flops(rules.shapes, self.weights)
         strips = task.flops * rules.shapes[operation.output][2] / (whole_flops * rows)
-        work = 2 * self.batch * convolution_work(conv, tile, machine) * strips
+        work = 2 * parts * convolution_work(conv, tile, machine) * strips
         native = _engine.ConvStep(
-            batch=self.batch,
+            batch=self.batch(task),
             input=self.image(source),
             earlier=[*earlier, *absent],
             left_out=operation.left_out,
+            stacked=rules.stacked(operation),
+            at_once=conv.at_once,
             over_clip=operation.over_clip,
             output=self.image(task.output),
             reading=self.reading(task, operation.activation),
@@ -249,7 +260,7 @@ class _Lowering:
             cell_width=cell[1],
             image_cells=0 if sums is None else whole.tiles((tall, wide)),
             splits=splits,
-            together=rules.together(conv, tile, splits),
+            together=rules.together(conv, tile, splits, parts),
             partials=partials,
         )
         return self.make(
@@ -268,7 +279,7 @@ class _Lowering:
         (view,) = task.inputs
         cell = statistics_cell(self.shape(task))
         native = _engine.StatisticsStep(
-            batch=self.batch,
+            batch=self.batch(task),
             input=self.image(view),
             cell_height=cell[0],
             cell_width=cell[1],
@@ -288,7 +299,7 @@ class _Lowering:
             summed, grid = -(-channels // BLOCK) * BLOCK, (height, width)
             cell, points = statistics_cell(self.shape(task)), 1
         native = _engine.NormStep(
-            batch=self.batch,
+            batch=self.batch(task),
             channels=channels,
             groups=norm.groups,
             over_clip=norm.over_clip,
@@ -312,7 +323,7 @@ class _Lowering:
     def attention_pack(self, task: Task, operation: Attention) -> Step:
         key, value = task.inputs
         native = _engine.AttentionPackStep(
-            batch=self.batch,
+            batch=self.batch(task),
             key=self.image(key),
             value=self.image(value),
             heads=operation.heads,
@@ -323,10 +334,10 @@ class _Lowering:
 
     def attention(self, task: Task, operation: Attention) -> Step:
         query, *residual = task.inputs
-        matrices = self.batch * operation.heads
+        matrices = self.batch(task) * operation.heads
         queries, keys = attention_blocks(query.height * query.width, matrices, self.machine)
         native = _engine.AttentionStep(
-            batch=self.batch,
+            batch=self.batch(task),
             query=self.image(query),
             output=self.image(task.output),
             heads=operation.heads,
@@ -342,7 +353,7 @@ class _Lowering:
     def modulation(self, task: Task, operation: Modulate) -> Step:
         source, scale, *shift = task.inputs
         native = _engine.ModulateStep(
-            batch=self.batch,
+            batch=self.batch(task),
             input=self.image(source),
             output=self.image(task.output),
             coefficients=_offset(task.buffers.get("coefficients")),
@@ -355,7 +366,7 @@ class _Lowering:
     def shuffle(self, task: Task, operation: Shuffle) -> Step:
         (source,) = task.inputs
         native = _engine.ShuffleStep(
-            batch=self.batch, input=self.image(source), output=self.image(task.output)
+            batch=self.batch(task), input=self.image(source), output=self.image(task.output)
         )
         return self.make(task, native, order_name(operation), kind=operation.kind)
 
@@ -376,7 +387,7 @@ class _Lowering:
                 raise NotImplementedError(f"no step for {operation.kind}")
         source, *residual = task.inputs
         native = _engine.PointwiseStep(
-            batch=self.batch,
+            batch=self.batch(task),
             input=self.image(source),
             output=self.image(task.output),
             reading=self.reading(task, activation),

@@ -16,7 +16,16 @@ from ...graph.ir import (
 )
 from ...schedule.sweep import Sweep
 from .packing import BLOCK, PANEL
-from .tiles import FASTEST, FEW_CELLS, Choices, Convolution, Machine, gains_by_winograd
+from .tiles import (
+    FASTEST,
+    FEW_CELLS,
+    FILTERED_FRAMES,
+    FRAMES_OF_KERNEL,
+    Choices,
+    Convolution,
+    Machine,
+    gains_by_winograd,
+)
 
 MAX_TAPS = 64
 """The most taps of a convolution kernel."""
@@ -46,12 +55,12 @@ class CpuRules:
         self.machine = machine
         self.choices = choices
         self.shapes = graph.infer_shapes(tuple(input_shape))
-        self.batch = input_shape[0]
+        self._normed = {o.inputs[0] for o in graph.operations if o.group_norm is not None}
         self._convolutions: dict[str, Convolution] = {}
         self._cells: dict[Convolution, tuple[int, int]] = {}
         self._tiles: dict[Convolution, tuple[int, int]] = {}
         self._partitions: dict[
-            tuple[Convolution, tuple[int, int]], tuple[tuple[int, int], int]
+            tuple[Convolution, tuple[int, int], int], tuple[tuple[int, int], int]
         ] = {}
 
     def require(self, operation: Operation) -> None:
@@ -81,10 +90,10 @@ class CpuRules:
                 products = conv.panels * PANEL * _blocks(conv.inputs) * BLOCK * conv.products
                 return {"kernels": products * 4}
             case Attention(heads=heads):
-                _, keys, height, width = self.shapes[operation.key]
+                batch, keys, height, width = self.shapes[operation.key]
                 values = self.shapes[operation.value][1]
                 panel = BLOCK * PANEL * self.machine.element_bytes
-                matrices = self.batch * heads * _blocks(height * width) * panel
+                matrices = batch * heads * _blocks(height * width) * panel
                 return {
                     "keys": matrices * 2 * _blocks(keys // heads),
                     "values": matrices * -(-(values // heads) // PANEL),
@@ -93,15 +102,15 @@ class CpuRules:
 
     def sums_bytes(self, operation: Conv2d) -> int:
         conv = self.convolution(operation)
-        return self.batch * conv.tiles(self.cell(conv)) * conv.sums_bytes
+        return self.shapes[operation.output][0] * conv.tiles(self.cell(conv)) * conv.sums_bytes
 
     def statistics_bytes(self, shape: Shape) -> int:
         height, width = statistics_cell(shape)
         cells = -(-shape[2] // height) * -(-shape[3] // width)
-        return self.batch * cells * 2 * _blocks(shape[1]) * BLOCK * 4
+        return shape[0] * cells * 2 * _blocks(shape[1]) * BLOCK * 4
 
-    def coefficients_bytes(self, channels: int) -> int:
-        return self.batch * 2 * _blocks(channels) * BLOCK * 4
+    def coefficients_bytes(self, shape: Shape) -> int:
+        return shape[0] * 2 * _blocks(shape[1]) * BLOCK * 4
 
     def rows_at_once(self, operation: Conv2d, *, summed: bool) -> int:
         conv = self.convolution(operation)
@@ -141,7 +150,7 @@ class CpuRules:
             and operation.residual is None
             and _blocks(conv.outputs) <= _blocks(conv.inputs)
             # Each tile is read once, before it is written.
-            and self.partition(conv, conv.unit)[1] == 1
+            and self.partition(conv, conv.unit, self.shapes[operation.output][0])[1] == 1
         )
 
     # Lowering uses these, too.
@@ -189,7 +198,24 @@ class CpuRules:
         )
         # Decided by the size of the whole image, so that strips do not change the bits.
         gains = gains_by_winograd(conv, self.machine, self.choices.winograd)
-        return dataclasses.replace(conv, winograd=gains)
+        conv = dataclasses.replace(conv, winograd=gains)
+        at_once = self.frames_at_once(operation) if gains and conv.phases == 1 else 1
+        if at_once == 1:
+            return conv
+        return dataclasses.replace(conv, inputs=inputs // operation.frames, at_once=at_once)
+
+    def stacked(self, operation: Conv2d) -> int:
+        """The frames that stand one after the other in the input of a convolution over frames."""
+        if not operation.earlier:
+            return 1
+        return self.shapes[operation.input][0] // self.shapes[operation.earlier[0]][0]
+
+    def frames_at_once(self, operation: Conv2d) -> int:
+        """How many frames a convolution makes at once if it filters over time."""
+        if len(operation.earlier) + 1 != FRAMES_OF_KERNEL or operation.output in self._normed:
+            return 1
+        stacked = self.stacked(operation)
+        return next((n for n in FILTERED_FRAMES if stacked % n == 0), 1)
 
     def cell(self, conv: Convolution) -> tuple[int, int]:
         """The height and width of the parts of a whole convolution that are summed together."""
@@ -203,24 +229,28 @@ class CpuRules:
             self._tiles[conv] = conv.tile(conv.unit, self.machine)
         return self._tiles[conv]
 
-    def partition(self, conv: Convolution, cell: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    def partition(
+        self, conv: Convolution, cell: tuple[int, int], batch: int
+    ) -> tuple[tuple[int, int], int]:
         """The height and width of a convolution's tiles, and the parts of its output channels.
 
         Args:
             conv: The convolution, or some rows of one.
             cell: What its tiles are multiples of.
+            batch: The number of images.
         """
         if not self.choices.splits:
             return conv.tile(cell, self.machine), 1
-        if (conv, cell) not in self._partitions:
-            self._partitions[conv, cell] = conv.partition(cell, self.batch, self.machine)
-        return self._partitions[conv, cell]
+        key = conv, cell, batch
+        if key not in self._partitions:
+            self._partitions[key] = conv.partition(cell, batch, self.machine)
+        return self._partitions[key]
 
-    def together(self, conv: Convolution, tile: tuple[int, int], splits: int) -> int:
+    def together(self, conv: Convolution, tile: tuple[int, int], splits: int, batch: int) -> int:
         """The number of tiles that one item of work computes."""
         if not self.choices.together:
             return 1
-        return conv.together(tile, self.batch, splits, self.machine)
+        return conv.together(tile, batch, splits, self.machine)
 
 
 def statistics_cell(shape: Shape) -> tuple[int, int]:

@@ -17,6 +17,12 @@ from .packing import BLOCK, DOUBLING_PRODUCTS, PANEL
 SQUARE = 4
 """The rows and columns of outputs that Winograd's algorithm computes at once, and doubling."""
 
+FRAMES_OF_KERNEL = 3
+"""The frames of the kernels that are filtered over time."""
+
+FILTERED_FRAMES = (4, 2)
+"""How many frames filtering over time makes at once, the best first."""
+
 SQUARES = 32
 """The most such squares in a tile of the plan.
 
@@ -97,6 +103,9 @@ class Convolution:
     """The properties of a convolution that determine its tiles.
 
     The grid is the height and width of the input with `upsample`, else of the output.
+
+    Where several frames are made `at_once`, by filtering over time, the inputs are the channels
+    of one frame, and everything else counts for all of them.
     """
 
     inputs: int
@@ -108,6 +117,12 @@ class Convolution:
     normed: bool
     doubles: bool = False
     winograd: bool = False
+    at_once: int = 1
+
+    @property
+    def frames_read(self) -> int:
+        """The frames that are read apart; if one is made at a time, their channels are inputs."""
+        return self.at_once + FRAMES_OF_KERNEL - 1 if self.at_once > 1 else 1
 
     @property
     def row_step(self) -> int:
@@ -125,10 +140,11 @@ class Convolution:
 
     @property
     def products(self) -> int:
-        """Products per input and output channel, for as many grid points as are made at once."""
+        """Products per input and output channel, for as many points as are made at once."""
         if self.doubles:
             return DOUBLING_PRODUCTS
-        return (36 if self.winograd else math.prod(self.kernel)) * self.phases
+        in_space = 36 if self.winograd else math.prod(self.kernel)
+        return in_space * self.frames_read * self.phases
 
     @property
     def panels(self) -> int:
@@ -162,9 +178,8 @@ class Convolution:
     def load_cost(self, tile: tuple[int, int], machine: Machine) -> float:
         """The cost of loading a tile's input, in the units of `product_cost`."""
         costs = self.costs(machine)
-        return (
-            math.prod(self.read(tile)) * self.inputs * (costs.norm if self.normed else costs.copy)
-        )
+        elements = math.prod(self.read(tile)) * self.inputs * self.frames_read
+        return elements * (costs.norm if self.normed else costs.copy)
 
     def product_cost(self, tile: tuple[int, int]) -> float:
         points = math.prod(-(-size // self.row_step) for size in tile)
@@ -290,7 +305,7 @@ class Convolution:
 
         Args:
             cell: What tiles are multiples of.
-            batch: The number of images.
+            batch: The number of images, or of parts of a video whose frames are made at once.
             machine: The machine.
         """
         groups = -(-self.panels // machine.kernels.panels)
@@ -369,7 +384,8 @@ def _transforms(
     inputs = -(-conv.inputs // BLOCK) * BLOCK
     outputs = (conv.panels if panels is None else panels) * PANEL
     points = 4 if conv.upsample else 1
-    return math.prod(conv.grid) * (costs.input * inputs + costs.output * outputs * points)
+    read, made = costs.input * inputs, costs.output * outputs * points
+    return math.prod(conv.grid) * (conv.frames_read * read + conv.at_once * made)
 
 
 def _rounded(size: int, multiple: int) -> int:

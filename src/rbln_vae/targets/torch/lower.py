@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...graph.interpreter import with_neighbours
+from ...graph.interpreter import with_earlier, with_neighbours
 from ...graph.ir import (
     Activation,
     Add,
@@ -133,13 +133,14 @@ class _Lowering:
         self.arena_bytes = arena_bytes
         self.graph = rules.graph
         self.weights = weights
-        self.batch = rules.batch
+        self.batch = 0  # the images of a task
         self.dtype = rules.machine.dtype
         self.size = self.dtype.itemsize
         self.kernels = rules.machine.kernels
 
     def step(self, task: Task) -> Step:
         operation = task.operation
+        self.batch = self.rules.shapes[task.value][0]
         kind = operation.kind if task.kind is Kind.COMPUTE else task.kind.value
         match task.kind:
             case Kind.IMPORT:
@@ -148,7 +149,7 @@ class _Lowering:
                 workspace, run = self.exporting(task)
             case Kind.MOVE:
                 workspace, run = 0, self.move(task)
-            case Kind.KEEP:
+            case Kind.COPY:
                 workspace, run = 0, self.copy(task)
             case Kind.STATISTICS:
                 workspace, run = self.statistics(task)
@@ -174,9 +175,9 @@ class _Lowering:
 
     # The arena.
 
-    def image(self, view: View) -> Take:
-        """What returns the image of a view."""
-        shape = (self.batch, view.channels, view.height, view.width)
+    def image(self, view: View, batch: int | None = None) -> Take:
+        """What returns the images of a view, by default as many as the task has."""
+        shape = (batch or self.batch, view.channels, view.height, view.width)
         image, row = view.image_bytes // self.size, view.row_bytes // self.size
         strides = (image, 1, row, view.channels)
         offset = (view.buffer.offset + view.offset) // self.size
@@ -359,6 +360,7 @@ class _Lowering:
         count = len(task.inputs) - len(operation.earlier)
         source, *residual = task.inputs[:count]
         frames = [*task.inputs[count:], source]
+        before = self.rules.shapes[operation.earlier[0]][0] if operation.earlier else None
         reading = self.reading(task, operation.activation)
         kernel = self.weights.kernel(operation, graph)
         if operation.left_out:
@@ -403,7 +405,7 @@ class _Lowering:
             padding = (above - around, below - around, *columns)
             chunks.append(
                 (
-                    [self.image(each) for each in reads],
+                    [*(self.image(each, before) for each in reads[:-1]), self.image(read)],
                     padding,
                     around,
                     self.image(output),
@@ -431,22 +433,31 @@ class _Lowering:
                 made * (1 + wider * (sums is not None)),
             )
 
+        # Frames run alone where threads would share them in another way than the pixels of one.
+        alone = self.graph.state and not self.rules.machine.batches
+        images = [slice(n, n + 1) for n in range(self.batch)] if alone else [slice(None)]
+
         def run(frame: Frame) -> None:
             how = reading(frame)
             all_sums = None if take_sums is None else take_sums(frame)
             for takes, padding, around, out, added, some in chunks:
                 read = [self.kernels.read(take(frame), how, padding) for take in takes]
-                image = read[0] if len(read) == 1 else torch.cat(read, 1)
+                *earlier, image = read
+                if earlier:
+                    image = with_earlier(image, earlier)
                 if operation.over_clip:
                     image = with_neighbours(image)
-                self.kernels.write(
-                    convolve(image, around),
-                    out(frame),
-                    added_after,
-                    None if added is None else added(frame),
-                    operation.output_activation,
-                    None if all_sums is None else all_sums[:, some],
-                )
+                result, beside = out(frame), None if added is None else added(frame)
+                some_sums = None if all_sums is None else all_sums[:, some]
+                for each in images:
+                    self.kernels.write(
+                        convolve(image[each], around),
+                        result[each],
+                        added_after,
+                        None if beside is None else beside[each],
+                        operation.output_activation,
+                        None if some_sums is None else some_sums[each],
+                    )
 
         return workspace, run
 

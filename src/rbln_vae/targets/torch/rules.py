@@ -105,7 +105,6 @@ class TorchRules:
         self.graph = graph
         self.machine = machine
         self.shapes = graph.infer_shapes(tuple(input_shape))
-        self.batch = input_shape[0]
         self._chunks: dict[str, int] = {}
 
     def require(self, operation: Operation) -> None:
@@ -118,15 +117,15 @@ class TorchRules:
         return {}
 
     def sums_bytes(self, operation: Conv2d) -> int:
-        _, channels, height, _ = self.shapes[operation.output]
-        return self.batch * -(-height // self.rows_summed(operation)) * 2 * channels * 4
+        batch, channels, height, _ = self.shapes[operation.output]
+        return batch * -(-height // self.rows_summed(operation)) * 2 * channels * 4
 
     def statistics_bytes(self, shape: Shape) -> int:
-        _, channels, height, _ = shape
-        return self.batch * -(-height // self.rows_summed_of(shape)) * 2 * channels * 4
+        batch, channels, height, _ = shape
+        return batch * -(-height // self.rows_summed_of(shape)) * 2 * channels * 4
 
-    def coefficients_bytes(self, channels: int) -> int:
-        return self.batch * 2 * channels * 4
+    def coefficients_bytes(self, shape: Shape) -> int:
+        return shape[0] * 2 * shape[1] * 4
 
     def rows_at_once(self, operation: Conv2d, *, summed: bool) -> int:
         return self.chunk_rows(operation)
@@ -178,7 +177,8 @@ class TorchRules:
             others: Of images of any height that are read with it.
         """
         height = shape[2]
-        batch = self.batch if self.machine.batches or self.graph.runs_clips else 1
+        together = self.machine.batches or self.graph.runs_clips or self.graph.state
+        batch = shape[0] if together else 1
         sizes = (self.row_bytes(c, w) * h / height for _, c, h, w in (shape, *others))
         rows = max(2, int(self.machine.chunk_bytes / (batch * sum(sizes))))
         return int(min(self.machine.chunk_rows, 1 << (rows.bit_length() - 1)))
