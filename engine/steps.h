@@ -118,25 +118,33 @@ struct ConvStep {
     for (const Image& image : earlier) count += image.channels != 0;
     return count;
   }
-  Index videos() const { return batch / stacked; }
+  Index videos() const { return stacked == 1 ? batch : batch / stacked; }
   bool over_time() const { return at_once > 1; }
   // The parts of the batch whose frames are made at once, and the frames that one reads.
   [[gnu::always_inline]] Index parts() const { return batch / at_once; }
   [[gnu::always_inline]] Index frames_read() const { return sources() + at_once - 1; }
+  // The number of a frame of a part, counted from the first earlier one. Rows are loaded so often
+  // that nothing is divided where there is one frame.
+  [[gnu::always_inline]] Index frame_of(Index index, Index part) const {
+    return stacked == 1 ? index : part / videos() * at_once + index;
+  }
+  [[gnu::always_inline]] Index video_of(Index part) const {
+    return stacked == 1 ? part : part % videos();
+  }
   // The image of the output that is a frame of a part.
-  [[gnu::always_inline]] Index made_image(Index frame, Index part) const {
-    return (part / videos() * at_once + frame) * videos() + part % videos();
+  [[gnu::always_inline]] Index made_image(Index index, Index part) const {
+    return video_of(part) + frame_of(index, part) * videos();
   }
   // Where a frame that a part reads lies, the oldest first.
   [[gnu::always_inline]] const Image& source(Index index, Index part) const {
-    const Index frame = part / videos() * at_once + index;
+    const Index frame = frame_of(index, part);
     return !over_clip && frame < before() ? earlier[static_cast<std::size_t>(frame)] : input;
   }
   // Its number in the batch there; outside of the batch there are zeros.
   [[gnu::always_inline]] Index image_of(Index index, Index part) const {
     if (over_clip) return part + index - kNeighbours / 2;
-    const Index frame = part / videos() * at_once + index;
-    return part % videos() + larger(0, frame - before()) * videos();
+    if (stacked == 1) return part;
+    return video_of(part) + larger(0, frame_of(index, part) - before()) * videos();
   }
   // Blocks of all sources, and of all frames for which there are weights.
   Index blocks() const { return sources() * input.blocks(); }
