@@ -34,6 +34,9 @@ bool consists(Index large, Index small, Index side) {
   return large % small == 0 || large >= side;
 }
 
+// Whether so many frames can be made at once, by filtering over time.
+bool filters(Index frames) { return frames == 2 || frames == 4; }
+
 // Whether the rows of an image are rows of a tensor, from the first one given.
 void check_rows(const char* what, const Shape& tensor, Index batch, const Image& image,
                 Index first_row) {
@@ -165,7 +168,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   require(s.stacked == 1 || (!s.over_clip && s.left_out == 0 && s.before() > 0),
           "a stack of frames without those before it");
   require(!s.over_time() ||
-              (s.winograd() && (s.at_once == 2 || s.at_once == 4) && s.phases() == 1 &&
+              (s.winograd() && filters(s.at_once) && s.phases() == 1 &&
                s.sources() == WinogradStep::kFrames && s.partials == kNone),
           "frames that can't be made at once");
   require(s.over_clip || s.left_out + s.sources() == 1 ||
@@ -247,7 +250,7 @@ void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
   require(s.blocks > 0 && s.blocks < (Index{1} << 31) && s.skipped >= 0 &&
               s.skipped < (Index{1} << 31),
           "blocks that aren't there");
-  require(s.at_once == 1 || ((s.at_once == 2 || s.at_once == 4) && s.skipped == 0),
+  require(s.at_once == 1 || (filters(s.at_once) && s.skipped == 0),
           "kernels for frames that can't be made at once");
   const Index weights =
       product("weights", {s.panels, s.phases, s.packed_blocks(), s.kTaps, kBlock, kPanel,

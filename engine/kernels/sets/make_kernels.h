@@ -71,25 +71,35 @@ constexpr Kernels make_kernels(const Facts& facts) {
           facts.limit};
 }
 
-// Convolutions with Winograd's algorithm if the step asks for it, with the products of `Float32`.
+// Those with Winograd's algorithm if the step asks for it, with the products of `Float32`.
+template <InstructionSet Simd, InstructionSet Float32>
+struct WinogradConvolutions {
+  template <Index kFrames>
+  using Filtered = Filtering<Simd, Float32, Winograd<Float32>, kFrames>;
+
+  static Index scratch_bytes(const ConvStep& s) {
+    if (!s.winograd()) return Convolutions<Simd>::scratch_bytes(s);
+    switch (s.at_once) {
+      case 2: return Filtered<2>::scratch_bytes(s);
+      case 4: return Filtered<4>::scratch_bytes(s);
+      default: return Filtered<1>::scratch_bytes(s);
+    }
+  }
+  static void run(const ConvStep& s, const Context& context, Index item) {
+    if (!s.winograd()) return Convolutions<Simd>::run(s, context, item);
+    switch (s.at_once) {
+      case 2: return Filtered<2>::run(s, context, item);
+      case 4: return Filtered<4>::run(s, context, item);
+      default: return Filtered<1>::run(s, context, item);
+    }
+  }
+};
+
 template <InstructionSet Simd, InstructionSet Float32 = Simd>
 constexpr Kernels make_winograd_kernels(const Facts& facts) {
-  using One = Filtering<Simd, Float32, Winograd<Float32>>;
-  using Two = Filtering<Simd, Float32, Winograd<Float32>, 2>;
-  using Four = Filtering<Simd, Float32, Winograd<Float32>, 4>;
   Kernels kernels = make_kernels<Simd>(facts);
-  kernels.conv2d_scratch = [](const ConvStep& s) {
-    if (!s.winograd()) return Convolutions<Simd>::scratch_bytes(s);
-    return s.at_once == 4   ? Four::scratch_bytes(s)
-           : s.at_once == 2 ? Two::scratch_bytes(s)
-                            : One::scratch_bytes(s);
-  };
-  kernels.conv2d = [](const ConvStep& s, const Context& context, Index item) {
-    if (!s.winograd()) return Convolutions<Simd>::run(s, context, item);
-    s.at_once == 4   ? Four::run(s, context, item)
-    : s.at_once == 2 ? Two::run(s, context, item)
-                     : One::run(s, context, item);
-  };
+  kernels.conv2d_scratch = WinogradConvolutions<Simd, Float32>::scratch_bytes;
+  kernels.conv2d = WinogradConvolutions<Simd, Float32>::run;
   kernels.winograd_kernels = WinogradKernels<Simd, Float32>::run;
   return kernels;
 }
