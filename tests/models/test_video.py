@@ -25,8 +25,10 @@ from rbln_vae import (
     RBLNCompileError,
     RBLNRuntimeError,
 )
+from rbln_vae.graph.ir import Conv2d
 from rbln_vae.levels import levels_of
 from rbln_vae.metrics import relative_l2
+from rbln_vae.models.wan_frames import VideoPart
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Wan 2.1": ("AutoencoderKLWan", {}),
@@ -120,6 +122,21 @@ def test_errors_do_not_grow_over_a_long_video_in_bfloat16(size: tuple[int, int])
     found = compiled("Wan 2.1", dtype="bfloat16").decode(z).sample.unbind(2)
     errors = [relative_l2(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
     assert max(errors) < 0.1 and sum(errors[-20:]) < 1.5 * sum(errors[1:21])
+
+
+def test_frames_of_a_run_are_stacked_and_pairs_where_they_have_the_size_of_the_video() -> None:
+    """On `cpu`, a convolution makes all frames that it is given at once."""
+    found: dict[str, dict[int, set[int]]] = {}
+    for part, size in (("decoder", (1, 1)), ("encoder", (8, 8))):
+        graph = VideoPart(original("Wan 2.1"), part).graph()
+        shapes = graph.infer_shapes((1, graph.input_channels, *size))
+        found[part] = {}
+        for conv in graph.operations:
+            if isinstance(conv, Conv2d) and len(conv.earlier) == 2 and conv.padding == (1, 1, 1, 1):
+                frames, _, height, _ = shapes[conv.input]
+                found[part].setdefault(height, set()).add(frames)
+    assert found["decoder"] == {1: {1}, 2: {2}, 4: {4}, 8: {2}}
+    assert found["encoder"] == {8: {2}, 4: {4}, 2: {2}, 1: {1}}
 
 
 def test_odd_sizes_are_encoded_as_by_diffusers() -> None:
