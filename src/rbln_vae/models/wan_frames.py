@@ -25,7 +25,7 @@ FRAMES_ENCODED = 4
 FRAMES_OF_FULL_SIZE = 2
 """Frames that layers make at once where images have the size of the video.
 
-Four would take a tenth less time, and memory for four more images of such layers.
+Four would take a tenth less time, and memory for two more images of such layers.
 """
 
 TOLERANCE = 1e-4
@@ -120,6 +120,8 @@ class _Network(Unrolled):
         layers += self.middle(f"{path}.mid_block", encoder.mid_block)
         layers.append(self.causal(f"{path}.conv_out", encoder.conv_out, encoder.norm_out, encoder))
         layers.append(self.causal("quant_conv", self.vae.quant_conv))
+        if not largest:
+            return chain(layers)
         first = self.in_parts("full_size", chain(layers[:largest]), FRAMES_OF_FULL_SIZE)
         return chain([first, *layers[largest:]])
 
