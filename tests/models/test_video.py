@@ -29,6 +29,7 @@ from rbln_vae.graph.ir import Conv2d
 from rbln_vae.levels import levels_of
 from rbln_vae.metrics import relative_l2
 from rbln_vae.models.wan_frames import VideoPart
+from rbln_vae.schedule import problem
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Wan 2.1": ("AutoencoderKLWan", {}),
@@ -124,7 +125,7 @@ def test_errors_do_not_grow_over_a_long_video_in_bfloat16(size: tuple[int, int])
     assert max(errors) < 0.1 and sum(errors[-20:]) < 1.5 * sum(errors[1:21])
 
 
-def test_frames_of_a_run_are_stacked_and_pairs_where_they_have_the_size_of_the_video() -> None:
+def test_the_frames_of_a_run_are_stacked() -> None:
     """On `cpu`, a convolution makes all frames that it is given at once."""
     found: dict[str, dict[int, set[int]]] = {}
     for part, size in (("decoder", (1, 1)), ("encoder", (8, 8))):
@@ -135,8 +136,8 @@ def test_frames_of_a_run_are_stacked_and_pairs_where_they_have_the_size_of_the_v
             if isinstance(conv, Conv2d) and len(conv.earlier) == 2 and conv.padding == (1, 1, 1, 1):
                 frames, _, height, _ = shapes[conv.input]
                 found[part].setdefault(height, set()).add(frames)
-    assert found["decoder"] == {1: {1}, 2: {2}, 4: {4}, 8: {2}}
-    assert found["encoder"] == {8: {2}, 4: {4}, 2: {2}, 1: {1}}
+    assert found["decoder"] == {1: {1}, 2: {2}, 4: {4}, 8: {4}}
+    assert found["encoder"] == {8: {4}, 4: {4}, 2: {2}, 1: {1}}
 
 
 def test_odd_sizes_are_encoded_as_by_diffusers() -> None:
@@ -227,6 +228,36 @@ def test_memory_limits_and_threads_change_no_bit(name: str, target: str) -> None
     saving.enable_tiling(tile_sample_min_height=16)
     saving.enable_slicing()
     assert torch.equal(saving.decode(z).sample, expected)
+
+
+@by_target
+@by_model
+def test_frames_that_pass_through_windows_have_the_same_bits(
+    name: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Many small steps: PyTorch's threads would mostly wait for each other.
+    vae = compiled(name, target, num_threads=2 if target == "cpu" else 1)
+    z, x = latent(name, 3, size=(13, 3)), video(name, 9, size=(9, 2))
+    frames, moments = vae.decode(z).sample, vae.encode(x).latent_dist.parameters
+    monkeypatch.setattr(problem, "PASSING_BYTES", 0)
+    passing = vae.with_runtimes()
+    same_frames(passing.decode_frames(z), frames)
+    assert torch.equal(passing.encode(x).latent_dist.parameters, moments)
+    needed = passing.memory_needed("decoder", tuple(z.shape))
+    same_frames(vae.with_runtimes(memory_limit=needed).decode_frames(z), frames)
+
+
+@by_target
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_large_frames_pass_through_windows_to_save_memory(
+    part: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (1, 3, 5, 480, 832) if part == "encoder" else (1, 16, 2, 60, 104)
+    frame = 480 * 832 * 32 * 4
+    vae = compiled("blocks of channels", target)
+    whole = vae.memory_needed(part, shape)
+    monkeypatch.setattr(problem, "PASSING_BYTES", 4 * frame)
+    assert vae.with_runtimes().memory_needed(part, shape) < whole - frame
 
 
 def test_streams_that_run_in_turn_or_at_once_do_not_touch_each_other() -> None:

@@ -28,6 +28,7 @@ from rbln_vae.graph.ir import (
 )
 from rbln_vae.graph.passes import optimise
 from rbln_vae.metrics import relative_l2
+from rbln_vae.schedule import problem
 from rbln_vae.targets.base import RuntimeOptions
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.torch.runtime import TorchRuntime
@@ -183,9 +184,12 @@ RUNTIMES: dict[str, Callable[[Graph], Any]] = {
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("target", RUNTIMES)
 @pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("whole", [True, False])
 def test_every_kind_of_state_gives_what_the_interpreter_gives(
-    name: str, target: str, optimised: bool
+    name: str, target: str, optimised: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not whole:
+        monkeypatch.setattr(problem, "PASSING_BYTES", 0)
     graph = GRAPHS[name]()
     runtime = RUNTIMES[target](optimise(graph) if optimised else graph)
     frames = [noise(2, C, 9, 7, seed=i) for i in range(1 + 5 * len(graph.inputs))]

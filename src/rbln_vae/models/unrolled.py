@@ -169,34 +169,6 @@ class Unrolled:
             single = frames[index] = operation.output
         return single
 
-    def parts(self, path: str, value: Value, size: int) -> list[Value]:
-        """A stack as stacks of so many frames, which divides the number of its frames."""
-        count = self.count(value)
-        if count <= size:
-            return [value]
-        frames, parts = self._frames[value], []
-        for begin in range(0, count, size):
-            known = [frame for frame in frames[begin : begin + size] if frame is not None]
-            if len(known) == size:
-                parts.append(self.stack(path, known))
-                continue
-            name = f"{value}[{begin}:{begin + size}]"
-            self.operations.append(Unstack(name, value, begin // size, count // size))
-            self._frames[name] = [None] * size
-            parts.append(name)
-        return parts
-
-    def in_parts(self, path: str, layer: Layer, size: int) -> Layer:
-        """A layer that takes so many frames after the other."""
-
-        def run(frames: Value) -> Value:
-            made = [layer(part) for part in self.parts(path, frames, size)]
-            return self.stack(
-                path, [self.unstack(v, i) for v in made for i in range(self.count(v))]
-            )
-
-        return run
-
     def last(self, value: Value, count: int) -> list[Value]:
         """The last frames of a value, at most so many."""
         frames = self.count(value)

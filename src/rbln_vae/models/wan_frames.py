@@ -22,12 +22,6 @@ from .unrolled import Layer, Unrolled, chain, reading_cells
 FRAMES_ENCODED = 4
 """Frames that the encoder takes at once after the first, as diffusers does."""
 
-FRAMES_OF_FULL_SIZE = 2
-"""Frames that layers make at once where images have the size of the video.
-
-Four would take a tenth less time, and memory for two more images of such layers.
-"""
-
 TOLERANCE = 1e-4
 """The most by which a graph may differ from the model, relative to the norm of the result."""
 
@@ -111,19 +105,14 @@ class _Network(Unrolled):
 
     def encoder(self) -> Layer:
         encoder, path = self.vae.encoder, "encoder"
-        layers: list[Layer] = [self.causal(f"{path}.conv_in", encoder.conv_in, cells=self.patches)]
-        largest = 0
+        first = self.reading_patches if self.patches else self.gathering
+        layers = [first(f"{path}.conv_in", encoder.conv_in)]
         for index, block in enumerate(encoder.down_blocks):
             layers.append(self.layer(f"{path}.down_blocks.{index}", block))
-            if not largest and hasattr(block, "resample"):
-                largest = len(layers)
         layers += self.middle(f"{path}.mid_block", encoder.mid_block)
         layers.append(self.causal(f"{path}.conv_out", encoder.conv_out, encoder.norm_out, encoder))
         layers.append(self.causal("quant_conv", self.vae.quant_conv))
-        if not largest:
-            return chain(layers)
-        first = self.in_parts("full_size", chain(layers[:largest]), FRAMES_OF_FULL_SIZE)
-        return chain([first, *layers[largest:]])
+        return chain(layers)
 
     def decoder(self) -> Layer:
         decoder, path = self.vae.decoder, "decoder"
@@ -132,20 +121,11 @@ class _Network(Unrolled):
             self.causal(f"{path}.conv_in", decoder.conv_in),
             *self.middle(f"{path}.mid_block", decoder.mid_block),
         ]
-        largest = 0
         for index, block in enumerate(decoder.up_blocks):
             layers += self.up_block(f"{path}.up_blocks.{index}", block)
-            if getattr(block, "upsamplers", None):
-                largest = len(layers) - 1
-        layers.append(
-            self.causal(
-                f"{path}.conv_out", decoder.conv_out, decoder.norm_out, decoder, phases=self.patches
-            )
-        )
-        if not largest:
-            return chain(layers)
-        last = self.in_parts("full_size", chain(layers[largest:]), FRAMES_OF_FULL_SIZE)
-        return chain([*layers[:largest], last])
+        last = self.writing_patches if self.patches else self.adding
+        layers.append(last(f"{path}.conv_out", decoder.conv_out, decoder.norm_out, decoder))
+        return chain(layers)
 
     def middle(self, path: str, block: Any) -> list[Layer]:
         layers = [self.layer(f"{path}.resnets.0", block.resnets[0])]
@@ -172,34 +152,63 @@ class _Network(Unrolled):
 
     # Layers
 
-    def causal(
-        self,
-        path: str,
-        conv: Any,
-        norm: Any = None,
-        activated_by: Any = None,
-        *,
-        cells: bool = False,
-        phases: bool = False,
-    ) -> Layer:
-        """A causal convolution, perhaps after a norm and the activation of a module.
+    def causal(self, path: str, conv: Any, norm: Any = None, activated_by: Any = None) -> Layer:
+        """A causal convolution, perhaps after a norm and the activation of a module."""
+        options = _padding(conv) | self.before(path, norm, activated_by)
+        return self.over_frames(path, conv.weight, conv.bias, **options)
 
-        With `cells` it reads the pixels of the image instead of cells of patches, with
-        `phases` it writes them.
+    def gathering(self, path: str, conv: Any) -> Layer:
+        """A causal convolution of few channels: those of all its frames become one image's.
+
+        A target reads channels in blocks, which so hold all frames instead of one.
         """
-        weight, bias = conv.weight, conv.bias
-        left, _, above, *_ = conv._padding
-        options: dict[str, Any] = {"padding": (above, above, left, left)}
-        if cells:
-            weight = reading_cells(weight, _patches(weight.shape[1]))
-            options = {"padding": (2 * above, 2 * above, 2 * left, 2 * left), "stride": 2}
-        if phases:
-            order = _patches(weight.shape[0]).view(-1, 2, 2).permute(1, 2, 0)
-            weight, bias = weight[order], bias[order]
-            options["upsample"] = True
-        if norm is not None:
-            options |= {"norm": self.norm(f"{path}.norm", norm), "activation": "silu"}
-            _require_silu(path, activated_by)
+        weight = conv.weight
+        outputs, inputs, taps, *_ = weight.shape
+        gather = torch.eye(taps * inputs).view(-1, taps, inputs).transpose(1, 2)
+        gathered = weight.transpose(1, 2).reshape(outputs, taps * inputs, 1, *weight.shape[3:])
+        return chain(
+            [
+                self.over_frames(f"{path}.frames", gather[..., None, None]),
+                self.over_frames(path, gathered, conv.bias, **_padding(conv)),
+            ]
+        )
+
+    def adding(self, path: str, conv: Any, norm: Any, activated_by: Any) -> Layer:
+        """A causal convolution to few channels, after a norm and the activation of a module.
+
+        Each frame is read once, for all those that it has a part in. The parts are added then,
+        and remembered instead of the frame, which has more channels.
+        """
+        weight = conv.weight
+        outputs, inputs, taps, *_ = weight.shape
+        parts = weight.movedim(2, 0).reshape(taps * outputs, inputs, 1, *weight.shape[3:])
+        add = torch.eye(taps * outputs).view(taps, outputs, -1).movedim(0, 2)
+        options = _padding(conv) | self.before(path, norm, activated_by)
+        return chain(
+            [
+                self.over_frames(path, parts, **options),
+                self.over_frames(f"{path}.sum", add[..., None, None], conv.bias),
+            ]
+        )
+
+    def reading_patches(self, path: str, conv: Any) -> Layer:
+        """A causal convolution of 2x2 patches, which reads the pixels where they are."""
+        weight = reading_cells(conv.weight, _patches(conv.weight.shape[1]))
+        padding = tuple(2 * each for each in _padding(conv)["padding"])
+        return self.over_frames(path, weight, conv.bias, padding=padding, stride=2)
+
+    def writing_patches(self, path: str, conv: Any, norm: Any, activated_by: Any) -> Layer:
+        """A causal convolution to 2x2 patches, which writes the pixels where they belong."""
+        order = _patches(conv.weight.shape[0]).view(-1, 2, 2).permute(1, 2, 0)
+        options = _padding(conv) | self.before(path, norm, activated_by)
+        return self.over_frames(
+            path, conv.weight[order], conv.bias[order], upsample=True, **options
+        )
+
+    def over_frames(
+        self, path: str, weight: Tensor, bias: Tensor | None = None, **options: Any
+    ) -> Layer:
+        """A convolution over frames and those before them, which it remembers."""
         if weight.shape[-3] == 1:
             return lambda frames: self.convolution(path, frames, weight, bias, **options)
         past = self.past(path, weight.shape[-3] - 1)
@@ -209,6 +218,13 @@ class _Network(Unrolled):
             return self.convolution(path, frames, weight, bias, earlier=earlier, **options)
 
         return run
+
+    def before(self, path: str, norm: Any, activated_by: Any) -> dict[str, Any]:
+        """What a convolution does while it reads: a norm, and the activation of a module."""
+        if norm is None:
+            return {}
+        _require_silu(path, activated_by)
+        return {"norm": self.norm(f"{path}.norm", norm), "activation": "silu"}
 
     def norm(self, path: str, layer: Any) -> RMSNorm:
         if isinstance(layer.bias, Tensor):
@@ -360,6 +376,11 @@ class _Network(Unrolled):
             return self.add(path, made, self.in_turn(f"{path}.avg_shortcut", copied))
 
         return [run]
+
+
+def _padding(conv: Any) -> dict[str, Any]:
+    left, _, above, *_ = conv._padding
+    return {"padding": (above, above, left, left)}
 
 
 def _patches(channels: int) -> Tensor:

@@ -5,12 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from ..graph.ir import Conv2d, Graph, Modulate, Norm, Operation, Shape, Shuffle, Value
+from ..graph.ir import (
+    Conv2d,
+    Graph,
+    Modulate,
+    Norm,
+    Operation,
+    Shape,
+    Shuffle,
+    Slot,
+    Unstack,
+    Value,
+)
 from .arena import ALIGNMENT
 from .rules import Rules
 from .sweep import Import, Sweep
+
+PASSING_BYTES = 2**28
+"""The size of a stack of frames, in bytes, from which on a sweep makes it, if one can."""
 
 MOST_STRIPS = 128
 """About the most strips of a sweep that rematerialises nothing."""
@@ -103,6 +117,63 @@ class Problem:
         value, begin = list(self.homes.values())[-1]
         size = self.bytes_of(value)
         return begin + -(-size // ALIGNMENT) * ALIGNMENT
+
+    @functools.cached_property
+    def passing(self) -> dict[Value, Value]:
+        """The stacks that are never whole, and for each the value whose sweep makes it.
+
+        They are large, and one sweep reads all of them: so it holds rows of them only, and brings
+        the frames that the run leaves to their places in the state, row by row, once the rows
+        there are no longer read.
+        """
+        found: dict[Value, Value] = {}
+        if not any(slot.read for slot in self.graph.state):
+            return found  # The first run makes single frames, in their places.
+        readers = self.graph.consumers()
+        for maker in reversed(self.graph.operations):
+            value = maker.output
+            if (
+                isinstance(maker, Conv2d)
+                and maker.stride == 1
+                and self.bytes_of(value) >= PASSING_BYTES
+            ):
+                sweeps = {
+                    found.get(reader.output, reader.output)
+                    for reader in readers[value]
+                    if not isinstance(reader, Unstack)
+                }
+                if len(sweeps) == 1 and self._passes(value, readers):
+                    (found[value],) = sweeps
+        return found
+
+    def _passes(self, value: Value, readers: Mapping[Value, Sequence[Operation]]) -> bool:
+        """Whether convolutions alone read a value, and its frames are only left in the state."""
+        frames = [reader.output for reader in readers[value] if isinstance(reader, Unstack)]
+        return (
+            value not in self.norms
+            and value not in self.graph.outputs
+            and value not in self.graph.carried
+            and all(
+                isinstance(reader, Unstack) or (isinstance(reader, Conv2d) and not reader.upsample)
+                for reader in readers[value]
+            )
+            and not any(readers[frame] or frame in self.graph.outputs for frame in frames)
+            and all(
+                self.followed(slot, readers) == value
+                for slot in self.graph.state
+                if slot.left in frames
+            )
+        )
+
+    def followed(self, slot: Slot, readers: Mapping[Value, Sequence[Operation]]) -> Value | None:
+        """The stack that the only reader of a slot reads as the frames after it, row by row."""
+        others = [other for other in self.graph.state if slot.read in (other.read, other.left)]
+        if slot.read is None or others != [slot] or len(readers[slot.read]) != 1:
+            return None
+        (reader,) = readers[slot.read]
+        if not isinstance(reader, Conv2d) or slot.read not in reader.earlier:
+            return None
+        return reader.input if self.heights[reader.output] == self.heights[reader.input] else None
 
     def strip_unit(self, targets: Iterable[Operation]) -> int:
         """The number of which the rows of a strip must be a multiple."""

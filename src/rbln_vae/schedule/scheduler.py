@@ -8,7 +8,7 @@ Strips begin only where the rules allow, so no decision changes a bit of the res
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..graph.ir import (
     Attention,
@@ -19,6 +19,7 @@ from ..graph.ir import (
     Operation,
     Shape,
     Shuffle,
+    Slot,
     Stack,
     Unstack,
     Value,
@@ -90,7 +91,7 @@ class _Scheduler:
         self.rules = problem.rules
         self.shapes, self.heights = problem.shapes, problem.heights
         self.norms = problem.norms
-        self.recomputed = recomputed
+        self.recomputed = recomputed.union(problem.passing)
         self.sketch = sketch
         self.tasks = TaskList(problem, sketch)
         self.images = self.tasks.images
@@ -106,6 +107,9 @@ class _Scheduler:
                 self.stacks[operation.output] = self.stacks.get(source, source)
         self.kept: dict[str, Value | None] = {slot.name: slot.read for slot in self.graph.state}
         """What lies in the place of each slot; `None` if that is free."""
+        self.left: dict[str, int] = {}
+        """How many rows of the frame that a sweep leaves in a slot are there."""
+        self.readers = self.graph.consumers()
 
     def last_needs(self) -> dict[Value, int]:
         """The index of the last operation that needs each value.
@@ -130,7 +134,7 @@ class _Scheduler:
                 self.images[slot.read] = self.tasks.home(slot.name)
         for index, operation in enumerate(graph.operations):
             self.import_images(operation.inputs)
-            if operation.output in self.images:
+            if operation.output in self.images or self.passes(operation):
                 pass  # made in one sweep with another
             elif operation.output in self.recomputed:
                 if operation.output in self.norms:
@@ -187,6 +191,10 @@ class _Scheduler:
             self.tasks.add(Kind.EXPORT, departure, inputs=(self.images[value],), tensor=number)
 
     # State.
+
+    def passes(self, operation: Operation) -> bool:
+        """Whether an operation takes a frame of a stack that is never whole."""
+        return isinstance(operation, Unstack) and operation.input in self.problem.passing
 
     def home_of(self, value: Value) -> View | None:
         """The place in the state for a value that is about to be produced, if it is free."""
@@ -496,6 +504,7 @@ class _Scheduler:
             if isinstance(operation, Conv2d)
         }
         held: dict[Value, Rows] = {}
+        leaving = self.leaving(windows)
 
         def view_of(value: Value, rows: Rows) -> View:
             if value in windows:
@@ -541,7 +550,11 @@ class _Scheduler:
                             sums.get(value),
                             prepared.get(value, {}),
                         )
+                        self.leave(leaving, sweep, operation, rows[1], view_of)
         self.tasks.sweep = 0
+        for slot, _ in itertools.chain.from_iterable(leaving.values()):
+            self.kept[slot.name] = slot.left
+            self.images[slot.left] = self.tasks.home(slot.name)
         if replaced is not None:
             before, both, after = replaced
             before.last = start - 1
@@ -550,6 +563,59 @@ class _Scheduler:
         for target in targets:
             if not isinstance(target, Export):
                 self.tasks.prepare_norms(target, sums.get(target.output))
+
+    def leaving(self, windows: Iterable[Value]) -> dict[Value, list[tuple[Slot, Unstack]]]:
+        """What a sweep brings to the state after each operation: those that read what was there.
+
+        Args:
+            windows: The values that the sweep holds in part.
+        """
+        found: dict[Value, list[tuple[Slot, Unstack]]] = {}
+        for slot in self.graph.state:
+            if slot.left in self.stacks and self.stacks[slot.left] in windows:
+                assert slot.read is not None
+                (reader,) = self.readers[slot.read]
+                taken = self.graph.operations[self.problem.positions[slot.left]]
+                assert isinstance(taken, Unstack)
+                found.setdefault(reader.output, []).append((slot, taken))
+        return found
+
+    def leave(
+        self,
+        leaving: Mapping[Value, Sequence[tuple[Slot, Unstack]]],
+        sweep: Sweep,
+        reader: Operation,
+        end: int,
+        view_of: Callable[[Value, Rows], View],
+    ) -> None:
+        """Bring rows of frames to the state that an operation no longer reads there.
+
+        Args:
+            leaving: The result of `leaving`.
+            sweep: The sweep.
+            reader: The operation; it has made its rows before `end`.
+            end: Its next row.
+            view_of: Returns rows of a value that the sweep holds.
+        """
+        for slot, taken in leaving.get(reader.output, ()):
+            begin, height = self.left.get(slot.name, 0), self.heights[slot.left]
+            until = height
+            if end < height:
+                (until,) = {
+                    rows[0]
+                    for value, rows in sweep.read(reader, (end, end + 1))
+                    if value == slot.read
+                }
+            if until > begin:
+                source = view_of(taken.input, (begin, until))
+                self.tasks.add(
+                    Kind.COPY,
+                    Identity(slot.left, slot.left),
+                    rows=(begin, until),
+                    inputs=(source.beginning_at(taken.index * self.shapes[slot.left][0]),),
+                    output=self.tasks.home(slot.name).rows(begin, until),
+                )
+                self.left[slot.name] = until
 
     def overwritten(self, sweep: Sweep) -> View | None:
         """The image of a value that the only target of a sweep may overwrite, if any."""

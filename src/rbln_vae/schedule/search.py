@@ -139,7 +139,8 @@ class _Choices:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.graph = graph = problem.graph
-        self.candidates = droppable(graph)
+        passing = problem.passing
+        self.candidates = droppable(graph).difference(passing, passing.values())
         self.shuffled = self.candidates.intersection(
             operation.output for operation in graph.operations if isinstance(operation, Shuffle)
         )

@@ -21,7 +21,7 @@ class TorchTarget(GraphTarget):
 
     any_device = True
     # Goes up with every change of bits: of chunks, of how they are summed, of the calls.
-    arithmetic = 2
+    arithmetic = 3
 
     def compile(self, graph: Graph, options: CompileOptions) -> Artifact:
         dtype = options.dtype or self.best_dtype()
