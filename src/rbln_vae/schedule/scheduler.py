@@ -8,7 +8,7 @@ Strips begin only where the rules allow, so no decision changes a bit of the res
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from ..graph.ir import (
     Attention,
@@ -17,9 +17,7 @@ from ..graph.ir import (
     Identity,
     Modulate,
     Operation,
-    Shape,
     Shuffle,
-    Slot,
     Stack,
     Unstack,
     Value,
@@ -27,6 +25,7 @@ from ..graph.ir import (
 from .arena import ALIGNMENT, Buffer, Place, View, lay_out
 from .problem import Problem
 from .schedule import Kind, Schedule
+from .state import State
 from .sweep import SWEPT, Export, Import, Rows, Sweep
 from .tasks import TaskList
 
@@ -98,18 +97,13 @@ class _Scheduler:
         self.sweeps = 0
         self.needed_until = self.last_needs()
         self.carried = self.graph.carried
-        self.series = _series(self.graph, self.shapes)
         self.stacks: dict[Value, Value] = {}
         """The stack of each frame that lies in one, or of each part of it."""
         for operation in self.graph.operations:
             if isinstance(operation, Unstack):
                 source = operation.input
                 self.stacks[operation.output] = self.stacks.get(source, source)
-        self.kept: dict[str, Value | None] = {slot.name: slot.read for slot in self.graph.state}
-        """What lies in the place of each slot; `None` if that is free."""
-        self.left: dict[str, int] = {}
-        """How many rows of the frame that a sweep leaves in a slot are there."""
-        self.readers = self.graph.consumers()
+        self.state = State(problem, self.tasks, self.needed_until)
 
     def last_needs(self) -> dict[Value, int]:
         """The index of the last operation that needs each value.
@@ -129,12 +123,11 @@ class _Scheduler:
 
     def schedule(self) -> Schedule:
         graph = self.graph
-        for slot in graph.state:
-            if slot.read is not None:
-                self.images[slot.read] = self.tasks.home(slot.name)
         for index, operation in enumerate(graph.operations):
             self.import_images(operation.inputs)
-            if operation.output in self.images or self.passes(operation):
+            if operation.output in self.images or (
+                isinstance(operation, Unstack) and operation.input in self.problem.passing
+            ):
                 pass  # made in one sweep with another
             elif operation.output in self.recomputed:
                 if operation.output in self.norms:
@@ -146,11 +139,11 @@ class _Scheduler:
             else:
                 self.compute_whole(index, operation)
             self.export_image(operation.output)
-            self.keep(index)
+            self.state.fill(index)
         self.import_images((*graph.outputs, *(slot.left for slot in graph.state)))
         for value in graph.inputs:
             self.export_image(value)
-        self.keep_the_rest()
+        self.state.fill_all()
         arena = lay_out(self.tasks.buffers, self.tasks.times())
         self.tasks.place_state(arena)
         return Schedule(
@@ -175,7 +168,7 @@ class _Scheduler:
                 and value not in self.recomputed
             ):
                 arrival, number = Import(value), self.graph.inputs.index(value)
-                image = self.tasks.image(value, self.home_of(value))
+                image = self.tasks.image(value, self.state.take(value))
                 self.tasks.add(Kind.IMPORT, arrival, output=image, tensor=number)
                 self.tasks.prepare_norms(arrival, None)
 
@@ -189,86 +182,6 @@ class _Scheduler:
         else:
             number = self.graph.outputs.index(value)
             self.tasks.add(Kind.EXPORT, departure, inputs=(self.images[value],), tensor=number)
-
-    # State.
-
-    def passes(self, operation: Operation) -> bool:
-        """Whether an operation takes a frame of a stack that is never whole."""
-        return isinstance(operation, Unstack) and operation.input in self.problem.passing
-
-    def home_of(self, value: Value) -> View | None:
-        """The place in the state for a value that is about to be produced, if it is free."""
-        for slot in self.graph.state:
-            if slot.left == value and not slot.zeros and self.kept[slot.name] is None:
-                self.kept[slot.name] = value
-                return self.tasks.home(slot.name)
-        return None
-
-    def keep(self, index: int) -> bool:
-        """Fill the places of the state that are free after an operation.
-
-        A place is for the value that the run leaves in it. Until that is there, it holds another
-        frame that the same layer still needs, which else would take memory of the arena.
-
-        Returns:
-            Whether anything changed.
-        """
-        changed = False
-        for slot in self.graph.state:
-            kept, left = self.kept[slot.name], None if slot.zeros else slot.left
-            if kept is not None and kept != left and self.needed_until.get(kept, -1) <= index:
-                kept = self.kept[slot.name] = None
-                changed = True
-            if kept is None and left is not None:
-                value = left if left in self.images else self.waiting(left, index)
-                if value is not None:
-                    self.move(value, slot.name)
-                    changed = True
-        return changed and (self.keep(index) or True)
-
-    def waiting(self, left: Value, index: int) -> Value | None:
-        """A frame that is needed after an operation and lies in the arena.
-
-        It belongs to the same layer as a value that will be left.
-        """
-        for value, image in self.images.items():
-            if (
-                self.series.get(value) == self.series.get(left, left)
-                and self.needed_until.get(value, -1) > index
-                and not self.tasks.is_home(image)
-            ):
-                return value
-        return None
-
-    def move(self, value: Value, slot: str) -> None:
-        """Copy a value to the place of a slot, where it is read from then on."""
-        before = self.images[value]
-        for other in self.graph.state:
-            if self.kept[other.name] == value and (other.zeros or other.left != value):
-                self.kept[other.name] = None
-        self.kept[slot] = value
-        self.images[value] = after = self.tasks.home(slot)
-        self.tasks.add(Kind.COPY, Identity(value, value), inputs=(before,), output=after)
-
-    def keep_the_rest(self) -> None:
-        """Bring everything that the run leaves to its place."""
-        end = len(self.graph.operations)
-        while True:
-            self.keep(end)
-            wrong = [
-                slot
-                for slot in self.graph.state
-                if not slot.zeros and self.kept[slot.name] != slot.left
-            ]
-            if not wrong:
-                return
-            # Values that are in each other's places: one of them makes room.
-            value = self.kept[wrong[0].name]
-            assert value is not None
-            before = self.images[value]
-            self.kept[wrong[0].name] = None
-            after = self.tasks.image(value)
-            self.tasks.add(Kind.COPY, Identity(value, value), inputs=(before,), output=after)
 
     # Places of values.
 
@@ -337,7 +250,7 @@ class _Scheduler:
             over = self.replaceable(index, added, operation.input, *operation.earlier)
             if over is None and self.rules.runs_in_place(operation):
                 over = self.replaceable(index, operation.input)
-            over = self.home_of(value) or over or self.vacant(index, value)
+            over = self.state.take(value) or over or self.vacant(index, value)
             target = self.tasks.image(value, over)
             sums = self.tasks.sums(operation)
             prepared = self.tasks.prepare(operation)
@@ -351,7 +264,7 @@ class _Scheduler:
             over = self.replaceable(index, added, *operation.inputs[:-1])
             if isinstance(operation, Modulate):
                 over = self.replaceable(index, operation.input, *operation.inputs[1:])
-            over = self.home_of(value) or over or self.vacant(index, value)
+            over = self.state.take(value) or over or self.vacant(index, value)
             target = self.tasks.image(value, over)
         self.tasks.compute(operation, (0, self.heights[value]), 0, inputs, target, sums, prepared)
         self.tasks.prepare_norms(operation, sums)
@@ -458,7 +371,7 @@ class _Scheduler:
         values = [each.output for each in sweep.targets]
         if not others:
             index = self.problem.positions[target.output]
-            over = self.home_of(target.output)
+            over = self.state.take(target.output)
             over = over or self.overwritten(sweep) or self.vacant(index, target.output)
             if over is not None:
                 self.tasks.image(target.output, over)
@@ -504,7 +417,7 @@ class _Scheduler:
             if isinstance(operation, Conv2d)
         }
         held: dict[Value, Rows] = {}
-        leaving = self.leaving(windows)
+        filling = self.state.filling(sweep)
 
         def view_of(value: Value, rows: Rows) -> View:
             if value in windows:
@@ -550,11 +463,9 @@ class _Scheduler:
                             sums.get(value),
                             prepared.get(value, {}),
                         )
-                        self.leave(leaving, sweep, operation, rows[1], view_of)
+                        filling.after(operation, rows[1], view_of)
         self.tasks.sweep = 0
-        for slot, _ in itertools.chain.from_iterable(leaving.values()):
-            self.kept[slot.name] = slot.left
-            self.images[slot.left] = self.tasks.home(slot.name)
+        filling.end()
         if replaced is not None:
             before, both, after = replaced
             before.last = start - 1
@@ -563,59 +474,6 @@ class _Scheduler:
         for target in targets:
             if not isinstance(target, Export):
                 self.tasks.prepare_norms(target, sums.get(target.output))
-
-    def leaving(self, windows: Iterable[Value]) -> dict[Value, list[tuple[Slot, Unstack]]]:
-        """What a sweep brings to the state after each operation: those that read what was there.
-
-        Args:
-            windows: The values that the sweep holds in part.
-        """
-        found: dict[Value, list[tuple[Slot, Unstack]]] = {}
-        for slot in self.graph.state:
-            if slot.left in self.stacks and self.stacks[slot.left] in windows:
-                assert slot.read is not None
-                (reader,) = self.readers[slot.read]
-                taken = self.graph.operations[self.problem.positions[slot.left]]
-                assert isinstance(taken, Unstack)
-                found.setdefault(reader.output, []).append((slot, taken))
-        return found
-
-    def leave(
-        self,
-        leaving: Mapping[Value, Sequence[tuple[Slot, Unstack]]],
-        sweep: Sweep,
-        reader: Operation,
-        end: int,
-        view_of: Callable[[Value, Rows], View],
-    ) -> None:
-        """Bring rows of frames to the state that an operation no longer reads there.
-
-        Args:
-            leaving: The result of `leaving`.
-            sweep: The sweep.
-            reader: The operation; it has made its rows before `end`.
-            end: Its next row.
-            view_of: Returns rows of a value that the sweep holds.
-        """
-        for slot, taken in leaving.get(reader.output, ()):
-            begin, height = self.left.get(slot.name, 0), self.heights[slot.left]
-            until = height
-            if end < height:
-                (until,) = {
-                    rows[0]
-                    for value, rows in sweep.read(reader, (end, end + 1))
-                    if value == slot.read
-                }
-            if until > begin:
-                source = view_of(taken.input, (begin, until))
-                self.tasks.add(
-                    Kind.COPY,
-                    Identity(slot.left, slot.left),
-                    rows=(begin, until),
-                    inputs=(source.beginning_at(taken.index * self.shapes[slot.left][0]),),
-                    output=self.tasks.home(slot.name).rows(begin, until),
-                )
-                self.left[slot.name] = until
 
     def overwritten(self, sweep: Sweep) -> View | None:
         """The image of a value that the only target of a sweep may overwrite, if any."""
@@ -636,21 +494,3 @@ class _Scheduler:
             ):
                 return image
         return None
-
-
-def _series(graph: Graph, shapes: Mapping[Value, Shape]) -> dict[Value, Value]:
-    """For each frame that a convolution over frames reads, one that stands for all of its layer."""
-    found: dict[Value, Value] = {}
-    single: dict[Value, list[Value]] = {}
-    for operation in graph.operations:
-        if isinstance(operation, Unstack):
-            single.setdefault(operation.input, []).append(operation.output)
-        if isinstance(operation, Conv2d) and operation.earlier:
-            before, last = operation.earlier, operation.input
-            now = [last] if shapes[last] == shapes[before[0]] else single.get(last, [])
-            frames = (*before, *now)
-            known = {found.get(frame, frame) for frame in frames}
-            one = found.get(frames[0], frames[0])
-            found |= dict.fromkeys(frames, one)
-            found |= {frame: one for frame, other in found.items() if other in known}
-    return found
