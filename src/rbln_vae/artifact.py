@@ -24,6 +24,7 @@ from .config import DTYPES
 from .errors import RBLNArtifactError
 from .files import atomic_path
 from .graph.ir import Graph, GraphError
+from .graph.stored import restore, store
 from .version import __version__
 
 FORMAT = "rbln_vae"
@@ -94,7 +95,7 @@ class Artifact:
             "target": self.target,
             "dtype": self.dtype,
             "source": dict(self.source),
-            "graphs": [each.to_dict() for each in self._graphs],
+            "graphs": [store(each) for each in self._graphs],
             "shapes": self._shapes_of_packed_weights(),
         }
         weights = _in_order(self.graph.all_weights if self.packed is None else self.packed)
@@ -189,7 +190,7 @@ def read_artifact(path: Path) -> Artifact:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         shapes = description["shapes"]
         weights = tensors if shapes is None else _of_shapes(shapes)
-        graph = Graph.from_dicts(description["graphs"], weights)
+        graph = restore(description["graphs"], weights)
         texts = {name: description[name] for name in ("target", "dtype", "library_version")}
         source = description["source"]
         if not all(isinstance(text, str) for text in texts.values()):

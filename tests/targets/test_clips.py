@@ -12,6 +12,7 @@ from vaes import TOLERANCE, noise
 
 from rbln_vae import _engine
 from rbln_vae.graph.ir import Conv2d, Graph, GroupNorm, Modulate, Norm
+from rbln_vae.graph.stored import restore, store
 from rbln_vae.metrics import relative_l2
 from rbln_vae.schedule.search import Search
 from rbln_vae.targets.base import RuntimeOptions
@@ -155,6 +156,6 @@ def test_only_a_graph_that_mixes_frames_runs_clips() -> None:
 @pytest.mark.parametrize("frames", [1, 4])
 def test_a_clip_is_stored_and_rebuilt(frames: int) -> None:
     graph, clip = block(), noise(frames, 3, 8, 6)
-    again = Graph.from_dicts([graph.to_dict()], graph.weights)
+    again = restore([store(graph)], graph.weights)
     assert again == dataclasses.replace(graph, weights=again.weights)
     assert torch.equal(evaluate(again, clip), evaluate(graph, clip))

@@ -27,6 +27,7 @@ from rbln_vae.graph.ir import (
     Unstack,
 )
 from rbln_vae.graph.passes import optimise
+from rbln_vae.graph.stored import restore, store
 from rbln_vae.metrics import relative_l2
 from rbln_vae.schedule import problem
 from rbln_vae.targets.base import RuntimeOptions
@@ -222,9 +223,9 @@ def test_stacked_frames_are_those_made_one_by_one(frames: int, target: str) -> N
 def test_graphs_of_videos_are_stored_and_rebuilt(name: str) -> None:
     graph = GRAPHS[name]()
     assert graph.first is not None
-    stored = [graph.first.to_dict(), graph.to_dict()]
-    again = Graph.from_dicts(stored, graph.all_weights)
-    assert [again.start.to_dict(), again.to_dict()] == stored
+    stored = [store(graph.first), store(graph)]
+    again = restore(stored, graph.all_weights)
+    assert [store(again.start), store(again)] == stored
 
 
 def test_the_memory_of_a_stream_is_its_state_its_arena_and_its_frames() -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -42,19 +41,20 @@ class GraphError(ValueError):
     """A graph that breaks a rule of the representation."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a `GraphError` with a message unless a condition holds."""
     if not condition:
         raise GraphError(message)
 
 
 def _require_weight(weights: Weights, name: str, shape: Shape) -> None:
-    _require(name in weights, f"weight {name!r} is missing")
+    require(name in weights, f"weight {name!r} is missing")
     found = tuple(weights[name].shape)
-    _require(found == shape, f"weight {name!r} has shape {found}, its operation needs {shape}")
+    require(found == shape, f"weight {name!r} has shape {found}, its operation needs {shape}")
 
 
 def _require_activation(function: str) -> None:
-    _require(function in ACTIVATIONS, f"unknown activation {function!r}")
+    require(function in ACTIVATIONS, f"unknown activation {function!r}")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Norm:
     over_clip: bool = False
 
     def check(self, channels: int, weights: Weights) -> None:
-        _require(
+        require(
             self.groups > 0 and channels % self.groups == 0,
             f"{channels} channels don't make {self.groups} groups",
         )
-        _require(0 <= self.eps < math.inf, f"a norm with eps {self.eps}")
+        require(0 <= self.eps < math.inf, f"a norm with eps {self.eps}")
         _require_weight(weights, self.weight, (channels,))
         _require_weight(weights, self.bias, (channels,))
 
@@ -96,7 +96,7 @@ class RMSNorm:
     weight: str = field(metadata=_WEIGHT)
 
     def check(self, channels: int, weights: Weights) -> None:
-        _require(0 < self.eps < math.inf, f"an RMS norm with eps {self.eps}")
+        require(0 < self.eps < math.inf, f"an RMS norm with eps {self.eps}")
         _require_weight(weights, self.weight, (channels,))
 
     def __str__(self) -> str:
@@ -202,13 +202,13 @@ class Conv2d(Operation):
 
     def kernel(self, weights: Weights) -> Shape:
         """The shape `(out, in, height, width)` of one kernel, with the channels of all frames."""
-        _require(self.weight in weights, f"weight {self.weight!r} is missing")
+        require(self.weight in weights, f"weight {self.weight!r} is missing")
         shape = tuple(weights[self.weight].shape)
-        _require(0 not in shape, f"weight {self.weight!r} has shape {shape}, which is empty")
+        require(0 not in shape, f"weight {self.weight!r} has shape {shape}, which is empty")
         if not self.upsample:
-            _require(len(shape) == 4, f"weight {self.weight!r} has shape {shape}, not four axes")
+            require(len(shape) == 4, f"weight {self.weight!r} has shape {shape}, not four axes")
             return shape
-        _require(
+        require(
             len(shape) in (4, 6) and shape[:-4] in ((), (2, 2)) and shape[-2:] == (3, 3),
             f"weight {self.weight!r} has shape {shape}, not one kernel of 3x3 or 2x2 of them",
         )
@@ -226,24 +226,24 @@ class Conv2d(Operation):
         batch, channels, height, width = shapes[self.input]
         out, into, rows, columns = self.kernel(weights)
         of_frames = "" if self.frames == 1 else f" of {self.frames} frames"
-        _require(
+        require(
             self.left_out >= 0 and into == channels * self.frames,
             f"{channels} channels{of_frames} meet a kernel for {into}",
         )
         for value in self.earlier:
             found = shapes[value]
-            _require(
+            require(
                 found[1:] == shapes[self.input][1:]
                 and found == shapes[self.earlier[0]]
                 and batch % found[0] == 0
                 and (batch == found[0] or not self.left_out),
                 f"frames {found} and {shapes[self.input]}",
             )
-        _require(
+        require(
             not self.earlier or not self.group_norm,
             "a group norm has the statistics of one frame, and meets several",
         )
-        _require(
+        require(
             not self.over_clip or not (self.earlier or self.left_out or self.upsample),
             "a convolution over a clip reads frames of other inputs, or doubles the image",
         )
@@ -255,11 +255,11 @@ class Conv2d(Operation):
         for function in (self.activation, self.output_activation):
             if function is not None:
                 _require_activation(function)
-        _require(self.stride >= 1, f"stride {self.stride}")
-        _require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
+        require(self.stride >= 1, f"stride {self.stride}")
+        require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
         result: Shape
         if self.upsample:
-            _require(
+            require(
                 self.stride == 1 and self.padding == (1, 1, 1, 1),
                 "a convolution with upsampling needs stride 1 and padding 1",
             )
@@ -268,14 +268,14 @@ class Conv2d(Operation):
             above, below, left, right = self.padding
             tall = (height + above + below - rows) // self.stride + 1
             wide = (width + left + right - columns) // self.stride + 1
-            _require(
+            require(
                 tall > 0 and wide > 0,
                 f"{height}x{width} is too small for a {rows}x{columns} kernel",
             )
             result = (batch, out, tall, wide)
         if self.residual is not None:
             found = shapes[self.residual]
-            _require(found == result, f"residual {self.residual!r} is {found}, not {result}")
+            require(found == result, f"residual {self.residual!r} is {found}, not {result}")
         return result
 
     def flops(self, shapes: Shapes, weights: Weights) -> int:
@@ -354,7 +354,7 @@ class Add(Operation):
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         left, right = shapes[self.left], shapes[self.right]
-        _require(left == right, f"{left} and {right} can't be added")
+        require(left == right, f"{left} and {right} can't be added")
         return left
 
 
@@ -368,7 +368,7 @@ class Scale(Operation):
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         for number in (self.factor, self.offset):
-            _require(math.isfinite(number), f"a factor or offset {number}")
+            require(math.isfinite(number), f"a factor or offset {number}")
         return shapes[self.input]
 
     def __str__(self) -> str:
@@ -392,13 +392,13 @@ class Modulate(Operation):
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         shape, scale = shapes[self.input], shapes[self.scale]
         factor = shape[2] // scale[2]
-        _require(
+        require(
             shape == (*scale[:2], scale[2] * factor, scale[3] * factor),
             f"{shape} can't be multiplied by {scale}, which is smaller by no whole factor",
         )
         if self.shift is not None:
             shift = shapes[self.shift]
-            _require(shift == scale, f"scale {scale} and shift {shift} differ")
+            require(shift == scale, f"scale {scale} and shift {shift} differ")
         if self.norm is not None:
             self.norm.check(shape[1], weights)
         return shape
@@ -447,19 +447,19 @@ class Shuffle(Operation):
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         batch, channels, height, width = shapes[self.input]
-        _require(self.way in ("channels", "up", "down"), f"a shuffle {self.way!r}")
+        require(self.way in ("channels", "up", "down"), f"a shuffle {self.way!r}")
         if self.way == "down":
-            _require(
+            require(
                 height % 2 == width % 2 == 0, f"{height}x{width} pixels don't make cells of 2x2"
             )
             channels, height, width = 4 * channels, height // 2, width // 2
-        _require(
+        require(
             bool(self.order) and min(self.order) >= 0 and max(self.order) < channels,
             f"a shuffle takes channels that are not among {channels}",
         )
         if self.way != "up":
             return (batch, len(self.order), height, width)
-        _require(len(self.order) % 4 == 0, f"{len(self.order)} channels don't make cells of 2x2")
+        require(len(self.order) % 4 == 0, f"{len(self.order)} channels don't make cells of 2x2")
         return (batch, len(self.order) // 4, 2 * height, 2 * width)
 
     def __str__(self) -> str:
@@ -475,7 +475,7 @@ class Pad(Operation):
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         batch, channels, height, width = shapes[self.input]
-        _require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
+        require(len(self.padding) == 4 and min(self.padding) >= 0, f"padding {self.padding}")
         above, below, left, right = self.padding
         return (batch, channels, height + above + below, width + left + right)
 
@@ -500,16 +500,16 @@ class Attention(Operation):
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         query, key, value = (shapes[v] for v in (self.query, self.key, self.value))
-        _require(math.isfinite(self.scale), f"attention with scale {self.scale}")
-        _require(query == key, f"query {query} and key {key} differ")
-        _require(query[0] == value[0] and query[2:] == value[2:], f"{query} meets value {value}")
-        _require(
+        require(math.isfinite(self.scale), f"attention with scale {self.scale}")
+        require(query == key, f"query {query} and key {key} differ")
+        require(query[0] == value[0] and query[2:] == value[2:], f"{query} meets value {value}")
+        require(
             self.heads > 0 and query[1] % self.heads == value[1] % self.heads == 0,
             f"{query[1]} and {value[1]} channels don't make {self.heads} heads",
         )
         if self.residual is not None:
             found = shapes[self.residual]
-            _require(found == value, f"residual {self.residual!r} is {found}, not {value}")
+            require(found == value, f"residual {self.residual!r} is {found}, not {value}")
         return value
 
     def flops(self, shapes: Shapes, weights: Weights) -> int:
@@ -524,9 +524,9 @@ class Stack(Operation):
     frames: tuple[Value, ...] = field(metadata=_VALUE)
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
-        _require(len(self.frames) > 1, f"a stack of {len(self.frames)} frames")
+        require(len(self.frames) > 1, f"a stack of {len(self.frames)} frames")
         found = {shapes[frame] for frame in self.frames}
-        _require(len(found) == 1, f"a stack of frames of the shapes {sorted(found)}")
+        require(len(found) == 1, f"a stack of frames of the shapes {sorted(found)}")
         batch, *image = found.pop()
         return (batch * len(self.frames), *image)
 
@@ -541,7 +541,7 @@ class Unstack(Operation):
 
     def infer(self, shapes: Shapes, weights: Weights) -> Shape:
         batch, *image = shapes[self.input]
-        _require(
+        require(
             0 <= self.index < self.count and batch % self.count == 0,
             f"frame {self.index} of {self.count} in a batch of {batch} images",
         )
@@ -660,7 +660,7 @@ class Graph:
             GraphError: An operation does not fit its inputs; the message names it.
         """
         shape = tuple(input_shape)
-        _require(
+        require(
             len(shape) == 4 and shape[1] == self.input_channels and min(shape) > 0,
             f"the input has shape {shape}, expected (N, {self.input_channels}, H, W)",
         )
@@ -675,7 +675,7 @@ class Graph:
             except GraphError as error:
                 raise GraphError(f"{operation.kind} {operation.output!r}: {error}") from None
         for slot in self.state if self.first is not None else ():
-            _require(
+            require(
                 slot.read is not None and shapes[slot.left] == shapes[slot.read],
                 f"the state {slot.name!r} changes its shape",
             )
@@ -743,26 +743,26 @@ class Graph:
                 a weight is missing, unused or of the wrong shape; shapes do not fit; or the
                 state is not that of the graph of the first run.
         """
-        _require(self.input_channels > 0, f"an input of {self.input_channels} channels")
+        require(self.input_channels > 0, f"an input of {self.input_channels} channels")
         self._verify_state()
         made = {*self.given}
         read = {*self.outputs, *(slot.left for slot in self.state)}
         for operation in self.operations:
             for value in operation.inputs:
-                _require(value in made, f"{operation.kind} reads {value!r} before it is made")
-            _require(operation.output not in made, f"{operation.output!r} is made twice")
+                require(value in made, f"{operation.kind} reads {value!r} before it is made")
+            require(operation.output not in made, f"{operation.output!r} is made twice")
             made.add(operation.output)
             read.update(operation.inputs)
         for value in (*self.outputs, *(slot.left for slot in self.state)):
-            _require(value in made, f"the output {value!r} is never made")
-        _require(made - read <= {*self.given}, f"made for nothing: {sorted(made - read)}")
+            require(value in made, f"the output {value!r} is never made")
+        require(made - read <= {*self.given}, f"made for nothing: {sorted(made - read)}")
         used = {name for operation in self.operations for name in operation.weights}
         unused = sorted(self.weights.keys() - used)
-        _require(not unused, f"weights that no operation uses: {unused}")
+        require(not unused, f"weights that no operation uses: {unused}")
         shapes = self.probe_shapes()
         for value in (*self.outputs, *(slot.left for slot in self.state)):
             found = shapes[value][0]
-            _require(
+            require(
                 found == PROBE_SHAPE[0],
                 f"{value!r} has a batch of {found} images, the input one of {PROBE_SHAPE[0]}: what "
                 "a run gives or leaves isn't a stack",
@@ -775,26 +775,26 @@ class Graph:
             ("outputs", self.outputs),
             ("slots", [slot.name for slot in self.state]),
         ):
-            _require(len({*names}) == len(names), f"{kind} of the same name: {names}")
-        _require(bool(self.inputs and self.outputs), "no inputs or no outputs")
+            require(len({*names}) == len(names), f"{kind} of the same name: {names}")
+        require(bool(self.inputs and self.outputs), "no inputs or no outputs")
         if self.first is None:
             read = [slot.name for slot in self.state if slot.read is not None]
-            _require(not read, f"a first run reads the state {read}")
+            require(not read, f"a first run reads the state {read}")
             return
-        _require(self.first.first is None, "the graph of a first run has another one")
-        _require(
+        require(self.first.first is None, "the graph of a first run has another one")
+        require(
             (self.name, self.input_channels) == (self.first.name, self.first.input_channels)
             and len(self.first.inputs) == len(self.first.outputs) == 1,
             "the graph of the first run maps an image to an image of the same part",
         )
         names = [slot.name for slot in self.state]
         before = [slot.name for slot in self.first.state]
-        _require(bool(names) and names == before, f"the state {names} follows {before}")
+        require(bool(names) and names == before, f"the state {names} follows {before}")
         unread = [slot.name for slot in self.state if slot.read is None or slot.zeros]
-        _require(not unread, f"state that is not read, or left as zeros: {unread}")
+        require(not unread, f"state that is not read, or left as zeros: {unread}")
         self.first.verify()
         for name in self.weights.keys() & self.first.weights.keys():
-            _require(
+            require(
                 self.weights[name].shape == self.first.weights[name].shape,
                 f"both runs have a weight {name!r}, of different shapes",
             )
@@ -809,67 +809,6 @@ class Graph:
         """The operations of both graphs of a part."""
         return self.operations if self.first is None else self.first.operations + self.operations
 
-    def to_dict(self) -> dict[str, Any]:
-        """The graph without its weights, as JSON values in the format of docs/artifact.md.
-
-        The graph of the first run is not included.
-        """
-        return {
-            "name": self.name,
-            "inputs": [{"name": name, "channels": self.input_channels} for name in self.inputs],
-            "outputs": list(self.outputs),
-            "state": [dataclasses.asdict(slot) for slot in self.state],
-            "operations": [
-                {"kind": operation.kind, **dataclasses.asdict(operation, dict_factory=_json_object)}
-                for operation in self.operations
-            ],
-        }
-
-    @classmethod
-    def from_dicts(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
-        """Rebuild and verify the graphs of a part.
-
-        Args:
-            stored: The results of `to_dict` in the order of runs, one or two in a list; any
-                other JSON value raises.
-            weights: The weights that the graphs name.
-
-        Returns:
-            The last graph, with the one before as its `first`.
-
-        Raises:
-            GraphError: `stored` is not the graphs of a part, or does not fit the weights.
-        """
-        _require(isinstance(stored, list) and len(stored) in (1, 2), "a part has one or two graphs")
-        try:
-            graphs = [cls._rebuilt(item, weights) for item in stored]
-        except RecursionError:  # in a message that shows deeply nested brackets
-            raise GraphError("brackets are nested too deeply") from None
-        unused = sorted(weights.keys() - {name for each in graphs for name in each.weights})
-        _require(not unused, f"weights that no operation uses: {unused}")
-        first = graphs[0] if len(graphs) == 2 else None
-        single = len(graphs[-1].inputs) == len(graphs[-1].outputs) == 1 and not graphs[-1].state
-        _require(first is not None or single, "a single graph maps an image to an image")
-        return dataclasses.replace(graphs[-1], first=first).verify()
-
-    @classmethod
-    def _rebuilt(cls, stored: Any, weights: Mapping[str, torch.Tensor]) -> Graph:
-        """A graph with its own weights, not verified."""
-        graph: _StoredGraph = _build(_StoredGraph, stored)
-        channels = {each.channels for each in graph.inputs}
-        _require(len(channels) == 1, f"inputs of {sorted(channels)} channels")
-        operations = tuple(_operation(item) for item in graph.operations)
-        used = {name for operation in operations for name in operation.weights}
-        return cls(
-            graph.name,
-            tuple(each.name for each in graph.inputs),
-            channels.pop(),
-            graph.outputs,
-            operations,
-            {name: weights[name] for name in used if name in weights},
-            graph.state,
-        )
-
     def __str__(self) -> str:
         given = ", ".join(f"%{value}" for value in self.given)
         lines = [f"graph {self.name}({given}: {self.input_channels} channels)"]
@@ -880,82 +819,3 @@ class Graph:
         ]
         lines.append(f"  return {', '.join(f'%{value}' for value in self.outputs)}")
         return "\n".join(([] if self.first is None else [str(self.first), ""]) + lines)
-
-
-@dataclass(frozen=True)
-class _StoredInput:
-    name: Value
-    channels: int
-
-
-@dataclass(frozen=True)
-class _StoredGraph:
-    """The fields of a graph in a file."""
-
-    name: str
-    inputs: tuple[_StoredInput, ...]
-    outputs: tuple[Value, ...]
-    state: tuple[Slot, ...]
-    operations: tuple[Any, ...]
-
-
-def _json_object(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of a dataclass, with tuples as lists, as in JSON."""
-    return {name: list(item) if isinstance(item, tuple) else item for name, item in fields}
-
-
-def _operation(stored: Any) -> Operation:
-    _require(isinstance(stored, dict), f"an operation isn't an object: {stored!r}")
-    fields = dict(stored)
-    kind = fields.pop("kind", None)
-    _require(isinstance(kind, str) and kind in OPERATIONS, f"unknown operation {kind!r}")
-    return typing.cast(Operation, _build(OPERATIONS[kind], fields))
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-def _build(cls: type[Any], stored: Any) -> Any:
-    """A dataclass from JSON; each field is checked against its type."""
-    _require(isinstance(stored, dict), f"{stored!r} for a {cls.__name__}, expected an object")
-    hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable
-    names = {f.name for f in dataclasses.fields(cls)}
-    _require(
-        stored.keys() == names,
-        f"{cls.__name__} has the fields {sorted(names)}, found {sorted(stored)}",
-    )
-    return cls(**{name: _decode(hints[name], stored[name], name) for name in names})
-
-
-def _alternative(hint: Any, item: Any) -> Any:
-    """The type of a union that an item can have: the one with its fields, if there are several."""
-    types_of = [each for each in typing.get_args(hint) if each is not type(None)]
-    for each in types_of[1:]:
-        if isinstance(item, dict) and item.keys() == {f.name for f in dataclasses.fields(each)}:
-            return each
-    return types_of[0]
-
-
-def _decode(hint: Any, item: Any, name: str) -> Any:
-    if typing.get_origin(hint) is types.UnionType:
-        if item is None:
-            return None
-        return _decode(_alternative(hint, item), item, name)
-    if hint is Any:
-        return item
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        _require(isinstance(item, dict), f"{name} is {item!r}, expected an object")
-        return _build(hint, item)
-    if typing.get_origin(hint) is tuple and isinstance(item, list):
-        element = typing.get_args(hint)[0]
-        return tuple(_decode(element, each, name) for each in item)
-    if hint is float and type(item) is int:
-        try:
-            return float(item)
-        except OverflowError:
-            raise GraphError(f"{name} is larger than any float") from None
-    wanted = typing.get_origin(hint) or hint
-    if not isinstance(item, wanted) or (isinstance(item, bool) and wanted is not bool):
-        # Not with `_require`: it would format the message for every item.
-        raise GraphError(f"{name} is {item!r}, expected {getattr(wanted, '__name__', wanted)}")
-    return item
