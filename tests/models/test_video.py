@@ -25,7 +25,7 @@ from rbln_vae import (
     RBLNCompileError,
     RBLNRuntimeError,
 )
-from rbln_vae.graph.ir import Conv2d
+from rbln_vae.graph.ir import Conv2d, Stack
 from rbln_vae.levels import levels_of
 from rbln_vae.metrics import relative_l2
 from rbln_vae.models.wan_frames import VideoPart
@@ -138,6 +138,13 @@ def test_the_frames_of_a_run_are_stacked() -> None:
                 found[part].setdefault(height, set()).add(frames)
     assert found["decoder"] == {1: {1}, 2: {2}, 4: {4}, 8: {4}}
     assert found["encoder"] == {8: {4}, 4: {4}, 2: {2}, 1: {1}}
+
+
+def test_frames_that_are_one_value_are_not_stacked_again() -> None:
+    """Wan 2.2 adds one copy of each frame where only the image is doubled."""
+    graph = VideoPart(original("Wan 2.2"), "decoder").graph()
+    stacked = [o.output for o in graph.operations if isinstance(o, Stack)]
+    assert stacked and not any("up_blocks.2.avg_shortcut" in value for value in stacked)
 
 
 def test_odd_sizes_are_encoded_as_by_diffusers() -> None:

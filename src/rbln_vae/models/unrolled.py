@@ -176,6 +176,8 @@ class Unrolled:
 
     def in_turn(self, path: str, values: Sequence[Value]) -> Value:
         """The frames of several values in turn: the first of each, then the second, and so on."""
+        if len(values) == 1:
+            return values[0]
         count = self.count(values[0])
         return self.stack(path, [self.unstack(v, i) for i in range(count) for v in values])
 
