@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from ..graph.ir import (
     Conv2d,
@@ -119,6 +119,11 @@ class Problem:
         return begin + -(-size // ALIGNMENT) * ALIGNMENT
 
     @functools.cached_property
+    def readers(self) -> dict[Value, list[Operation]]:
+        """The operations that read each value."""
+        return self.graph.consumers()
+
+    @functools.cached_property
     def passing(self) -> dict[Value, Value]:
         """The stacks that are never whole, and for each the value whose sweep makes it.
 
@@ -129,7 +134,6 @@ class Problem:
         found: dict[Value, Value] = {}
         if not any(slot.read for slot in self.graph.state):
             return found  # The first run makes single frames, in their places.
-        readers = self.graph.consumers()
         for maker in reversed(self.graph.operations):
             value = maker.output
             if (
@@ -139,38 +143,36 @@ class Problem:
             ):
                 sweeps = {
                     found.get(reader.output, reader.output)
-                    for reader in readers[value]
+                    for reader in self.readers[value]
                     if not isinstance(reader, Unstack)
                 }
-                if len(sweeps) == 1 and self._passes(value, readers):
+                if len(sweeps) == 1 and self._passes(value):
                     (found[value],) = sweeps
         return found
 
-    def _passes(self, value: Value, readers: Mapping[Value, Sequence[Operation]]) -> bool:
+    def _passes(self, value: Value) -> bool:
         """Whether convolutions alone read a value, and its frames are only left in the state."""
-        frames = [reader.output for reader in readers[value] if isinstance(reader, Unstack)]
+        frames = [reader.output for reader in self.readers[value] if isinstance(reader, Unstack)]
         return (
             value not in self.norms
             and value not in self.graph.outputs
             and value not in self.graph.carried
             and all(
                 isinstance(reader, Unstack) or (isinstance(reader, Conv2d) and not reader.upsample)
-                for reader in readers[value]
+                for reader in self.readers[value]
             )
-            and not any(readers[frame] or frame in self.graph.outputs for frame in frames)
+            and not any(self.readers[frame] or frame in self.graph.outputs for frame in frames)
             and all(
-                self.followed(slot, readers) == value
-                for slot in self.graph.state
-                if slot.left in frames
+                self._followed(slot) == value for slot in self.graph.state if slot.left in frames
             )
         )
 
-    def followed(self, slot: Slot, readers: Mapping[Value, Sequence[Operation]]) -> Value | None:
+    def _followed(self, slot: Slot) -> Value | None:
         """The stack that the only reader of a slot reads as the frames after it, row by row."""
         others = [other for other in self.graph.state if slot.read in (other.read, other.left)]
-        if slot.read is None or others != [slot] or len(readers[slot.read]) != 1:
+        if slot.read is None or others != [slot] or len(self.readers[slot.read]) != 1:
             return None
-        (reader,) = readers[slot.read]
+        (reader,) = self.readers[slot.read]
         if not isinstance(reader, Conv2d) or slot.read not in reader.earlier:
             return None
         return reader.input if self.heights[reader.output] == self.heights[reader.input] else None

@@ -25,7 +25,7 @@ from ..graph.ir import (
 from .arena import ALIGNMENT, Buffer, Place, View, lay_out
 from .problem import Problem
 from .schedule import Kind, Schedule
-from .state import State
+from .state import Filling, State
 from .sweep import SWEPT, Export, Import, Rows, Sweep
 from .tasks import TaskList
 
@@ -417,7 +417,7 @@ class _Scheduler:
             if isinstance(operation, Conv2d)
         }
         held: dict[Value, Rows] = {}
-        filling = self.state.filling(sweep)
+        filling = Filling(self.state, sweep)
 
         def view_of(value: Value, rows: Rows) -> View:
             if value in windows:

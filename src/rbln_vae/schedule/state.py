@@ -108,10 +108,6 @@ class State:
         self.images[value] = after = self.tasks.home(slot)
         self.tasks.add(Kind.COPY, Identity(value, value), inputs=(before,), output=after)
 
-    def filling(self, sweep: Sweep) -> Filling:
-        """How a sweep fills the places of frames whose stacks it holds in part."""
-        return Filling(self, sweep)
-
     def hold(self, slot: Slot) -> None:
         """Say that what the run leaves in a slot is in its place."""
         self._held[slot.name] = slot.left
@@ -127,21 +123,19 @@ class Filling:
     def __init__(self, state: State, sweep: Sweep) -> None:
         self.state = state
         self.sweep = sweep
-        graph = state.problem.graph
-        readers = graph.consumers()
-        members = {member.output for member in sweep.members}
-        taken = {o.output: o for o in graph.operations if isinstance(o, Unstack)}
-        self._after: dict[Value, list[Slot]] = {}
+        problem, members = state.problem, {member.output for member in sweep.members}
+        self._after: dict[Value, list[tuple[Slot, Unstack]]] = {}
         """The slots that are filled after each operation: the one that reads what was there."""
-        self._frames: dict[str, Unstack] = {}
-        self._rows: dict[str, int] = {}
+        self._rows: dict[Slot, int] = {}
+        """How many rows each slot has."""
         for slot in state.slots:
-            if slot.left in taken and taken[slot.left].input in members:
-                assert slot.read is not None  # as `Problem.passing` requires
-                (reader,) = readers[slot.read]
-                self._after.setdefault(reader.output, []).append(slot)
-                self._frames[slot.name] = taken[slot.left]
-                self._rows[slot.name] = 0
+            if slot.left in problem.positions:
+                taken = problem.graph.operations[problem.positions[slot.left]]
+                if isinstance(taken, Unstack) and taken.input in members:
+                    assert slot.read is not None  # as `Problem.passing` requires
+                    (reader,) = problem.readers[slot.read]
+                    self._after.setdefault(reader.output, []).append((slot, taken))
+                    self._rows[slot] = 0
 
     def after(self, reader: Operation, end: int, view_of: Callable[[Value, Rows], View]) -> None:
         """Copy the rows that an operation no longer needs in their places.
@@ -152,14 +146,14 @@ class Filling:
             view_of: Returns rows of a value that the sweep holds.
         """
         problem, tasks = self.state.problem, self.state.tasks
-        for slot in self._after.get(reader.output, ()):
-            begin, until = self._rows[slot.name], problem.heights[slot.left]
+        for slot, taken in self._after.get(reader.output, ()):
+            begin, until = self._rows[slot], problem.heights[slot.left]
             if end < until:
                 read = dict(self.sweep.read(reader, (end, end + 1)))
                 assert slot.read is not None
                 until = read[slot.read][0]
             if until > begin:
-                taken, batch = self._frames[slot.name], problem.shapes[slot.left][0]
+                batch = problem.shapes[slot.left][0]
                 stack = view_of(taken.input, (begin, until))
                 tasks.add(
                     Kind.COPY,
@@ -168,11 +162,11 @@ class Filling:
                     inputs=(stack.beginning_at(taken.index * batch),),
                     output=tasks.home(slot.name).rows(begin, until),
                 )
-                self._rows[slot.name] = until
+                self._rows[slot] = until
 
     def end(self) -> None:
         """Say that all frames are in their places."""
-        for slot in (slot for slots in self._after.values() for slot in slots):
+        for slot in self._rows:
             self.state.hold(slot)
 
 
