@@ -154,8 +154,8 @@ class _Network(Unrolled):
 
     def causal(self, path: str, conv: Any, norm: Any = None, activated_by: Any = None) -> Layer:
         """A causal convolution, perhaps after a norm and the activation of a module."""
-        options = _padding(conv) | self.before(path, norm, activated_by)
-        return self.over_frames(path, conv.weight, conv.bias, **options)
+        before = self.before(path, norm, activated_by)
+        return self.over_frames(path, conv.weight, conv.bias, padding=_padding(conv), **before)
 
     def gathering(self, path: str, conv: Any) -> Layer:
         """A causal convolution of few channels: those of all its frames become one image's.
@@ -169,7 +169,7 @@ class _Network(Unrolled):
         return chain(
             [
                 self.over_frames(f"{path}.frames", gather[..., None, None]),
-                self.over_frames(path, gathered, conv.bias, **_padding(conv)),
+                self.over_frames(path, gathered, conv.bias, padding=_padding(conv)),
             ]
         )
 
@@ -183,10 +183,10 @@ class _Network(Unrolled):
         outputs, inputs, taps, *_ = weight.shape
         parts = weight.movedim(2, 0).reshape(taps * outputs, inputs, 1, *weight.shape[3:])
         add = torch.eye(taps * outputs).view(taps, outputs, -1).movedim(0, 2)
-        options = _padding(conv) | self.before(path, norm, activated_by)
+        before = self.before(path, norm, activated_by)
         return chain(
             [
-                self.over_frames(path, parts, **options),
+                self.over_frames(path, parts, padding=_padding(conv), **before),
                 self.over_frames(f"{path}.sum", add[..., None, None], conv.bias),
             ]
         )
@@ -194,16 +194,15 @@ class _Network(Unrolled):
     def reading_patches(self, path: str, conv: Any) -> Layer:
         """A causal convolution of 2x2 patches, which reads the pixels where they are."""
         weight = reading_cells(conv.weight, _patches(conv.weight.shape[1]))
-        padding = tuple(2 * each for each in _padding(conv)["padding"])
+        padding = tuple(2 * each for each in _padding(conv))
         return self.over_frames(path, weight, conv.bias, padding=padding, stride=2)
 
     def writing_patches(self, path: str, conv: Any, norm: Any, activated_by: Any) -> Layer:
         """A causal convolution to 2x2 patches, which writes the pixels where they belong."""
         order = _patches(conv.weight.shape[0]).view(-1, 2, 2).permute(1, 2, 0)
-        options = _padding(conv) | self.before(path, norm, activated_by)
-        return self.over_frames(
-            path, conv.weight[order], conv.bias[order], upsample=True, **options
-        )
+        before = self.before(path, norm, activated_by)
+        weight, bias = conv.weight[order], conv.bias[order]
+        return self.over_frames(path, weight, bias, padding=_padding(conv), upsample=True, **before)
 
     def over_frames(
         self, path: str, weight: Tensor, bias: Tensor | None = None, **options: Any
@@ -378,9 +377,10 @@ class _Network(Unrolled):
         return [run]
 
 
-def _padding(conv: Any) -> dict[str, Any]:
+def _padding(conv: Any) -> tuple[int, int, int, int]:
+    """The padding in space of a causal convolution."""
     left, _, above, *_ = conv._padding
-    return {"padding": (above, above, left, left)}
+    return (above, above, left, left)
 
 
 def _patches(channels: int) -> Tensor:
