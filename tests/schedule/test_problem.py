@@ -39,10 +39,10 @@ def problem_of(graph: Graph, part: str, *size: int) -> Problem:
     return Problem(graph, shape, CpuRules(graph, shape, runtime_of(part).machine))
 
 
-def full_size(made: Problem, part: str) -> int:
+def full_size(made: Problem) -> int:
     """The bytes of a stack of frames that have the size of the video."""
     graph = made.graph
-    value = graph.inputs[0] if part == "encoder" else graph.outputs[0]
+    value = graph.inputs[0] if graph.name == "encoder" else graph.outputs[0]
     return 4 * made.bytes_of(value)
 
 
@@ -53,11 +53,11 @@ def test_frames_of_the_size_of_the_video_pass_in_one_sweep(
     size = (16, 16) if part == "decoder" else (64, 64)
     whole = problem_of(part_of(part), part, *size)
     assert not whole.passing
-    monkeypatch.setattr(problem, "PASSING_BYTES", full_size(whole, part))
+    monkeypatch.setattr(problem, "PASSING_BYTES", full_size(whole))
     passing = problem_of(part_of(part), part, *size).passing
     heights = {whole.heights[value] for value in passing}
     assert heights == {64} and all(whole.shapes[value][0] == 4 for value in passing)
-    # The last frames have a third of a sum each; the encoder's are halved.
+    # It ends where the frames leave the network, or are halved.
     (target,) = set(passing.values())
     assert target == (
         "decoder.conv_out.sum@0" if part == "decoder" else "encoder.down_blocks.1.resample.1@0"
