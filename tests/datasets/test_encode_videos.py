@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from rbln_vae.datasets import (
     encode_dataset,
     estimate,
 )
+from rbln_vae.datasets.pictures import Clip
 from rbln_vae.datasets.seeds import seed_of
 from rbln_vae.models.latents import LatentScaling
 from rbln_vae.videos import read_video, write_video
@@ -127,6 +130,29 @@ def test_videos_of_one_length_make_batches(whole: Path) -> None:
     seen = [(tuple(batch["mean"].shape), batch["frames"]) for batch in loader]
     assert sorted(shape[:3] for shape, _ in seen) == [(1, 16, 1), (2, 16, 2), (2, 16, 3)]
     assert all(len(set(frames)) == 1 for _, frames in seen)
+
+
+def test_a_video_is_read_no_further_than_it_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read, runs = wan(), [], []
+    write(tmp_path / "in" / "long.mp4", clip(33))
+    frames, encode_frames = Clip.frames, model.encode_frames
+
+    def counted(video: Clip) -> Iterator[Any]:
+        for frame in frames(video):
+            read.append(frame.shape)
+            yield frame
+
+    def encoded(pictures: Iterator[Tensor]) -> Iterator[Tensor]:
+        for moments in encode_frames(pictures):
+            runs.append(len(read))
+            yield moments
+
+    monkeypatch.setattr(Clip, "frames", counted)
+    monkeypatch.setattr(model, "encode_frames", encoded)
+    encode_dataset(tmp_path / "in", tmp_path / "out", model, replace(OPTIONS, frames=33))
+    assert runs == [1, 5, 9, 13, 17, 21, 25, 29, 33]
 
 
 def test_shards_of_webdataset_hold_the_same(videos: Path, whole: Path, tmp_path: Path) -> None:

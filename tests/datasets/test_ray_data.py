@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 import tiny_vaes
+from clips import wan
 from pictures import digests, make_folder
+from test_encode_videos import LENGTHS, fill
+from test_encode_videos import OPTIONS as OPTIONS_OF_VIDEOS
 from vaes import compile_vae, default_compiled
 
 from rbln_vae.datasets import Options, encode_dataset
@@ -75,6 +78,17 @@ def test_any_number_of_workers_gives_the_same(
     assert summary.samples == summary.encoded == COUNT
     again = encode_dataset(images, out, model, OPTIONS, ray="auto", workers=count)
     assert again.encoded == 0 and digests(out) == digests(local)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_videos_give_the_same(tmp_path: Path) -> None:
+    source, model = fill(tmp_path / "videos"), tmp_path / "model"
+    wan().save_pretrained(model)
+    encode_dataset(source, tmp_path / "local", model, OPTIONS_OF_VIDEOS)
+    out = tmp_path / "out"
+    summary = encode_dataset(source, out, model, OPTIONS_OF_VIDEOS, ray="auto", workers=2)
+    assert summary.samples == summary.encoded == len(LENGTHS)
+    assert digests(out) == digests(tmp_path / "local")
 
 
 @pytest.mark.usefixtures("cluster")
