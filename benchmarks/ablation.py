@@ -20,7 +20,8 @@ from rbln_vae.graph import passes
 from rbln_vae.graph.capture import capture
 from rbln_vae.graph.ir import Conv2d, Graph, Identity, Operation
 from rbln_vae.schedule import scheduler
-from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
+from rbln_vae.targets.cpu.kernels import best_dtype, usable_kernels
+from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.tiles import FASTEST, Choices
 
 from .contenders import Contender
@@ -133,7 +134,7 @@ def _kept_memory(contender: Ablated) -> None:
 
 
 def _kept_plans(contender: Ablated) -> None:
-    contender.before = lambda: contender.native.forget_programs()
+    contender.before = lambda: contender.native.forget_plans()
 
 
 def _instruction_set(contender: Ablated) -> None:

@@ -238,7 +238,7 @@ def usual(model: str = "sd") -> list[str]:
     Elsewhere diffusers takes 8.5 times as long in it as in float32. Models other than Stable
     Diffusion's are compared with diffusers alone.
     """
-    from rbln_vae.targets.cpu.runtime import best_dtype
+    from rbln_vae.targets.cpu.kernels import best_dtype
 
     peers = ["OpenVINO", "diffusers", "torch.compile"] if model == "sd" else ["diffusers"]
     names = ["rbln-vae bf16"]

@@ -14,8 +14,9 @@ import torch
 
 from rbln_vae._engine import ConvStep, Kernels
 from rbln_vae.graph.ir import Conv2d
+from rbln_vae.targets.cpu.kernels import usable_kernels
 from rbln_vae.targets.cpu.packing import BLOCK, PANEL
-from rbln_vae.targets.cpu.runtime import CpuRuntime, usable_kernels
+from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.tiles import Choices, Convolution
 
 from .shapes import ATTENTIONS, CONVOLUTIONS, LAYERS, AttentionCase, ConvCase
@@ -98,7 +99,7 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
         image = torch.randn(case.shape, generator=torch.Generator().manual_seed(7))
         for _ in range(rounds + 1):  # the first warms up
             native.run(image)
-        program, made = native.program(case.shape), native.rules(case.shape)
+        program, made = native.planned(case.shape).program, native.images.rules(case.shape)
         convolutions = {
             each.output: made.convolution(each)
             for each in graph.operations

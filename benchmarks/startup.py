@@ -108,7 +108,7 @@ def _start(directory: Path, sizes: Sequence[int]) -> dict[str, float]:
         for size in sizes:
             shape = make_input(directory / "compiled", part, size).shape
             start = time.perf_counter()
-            search = runtime.search(tuple(shape))
+            search = runtime.images.search(tuple(shape))
             lower(search.keeping_all(shape[0]), search.rules(shape[0]))
             found[f"plan, {part}r {size}²"] = time.perf_counter() - start
     return found

@@ -18,7 +18,7 @@ from benchmarks.shapes import CONVOLUTIONS
 from benchmarks.speed import Measurement
 
 from rbln_vae.metrics import relative_l2
-from rbln_vae.targets.cpu.runtime import usable_kernels
+from rbln_vae.targets.cpu.kernels import usable_kernels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -34,7 +34,7 @@ from rbln_vae import (
     RBLNModelConfig,
 )
 from rbln_vae.config import DTYPES
-from rbln_vae.targets.cpu.runtime import best_dtype
+from rbln_vae.targets.cpu.kernels import best_dtype
 from rbln_vae.units import format_seconds
 
 CPU = {"target": "cpu", "dtype": "float32"}

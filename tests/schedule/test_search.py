@@ -26,9 +26,10 @@ from rbln_vae.schedule import scheduler
 from rbln_vae.schedule.problem import Problem
 from rbln_vae.schedule.schedule import Schedule
 from rbln_vae.schedule.scheduler import droppable, make_schedule
-from rbln_vae.targets.cpu import runtime as cpu_runtime
+from rbln_vae.targets.cpu import planner as cpu_planner
 from rbln_vae.targets.cpu.lower import lower
-from rbln_vae.targets.cpu.runtime import TILING_TIME, CpuRuntime
+from rbln_vae.targets.cpu.planner import TILING_TIME
+from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.units import format_bytes
 
 ARCHITECTURES = {
@@ -90,12 +91,12 @@ def scheduled(
     runtime: CpuRuntime, shape: Sequence[int], choice: Iterable[str] = (), *, sketch: bool = False
 ) -> Schedule:
     """A schedule for the engine."""
-    rules = runtime.rules(tuple(shape))
+    rules = runtime.images.rules(tuple(shape))
     return make_schedule(Problem(runtime.graph, shape, rules), choice, sketch=sketch)
 
 
 def run_schedule(runtime: CpuRuntime, schedule: Schedule, image: torch.Tensor) -> torch.Tensor:
-    return runtime.execute(lower(schedule, runtime.rules(schedule.input_shape)), image)
+    return runtime.execute(lower(schedule, runtime.images.rules(schedule.input_shape)), image)
 
 
 def written_over(schedule: Schedule) -> set[str]:
@@ -166,12 +167,12 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
     runtime = runtime_of(architecture, part, "bfloat16")
     image = image_of(graph, 88, 72)
     expected = runtime.run(image)
-    sketches = runtime.search(tuple(image.shape)).tradeoffs()
+    sketches = runtime.images.search(tuple(image.shape)).tradeoffs()
     sizes = [sketch.arena_bytes for sketch in sketches]
     assert sizes == sorted(sizes, reverse=True)
     # Images of a few channels are stored as 32, and there is little to save.
     large = tuple(image_of(graph, 352, 288).shape)
-    assert len(runtime.search(large).tradeoffs()) > 1 or architecture == "narrow"
+    assert len(runtime.images.search(large).tradeoffs()) > 1 or architecture == "narrow"
     assert sketches[0].extra_work == 0
     for sketch in sketches[1:]:
         schedule = scheduled(runtime, image.shape, sketch.recomputed)
@@ -182,7 +183,7 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
 def test_what_a_spatial_norm_gives_need_not_be_kept() -> None:
     """It is made in strips for the convolution that reads it, which takes no more work."""
     runtime = runtime_of("spatial norm", "decoder", "float32")
-    free, strips, *_ = runtime.search((1, 4, 88, 72)).tradeoffs()
+    free, strips, *_ = runtime.images.search((1, 4, 88, 72)).tradeoffs()
     assert strips.arena_bytes < 0.9 * free.arena_bytes
     assert strips.flops == free.flops
     assert all(value.endswith("norm1.add") for value in strips.recomputed)
@@ -192,7 +193,7 @@ def test_what_a_spatial_norm_gives_need_not_be_kept() -> None:
 def test_without_statistics_of_the_image_whole_levels_are_made_in_strips(architecture: str) -> None:
     """Each value is as large as its readers, so no memory is saved before several are dropped."""
     runtime = runtime_of(architecture, "decoder", "float32")
-    free, *_, least = runtime.search((1, 16, 176, 144)).tradeoffs()
+    free, *_, least = runtime.images.search((1, 16, 176, 144)).tradeoffs()
     assert least.arena_bytes < 0.7 * free.arena_bytes
     assert least.flops == free.flops
     made = {operation.output for operation in runtime.graph.operations}
@@ -208,9 +209,9 @@ def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype
     shape = tuple(image.shape)
     free = runtime_of("wide", part, dtype)
     expected, most = free.run(image), free.memory_needed(shape)
-    search = free.search(shape)
+    search = free.images.search(shape)
     schedules = [search.recomputing(sketch.recomputed) for sketch in search.tradeoffs()]
-    programs = [free._bind(lower(schedule, search.rules(1))) for schedule in schedules]
+    programs = [free.images.bind(lower(schedule, search.rules(1))) for schedule in schedules]
     least = 4 * expected.numel() + min(program.bytes for program in programs)
     assert least < most
     with pytest.raises(MemoryError, match="at least") as caught:
@@ -230,7 +231,7 @@ def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype
 def test_the_last_level_is_made_in_strips_with_a_pass_for_each_norm() -> None:
     runtime = runtime_of("without attention", "decoder", "bfloat16")
     shape = tuple(image_of(runtime.graph, 704, 576).shape)
-    free, *_, least = runtime.search(shape).tradeoffs()
+    free, *_, least = runtime.images.search(shape).tradeoffs()
     first = "decoder.up_blocks.0.upsamplers.0.conv"
     level = {first} | {
         operation.output
@@ -254,12 +255,12 @@ def test_tiling_takes_the_least_memory_within_a_multiple_of_the_time() -> None:
     shape = tuple(image.shape)
     thrifty = CpuRuntime(graph, dtype="bfloat16", num_threads=2)
     thrifty.save_memory(slicing=False, tiling=True)
-    program = thrifty.program(shape)
-    most = TILING_TIME * free.program(shape).work
-    assert program.schedule.arena_bytes < free.program(shape).schedule.arena_bytes
+    program = thrifty.planned(shape).program
+    most = TILING_TIME * free.planned(shape).program.work
+    assert program.schedule.arena_bytes < free.planned(shape).program.schedule.arena_bytes
     # What a sketch leaves out of the estimate is a small part.
     assert program.work < 1.02 * most
-    search = free.search(shape)
+    search = free.images.search(shape)
     less = [s for s in search.tradeoffs() if s.arena_bytes < program.schedule.arena_bytes]
     assert less
     assert all(lower(sketch, search.rules(1)).work > most for sketch in less)
@@ -282,8 +283,8 @@ def test_no_limit_is_passed_by_the_memory_of_threads(
     graph = graph_of(architecture, part)
     shape = tuple(image_of(graph, 40, 200).shape)
     free = runtime_of(architecture, part, dtype)
-    least, *others = reversed(free.search(shape).tradeoffs())
-    beside = free.memory_needed(shape) - free.program(shape).schedule.arena_bytes
+    least, *others = reversed(free.images.search(shape).tradeoffs())
+    beside = free.memory_needed(shape) - free.planned(shape).program.schedule.arena_bytes
     for other in (least, *others):
         # Where strips need more for threads than the whole image, another plan must do.
         limit = other.arena_bytes + beside
@@ -298,8 +299,8 @@ def test_the_arena_is_as_large_as_what_the_steps_use() -> None:
     graph = graph_of("deep", "decoder")
     runtime = runtime_of("deep", "decoder", "float32")
     image = image_of(graph, 40, 32)
-    for schedule in runtime.search(tuple(image.shape)).tradeoffs():
-        program = lower(schedule, runtime.rules(schedule.input_shape))
+    for schedule in runtime.images.search(tuple(image.shape)).tradeoffs():
+        program = lower(schedule, runtime.images.rules(schedule.input_shape))
         runtime.execute(program, image)
         cut = dataclasses.replace(schedule, arena_bytes=schedule.arena_bytes - 4096)
         with pytest.raises(ValueError, match="don't lie in an arena"):
@@ -315,14 +316,14 @@ def test_a_batch_goes_through_in_parts_before_anything_is_computed_again() -> No
     result = 4 * expected.numel()
     two = free.memory_needed((2, *shape[1:])) - result // 5 * 2 + result
     limited = CpuRuntime(graph, dtype="float32", num_threads=2, memory_limit=two)
-    schedule = limited.program(shape).schedule
+    schedule = limited.planned(shape).program.schedule
     assert schedule.input_shape[0] == 2
     assert not schedule.recomputed
     assert torch.equal(limited.run(image), expected)
     least = CpuRuntime(graph, dtype="float32", num_threads=2)
     least.save_memory(slicing=True, tiling=True)
-    assert least.program(shape).schedule.input_shape[0] == 1
-    assert least.program(shape).schedule.recomputed
+    assert least.planned(shape).program.schedule.input_shape[0] == 1
+    assert least.planned(shape).program.schedule.recomputed
     assert torch.equal(least.run(image), expected)
     assert least.memory_needed(shape) < limited.memory_needed(shape) < free.memory_needed(shape)
 
@@ -362,7 +363,7 @@ def test_a_description_says_what_less_memory_costs() -> None:
 
 
 def test_where_no_peak_is_known_no_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_runtime, "measured_limit", lambda *_: 0.0)
+    monkeypatch.setattr(cpu_planner, "measured_limit", lambda *_: 0.0)
     runtime = CpuRuntime(graph_of("narrow", "decoder"), dtype="float32")
     assert "time        not known" in runtime.describe((1, 4, 8, 8))
 
@@ -372,7 +373,7 @@ def test_where_no_peak_is_known_no_time_is_told(monkeypatch: pytest.MonkeyPatch)
 def test_a_sketch_is_estimated_like_all_of_its_strips(part: str, dtype: str) -> None:
     graph = graph_of("deep", part)
     runtime = runtime_of("deep", part, dtype)
-    search = runtime.search(tuple(image_of(graph, 88, 72).shape))
+    search = runtime.images.search(tuple(image_of(graph, 88, 72).shape))
     work = []
     for sketch in search.tradeoffs():
         whole = lower(search.recomputing(sketch.recomputed), search.rules(1)).work
@@ -380,7 +381,7 @@ def test_a_sketch_is_estimated_like_all_of_its_strips(part: str, dtype: str) -> 
         assert lower(sketch, search.rules(1)).work == pytest.approx(whole, rel=0.1)
         work.append(whole)
     # Twice the pixels are about twice the work.
-    twice = runtime.search(tuple(image_of(graph, 176, 72).shape))
+    twice = runtime.images.search(tuple(image_of(graph, 176, 72).shape))
     assert 1.9 < lower(twice.keeping_all(1), twice.rules(1)).work / work[0] < 4.1
     # What is computed again comes on top, but for what smaller tiles cost.
     assert all(more >= 0.99 * less for less, more in itertools.pairwise(work))

@@ -6,7 +6,6 @@ A target compiles parts of models, loads what it compiled, and makes runtimes, w
 from __future__ import annotations
 
 import importlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,12 +18,10 @@ from torch import Tensor, nn
 from ..config import TARGETS
 from ..errors import RBLNTargetUnavailableError
 from ..graph.capture import capture
-from ..graph.ir import Graph, Shape
+from ..graph.ir import Graph
 from ..host import usable_memory
 from ..levels import levels_of
 from ..profiler import RunProfile
-from ..sizes import format_size
-from ..units import format_bytes
 from .watch import Progress, ShouldStop
 
 if TYPE_CHECKING:
@@ -367,30 +364,12 @@ def hand_over(
     return given
 
 
-def over_memory_limit(part: str, shape: Shape, least: int, limit: int) -> MemoryError:
-    """The error of a run that needs more memory than its limit, however it is run."""
-    return MemoryError(
-        f"A run of the {part} on {format_size(shape)} needs at least {format_bytes(least)} "
-        f"besides the weights, and memory_limit is {format_bytes(limit)}. Raise it to "
-        f"'{math.ceil(least / 2**20)}MiB', or run a smaller image."
-    )
-
-
 def only_images(part: str) -> ValueError:
     """The error of a part that is to run a video, and runs images."""
     return ValueError(
         f"The {part} was compiled for images of one frame. Compile the model again for videos: "
         "without rbln_num_frames=1, for a target other than 'rbln', and with dtype 'bfloat16' or "
         "'float32'."
-    )
-
-
-def beyond_float16(part: str) -> str:
-    """The warning about a part whose images don't fit float16."""
-    return (
-        f"The {part} has values beyond the range of float16, which ends at 65504. Images with such "
-        "values are run again in bfloat16, which takes longer and is less exact. Compile the "
-        "model with dtype='bfloat16' or 'float32' to run each once."
     )
 
 

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from ..errors import RBLNRuntimeError
 from ..graph.ir import Graph, Shape
-from ..schedule.problem import Problem
-from ..schedule.rules import Rules
 from .allocation import torch_allocates
+from .planner import Planned, Planner
 from .watch import ShouldStop, Watch
 
 RunStep: TypeAlias = Callable[[bool, Any, list[Tensor], list[Tensor], Watch], None]
 """Runs a chunk of one video: whether it is the first one, the state of the video, its frames, where
 the results go, and what ends the run."""
 
-Planned = TypeVar("Planned")
-"""What a target plans to run."""
+
+Runs = TypeVar("Runs", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -179,38 +178,25 @@ class Stream:
                 )
 
 
-class GraphRuntime(Protocol[Planned]):
-    """A runtime of one of the two graphs of a part, as streams use it."""
+class Runner(Protocol[Runs]):
+    """A runtime, as streams use it.
 
-    graph: Graph
+    Attributes:
+        timeout: The most seconds of a run; `None` is no limit.
+    """
+
+    timeout: float | None
 
     @property
     def memory_limit(self) -> int:
         """The most bytes of a run besides the weights."""
-
-    @property
-    def timeout(self) -> float | None:
-        """The most seconds of a run; `None` is no limit."""
-
-    def rules(self, shape: Shape) -> Rules:
-        """The target's rules for schedules of an input shape."""
-
-    def fitted(self, shape: Shape, limit: int, taken: int) -> Planned:
-        """What is run for a shape, within a limit of which a part is taken.
-
-        Raises:
-            MemoryError: Nothing fits.
-        """
-
-    def bytes_of(self, planned: Planned) -> int:
-        """The bytes of a run, without its result."""
 
     def new_state(self, size: int) -> Tensor:
         """Memory for the state of one video, in bytes."""
 
     def run_chunk(
         self,
-        planned: Planned,
+        planned: Runs,
         state: Tensor,
         inputs: list[Tensor],
         outputs: list[Tensor],
@@ -220,16 +206,23 @@ class GraphRuntime(Protocol[Planned]):
 
 
 class Streams(Generic[Planned]):
-    """How a part runs videos: by a runtime of its first graph, and one of the graph of later runs.
+    """How a part runs videos: by a graph of the first run, and one of those that follow.
 
     Args:
-        first: Of the first run.
-        later: Of those that follow.
+        first: Plans the first run.
+        later: Plans those that follow.
+        runner: Runs what is planned.
     """
 
-    def __init__(self, first: GraphRuntime[Planned], later: GraphRuntime[Planned]) -> None:
+    def __init__(
+        self,
+        first: Planner[Planned, Any],
+        later: Planner[Planned, Any],
+        runner: Runner[Planned],
+    ) -> None:
         self.first = first
         self.later = later
+        self._runner = runner
 
     def chunks(self, shape: Shape) -> Chunks:
         """What runs take and give, for frames `(N, C, H, W)`."""
@@ -237,8 +230,7 @@ class Streams(Generic[Planned]):
 
     def state_bytes(self, shape: Shape) -> int:
         """The bytes of the state of all videos of a batch, for frames of a shape."""
-        one = (1, *shape[1:])
-        return shape[0] * Problem(self.first.graph, one, self.first.rules(one)).state_bytes
+        return self.first.state_bytes(shape)
 
     def fitted(
         self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
@@ -253,7 +245,7 @@ class Streams(Generic[Planned]):
         Raises:
             MemoryError: It would need more than the limit.
         """
-        limit = self.later.memory_limit
+        limit = self._runner.memory_limit
         if memory_limit is not None:
             limit = min(limit, memory_limit)
         taken = self.chunks(shape).result_bytes if result_bytes is None else result_bytes
@@ -280,15 +272,14 @@ class Streams(Generic[Planned]):
         first, later = self.fitted(shape, result_bytes, memory_limit)
         size = self.state_bytes(shape) // shape[0]
         with torch_allocates():
-            states = [self.later.new_state(size) for _ in range(shape[0])]
+            states = [self._runner.new_state(size) for _ in range(shape[0])]
 
         def step(
             begins: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
         ) -> None:
-            runtime, planned = (self.first, first) if begins else (self.later, later)
-            runtime.run_chunk(planned, state, inputs, outputs, watch)
+            self._runner.run_chunk(first if begins else later, state, inputs, outputs, watch)
 
-        return Stream(self.chunks(shape), states, step, self.later.timeout)
+        return Stream(self.chunks(shape), states, step, self._runner.timeout)
 
 
 def frame_shape(shape: Shape) -> Shape:

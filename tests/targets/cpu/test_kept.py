@@ -59,7 +59,7 @@ def never_keeping(graph: Graph, dtype: str = "float32") -> CpuRuntime:
 
 
 def kernels_of(runtime: CpuRuntime, shape: tuple[int, ...]) -> int:
-    return sum(runtime.program(shape).kernels.values())
+    return sum(runtime.planned(shape).program.kernels.values())
 
 
 def held(runtime: CpuRuntime) -> int:
@@ -68,7 +68,7 @@ def held(runtime: CpuRuntime) -> int:
 
 
 def result_bytes(runtime: CpuRuntime, shape: tuple[int, ...]) -> int:
-    return 4 * torch.Size(runtime.program(shape).schedule.output_shape).numel()
+    return 4 * torch.Size(runtime.planned(shape).program.schedule.output_shape).numel()
 
 
 def ways(runtime: CpuRuntime) -> set[str]:
@@ -143,7 +143,7 @@ def test_all_shapes_share_one_copy(decoder: Graph) -> None:
     shapes = [(1, 4, 8, 8), (1, 4, 12, 12), SHAPE, (2, 4, 24, 8), (1, 4, 9, 31)]
     needed: dict[str, int] = {}
     for shape in shapes:
-        needed.update(runtime.program(shape).kernels)
+        needed.update(runtime.planned(shape).program.kernels)
     for _ in range(3):
         for shape in shapes:
             image = image_of(shape)

@@ -131,7 +131,7 @@ def test_what_is_stored_is_the_nearest_with_ties_to_even(
     graph = Graph("case", ("x",), 1, ("y",), (Conv2d("y", "x", "w", "b"),), weights).verify()
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     native, shape = CpuRuntime(graph, dtype=dtype), (1, 1, 1, 5)
-    found = native.execute(native.program(shape), torch.zeros(shape))
+    found = native.execute(native.planned(shape).program, torch.zeros(shape))
     expected = values.to(getattr(torch, dtype)).float().view(1, -1, 1, 1).expand_as(found)
     assert torch.equal(found.nan_to_num(nan=123.0), expected.nan_to_num(nan=123.0))
     assert torch.equal(found.isnan(), expected.isnan())
@@ -220,7 +220,7 @@ def convolved(
 ) -> torch.Tensor:
     """By Winograd's algorithm."""
     native = CpuRuntime(case.graph(), dtype=dtype, num_threads=threads, choices=WHEREVER_IT_CAN)
-    steps = native.program(tuple(x.shape)).steps
+    steps = native.planned(tuple(x.shape)).program.steps
     assert ("Winograd", "y") in [(step.kind, step.name) for step in steps]
     return native.run(x)
 
@@ -535,4 +535,4 @@ def test_the_algorithm_does_not_depend_on_the_batch(
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     native = CpuRuntime(ConvCase(64, 64, 64, 64).graph(), dtype=dtype)
     for batch in (1, 3):
-        assert "Winograd" in {s.kind for s in native.program((batch, 64, 64, 64)).steps}
+        assert "Winograd" in {s.kind for s in native.planned((batch, 64, 64, 64)).program.steps}

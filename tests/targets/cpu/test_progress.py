@@ -38,7 +38,7 @@ def test_it_moves_within_one_step() -> None:
 
 
 def test_items_count_as_the_work_of_their_steps() -> None:
-    bound = decoder_runtime()._planned((1, 4, 32, 32))
+    bound = decoder_runtime().planned((1, 4, 32, 32))
     ends = [0, *itertools.accumulate(bound.native.items)]
     total = bound.program.work
     for step, (begin, end) in enumerate(itertools.pairwise(ends)):

@@ -79,7 +79,7 @@ for worker in workers: worker.start()
 for worker in workers: worker.join()
 taken.append(memory("VmRSS"))
 assert not failures, failures
-print(json.dumps({"taken": taken, "plans": native.forget_programs()}))
+print(json.dumps({"taken": taken, "plans": native.forget_plans()}))
 """
 
 
@@ -170,7 +170,7 @@ native = CpuRuntime(graph, num_threads=1)
 shape = (1, 4, 128, 128)
 small = torch.randn(1, 4, 8, 8)
 expected = native.run(small)
-result = torch.Size(native.program(shape).schedule.output_shape)
+result = torch.Size(native.planned(shape).program.schedule.output_shape)
 needed = native.memory_needed(shape) - 4 * result.numel()
 answers = []
 for dtype in (torch.float32, torch.float64):

@@ -48,9 +48,9 @@ def test_what_is_switched_off_is_not_done_and_changes_no_bit(
     usual = CpuRuntime(decoder, dtype="float32", num_threads=4)
     other = CpuRuntime(decoder, dtype="float32", num_threads=4, choices=choices)
     for runtime in (usual, other):
-        program = runtime.program(SHAPE)
-        assert (most_splits(program) > 1) is runtime.choices.splits
-        assert in_place(program) is runtime.choices.in_place
+        program = runtime.planned(SHAPE).program
+        assert (most_splits(program) > 1) is runtime.images.choices.splits
+        assert in_place(program) is runtime.images.choices.in_place
     image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     assert torch.equal(usual.run(image), other.run(image))
 
@@ -69,11 +69,11 @@ def test_tiles_are_done_together_only_where_kernels_overlap_and_it_is_chosen(
 
 def test_programs_that_are_forgotten_are_made_again(decoder: Graph) -> None:
     runtime = CpuRuntime(decoder, dtype="float32", num_threads=1)
-    first = runtime.program(SHAPE)
-    assert runtime.program(SHAPE) is first
-    assert runtime.forget_programs() == 1
-    assert runtime.program(SHAPE) is not first
-    assert runtime.forget_programs() == 1
+    first = runtime.planned(SHAPE).program
+    assert runtime.planned(SHAPE).program is first
+    assert runtime.forget_plans() == 1
+    assert runtime.planned(SHAPE).program is not first
+    assert runtime.forget_plans() == 1
 
 
 def test_an_operation_that_lowering_does_not_know_is_refused_not_taken_for_another() -> None:
@@ -86,4 +86,4 @@ def test_an_operation_that_lowering_does_not_know_is_refused_not_taken_for_anoth
 
     graph = Graph("part", ("x",), 4, ("y",), (Unknown("y", "x"),), {})
     with pytest.raises(NotImplementedError, match="no step for Unknown"):
-        CpuRuntime(graph).program(SHAPE)
+        CpuRuntime(graph).planned(SHAPE)

@@ -28,9 +28,9 @@ from rbln_vae.graph.ir import (
     Upsample,
 )
 from rbln_vae.graph.passes import optimise
-from rbln_vae.targets.cpu import runtime
+from rbln_vae.targets.cpu.kernels import best_dtype, usable_kernels, warn_of_left_out
 from rbln_vae.targets.cpu.packing import pack
-from rbln_vae.targets.cpu.runtime import CpuRuntime, best_dtype, usable_kernels
+from rbln_vae.targets.cpu.runtime import CpuRuntime
 from rbln_vae.targets.cpu.tiles import Convolution
 
 PARTS = ("encoder", "decoder")
@@ -224,7 +224,7 @@ def test_each_pixel_of_a_smaller_image_modulates_a_square(
     assert difference(runtime.run(image), Interpreter(graph).run(image)) < limit
     (step,) = (
         step.native
-        for step in runtime.program(tuple(image.shape)).steps
+        for step in runtime.planned(tuple(image.shape)).program.steps
         if isinstance(step.native, _engine.ModulateStep)
     )
     in_place = step.output.offset == step.input.offset
@@ -338,7 +338,7 @@ def test_profile_has_every_step(decoder: Graph) -> None:
     native.run(torch.randn(1, 4, 8, 8))
     (profile,) = native.profiles
     assert profile.part == "decoder"
-    assert len(profile.steps) == len(native.program((1, 4, 8, 8)).steps)
+    assert len(profile.steps) == len(native.planned((1, 4, 8, 8)).program.steps)
     assert sum(s.flops for s in profile.steps) == decoder.flops((1, 4, 8, 8))
     assert all(step.seconds >= 0 and step.bytes > 0 for step in profile.steps)
 
@@ -391,7 +391,7 @@ def test_a_build_without_kernels_for_this_processor_warns_once(
     decoder: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_engine, "left_out", lambda: ["abacus", "slide_rule"])
-    runtime._warn_of_left_out.cache_clear()
+    warn_of_left_out.cache_clear()
     with pytest.warns(RuntimeWarning, match="no kernels for abacus, slide_rule, which this proc"):
         CpuRuntime(decoder)
     with warnings.catch_warnings():

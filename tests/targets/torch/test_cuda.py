@@ -59,9 +59,9 @@ def test_any_memory_gives_what_the_interpreter_gives(
         error = 1.5 * relative_l2(evaluate(graph, image, dtype), expected)
     free = runtime(graph, dtype)
     assert relative_l2(free.run(image), expected) < error
-    search = free.search((1, *image.shape[1:]))
-    least = free._lowered(search.recomputing(search.tradeoffs()[-1].recomputed), search)
-    limit = least.bytes + free._result_bytes(tuple(image.shape))
+    search = free.images.search((1, *image.shape[1:]))
+    least = free.images.lowered(search.recomputing(search.tradeoffs()[-1].recomputed), search)
+    limit = least.bytes + free.images.result_bytes(tuple(image.shape))
     limited = runtime(graph, dtype, memory_limit=limit)
     assert relative_l2(limited.run(image), expected) < error
 
@@ -75,7 +75,7 @@ def test_the_allocator_gives_no_more_than_memory_needed_says(part: str, dtype: t
     free = runtime(graph, dtype)
     result, most = peak(free, image)  # the first run loads libraries
     assert most <= free.memory_needed(tuple(image.shape))
-    for sketch in free.search(tuple(image.shape)).tradeoffs()[1::3]:
+    for sketch in free.images.search(tuple(image.shape)).tradeoffs()[1::3]:
         limited = runtime(graph, dtype, memory_limit=sketch.arena_bytes + 2**28)
         found, most = peak(limited, image)
         assert most <= limited.memory_needed(tuple(image.shape)) <= sketch.arena_bytes + 2**28
@@ -104,7 +104,7 @@ def test_a_program_that_runs_again_is_recorded() -> None:
     for _ in range(2):
         for image, result in zip(images, expected, strict=True):
             assert torch.equal(found.run(image), result)
-    program = found.program((1, 4, 32, 32))
+    program = found.planned((1, 4, 32, 32))
     assert list(found._recordings._kept) == [program]
     recording = found._recordings.begin(program)
     assert recording is not None  # a run beside this one launches its steps

@@ -174,7 +174,7 @@ def test_attention_is_that_of_pytorch() -> None:
 
 def runtime(graph: Graph, **options: object) -> TorchRuntime:
     found = TorchRuntime(graph, torch.float32, "cpu", RuntimeOptions(**options))
-    found.machine = dataclasses.replace(found.machine, chunk_rows=4, fused=True)
+    found.images.machine = dataclasses.replace(found.images.machine, chunk_rows=4, fused=True)
     found._weights = Weights(graph, found.machine)
     return found
 
@@ -192,9 +192,9 @@ def test_a_model_gives_what_the_interpreter_gives_whatever_the_memory(name: str,
     free = runtime(graph)
     expected = free.run(image)
     assert relative_l2(expected, evaluate(graph, image)) < 5e-6
-    search = free.search(image.shape)
-    least = free._lowered(search.recomputing(search.tradeoffs()[-1].recomputed), search)
-    limited = runtime(graph, memory_limit=least.bytes + free._result_bytes(image.shape))
+    search = free.images.search(image.shape)
+    least = free.images.lowered(search.recomputing(search.tradeoffs()[-1].recomputed), search)
+    limited = runtime(graph, memory_limit=least.bytes + free.images.result_bytes(image.shape))
     assert torch.equal(limited.run(image), expected)
 
 

@@ -13,7 +13,7 @@ import torch
 from test_torch_runtime import graph_of, runtime
 from vaes import noise
 
-from rbln_vae.targets.torch import lower
+from rbln_vae.targets.torch.program import Call, Frame, Program, Step
 from rbln_vae.targets.torch.recording import Recordings, can_be_recorded
 from rbln_vae.targets.torch.runtime import TorchRuntime
 
@@ -61,14 +61,14 @@ def found(monkeypatch: pytest.MonkeyPatch) -> TorchRuntime:
     monkeypatch.setattr(Graph, "made", 0)
     result = runtime(graph_of("plain", "decoder"))
     result._recordings = Recordings(torch.device("cpu"), torch.float32, 2**24)
-    lowered = result._lowered
+    lowered = result.images.lowered
 
-    def capturable(*arguments: Any) -> lower.Program:
+    def capturable(*arguments: Any) -> Program:
         """A program whose steps are kept by a graph that is captured, instead of run."""
         program = lowered(*arguments)
 
-        def kept(run: lower.Call) -> lower.Call:
-            def call(frame: lower.Frame) -> None:
+        def kept(run: Call) -> Call:
+            def call(frame: Frame) -> None:
                 if Graph.calls is None:
                     run(frame)
                 else:
@@ -77,12 +77,11 @@ def found(monkeypatch: pytest.MonkeyPatch) -> TorchRuntime:
             return call
 
         steps = (
-            lower.Step(s.name, s.kind, s.flops, s.bytes, s.workspace, kept(s.run))
-            for s in program.steps
+            Step(s.name, s.kind, s.flops, s.bytes, s.workspace, kept(s.run)) for s in program.steps
         )
-        return lower.Program(program.schedule, tuple(steps))
+        return Program(program.schedule, tuple(steps))
 
-    monkeypatch.setattr(result, "_lowered", capturable)
+    monkeypatch.setattr(result.images, "lowered", capturable)
     return result
 
 
@@ -104,19 +103,19 @@ def test_a_run_beside_another_launches_its_steps(
     found: TorchRuntime, images: list[torch.Tensor]
 ) -> None:
     expected = [found.run(image) for image in images]
-    recording = found._recordings.begin(found.program(SHAPE))
+    recording = found._recordings.begin(found.planned(SHAPE))
     assert recording is not None
-    assert found._recordings.begin(found.program(SHAPE)) is None
+    assert found._recordings.begin(found.planned(SHAPE)) is None
     assert torch.equal(found.run(images[0]), expected[0])
     recording.end()
-    again = found._recordings.begin(found.program(SHAPE))
+    again = found._recordings.begin(found.planned(SHAPE))
     assert again is recording
 
 
 def test_recordings_hold_no_more_memory_than_they_may(
     found: TorchRuntime, images: list[torch.Tensor]
 ) -> None:
-    bytes_of_one = found.program(SHAPE).bytes
+    bytes_of_one = found.planned(SHAPE).bytes
     found._recordings = Recordings(torch.device("cpu"), torch.float32, 2 * bytes_of_one)
     for height in (16, 15, 14):
         for _ in range(2):
@@ -154,10 +153,10 @@ def test_a_recording_that_is_forgotten_is_freed(
 
 
 def test_a_program_that_copies_in_between_is_not_recorded(found: TorchRuntime) -> None:
-    program = found.program(SHAPE)
+    program = found.planned(SHAPE)
     assert can_be_recorded(program)
     *others, last = program.schedule.tasks
     tasks = (*others[:-1], last, others[-1])
     assert not can_be_recorded(
-        lower.Program(dataclasses.replace(program.schedule, tasks=tasks), program.steps)
+        Program(dataclasses.replace(program.schedule, tasks=tasks), program.steps)
     )

@@ -22,8 +22,9 @@ from rbln_vae.levels import levels_of
 from rbln_vae.metrics import relative_l2
 from rbln_vae.targets.base import RuntimeOptions
 from rbln_vae.targets.cuda import CudaTarget
+from rbln_vae.targets.torch.device import FullPrecision
 from rbln_vae.targets.torch.rules import Machine
-from rbln_vae.targets.torch.runtime import TorchRuntime, _FullPrecision
+from rbln_vae.targets.torch.runtime import TorchRuntime
 
 ERROR = 5e-6
 """The most error against the interpreter in float32."""
@@ -56,8 +57,8 @@ GRAPHS = [
 def runtime(graph: Graph, dtype: torch.dtype = torch.float32, **options: object) -> TorchRuntime:
     found = TorchRuntime(graph, dtype, "cpu", RuntimeOptions(**options))
     # Small chunks, so that small images have several, and little besides.
-    found.machine = dataclasses.replace(
-        found.machine, chunk_rows=4, library_bytes=2**18, scored_bytes=2**19
+    found.images.machine = dataclasses.replace(
+        found.images.machine, chunk_rows=4, library_bytes=2**18, scored_bytes=2**19
     )
     return found
 
@@ -137,12 +138,12 @@ def test_less_memory_gives_the_same_bits(name: str, part: str, dtype: torch.dtyp
     image = image_for(graph, part)
     free = runtime(graph, dtype)
     expected = free.run(image)
-    search = free.search(image.shape)
+    search = free.images.search(image.shape)
     tradeoffs = search.tradeoffs()
     assert len(tradeoffs) > 1
     for sketch in tradeoffs[1:]:
-        program = free._lowered(search.recomputing(sketch.recomputed), search)
-        limit = program.bytes + free._result_bytes(image.shape)
+        program = free.images.lowered(search.recomputing(sketch.recomputed), search)
+        limit = program.bytes + free.images.result_bytes(image.shape)
         limited = runtime(graph, dtype, memory_limit=limit)
         assert limited.memory_needed(image.shape) <= limit
         assert torch.equal(limited.run(image), expected)
@@ -155,7 +156,7 @@ def test_the_allocator_gives_what_memory_needed_says(part: str) -> None:
     for dtype in DTYPES[:2]:
         free = runtime(graph, dtype)
         needed = {free.memory_needed(image.shape)}
-        for sketch in free.search(image.shape).tradeoffs()[1:]:
+        for sketch in free.images.search(image.shape).tradeoffs()[1:]:
             needed.add(sketch.arena_bytes + 2**22)
         for limit in needed:
             limited = runtime(graph, dtype, memory_limit=limit)
@@ -261,7 +262,7 @@ def test_a_machine_may_run_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     expected = runtime(graph).run(batch)
     monkeypatch.setattr(Machine, "batches", True)
     found = runtime(graph)
-    assert found.program(batch.shape).schedule.input_shape[0] == 3
+    assert found.planned(batch.shape).schedule.input_shape[0] == 3
     assert relative_l2(found.run(batch), expected) < ERROR
 
 
@@ -329,7 +330,7 @@ def test_what_float16_cannot_hold_is_computed_again_in_bfloat16() -> None:
     with pytest.warns(RuntimeWarning, match="beyond the range of float16"):
         result = found.run(image, on_rows=lambda first, rows: told.append(first))
     wide = runtime(graph, torch.bfloat16)
-    wide.machine = found._wide.machine
+    wide.images.machine = found._wide.machine
     assert torch.equal(result[:1], wide.run(image[:1]))
     assert torch.equal(result[1:], found.run(image[1:]))
     assert told == [0]
@@ -388,7 +389,7 @@ def test_a_profile_has_every_step() -> None:
     shape = (1, 4, 16, 16)
     found.run(noise(*shape))
     (profile,) = found.profiles
-    steps = found.program(shape).steps
+    steps = found.planned(shape).steps
     assert [step.name for step in profile.steps] == [step.name for step in steps]
     assert all(step.seconds > 0 for step in profile.steps)
     assert sum(step.flops for step in profile.steps) == found.graph.flops(shape)
@@ -407,7 +408,7 @@ def test_the_model_is_that_of_diffusers() -> None:
 
 def test_tf32_is_off_while_any_run_is_in_it() -> None:
     before = torch.backends.cudnn.allow_tf32
-    switch = _FullPrecision()
+    switch = FullPrecision()
     with switch:
         with switch:
             assert not torch.backends.cudnn.allow_tf32
@@ -419,7 +420,7 @@ def test_a_model_on_a_gpu_says_in_a_forked_child_what_to_do() -> None:
     found = runtime(graph_of("plain", "decoder"))
     found._process = -1
     found.run(noise(1, 4, 8, 8))  # on a CPU it works
-    found.machine = dataclasses.replace(found.machine, device=torch.device("cuda"))
+    found.images.machine = dataclasses.replace(found.images.machine, device=torch.device("cuda"))
     with pytest.raises(RBLNRuntimeError, match=r"forked.*'spawn'"):
         found.run(noise(1, 4, 8, 8))
 

@@ -14,8 +14,9 @@ from ...graph.headroom import give_headroom
 from ...graph.ir import Graph
 from ...graph.passes import optimise
 from ..base import CompiledPart, CompileOptions, GraphTarget, RuntimeOptions
+from .kernels import best_dtype, left_out_warning
 from .packing import check_packed, pack
-from .runtime import CpuRuntime, best_dtype, left_out_warning
+from .runtime import CpuRuntime
 
 
 class CpuTarget(GraphTarget):
@@ -54,7 +55,7 @@ class CpuTarget(GraphTarget):
         packed = pack(graph, dtype)
         graph = _without_weights(graph)
         # What the engine has no kernel for is an error now, not at the first run.
-        CpuRuntime(graph, packed, dtype=dtype, num_threads=1).program(options.input_shape)
+        CpuRuntime(graph, packed, dtype=dtype, num_threads=1).planned(options.input_shape)
         return Artifact(graph, self.name, dtype, options.source, packed=packed)
 
     def load(self, path: Path) -> Artifact:

@@ -13,7 +13,7 @@ import weakref
 import torch
 
 from ...schedule.schedule import Kind
-from .lower import Frame, Program, Step
+from .program import Frame, Program, Step
 
 RECORDED = 1 / 16
 """The part of a GPU's memory that the recordings of a model hold at most. Larger images keep a GPU

@@ -3,58 +3,38 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import copy
-import functools
-import math
 import os
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...errors import RBLNRuntimeError
-from ...graph.ir import Graph, Shape, Value
+from ...graph.ir import Graph, Shape
 from ...profiler import RunProfile
 from ...profiler import Step as StepTime
-from ...schedule import fitting
-from ...schedule.schedule import Schedule
-from ...schedule.search import Search
-from ...sizes import format_size
-from ...units import format_bytes
 from ..allocation import torch_allocates
-from ..base import (
-    OnRows,
-    RuntimeOptions,
-    beyond_float16,
-    only_images,
-    over_memory_limit,
-)
-from ..stream import Chunks, Stream, Streams, frame_shape
+from ..base import OnRows, RuntimeOptions
+from ..graph_runtime import GraphRuntime, beyond_float16
+from ..stream import Stream, frame_shape
 from ..watch import Progress, ShouldStop, Watch
-from .lower import Frame, Program, lower
+from .description import describe_images, describe_videos
+from .device import Clock, exactly, threads
+from .planner import TorchPlanner
+from .program import Frame, Program
 from .recording import RECORDED, Recording, Recordings
-from .rules import Machine, TorchRules
+from .rules import Machine
 from .weights import Weights
 
-CACHED_PROGRAMS = 64
 KEPT_PROFILES = 16
-
-TILING_WORK = 1.5
-"""The most work of a run that saves memory (`enable_tiling`), as a multiple of the least."""
-
-AHEAD = 2e12
-"""Floating-point operations that a GPU may have before it when more are launched: milliseconds of
-work. That keeps it busy, and a timeout or a caller can still end the run."""
 
 ROUNDED = 2**26
 """Limits that vary with free memory are rounded down to multiples of this many bytes."""
 
 
-class TorchRuntime:
+class TorchRuntime(GraphRuntime[Program]):
     """Runs a part by PyTorch's kernels; any number of threads may share it.
 
     Args:
@@ -69,6 +49,8 @@ class TorchRuntime:
             default only `options` do.
     """
 
+    images: TorchPlanner
+
     def __init__(
         self,
         graph: Graph,
@@ -77,33 +59,23 @@ class TorchRuntime:
         options: RuntimeOptions,
         free_memory: Callable[[], int] | None = None,
     ) -> None:
-        self.graph = graph.start.stateless()
-        self.machine = Machine.of(torch.device(device), dtype, options.num_threads)
+        machine = Machine.of(torch.device(device), dtype, options.num_threads)
         self._options = options
         self._free_memory = free_memory
-        self._weights = Weights(graph, self.machine)
         self._wide: TorchRuntime | None = None
         self._recordings: Recordings | None = None
-        if self.machine.device.type == "cuda":
-            most = RECORDED * torch.cuda.get_device_properties(self.machine.device).total_memory
-            self._recordings = Recordings(self.machine.device, dtype, int(most))
-        self._slicing = self._tiling = False
-        self._programs: dict[tuple[Shape, int | None], Program] = {}
+        if machine.device.type == "cuda":
+            most = RECORDED * torch.cuda.get_device_properties(machine.device).total_memory
+            self._recordings = Recordings(machine.device, dtype, int(most))
         self._profiles: collections.deque[RunProfile] = collections.deque(maxlen=KEPT_PROFILES)
         self._process = os.getpid()
-        self._of_videos: tuple[TorchRuntime, ...] = ()
-        self._streams: Streams[Program] | None = None
-        if graph.first is not None:
-            first, later = self._of_videos = self._of_graph(graph.first), self._of_graph(graph)
-            self._streams = Streams(first, later)
+        weights = Weights(graph, machine)
+        super().__init__(graph, lambda each: TorchPlanner(each, machine, weights), options.timeout)
 
-    def _of_graph(self, graph: Graph) -> TorchRuntime:
-        """What runs another graph with the same weights."""
-        other = copy.copy(self)
-        other.graph, other._programs = graph, {}
-        return other
-
-    # Planning.
+    @property
+    def machine(self) -> Machine:
+        """The device, and what is computed at once on it."""
+        return self.images.machine
 
     @property
     def memory_limit(self) -> int:
@@ -114,37 +86,6 @@ class TorchRuntime:
             return most
         return min(most, self._free_memory() // ROUNDED * ROUNDED)
 
-    def program(self, shape: Shape) -> Program:
-        """The program for an input shape, which may be for a smaller batch."""
-        shape = tuple(shape)
-        return self.fitted(shape, self.memory_limit, self._result_bytes(shape))
-
-    @property
-    def timeout(self) -> float | None:
-        """The most seconds of a run; `None` is no limit."""
-        return self._options.timeout
-
-    def rules(self, shape: Shape) -> TorchRules:
-        """The rules for schedules of an input shape."""
-        return TorchRules(self.graph, shape, self.machine)
-
-    def search(self, shape: Shape) -> Search[TorchRules]:
-        """The search over schedules for an input shape."""
-        return Search(self.graph, shape, self.rules)
-
-    def memory_needed(self, shape: Shape) -> int:
-        """The bytes of a run for an input shape, with its result and without weights.
-
-        Raises:
-            ValueError: The shape is not valid for the part.
-            MemoryError: Every schedule exceeds the memory limit.
-        """
-        shape = tuple(shape)
-        if len(shape) == 5:
-            frame = frame_shape(shape)
-            return self._streams_of(frame).memory_needed(frame)
-        return self.program(shape).bytes + self._result_bytes(shape)
-
     def seconds_expected(self, shape: Shape) -> float | None:
         """Always `None`: how fast PyTorch's kernels are here isn't known."""
         return None
@@ -153,154 +94,21 @@ class TorchRuntime:
         """The memory and the work of a run, and those of other schedules."""
         shape = tuple(shape)
         if len(shape) == 5:
-            frame = frame_shape(shape)
-            state = self._streams_of(frame).state_bytes(frame)
-            return (
-                f"{self.graph.name} on {shape[2]} frames of {format_size(frame)}, "
-                f"{str(self.machine.dtype).removeprefix('torch.')}, {self.machine.device}\n"
-                f"memory      {format_bytes(self.memory_needed(shape))} for any number of frames, "
-                f"of it {format_bytes(state)} for state"
-            )
-        program, result = self.program(shape), self._result_bytes(shape)
-        schedule = program.schedule
-        parts = -(-shape[0] // schedule.input_shape[0])
-        lines = [
-            f"{self.graph.name} on {format_size(shape)}, "
-            f"{str(self.machine.dtype).removeprefix('torch.')}, {self.machine.device}",
-            f"memory      {format_bytes(program.bytes + result)}: "
-            f"{format_bytes(schedule.arena_bytes)} for activations, "
-            f"{format_bytes(program.bytes - schedule.arena_bytes)} for kernels, "
-            f"{format_bytes(result)} for the result",
-            f"work        {parts * schedule.flops / 1e12:.3f} TFLOP, "
-            f"{schedule.extra_work:.1%} of it extra"
-            + (f", in {parts} parts of the batch" if parts > 1 else ""),
-            "",
-            f"{'memory':>14} {'extra work':>11}  computed again, in strips",
-        ]
-        search = self.search(shape)
-        for other in search.tradeoffs():
-            memory = format_bytes(self._lowered(other, search).bytes + result)
-            again = ", ".join(other.recomputed) or "nothing"
-            lines.append(f"{memory:>14} {other.extra_work:>11.1%}  {again}")
-        if steps:
-            lines += ["", f"{'step':<16}{'bytes':>14}{'workspace':>14}  value"]
-            lines += [
-                f"{step.kind:<16}{format_bytes(step.bytes):>14}"
-                f"{format_bytes(step.workspace):>14}  {step.name}"
-                for step in program.steps
-            ]
-        return "\n".join(lines)
+            return describe_videos(self.streams(frame_shape(shape)), self.images, shape)
+        return describe_images(self.images, self.planned(shape), shape, steps=steps)
 
     def save_memory(self, *, slicing: bool, tiling: bool) -> None:
-        """Use less memory than the limit allows.
-
-        Args:
-            slicing: Whether to run the images of a batch one by one.
-            tiling: Whether to run each image in the least memory that takes at most
-                `TILING_WORK` times the work.
-        """
-        for runtime in (self, *self._of_videos):
-            runtime._slicing, runtime._tiling = slicing, tiling
-            runtime._programs.clear()
+        """Take less memory than the limit allows, and give recordings back."""
+        super().save_memory(slicing=slicing, tiling=tiling)
         if self._recordings is not None:
             self._recordings.keep(0)
 
-    def _result_bytes(self, shape: Shape, element_bytes: int = 4) -> int:
-        """The bytes of the result for an input shape; floats count as float32 (default)."""
-        self._check_shape(shape)
-        return element_bytes * math.prod(self.graph.infer_shapes(shape)[self.graph.outputs[0]])
-
-    def _check_shape(self, shape: Shape) -> None:
-        if len(shape) != 4 or min(shape) < 1 or shape[1] != self.graph.input_channels:
-            raise ValueError(
-                f"The input has shape {shape}, expected (N, {self.graph.input_channels}, H, W)."
-            )
-
-    def fitted(self, shape: Shape, limit: int, taken: int) -> Program:
-        """The program of a run, or of a smaller batch, within a limit of which a part is taken."""
-        self._check_shape(shape)
-        room = limit - taken
-        # No lock, which could stay held in a forked child: single operations of a dict are atomic.
-        if not self._tiling:
-            # Limits that vary with free memory mostly admit this one.
-            free = self._programs.get((shape, None))
-            if free is not None and free.bytes <= room:
-                return free
-        known = self._programs.get((shape, room))
-        if known is None:
-            try:
-                known = self._fit(shape, room)
-            except fitting.TooLargeError as error:
-                least, one = error.needed + taken, self.graph.least_shape(shape)
-                raise over_memory_limit(self.graph.name, one, least, limit) from None
-            whole = not known.schedule.recomputed and known.schedule.input_shape == shape
-            self._programs[shape, None if whole and not self._tiling else room] = known
-            while len(self._programs) > CACHED_PROGRAMS:
-                self._programs.pop(list(self._programs)[0], None)  # noqa: RUF015
-        return known
-
-    def _fit(self, shape: Shape, room: int) -> Program:
-        """The program with the least work within `room` bytes, including workspaces.
-
-        Raises:
-            fitting.TooLargeError: There is none.
-        """
-        alone = self._slicing or self._tiling or not self.machine.batches
-        search = self.search(self.graph.least_shape(shape) if alone else shape)
-        if self._tiling and not search.is_hopeless(room):
-            frugal = fitting.thrifty(search, lambda sketch: sketch.flops, TILING_WORK)
-            program = self._lowered(frugal, search)
-            if program.bytes <= room:
-                return program
-        return fitting.fit(
-            search,
-            lambda schedule: self._lowered(schedule, search),
-            room,
-            lambda: self._usual_choice,
-        )
-
-    @functools.cached_property
-    def _usual_choice(self) -> tuple[Value, ...]:
-        shape = (1, self.graph.input_channels, 1024, 1024)
-        return self.search(shape).tradeoffs()[-1].recomputed
-
-    def _lowered(self, schedule: Schedule, search: Search[TorchRules]) -> Program:
-        return lower(schedule, search.rules(schedule.input_shape[0]), self._weights)
-
-    # Videos.
-
-    def chunks(self, shape: Shape) -> Chunks:
-        """What the runs of a stream take and give.
-
-        Args:
-            shape: `(N, C, H, W)` of a frame.
-
-        Raises:
-            ValueError: The part takes no such frames, or runs images alone.
-        """
-        return self._streams_of(shape).chunks(shape)
-
     def stream(
-        self,
-        shape: Shape,
-        result_bytes: int | None = None,
-        memory_limit: int | None = None,
+        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
     ) -> Stream:
         """Begin to run the part on a batch of videos; see `Runtime.stream`."""
         self._check_process()
-        shape = tuple(shape)
-        return self._streams_of(shape).begin(shape, result_bytes, memory_limit)
-
-    def _streams_of(self, shape: Shape) -> Streams[Program]:
-        """What runs videos of frames of a shape."""
-        self._check_shape(shape)
-        if self._streams is None:
-            raise only_images(self.graph.name)
-        return self._streams
-
-    def bytes_of(self, planned: Program) -> int:
-        """The bytes of a run, without its result."""
-        return planned.bytes
+        return super().stream(shape, result_bytes, memory_limit)
 
     def new_state(self, size: int) -> Tensor:
         """Memory for the state of one video, in bytes."""
@@ -318,10 +126,8 @@ class TorchRuntime:
         self._check_process()
         source = inputs[0]
         dtype = source.dtype if source.is_floating_point() else torch.float32
-        with torch.no_grad(), _threads(self._options.num_threads), self._exactly():
+        with torch.no_grad(), threads(self._options.num_threads), exactly(self.machine.device):
             self._execute(planned, 0, inputs, outputs, dtype, watch, None, None, 0, state)
-
-    # Running.
 
     @property
     def profiles(self) -> list[RunProfile]:
@@ -348,7 +154,7 @@ class TorchRuntime:
         `progress` counts the steps that are launched there, by their floating-point operations.
         """
         shape = tuple(image.shape)
-        self._check_shape(shape)
+        self.images.check(shape)
         watch = Watch(self.timeout, should_stop, progress, shape[0])
         watch.check()
         self._check_process()
@@ -357,12 +163,12 @@ class TorchRuntime:
                 f"The input is {image.dtype}, expected a floating-point tensor, or uint8."
             )
         source = image.detach()
-        taken = 0 if out is not None else self._result_bytes(shape, 1 if levels else 4)
+        taken = 0 if out is not None else self.images.result_bytes(shape, 1 if levels else 4)
         limit = self.memory_limit if memory_limit is None else min(memory_limit, self.memory_limit)
-        program = self.fitted(shape, limit, taken)
+        program = self.images.fitted(shape, limit, taken)
         expected = (shape[0], *program.schedule.output_shape[1:])
         dtype = source.dtype if source.is_floating_point() else torch.float32
-        with torch_allocates(), _threads(self._options.num_threads), self._exactly():
+        with torch_allocates(), threads(self._options.num_threads), exactly(self.machine.device):
             result = _new_result(expected, dtype, levels, source.device) if out is None else out
             if tuple(result.shape) != expected:
                 raise ValueError(f"out has the shape {tuple(result.shape)}, expected {expected}.")
@@ -401,7 +207,7 @@ class TorchRuntime:
         for begin in range(0, len(source), size):
             part = source[begin : begin + size]
             if len(part) < size:
-                program = self.fitted(tuple(part.shape), limit, taken)
+                program = self.images.fitted(tuple(part.shape), limit, taken)
             last = begin + size >= len(source)
             self._execute(
                 program,
@@ -446,7 +252,7 @@ class TorchRuntime:
                     self._free_memory,
                 )
             dtype = source.dtype if source.is_floating_point() else torch.float32
-            program = self._wide.fitted(tuple(source[alone].shape), limit, taken)
+            program = self._wide.images.fitted(tuple(source[alone].shape), limit, taken)
             in_range[alone] = self._wide._runs(
                 program, limit, taken, source[alone], result[alone], dtype, watch, None, alone.start
             )
@@ -486,7 +292,7 @@ class TorchRuntime:
             on_rows,
         )
         start = time.time()
-        clock = _Clock(self.machine.device, timing=self._options.activate_profiler)
+        clock = Clock(self.machine.device, timing=self._options.activate_profiler)
         flops = 0
         try:
             for step in steps:
@@ -503,7 +309,7 @@ class TorchRuntime:
 
     def _recording(self, program: Program, limit: int) -> Recording | None:
         """The recording of a program, taken for a run, if there is one within a limit."""
-        if self._recordings is None or self._tiling or self._options.activate_profiler:
+        if self._recordings is None or self.images.tiling or self._options.activate_profiler:
             return None
         self._recordings.keep(limit - program.bytes, program)
         return self._recordings.begin(program)
@@ -523,85 +329,6 @@ class TorchRuntime:
                 "method 'spawn'."
             )
 
-    @contextlib.contextmanager
-    def _exactly(self) -> Iterator[None]:
-        """Run on the device, without rounding float32 to TF32."""
-        if self.machine.device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(self.machine.device), _FULL_PRECISION:
-            yield
-
-
-class _FullPrecision:
-    """Switches TF32 off while any thread is in it: torch has one switch for all."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = (False, False)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._before = (
-                    torch.backends.cudnn.allow_tf32,
-                    torch.backends.cuda.matmul.allow_tf32,
-                )
-                self._set(False, False)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._set(*self._before)
-
-    def _set(self, convolutions: bool, products: bool) -> None:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.backends.cuda.matmul.allow_tf32 = products
-
-
-_FULL_PRECISION = _FullPrecision()
-
-
-class _Clock:
-    """Keeps a run at most `AHEAD` operations before the device, and tells when steps ended.
-
-    Args:
-        device: The device.
-        timing: Whether times are wanted.
-    """
-
-    def __init__(self, device: torch.device, *, timing: bool) -> None:
-        self._gpu, self._timing = device.type == "cuda", timing
-        self._launched = 0
-        self._waited = 0
-        self._events: list[tuple[torch.cuda.Event, int]] = []
-        self._times: list[float] = []
-        self.lap(0)
-
-    def lap(self, flops: int) -> None:
-        """A step has been launched; on a CPU it has ended."""
-        if not self._gpu:
-            self._times.append(time.perf_counter())
-            return
-        self._launched += flops
-        event = torch.cuda.Event(enable_timing=self._timing)  # type: ignore[no-untyped-call]
-        event.record()
-        self._events.append((event, self._launched))
-        while self._launched - self._events[self._waited][1] > AHEAD:
-            self._waited += 1
-            self._events[self._waited][0].synchronize()
-
-    def laps(self) -> list[float]:
-        """Seconds from the start of the run to its beginning and the end of each step."""
-        if not self._gpu:
-            return [each - self._times[0] for each in self._times]
-        self._events[-1][0].synchronize()
-        first = self._events[0][0]
-        return [first.elapsed_time(each) / 1000 for each, _ in self._events]
-
 
 def _new_result(shape: Shape, dtype: torch.dtype, levels: bool, device: torch.device) -> Tensor:
     """Memory for the result on the caller's device."""
@@ -610,17 +337,3 @@ def _new_result(shape: Shape, dtype: torch.dtype, levels: bool, device: torch.de
     batch, channels, height, width = shape
     last = torch.empty((batch, height, width, channels), dtype=torch.uint8, device=device)
     return last.permute(0, 3, 1, 2)
-
-
-@contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Set the number of torch's threads during a block; `None` changes nothing."""
-    before = torch.get_num_threads()
-    if number is None or number == before:
-        yield
-        return
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
