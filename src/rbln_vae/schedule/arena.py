@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -66,12 +65,21 @@ class View:
 
     def rows(self, begin: int, end: int) -> View:
         """A view of the rows from `begin` up to `end`."""
-        offset = self.offset + begin * self.row_bytes
-        return dataclasses.replace(self, height=end - begin, offset=offset)
+        return self._with(self.channels, end - begin, self.offset + begin * self.row_bytes)
 
     def beginning_at(self, image: int) -> View:
         """A view of the images of the batch from one on."""
-        return dataclasses.replace(self, offset=self.offset + image * self.image_bytes)
+        return self._with(self.channels, self.height, self.offset + image * self.image_bytes)
+
+    def of_channels(self, channels: int) -> View:
+        """A view of as many pixels with another number of channels."""
+        return self._with(channels, self.height, self.offset)
+
+    def _with(self, channels: int, height: int, offset: int) -> View:
+        # A search makes millions of views, and `dataclasses.replace` takes three times as long.
+        return View(
+            self.buffer, channels, height, self.width, self.row_bytes, self.image_bytes, offset
+        )
 
 
 def live_bytes(buffers: Iterable[Buffer], tasks: int) -> list[int]:
@@ -117,9 +125,13 @@ def lay_out(buffers: list[Buffer], times: Sequence[int]) -> int:
     return best[0]
 
 
+_Placed = tuple[int, int, int, int]
+"""The offset of a buffer that is placed, its end, and its first and last task."""
+
+
 def _first_fit(buffers: list[Buffer]) -> dict[Buffer, int]:
     offsets: dict[Buffer, int] = {}
-    placed: list[Buffer] = []
+    placed: list[_Placed] = []
     groups: dict[Buffer, dict[Buffer, int]] = {}
     for buffer in buffers:
         root, within = buffer, 0
@@ -131,21 +143,23 @@ def _first_fit(buffers: list[Buffer]) -> dict[Buffer, int]:
         while moved:
             moved = False
             for buffer, within in group.items():
-                offset = _free(buffer, base + within, placed, offsets)
+                offset = _free(buffer, base + within, placed)
                 if offset > base + within:
                     base, moved = offset - within, len(group) > 1
         for buffer, within in group.items():
-            offsets[buffer] = base + within
-            bisect.insort(placed, buffer, key=offsets.__getitem__)
+            offset = offsets[buffer] = base + within
+            bisect.insort(placed, (offset, offset + buffer.bytes, buffer.first, buffer.last))
     return offsets
 
 
-def _free(buffer: Buffer, offset: int, placed: list[Buffer], offsets: dict[Buffer, int]) -> int:
+def _free(buffer: Buffer, offset: int, placed: list[_Placed]) -> int:
     """The lowest offset, at least `offset`, where a buffer overlaps no placed buffer."""
-    for other in placed:
-        if other.last < buffer.first or buffer.last < other.first:
+    size, first, last = buffer.bytes, buffer.first, buffer.last
+    for begin, end, born, dead in placed:
+        if dead < first or last < born:
             continue
-        if offsets[other] >= offset + buffer.bytes:
+        if begin >= offset + size:
             break
-        offset = max(offset, offsets[other] + other.bytes)
+        if end > offset:
+            offset = end
     return offset

@@ -7,7 +7,6 @@ Strips begin only where the rules allow, so no decision changes a bit of the res
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 from ..graph.ir import (
@@ -192,38 +191,43 @@ class _Scheduler:
         image = self.images[value]
         if not self.rules.overwrites or self.tasks.is_home(image):
             return None
-        return None if self.overlapped(index, value) else image
+        return None if self.overlapped(value, self.sharing(index, value)) else image
 
-    def overlapped(self, index: int, value: Value) -> bool:
-        """Whether an image that is still needed has memory of a value.
+    def overlapped(self, value: Value, needed: Iterable[Value]) -> bool:
+        """Whether images that are still needed have memory of a value, in whose buffer they are.
 
         That of an identity is in the same place, that of a frame in its stack.
         """
-        image = self.images[value]
+        offset = self.images[value].offset
         return value in self.stacks or any(
-            view.offset == image.offset or self.stacks.get(name) == value
-            for name, view in self.sharing(index, value)
+            self.images[other].offset == offset or self.stacks.get(other) == value
+            for other in needed
         )
 
-    def sharing(self, index: int, value: Value) -> list[tuple[Value, View]]:
+    def needed(self, index: int) -> dict[Buffer, list[Value]]:
+        """The images that an operation or a later one needs, by their buffers."""
+        found: dict[Buffer, list[Value]] = {}
+        for value, view in self.images.items():
+            if self.needed_until.get(value, -1) >= index:
+                found.setdefault(view.buffer, []).append(value)
+        return found
+
+    def sharing(self, index: int, value: Value) -> list[Value]:
         """The images in the buffer of a value that an operation or a later one needs."""
-        buffer = self.images[value].buffer
-        return [
-            (name, view)
-            for name, view in self.images.items()
-            if view.buffer is buffer and name != value and self.needed_until.get(name, -1) >= index
-        ]
+        needed = self.needed(index).get(self.images[value].buffer, [])
+        return [other for other in needed if other != value]
 
     def vacant(self, index: int, value: Value) -> View | None:
         """The place of a value that is no longer needed, beside another one that is."""
-        for name, view in self.images.items():
+        needed = self.needed(index)
+        for other, view in self.images.items():
             if (
-                self.needed_until.get(name, -1) < index
-                and self.shapes[name][0] == self.shapes[value][0]
-                and self.shapes[name][2:] == self.shapes[value][2:]
-                and self.problem.row_bytes(name) >= self.problem.row_bytes(value)
-                and self.sharing(index, name)
-                and not self.overlapped(index, name)
+                view.buffer in needed
+                and self.needed_until.get(other, -1) < index
+                and self.shapes[other][0] == self.shapes[value][0]
+                and self.shapes[other][2:] == self.shapes[value][2:]
+                and self.problem.row_bytes(other) >= self.problem.row_bytes(value)
+                and not self.overlapped(other, needed[view.buffer])
             ):
                 return view
         return None
@@ -425,7 +429,7 @@ class _Scheduler:
                 return windows[value].rows(rows[0] - first, rows[1] - first)
             return self.images[value].rows(*rows)
 
-        for strip in itertools.islice(sweep.strips(), 1 if self.sketch else None):
+        for strip in sweep.first_strips[:1] if self.sketch else sweep.strips():
             for operation in (*sweep.members, *targets):
                 value, rows = operation.output, strip.computed[operation.output]
                 if value in windows:

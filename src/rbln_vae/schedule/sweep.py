@@ -108,8 +108,11 @@ class Sweep:
     kernel_heights: Mapping[Value, int]
     multiples: Mapping[Value, int]
     step: int
+    _starts: dict[tuple[Value, int, int], int] = field(default_factory=dict, init=False, repr=False)
+    _overwritten: dict[Value, bool] = field(default_factory=dict, init=False, repr=False)
+    """What is known of values: a search asks for the same thousands of times."""
 
-    @property
+    @functools.cached_property
     def height(self) -> int:
         target = self.targets[0]
         return self.heights[target.input if isinstance(target, Export) else target.output]
@@ -148,10 +151,15 @@ class Sweep:
         )
 
     @functools.cached_property
+    def first_strips(self) -> list[Strip]:
+        """As many strips as it takes until the windows repeat."""
+        return list(itertools.islice(self.strips(), PERIOD))
+
+    @functools.cached_property
     def window_heights(self) -> dict[Value, int]:
         """The most rows that the window of each member holds."""
         most = {member.output: 1 for member in self.members}
-        for strip in itertools.islice(self.strips(), PERIOD):
+        for strip in self.first_strips:
             for value, (low, high) in strip.held.items():
                 most[value] = max(most[value], high - low)
         return most
@@ -186,6 +194,11 @@ class Sweep:
         It may if the value has the rows of the target, and no strip reads rows that an
         earlier strip has overwritten.
         """
+        if value not in self._overwritten:
+            self._overwritten[value] = self._may_overwrite(value)
+        return self._overwritten[value]
+
+    def _may_overwrite(self, value: Value) -> bool:
         (target,) = self.targets
         if self.heights[value] != self.height:
             return False
@@ -205,6 +218,12 @@ class Sweep:
             written: Bytes of a row of all targets together.
             read: Bytes from one row of the value to the next.
         """
+        key = value, written, read
+        if key not in self._starts:
+            self._starts[key] = self._head_start(*key)
+        return self._starts[key]
+
+    def _head_start(self, value: Value, written: int, read: int) -> int:
         targets = [target for target in self.targets if value in target.inputs]
         members = [member for member in self.members if value in member.inputs]
         begins = range(0, self.height, self.step)

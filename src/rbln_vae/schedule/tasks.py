@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -73,7 +72,7 @@ class TaskList:
         if over is None:
             self.images[value] = self.rows_of(value, self.heights[value])
         else:
-            self.images[value] = dataclasses.replace(over, channels=self.shapes[value][1])
+            self.images[value] = over.of_channels(self.shapes[value][1])
             over.buffer.holds[value] = len(self.tasks)
         return self.images[value]
 
