@@ -22,8 +22,7 @@ from rbln_vae import (
 )
 from rbln_vae.metrics import relative_l2
 from rbln_vae.schedule import search
-from rbln_vae.schedule.schedule import Schedule
-from rbln_vae.schedule.scheduler import make_schedule
+from rbln_vae.schedule.scheduler import Sketch
 
 OPTIONS = {"target": "cpu", "dtype": "float32"}
 
@@ -127,12 +126,12 @@ def test_planning_in_little_memory_tries_few_schedules(
 ) -> None:
     tried = 0
 
-    def counted(*args: Any, **options: Any) -> Schedule:
+    def counted(*args: Any) -> Sketch:
         nonlocal tried
         tried += 1
-        return make_schedule(*args, **options)
+        return Sketch(*args)
 
-    monkeypatch.setattr(search, "make_schedule", counted)
+    monkeypatch.setattr(search, "Sketch", counted)
     compiled.enable_tiling()
     try:
         compiled.memory_needed("decoder", (1, 4, 24, 16))

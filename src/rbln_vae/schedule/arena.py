@@ -13,7 +13,7 @@ ALIGNMENT = 4096
 """The alignment of buffers in bytes: each begins on its own page."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Buffer:
     """A range of the arena, and the first and the last task that need it.
 
@@ -35,7 +35,7 @@ class Buffer:
     offset: int = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """An offset in bytes from the beginning of a buffer; it may be negative."""
 
@@ -43,7 +43,7 @@ class Place:
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """Some rows of an image in a buffer, for each image of the batch.
 

@@ -32,7 +32,7 @@ class Kind(enum.Enum):
     """Turn sums into the coefficients of a norm."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One task of a run.
 

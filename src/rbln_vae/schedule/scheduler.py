@@ -7,6 +7,7 @@ Strips begin only where the rules allow, so no decision changes a bit of the res
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from ..graph.ir import (
@@ -21,7 +22,7 @@ from ..graph.ir import (
     Unstack,
     Value,
 )
-from .arena import ALIGNMENT, Buffer, Place, View, lay_out
+from .arena import ALIGNMENT, Buffer, Place, View, lay_out, live_bytes
 from .problem import Problem
 from .schedule import Kind, Schedule
 from .state import Filling, State
@@ -51,6 +52,43 @@ def make_schedule(
             all strips are included.
     """
     return _Scheduler(problem, frozenset(recomputed), sketch).schedule()
+
+
+class Sketch:
+    """The work and the memory of a schedule, as a search asks for them, without its tasks.
+
+    Memory is laid out when that is asked for: most sketches are asked for their work alone.
+
+    Args:
+        problem: What to schedule.
+        recomputed: As of `make_schedule`.
+    """
+
+    def __init__(self, problem: Problem, recomputed: Iterable[Value]) -> None:
+        tasks = _Scheduler(problem, frozenset(recomputed), True).add_tasks()
+        self.flops = sum(task.flops for task in tasks.tasks)
+        self.buffers = tasks.buffers
+        self._values = [task.value for task in tasks.tasks]
+        self._times = tasks.times()
+
+    @functools.cached_property
+    def arena_bytes(self) -> int:
+        """The size of the arena."""
+        return lay_out(self.buffers, self._times)
+
+    @functools.cached_property
+    def live_bytes(self) -> list[int]:
+        """The bytes of all live buffers at each task."""
+        return live_bytes(self.buffers, len(self._values))
+
+    @functools.cached_property
+    def live(self) -> dict[Value, int]:
+        """The most bytes in use at the tasks of each value."""
+        most: dict[Value, int] = {}
+        for value, live in zip(self._values, self.live_bytes, strict=True):
+            if live > most.get(value, 0):
+                most[value] = live
+        return most
 
 
 def droppable(graph: Graph) -> frozenset[Value]:
@@ -120,7 +158,8 @@ class _Scheduler:
                 until[value] = max(until.get(value, -1), needed)
         return until
 
-    def schedule(self) -> Schedule:
+    def add_tasks(self) -> TaskList:
+        """The tasks of all operations."""
         graph = self.graph
         for index, operation in enumerate(graph.operations):
             self.import_images(operation.inputs)
@@ -143,15 +182,20 @@ class _Scheduler:
         for value in graph.inputs:
             self.export_image(value)
         self.state.fill_all()
-        arena = lay_out(self.tasks.buffers, self.tasks.times())
-        self.tasks.place_state(arena)
+        return self.tasks
+
+    def schedule(self) -> Schedule:
+        """The tasks, and the places of all buffers."""
+        graph, tasks = self.graph, self.add_tasks()
+        arena = lay_out(tasks.buffers, tasks.times())
+        tasks.place_state(arena)
         return Schedule(
             self.shapes[graph.inputs[0]],
             self.shapes[graph.outputs[0]],
             len(graph.inputs),
             len(graph.outputs),
-            tuple(self.tasks.tasks),
-            tuple(self.tasks.buffers),
+            tuple(tasks.tasks),
+            tuple(tasks.buffers),
             arena,
             self.problem.state_bytes,
             tuple(o.output for o in self.problem.makers if o.output in self.recomputed),

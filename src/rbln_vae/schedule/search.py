@@ -16,7 +16,7 @@ from ..graph.ir import Graph, Operation, Shape, Shuffle, Value
 from .problem import Problem
 from .rules import Rules
 from .schedule import Schedule
-from .scheduler import droppable, make_schedule
+from .scheduler import Sketch, droppable, make_schedule
 
 FINER = 0.97
 """The most memory of the next tradeoff, as a fraction of the one before."""
@@ -130,7 +130,7 @@ class Search(Generic[RulesType]):
     def walk(self) -> Iterator[Schedule]:
         """Find sketches of schedules for one image with less and less memory, mostly dearer."""
         for choice in self._choices.walk():
-            yield self._choices.sketch(choice)
+            yield self.recomputing(choice, sketch=True)
 
 
 class _Choices:
@@ -144,11 +144,11 @@ class _Choices:
         self.shuffled = self.candidates.intersection(
             operation.output for operation in graph.operations if isinstance(operation, Shuffle)
         )
-        self.sketches: dict[Choice, Schedule] = {}
+        self.sketches: dict[Choice, Sketch] = {}
 
-    def sketch(self, choice: Choice) -> Schedule:
+    def sketch(self, choice: Choice) -> Sketch:
         if choice not in self.sketches:
-            self.sketches[choice] = make_schedule(self.problem, choice, sketch=True)
+            self.sketches[choice] = Sketch(self.problem, choice)
         return self.sketches[choice]
 
     def arena(self, choice: Choice) -> int:
@@ -251,29 +251,21 @@ class _Choices:
     def work(self, choice: Choice) -> int:
         return self.sketch(choice).flops
 
-    def live(self, choice: Choice) -> dict[Value, int]:
-        """The most bytes in use at the tasks of each value."""
-        schedule = self.sketch(choice)
-        most: dict[Value, int] = {}
-        for task, live in zip(schedule.tasks, schedule.live_bytes(), strict=True):
-            most[task.value] = max(most.get(task.value, 0), live)
-        return most
-
     def excess(self, limit: int, choice: Choice) -> int:
         """The bytes above the limit, summed over all values, plus those of the arena."""
         over: Callable[[int], int] = lambda size: max(0, size - limit)  # noqa: E731
-        return over(self.arena(choice)) + sum(map(over, self.live(choice).values()))
+        return over(self.arena(choice)) + sum(map(over, self.sketch(choice).live.values()))
 
     def kept_at_peak(self, limit: int, choice: Choice) -> set[Value]:
         """The values that are in memory when the limit is exceeded."""
-        schedule = self.sketch(choice)
-        peaks = [i for i, live in enumerate(schedule.live_bytes()) if live > limit]
+        sketch = self.sketch(choice)
+        peaks = [i for i, live in enumerate(sketch.live_bytes) if live > limit]
         if not peaks:
             # Only holes between buffers exceed the limit, and any value may help.
             return set(self.candidates)
         return {
             value
-            for buffer in schedule.buffers
+            for buffer in sketch.buffers
             for value, first in buffer.holds.items()
             if any(first <= i <= buffer.last for i in peaks)
         }
