@@ -112,9 +112,9 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=50,
+    max_examples=25,
     deadline=None,
-    derandomize=True,  # the same 50 in every run: a failure is never of one machine alone
+    derandomize=True,  # the same in every run: a failure is never of one machine alone
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(

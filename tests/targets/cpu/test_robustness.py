@@ -140,7 +140,7 @@ try: native.memory_needed((1, 4, 2**20, 2**20))
 except MemoryError: pass
 before, answers = memory("VmPeak"), []
 # Products that are beyond 2**63, or come round to a small number.
-sides = [1, 3, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 + 1, 2**40, 2**62, 2**63, 2**65]
+sides = [1, 2**16 - 1, 2**31 - 1, 2**31, 2**32 + 1, 2**63, 2**65]
 for batch in (1, 3, 2**31, 2**63):
     for height in sides:
         for width in sides:
@@ -159,7 +159,7 @@ print(json.dumps({"answers": answers, "grown": grown}))
 
 def test_sizes_beyond_any_memory_are_refused_before_it_is_asked_for(file: Path) -> None:
     result = in_a_process(PRELUDE + OVERFLOWS, file)
-    assert len(result["answers"]) > 600
+    assert len(result["answers"]) > 250
     assert set(result["answers"]) <= {"MemoryError", "ValueError"}
     assert result["grown"] < 2**24
 
