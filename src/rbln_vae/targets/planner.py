@@ -118,6 +118,20 @@ class Planner(ABC, Generic[Planned, RulesType]):
         self._keep(shape, room, found)
         return found
 
+    def _searched(self, search: Search[RulesType], room: int, besides: int = 0) -> Planned:
+        """What a search finds within `room` bytes; `besides` as of `fitting.fit`.
+
+        Raises:
+            fitting.TooLargeError: There is nothing.
+        """
+        return fitting.fit(
+            search,
+            lambda schedule: self.lowered(schedule, search),
+            room,
+            lambda: self._usual_choice,
+            besides,
+        )
+
     @property
     def _one_by_one(self) -> bool:
         """Whether the images of a batch always run one by one; by default not."""

@@ -110,10 +110,4 @@ class CpuPlanner(Planner[Bound, CpuRules]):
             bound = self.lowered(frugal, search)
             if bound.bytes <= room:
                 return bound
-        return fitting.fit(
-            search,
-            lambda schedule: self.lowered(schedule, search),
-            room,
-            lambda: self._usual_choice,
-            scratch,
-        )
+        return self._searched(search, room, scratch)

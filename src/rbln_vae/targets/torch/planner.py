@@ -57,9 +57,4 @@ class TorchPlanner(Planner[Program, TorchRules]):
             program = self.lowered(frugal, search)
             if program.bytes <= room:
                 return program
-        return fitting.fit(
-            search,
-            lambda schedule: self.lowered(schedule, search),
-            room,
-            lambda: self._usual_choice,
-        )
+        return self._searched(search, room)
