@@ -152,7 +152,7 @@ def test_all_shapes_share_one_copy(decoder: Graph) -> None:
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_limit_is_passed_and_no_bit_changes(data: st.DataObject) -> None:
     decoder = wide_decoder()
     dtype = data.draw(st.sampled_from(DTYPES))
