@@ -21,6 +21,7 @@ from rbln_vae.metrics import relative_l2
 from rbln_vae.targets.base import RuntimeOptions
 from rbln_vae.targets.torch import kernels
 from rbln_vae.targets.torch.kernels import Reading
+from rbln_vae.targets.torch.planner import TorchPlanner
 from rbln_vae.targets.torch.runtime import TorchRuntime
 from rbln_vae.targets.torch.weights import Weights
 
@@ -174,8 +175,8 @@ def test_attention_is_that_of_pytorch() -> None:
 
 def runtime(graph: Graph, **options: object) -> TorchRuntime:
     found = TorchRuntime(graph, torch.float32, "cpu", RuntimeOptions(**options))
-    found.images.machine = dataclasses.replace(found.images.machine, chunk_rows=4, fused=True)
-    found._weights = Weights(graph, found.machine)
+    machine = dataclasses.replace(found.machine, chunk_rows=4, fused=True)
+    found.images = TorchPlanner(graph, machine, Weights(graph, machine))
     return found
 
 
