@@ -35,8 +35,10 @@ class TorchPlanner(Planner[Program, TorchRules]):
         return TorchRules(self.graph, shape, self.machine)
 
     def fitted(self, shape: Shape, limit: int, taken: int) -> Program:
+        if self.tiling:
+            return super().fitted(shape, limit, taken)
         # Limits that vary with free memory mostly admit what runs without one.
-        free = None if self.tiling else self._kept(shape, None)
+        free = self._kept(shape, None)
         if free is not None and free.bytes <= limit - taken:
             return free
         found = super().fitted(shape, limit, taken)
