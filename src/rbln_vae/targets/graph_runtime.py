@@ -9,9 +9,10 @@ from typing import Any, Generic
 from torch import Tensor
 
 from ..graph.ir import Graph, Shape
+from .allocation import torch_allocates
 from .base import only_images
 from .planner import Planned, Planner
-from .stream import Chunks, Stream, Streams, frame_shape
+from .stream import Chunks, Stream, frame_shape
 from .watch import Watch
 
 
@@ -117,6 +118,83 @@ class GraphRuntime(ABC, Generic[Planned]):
     def _planners(self) -> list[Planner[Planned, Any]]:
         streams = self._streams
         return [self.images] if streams is None else [self.images, streams.first, streams.later]
+
+
+class Streams(Generic[Planned]):
+    """How a part runs videos: by a graph of the first run, and one of those that follow.
+
+    Args:
+        first: Plans the first run.
+        later: Plans those that follow.
+        runner: Runs what is planned.
+    """
+
+    def __init__(
+        self,
+        first: Planner[Planned, Any],
+        later: Planner[Planned, Any],
+        runner: GraphRuntime[Planned],
+    ) -> None:
+        self.first = first
+        self.later = later
+        self._runner = runner
+
+    def chunks(self, shape: Shape) -> Chunks:
+        """What runs take and give, for frames `(N, C, H, W)`."""
+        return Chunks.of(self.later.graph, shape)
+
+    def state_bytes(self, shape: Shape) -> int:
+        """The bytes of the state of all videos of a batch, for frames of a shape."""
+        return self.first.state_bytes(shape)
+
+    def fitted(
+        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
+    ) -> tuple[Planned, Planned]:
+        """What is run for the first chunk of one video, and for later ones.
+
+        Args:
+            shape: `(N, C, H, W)` of a frame.
+            result_bytes: As of `Runtime.stream`, and so is `memory_limit`.
+            memory_limit: By default that of the runtime.
+
+        Raises:
+            MemoryError: It would need more than the limit.
+        """
+        limit = self._runner.memory_limit
+        if memory_limit is not None:
+            limit = min(limit, memory_limit)
+        taken = self.chunks(shape).result_bytes if result_bytes is None else result_bytes
+        taken += self.state_bytes(shape)
+        one = (1, *shape[1:])
+        # Later chunks need more: an error is to name the least for all.
+        later = self.later.fitted(one, limit, taken)
+        return self.first.fitted(one, limit, taken), later
+
+    def memory_needed(self, shape: Shape) -> int:
+        """The bytes of a stream of frames `(N, C, H, W)`, with the results of a run.
+
+        Raises:
+            MemoryError: They are more than the limit.
+        """
+        first, later = self.fitted(shape)
+        most = max(self.first.bytes_of(first), self.later.bytes_of(later))
+        return most + self.state_bytes(shape) + self.chunks(shape).result_bytes
+
+    def begin(
+        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
+    ) -> Stream:
+        """Begin to run a batch of videos; see `Runtime.stream`."""
+        first, later = self.fitted(shape, result_bytes, memory_limit)
+        size = self.state_bytes(shape) // shape[0]
+        with torch_allocates():
+            states = [self._runner.new_state(size) for _ in range(shape[0])]
+
+        def step(
+            begins: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
+        ) -> None:
+            self._runner.run_chunk(first if begins else later, state, inputs, outputs, watch)
+
+        return Stream(self.chunks(shape), states, step, self._runner.timeout)
 
 
 def beyond_float16(part: str) -> str:

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,15 +14,11 @@ from torch import Tensor
 from ..errors import RBLNRuntimeError
 from ..graph.ir import Graph, Shape
 from .allocation import torch_allocates
-from .planner import Planned, Planner
 from .watch import ShouldStop, Watch
 
 RunStep: TypeAlias = Callable[[bool, Any, list[Tensor], list[Tensor], Watch], None]
 """Runs a chunk of one video: whether it is the first one, the state of the video, its frames, where
 the results go, and what ends the run."""
-
-
-Runs = TypeVar("Runs", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -176,110 +172,6 @@ class Stream:
                     f"{self.chunks.frame}: the size can't change within a video. Begin another "
                     "stream for frames of another size."
                 )
-
-
-class Runner(Protocol[Runs]):
-    """A runtime, as streams use it.
-
-    Attributes:
-        timeout: The most seconds of a run; `None` is no limit.
-    """
-
-    timeout: float | None
-
-    @property
-    def memory_limit(self) -> int:
-        """The most bytes of a run besides the weights."""
-
-    def new_state(self, size: int) -> Tensor:
-        """Memory for the state of one video, in bytes."""
-
-    def run_chunk(
-        self,
-        planned: Runs,
-        state: Tensor,
-        inputs: list[Tensor],
-        outputs: list[Tensor],
-        watch: Watch,
-    ) -> None:
-        """Run a chunk of one video, whose state follows."""
-
-
-class Streams(Generic[Planned]):
-    """How a part runs videos: by a graph of the first run, and one of those that follow.
-
-    Args:
-        first: Plans the first run.
-        later: Plans those that follow.
-        runner: Runs what is planned.
-    """
-
-    def __init__(
-        self,
-        first: Planner[Planned, Any],
-        later: Planner[Planned, Any],
-        runner: Runner[Planned],
-    ) -> None:
-        self.first = first
-        self.later = later
-        self._runner = runner
-
-    def chunks(self, shape: Shape) -> Chunks:
-        """What runs take and give, for frames `(N, C, H, W)`."""
-        return Chunks.of(self.later.graph, shape)
-
-    def state_bytes(self, shape: Shape) -> int:
-        """The bytes of the state of all videos of a batch, for frames of a shape."""
-        return self.first.state_bytes(shape)
-
-    def fitted(
-        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
-    ) -> tuple[Planned, Planned]:
-        """What is run for the first chunk of one video, and for later ones.
-
-        Args:
-            shape: `(N, C, H, W)` of a frame.
-            result_bytes: As of `Runtime.stream`, and so is `memory_limit`.
-            memory_limit: By default that of the runtime.
-
-        Raises:
-            MemoryError: It would need more than the limit.
-        """
-        limit = self._runner.memory_limit
-        if memory_limit is not None:
-            limit = min(limit, memory_limit)
-        taken = self.chunks(shape).result_bytes if result_bytes is None else result_bytes
-        taken += self.state_bytes(shape)
-        one = (1, *shape[1:])
-        # Later chunks need more: an error is to name the least for all.
-        later = self.later.fitted(one, limit, taken)
-        return self.first.fitted(one, limit, taken), later
-
-    def memory_needed(self, shape: Shape) -> int:
-        """The bytes of a stream of frames `(N, C, H, W)`, with the results of a run.
-
-        Raises:
-            MemoryError: They are more than the limit.
-        """
-        first, later = self.fitted(shape)
-        most = max(self.first.bytes_of(first), self.later.bytes_of(later))
-        return most + self.state_bytes(shape) + self.chunks(shape).result_bytes
-
-    def begin(
-        self, shape: Shape, result_bytes: int | None = None, memory_limit: int | None = None
-    ) -> Stream:
-        """Begin to run a batch of videos; see `Runtime.stream`."""
-        first, later = self.fitted(shape, result_bytes, memory_limit)
-        size = self.state_bytes(shape) // shape[0]
-        with torch_allocates():
-            states = [self._runner.new_state(size) for _ in range(shape[0])]
-
-        def step(
-            begins: bool, state: Tensor, inputs: list[Tensor], outputs: list[Tensor], watch: Watch
-        ) -> None:
-            self._runner.run_chunk(first if begins else later, state, inputs, outputs, watch)
-
-        return Stream(self.chunks(shape), states, step, self._runner.timeout)
 
 
 def frame_shape(shape: Shape) -> Shape:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from ...graph.ir import Shape
 from ...sizes import format_size
 from ...units import format_bytes, format_seconds
-from ..stream import Streams, frame_shape
+from ..graph_runtime import Streams
+from ..stream import frame_shape
 from .kept import Bound
 from .planner import CpuPlanner
 from .program import Step

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ...graph.ir import Shape
 from ...sizes import format_size
 from ...units import format_bytes
-from ..stream import Streams, frame_shape
+from ..graph_runtime import Streams
+from ..stream import frame_shape
 from .planner import TorchPlanner
 from .program import Program
 
