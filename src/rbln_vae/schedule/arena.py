@@ -76,7 +76,7 @@ class View:
         return self._with(channels, self.height, self.offset)
 
     def _with(self, channels: int, height: int, offset: int) -> View:
-        # A search makes millions of views, and `dataclasses.replace` takes three times as long.
+        # Searches make many, and `dataclasses.replace` takes twice as long.
         return View(
             self.buffer, channels, height, self.width, self.row_bytes, self.image_bytes, offset
         )

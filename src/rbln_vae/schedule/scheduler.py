@@ -57,7 +57,7 @@ def make_schedule(
 class Sketch:
     """The work and the memory of a schedule, as a search asks for them, without its tasks.
 
-    Memory is laid out when that is asked for: most sketches are asked for their work alone.
+    Memory is laid out when that is asked for: many sketches are asked for their work alone.
 
     Args:
         problem: What to schedule.

@@ -106,8 +106,7 @@ class Search(Generic[RulesType]):
     def is_hopeless(self, limit: int) -> bool:
         """Whether one image or clip needs so much more than the limit that no schedule can fit.
 
-        False for images that need at most 4 GiB: searching their schedules takes at most a
-        second.
+        False for images that need at most 4 GiB, whose schedules are searched: that takes seconds.
         """
         return self.keeping_all(self._least).arena_bytes > max(8 * limit, 2**32)
 
