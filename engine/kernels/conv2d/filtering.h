@@ -42,8 +42,7 @@ class Filtering {
   // Squares that are multiplied together.
   static constexpr Index kMost = Simd::kMaxRows * Simd::kMaxPixels;
   static constexpr Index kGroup = Simd::kMaxPanels * kMost * kPanel;
-  // The most bytes of sums that wait to be transformed back, so that they fit in the L2 cache
-  // together with the factors.
+  // Bytes of sums that fit in the L2 cache together with the factors.
   static constexpr Index kSumsBytes = 320 * 1024;
 
  public:
@@ -82,13 +81,23 @@ class Filtering {
       values = apart<Factor>(summed_blocks(s) * squares * kBlock);
       all_values = kValues * values + (Simd::kWholeTiles ? kMost * kBlock : 0);
       const Index group = chunks * kGroup;
-      // The epilogue takes all phases of one group after another.
-      groups = kFrames > 1      ? ceil_div(s.panels(), Simd::kMaxPanels)
-               : s.phases() > 1 ? 1
-                                : larger(1, kSumsBytes / (kProducts * group *
-                                                          static_cast<Index>(sizeof(float))));
+      const Index all = ceil_div(ceil_div(s.panels(), Simd::kMaxPanels), s.splits);
+      groups = groups_together(s, all, group * kProducts * static_cast<Index>(sizeof(float)));
       sums = apart<float>(groups * group);
       outputs = Simd::kMaxPanels * kSquare * across * kSquare * kPanel;
+    }
+
+    // How many of all groups, each with so many bytes of sums, are multiplied before they are
+    // transformed back. If their sums fit in the L2 cache, all values are read again for the next
+    // ones. With many channels it is less to let the sums of all groups pass through the larger
+    // cache: three times, since a line is read before it is written.
+    Index groups_together(const ConvStep& s, Index all, Index bytes) const {
+      if (kFrames > 1) return all;
+      if (s.phases() > 1) return 1;  // the epilogue takes all phases of one after another
+      const Index fit = smaller(larger(1, kSumsBytes / bytes), all);
+      const Index again = (ceil_div(all, fit) - 1) * kValues * values *
+                          static_cast<Index>(sizeof(Factor));
+      return again > 3 * all * bytes ? all : fit;
     }
 
     // All of them are accessed together, so they are whole pages and a bit apart, to lie in

@@ -43,7 +43,8 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
       for (int n = 0; n < kColumns; ++n) sums[m][n] = Set::zero();
     }
     const T* b = g.b;
-    const T* ahead = g.ahead;
+    // A condition in the loop would take longer than to prefetch what is there already.
+    const T* ahead = g.ahead != nullptr ? g.ahead : g.b;
     const Index panel_step = g.panel_step;
     for (Index block = 0; block < g.blocks; ++block) {
       const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
@@ -51,10 +52,8 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
         const Scratch* a = g.a + block * g.plane + g.taps[tap];
         const T* w = b;
         for (Index k = 0; k < channels; k += kSideBySide) {
-          if (ahead != nullptr) {
-            __builtin_prefetch(ahead, 0, 2);
-            ahead += kRow;
-          }
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += kRow;
 #pragma GCC unroll 2
           for (int channel = 0; channel < kSideBySide; channel += Set::kChannels) {
             typename Set::Weights weights[kColumns];
