@@ -12,6 +12,8 @@ namespace rbln_vae {
 //   kPerPanel     registers that hold a panel of 16 channels
 //   kMaxPixels    pixels whose sums, for kMaxPanels panels, all fit in registers
 //   kChannels     input channels of one product: 1, or 2 in bfloat16
+//   kPrefetchesPixels   whether the pixels of the next block are, since the hardware doesn't follow
+//                       so many short rows
 //   Weights, weights(p, k)   a register of weights at p, for input channel k of adjacent ones
 //   spread(p)                the input channels at p, in every lane
 //   dot(x, w, sum)           the product, added to a sum
@@ -51,6 +53,14 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
       for (Index tap = 0; tap < g.tap_count; ++tap) {
         const Scratch* a = g.a + block * g.plane + g.taps[tap];
         const T* w = b;
+        if (Set::kPrefetchesPixels && g.tap_count == 1) {
+          const Scratch* next = a + g.plane;
+#pragma GCC unroll 16
+          for (int m = 0; m < kPixels; ++m) {
+            __builtin_prefetch(next + m * kDistance, 0, 3);
+            __builtin_prefetch(next + m * kDistance + kBlock / 2, 0, 3);
+          }
+        }
         for (Index k = 0; k < channels; k += kSideBySide) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += kRow;
