@@ -22,7 +22,11 @@ class Worker:
     def __init__(self, name: str, directory: Path, part: str, size: int, threads: int) -> None:
         command = [sys.executable, "-m", "benchmarks.process"]
         arguments = [name, str(directory), part, str(size), str(threads)]
-        subprocess.run([*command, "convert", *arguments], cwd=HERE, check=True, capture_output=True)
+        converted = subprocess.run(
+            [*command, "convert", *arguments], cwd=HERE, capture_output=True, text=True
+        )
+        if converted.returncode:
+            raise RuntimeError(f"{name} can't convert the model:\n{converted.stderr}")
         self.process = subprocess.Popen(
             [*command, "run", *arguments],
             cwd=HERE,
