@@ -192,6 +192,8 @@ CONVOLUTIONS = (
     # Several tiles each way.
     ConvCase(64, 64, 130, 70, groups=32, activation="silu", residual=True, normed_after=32),
     ConvCase(256, 64, 40, 60, groups=32, activation="silu", normed_after=32),
+    # So many channels that all are multiplied before any sum is transformed back.
+    ConvCase(256, 128, 32, 32, groups=32, residual=True),
 )
 
 ATTENTIONS = (

@@ -12,8 +12,8 @@ namespace rbln_vae {
 //   kPerPanel     registers that hold a panel of 16 channels
 //   kMaxPixels    pixels whose sums, for kMaxPanels panels, all fit in registers
 //   kChannels     input channels of one product: 1, or 2 in bfloat16
-//   kPrefetchesPixels   whether the pixels of the next block are, since the hardware doesn't follow
-//                       so many short rows
+//   kPrefetchesPixels   whether the pixels of the next block are prefetched, since the hardware
+//                       doesn't follow so many short rows
 //   Weights, weights(p, k)   a register of weights at p, for input channel k of adjacent ones
 //   spread(p)                the input channels at p, in every lane
 //   dot(x, w, sum)           the product, added to a sum
