@@ -128,7 +128,8 @@ def _measure(group: Sequence[Measurement], directory: Path, rounds: int) -> None
             # In another process than the runs, whose memory it would raise.
             with context.Pool(1) as converting:
                 converting.apply(_convert, given)
-            pools[m.contender] = stack.enter_context(context.Pool(1, _prepare, given))
+            pool = pools[m.contender] = stack.enter_context(context.Pool(1, _prepare, given))
+            pool.apply(int)  # once it is prepared: a pool begins without waiting for that
         for _ in range(rounds):
             for m in group:
                 answer, frame = pools[m.contender].apply(_run)
