@@ -262,6 +262,17 @@ def test_rates_that_are_no_whole_ticks_are_constant(tmp_path: Path) -> None:
     assert len(list(read_video(tmp_path / "clip.mkv"))) == 9
 
 
+def test_a_disk_that_fails_is_no_damaged_video(tmp_path: Path) -> None:
+    unreadable = Path("/proc/self/mem")
+    if not unreadable.exists():
+        pytest.skip("needs a file that can be opened and not read")
+    for read in (read_head, lambda path: list(read_video(path))):
+        with pytest.raises(OSError, match="Input/output error"):
+            read(unreadable)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none.mp4")
+
+
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(ValueError, match="can't be read as a video"):

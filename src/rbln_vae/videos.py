@@ -233,6 +233,7 @@ def read_head(path: str | os.PathLike[str] | BinaryIO) -> VideoHead:
 
     Raises:
         ValueError: It is no video.
+        OSError: It can't be read.
         RBLNRuntimeError: PyAV is not installed.
     """
     with _opened(path) as (container, stream):
@@ -256,6 +257,7 @@ def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
     Raises:
         ValueError: It is no video, it is damaged, or its rate varies: its frames are then not
             those that a model of a fixed rate expects.
+        OSError: It can't be read.
         RBLNRuntimeError: PyAV is not installed.
 
     Example:
@@ -277,7 +279,7 @@ def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]]:
-    """The open file and its first video; what PyAV finds wrong is a `ValueError`."""
+    """The open file and its first video; what PyAV finds wrong with it is a `ValueError`."""
     av = require_pyav()
     try:
         with av.open(str(path) if isinstance(path, os.PathLike) else path) as container:
@@ -285,6 +287,8 @@ def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]
                 raise ValueError(f"{_name(path)} has no video.")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
+        if isinstance(error, OSError):  # of the disk, which says nothing of the video
+            raise
         raise ValueError(f"{_name(path)} can't be read as a video: {error}") from error
 
 
