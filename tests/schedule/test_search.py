@@ -228,6 +228,19 @@ def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype
         CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=least - 1).run(image)
 
 
+def test_a_limit_below_what_must_be_kept_costs_no_search_but_that_for_the_least() -> None:
+    graph = graph_of("spatial norm", "decoder")
+    planner = runtime_of("spatial norm", "decoder", "float32").images
+    shape = (1, graph.input_channels, 24, 24)
+    search = planner.search(shape)
+    *_, least = search.walk()
+    hopeless = planner.search(shape)
+    bound = hopeless._choices.bound(frozenset())
+    assert 0.1 * least.arena_bytes < bound < least.arena_bytes
+    assert hopeless.fit(bound - 1) is None
+    assert len(hopeless._choices.sketches) == len(search._choices.sketches)
+
+
 def test_the_last_level_is_made_in_strips_with_a_pass_for_each_norm() -> None:
     runtime = runtime_of("without attention", "decoder", "bfloat16")
     shape = tuple(image_of(runtime.graph, 704, 576).shape)
