@@ -78,6 +78,18 @@ def test_samples_are_written_as_the_pictures_that_show_them(tmp_path: Path) -> N
             assert picture.tobytes() == bytes(expected.flatten().tolist())
 
 
+def test_pictures_keep_opacity_and_files_have_none(tmp_path: Path) -> None:
+    levels = [torch.cat([picture, picture[..., :1]], 2) for picture in clip(3)]
+    samples = [sample_of(each.permute(2, 0, 1)) for each in levels]
+    assert write_video(tmp_path / "%d.png", samples) == 3
+    for number, expected in enumerate(levels):
+        picture = Image.open(tmp_path / f"{number}.png")
+        assert picture.mode == "RGBA"
+        assert picture.tobytes() == bytes(expected.flatten().tolist())
+    with pytest.raises(ValueError, match=r"Opacity is kept in pictures, such as out/%05d\.png"):
+        write_video(tmp_path / "clip.mp4", samples)
+
+
 def test_frames_are_written_while_the_next_are_made(tmp_path: Path) -> None:
     def frames() -> Iterator[Tensor]:
         for number, picture in enumerate(clip(4)):
@@ -216,7 +228,7 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
     ("frames", "message"),
     [
         ([], "no frames"),
-        ([torch.zeros(4, 6, 7)], "expected"),
+        ([torch.zeros(5, 6, 7)], "expected"),
         (clip(1, 47, 64), "47x64, and videos have even sides"),
         ([*clip(1), *clip(1, 32, 32)], "32x32, and those before it 48x64"),
     ],
@@ -248,6 +260,17 @@ def test_a_video_of_variable_rate_is_refused(tmp_path: Path) -> None:
 def test_rates_that_are_no_whole_ticks_are_constant(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mkv", clip(9), fps=30000 / 1001)
     assert len(list(read_video(tmp_path / "clip.mkv"))) == 9
+
+
+def test_a_disk_that_fails_is_no_damaged_video(tmp_path: Path) -> None:
+    unreadable = Path("/proc/self/mem")
+    if not unreadable.exists():
+        pytest.skip("needs a file that can be opened and not read")
+    for read in (read_head, lambda path: list(read_video(path))):
+        with pytest.raises(OSError, match="Input/output error"):
+            read(unreadable)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none.mp4")
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def write_video(
             `out/%05d.png`, for numbers from 0. The directory must exist. What has a method
             `write`, such as a pipe, gets an MP4 in fragments, each frame as soon as it is there.
         frames: Samples `(3, H, W)` or `(1, 3, H, W)` in `[-1, 1]`, as `decode_frames` yields
-            them; or pictures `(H, W, 3)` of uint8. All have the same size.
+            them; or pictures `(H, W, 3)` of uint8. All have the same size. Where pictures are
+            written, a fourth channel is the opacity; files have none.
         fps: Frames per second, by default 16. Pictures have no rate.
 
     Returns:
@@ -97,36 +98,35 @@ def write_video(
     """
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps={fps}: expected a positive number of frames per second.")
-    pictures = map(_picture, frames)
     if not isinstance(path, (str, os.PathLike)):
-        return _write_file(path, "mp4", pictures, fps, {"tune": "zerolatency"}, _STREAMED)
+        return _write_file(path, "mp4", frames, fps, {"tune": "zerolatency"}, _STREAMED)
     path = Path(path)
     if is_pattern(path):
-        return _write_pictures(path, pictures)
+        return _write_pictures(path, frames)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(
             f"{path}: expected a file with one of {', '.join(FORMATS)}, or a pattern such as "
             "out/%05d.png."
         )
     with atomic_path(path) as temporary:
-        return _write_file(temporary, FORMATS[path.suffix.lower()], pictures, fps)
+        return _write_file(temporary, FORMATS[path.suffix.lower()], frames, fps)
 
 
-def _write_pictures(path: Path, pictures: Iterable[Tensor]) -> int:
+def _write_pictures(path: Path, frames: Iterable[Tensor]) -> int:
     def write(numbered: tuple[int, Image.Image]) -> None:
         number, picture = numbered
         with atomic_path(path.with_name(path.name % number)) as temporary:
             picture.save(temporary, "PNG")
 
     # The pictures are copies: whoever makes the frames may write to them again.
-    copies = (Image.fromarray(picture.numpy()).copy() for picture in pictures)
+    copies = (Image.fromarray(_picture(frame, 3, 4).numpy()).copy() for frame in frames)
     return _some(_each_meanwhile(write, enumerate(copies)))
 
 
 def _write_file(
     to: str | os.PathLike[str] | Writable,
     kind: str,
-    pictures: Iterator[Tensor],
+    frames: Iterable[Tensor],
     fps: float,
     codec: Mapping[str, str] | None = None,
     container: Mapping[str, str] | None = None,
@@ -137,7 +137,8 @@ def _write_file(
 
         def copies() -> Iterator[Any]:
             nonlocal stream
-            for picture in pictures:
+            for frame in frames:
+                picture = _picture(frame, 3)
                 height, width, _ = picture.shape
                 if stream is None:
                     if height % 2 or width % 2:
@@ -195,15 +196,16 @@ def _some(count: int) -> int:
     return count
 
 
-def _picture(frame: Tensor) -> Tensor:
-    """A frame as a picture `(H, W, 3)`."""
+def _picture(frame: Tensor, *channels: int) -> Tensor:
+    """A frame as a picture `(H, W, C)` of one of some numbers of channels."""
     if frame.dtype != torch.uint8:
         frame = frame[0] if frame.dim() == 4 and len(frame) == 1 else frame
         frame = levels_of(frame).movedim(0, -1) if frame.dim() == 3 else frame
-    if frame.dim() != 3 or frame.shape[-1] != 3:
+    if frame.dim() != 3 or frame.shape[-1] not in channels:
+        opaque = "" if 4 in channels else " Opacity is kept in pictures, such as out/%05d.png."
         raise ValueError(
             f"A frame has the shape {tuple(frame.shape)}, expected (3, H, W), or pictures "
-            "(H, W, 3) of uint8."
+            f"(H, W, 3) of uint8.{opaque}"
         )
     return frame.cpu().contiguous()
 
@@ -231,6 +233,7 @@ def read_head(path: str | os.PathLike[str] | BinaryIO) -> VideoHead:
 
     Raises:
         ValueError: It is no video.
+        OSError: It can't be read.
         RBLNRuntimeError: PyAV is not installed.
     """
     with _opened(path) as (container, stream):
@@ -254,6 +257,7 @@ def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
     Raises:
         ValueError: It is no video, it is damaged, or its rate varies: its frames are then not
             those that a model of a fixed rate expects.
+        OSError: It can't be read.
         RBLNRuntimeError: PyAV is not installed.
 
     Example:
@@ -275,7 +279,7 @@ def read_video(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]]:
-    """The open file and its first video; what PyAV finds wrong is a `ValueError`."""
+    """The open file and its first video; what PyAV finds wrong with it is a `ValueError`."""
     av = require_pyav()
     try:
         with av.open(str(path) if isinstance(path, os.PathLike) else path) as container:
@@ -283,6 +287,8 @@ def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[tuple[Any, Any]
                 raise ValueError(f"{_name(path)} has no video.")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
+        if isinstance(error, OSError):  # of the disk, which says nothing of the video
+            raise
         raise ValueError(f"{_name(path)} can't be read as a video: {error}") from error
 
 

@@ -233,6 +233,24 @@ def broken(root: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize(
+    ("error", "rejects"),
+    [(OSError(5, "Input/output error"), False), (FileNotFoundError(2, "No such file"), True)],
+)
+def test_a_file_that_is_gone_is_rejected_and_a_disk_that_fails_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, rejects: bool
+) -> None:
+    def failing(_: Clip) -> Iterator[Any]:
+        raise error
+
+    write(tmp_path / "in" / "clip.mp4", clip(5))
+    monkeypatch.setattr(Clip, "frames", failing)
+    with pytest.raises(TooManyRejectedError if rejects else OSError):
+        encode_dataset(tmp_path / "in", tmp_path / "out", wan(), OPTIONS)
+    rejected = tmp_path / "out" / "rejected.jsonl"
+    assert ("it can't be read: No such file" in rejected.read_text()) == rejects
+
+
 def test_what_cant_be_encoded_is_rejected_with_its_reason(tmp_path: Path) -> None:
     reasons = broken(tmp_path / "in")
     with pytest.raises(TooManyRejectedError) as error:

@@ -699,8 +699,7 @@ def test_push_to_hub_uploads_to_a_branch(hub, compiled, other):
 
 def run_python(code: str, *arguments: object) -> str:
     """What a fresh interpreter prints; a failure there is one here."""
-    source = Path(__file__).parents[1] / "src"
-    environment = {**os.environ, "PYTHONPATH": str(source), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -739,9 +738,11 @@ def test_a_compiled_model_runs_without_the_original_and_without_export(compiled,
 import sys, torch
 from rbln_vae import RBLNAutoencoderKL
 directory, folder = sys.argv[1:]
+z = torch.load(folder + "/z.pt", weights_only=True)
 vae = RBLNAutoencoderKL.from_pretrained(directory)
-image = vae.decode(torch.load(folder + "/z.pt", weights_only=True)).sample
-torch.save(image, folder + "/image.pt")
+vae.decode_images(z)
+print(*{"diffusers"} & set(sys.modules))  # whose import takes seconds
+torch.save(vae.decode(z).sample, folder + "/image.pt")
 print(*{"torch.export._trace"} & set(sys.modules))
 """
     assert run_python(code, compiled, tmp_path).split() == []

@@ -222,7 +222,7 @@ def test_the_first_frame_is_that_of_an_image(name: str, target: str) -> None:
 def test_memory_limits_and_threads_change_no_bit(
     name: str, target: str, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vae, z = compiled(name, target), latent(name, 3, size=(12, 9))
+    vae, z = compiled(name, target), latent(name, 3, size=(8, 7))
     x = video(name, 9, size=(6, 5))
     expected, moments = vae.decode(z).sample, vae.encode(x).latent_dist.parameters
     if not whole:

@@ -165,7 +165,7 @@ def test_each_tradeoff_takes_less_memory_and_gives_the_same_bits(
 ) -> None:
     graph = graph_of(architecture, part)
     runtime = runtime_of(architecture, part, "bfloat16")
-    image = image_of(graph, 88, 72)
+    image = image_of(graph, 56, 48)
     expected = runtime.run(image)
     sketches = runtime.images.search(tuple(image.shape)).tradeoffs()
     sizes = [sketch.arena_bytes for sketch in sketches]
@@ -205,7 +205,7 @@ def test_without_statistics_of_the_image_whole_levels_are_made_in_strips(archite
 @pytest.mark.parametrize("part", PARTS)
 def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype: str) -> None:
     graph = graph_of("wide", part)
-    image = image_of(graph, 88, 72)
+    image = image_of(graph, 56, 48)
     shape = tuple(image.shape)
     free = runtime_of("wide", part, dtype)
     expected, most = free.run(image), free.memory_needed(shape)
@@ -226,6 +226,19 @@ def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype
         assert torch.equal(limited.run(image), expected)
     with pytest.raises(MemoryError, match=f"at least {format_bytes(least)}"):
         CpuRuntime(graph, dtype=dtype, num_threads=2, memory_limit=least - 1).run(image)
+
+
+def test_a_limit_below_what_must_be_kept_costs_no_search_but_that_for_the_least() -> None:
+    graph = graph_of("spatial norm", "decoder")
+    planner = runtime_of("spatial norm", "decoder", "float32").images
+    shape = (1, graph.input_channels, 24, 24)
+    search = planner.search(shape)
+    *_, least = search.walk()
+    hopeless = planner.search(shape)
+    bound = hopeless._choices.bound(frozenset())
+    assert 0.1 * least.arena_bytes < bound < least.arena_bytes
+    assert hopeless.fit(bound - 1) is None
+    assert len(hopeless._choices.sketches) == len(search._choices.sketches)
 
 
 def test_the_last_level_is_made_in_strips_with_a_pass_for_each_norm() -> None:
@@ -251,7 +264,7 @@ def test_the_last_level_is_made_in_strips_with_a_pass_for_each_norm() -> None:
 def test_tiling_takes_the_least_memory_within_a_multiple_of_the_time() -> None:
     graph = graph_of("without attention", "decoder")
     free = runtime_of("without attention", "decoder", "bfloat16")
-    image = image_of(graph, 704, 576)
+    image = image_of(graph, 352, 288)
     shape = tuple(image.shape)
     thrifty = CpuRuntime(graph, dtype="bfloat16", num_threads=2)
     thrifty.save_memory(slicing=False, tiling=True)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import atomic_path
+from ..images import with_opacity
 from ..models.video import RBLNVideoAutoencoder
 from ..sizes import format_size
 from ..videos import is_pattern, read_video, write_video
@@ -63,10 +64,11 @@ def encode(
 
     written = outputs(clips, output, ".safetensors")
     model = _open(model_name, settings, loading)
+    channels = model.resolved_config.in_channels
 
     def work(path: Path) -> tuple[str, ...]:
         start = time.perf_counter()
-        pictures = (picture.unsqueeze(0) for picture in read_video(path))
+        pictures = (with_opacity(each.unsqueeze(0), channels) for each in read_video(path))
         moments = torch.stack(list(model.encode_frames(pictures)), 2)
         posterior = DiagonalGaussianDistribution(moments)
         latents = posterior.mode()

@@ -28,7 +28,7 @@ from ..targets.base import get_target
 from ..videos import require_pyav
 from .buckets import Placer
 from .options import Options
-from .pictures import Clip, Prepared, Rejected
+from .pictures import UNREADABLE, Clip, Prepared, Rejected, unreadable
 from .seeds import seed_of
 from .trainers.base import MASK
 
@@ -243,7 +243,10 @@ class VideoEncoder(LatentEncoder):
             images: The video.
 
         Returns:
-            One result; it is rejected if it can't be read to the end, or is not finite.
+            One result; it is rejected if it is damaged, missing or not finite.
+
+        Raises:
+            OSError: It can't be read at present.
         """
         (clip,) = images
         tensors: dict[str, Tensor] = {}
@@ -257,6 +260,8 @@ class VideoEncoder(LatentEncoder):
                     tensors[name] = tensor.transpose(0, 1).contiguous()
         except ValueError as error:
             return [Rejected(clip.key, str(error))]
+        except UNREADABLE as error:
+            return [unreadable(clip.key, error)]
         latent = next(iter(tensors.values()))
         frames = 1 + (latent.shape[1] - 1) * self._step
         record = {**self._record(clip), "frames": frames, "fps": clip.fps}

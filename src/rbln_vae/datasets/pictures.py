@@ -82,6 +82,7 @@ class Clip:
 
         Raises:
             ValueError: It is damaged, or its rate or its size varies.
+            OSError: It can't be read.
         """
         for number, frame in enumerate(read_video(_readable(self.file))):
             if tuple(frame.shape[:2]) != self.placement.original:
@@ -99,6 +100,15 @@ class Rejected:
 
     key: str
     reason: str
+
+
+UNREADABLE = (FileNotFoundError, IsADirectoryError, PermissionError)
+"""What is wrong with one file alone. Other errors of reading may be of the disk."""
+
+
+def unreadable(key: str, error: OSError) -> Rejected:
+    """A sample whose file raised one of `UNREADABLE`."""
+    return Rejected(key, f"it can't be read: {error.strerror or error}")
 
 
 class _UnfitError(Exception):
@@ -126,8 +136,8 @@ def prepare(sample: Sample, options: Options, sizing: Placer) -> Prepared | Clip
         if options.frames is not None:
             return _as_clip(sample, caption, columns, options, sizing)
         content = sample.image if isinstance(sample.image, bytes) else read_file(sample.image)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        return Rejected(sample.key, f"it can't be read: {error.strerror or error}")
+    except UNREADABLE as error:
+        return unreadable(sample.key, error)
     except (ValueError, _UnfitError) as error:
         return Rejected(sample.key, str(error))
     try:

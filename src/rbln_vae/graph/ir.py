@@ -33,6 +33,9 @@ ACTIVATIONS = ("silu", "gelu", "mish", "relu", "tanh")
 PROBE_SHAPE = (3, 4096, 5120)
 """Batch, height and width of the input on which `Graph.verify` infers shapes."""
 
+KNOWN_SHAPES = 64
+"""How many inputs a graph keeps the shapes of its values for."""
+
 _VALUE = {"role": "value"}
 _WEIGHT = {"role": "weight"}
 
@@ -130,7 +133,7 @@ class Operation:
         """The values that the operation reads, in the order of its fields."""
         return tuple(_names(self, "value"))
 
-    @property
+    @functools.cached_property
     def weights(self) -> tuple[str, ...]:
         """The names of the operation's weights, in the order of its fields."""
         return tuple(_names(self, "weight"))
@@ -146,12 +149,18 @@ class Operation:
 
 
 def _names(node: Any, role: str) -> Iterator[str]:
-    for f in dataclasses.fields(node):
-        item = getattr(node, f.name)
+    for name, names in _roles(type(node)):
+        item = getattr(node, name)
         if isinstance(item, (Norm, RMSNorm)):
             yield from _names(item, role)
-        elif f.metadata.get("role") == role and item is not None:
+        elif names == role and item is not None:
             yield from (item,) if isinstance(item, str) else item
+
+
+@functools.cache
+def _roles(node: type) -> tuple[tuple[str, str | None], ...]:
+    """The fields of a class, and what they name: compiling asks for them a thousand times."""
+    return tuple((f.name, f.metadata.get("role")) for f in dataclasses.fields(node))
 
 
 @dataclass(frozen=True)
@@ -650,7 +659,7 @@ class Graph:
         """The graph of a first run whose state nobody reads: that of an image."""
         return dataclasses.replace(self, state=()).pruned()
 
-    def infer_shapes(self, input_shape: Iterable[int]) -> dict[Value, Shape]:
+    def infer_shapes(self, input_shape: Iterable[int]) -> Shapes:
         """The shape of every value for one input.
 
         Args:
@@ -660,6 +669,20 @@ class Graph:
             GraphError: An operation does not fit its inputs; the message names it.
         """
         shape = tuple(input_shape)
+        known = self._inferred.get(shape)
+        if known is None:
+            known = self._infer_shapes(shape)
+            if len(self._inferred) >= KNOWN_SHAPES:
+                self._inferred.clear()
+            self._inferred[shape] = known
+        return known
+
+    @functools.cached_property
+    def _inferred(self) -> dict[Shape, Shapes]:
+        """What is known of some inputs: every run asks for the shape of its result."""
+        return {}
+
+    def _infer_shapes(self, shape: Shape) -> Shapes:
         require(
             len(shape) == 4 and shape[1] == self.input_channels and min(shape) > 0,
             f"the input has shape {shape}, expected (N, {self.input_channels}, H, W)",

@@ -195,7 +195,7 @@ class RBLNAutoencoderModel(RBLNModel):
         else:
             check_tensor(x, "x", self.resolved_config.in_channels)
         size, factor = (x.shape[2], x.shape[3]), self.resolved_config.vae_scale_factor
-        self.family.check_image_size(size, factor, self.config)
+        self.family.check_image_size(size, factor, self._config)
         return self._run(ENCODER, x, **arguments)
 
     def _check_encodes(self) -> None:

@@ -112,7 +112,7 @@ class RBLNAutoencoderKLWan(RBLNVideoAutoencoder):
     @property
     def temperal_downsample(self) -> list[bool]:
         """Whether each level of the encoder halves the frames, too; the spelling is diffusers'."""
-        return list(self.config.temperal_downsample)
+        return list(self._config["temperal_downsample"])
 
     @property
     def spatial_compression_ratio(self) -> int:

@@ -80,7 +80,7 @@ class RBLNModel(ModuleMembers):
     """What is special to the diffusers class that is compiled."""
 
     def __init__(self, compiled: CompiledModel) -> None:
-        self._config = _frozen(compiled.config)
+        self._config = dict(compiled.config)
         self.rbln_config = compiled.rbln_config
         self.resolved_config = compiled.resolved_config
         self.compiled_models = dict(compiled.parts)
@@ -97,7 +97,10 @@ class RBLNModel(ModuleMembers):
     @property
     def config(self) -> Any:
         """The configuration of the original model, as diffusers gives it."""
-        return self._config
+        # Here rather than at once: importing diffusers takes longer than loading a model.
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self._config)  # type: ignore[no-untyped-call]
 
     # Making one
 
@@ -249,7 +252,7 @@ class RBLNModel(ModuleMembers):
             RBLNArtifactError: It can't be written.
             NotADirectoryError: It is a file.
         """
-        model = dataclasses.replace(self._compiled, config=self.config)
+        model = dataclasses.replace(self._compiled, config=self._config)
         save_model(Path(save_directory), self.family, model)
 
     def push_to_hub(
@@ -461,7 +464,7 @@ class RBLNModel(ModuleMembers):
     @property
     def latent_scaling(self) -> LatentScaling:
         """How pipelines scale the latents of the model for their denoiser, and back."""
-        return self.family.latent_scaling(self.config, self._compiled.buffers)
+        return self.family.latent_scaling(self._config, self._compiled.buffers)
 
     @property
     def usable_memory(self) -> int:
@@ -490,7 +493,7 @@ class RBLNModel(ModuleMembers):
         check_placement(rbln_config, self._target, resolved.parts)
         rbln_config.freeze()
         return type(self)(
-            dataclasses.replace(self._compiled, config=self.config, rbln_config=rbln_config)
+            dataclasses.replace(self._compiled, config=self._config, rbln_config=rbln_config)
         )
 
     def _devices(self) -> list[int | str]:
@@ -523,7 +526,7 @@ class RBLNModel(ModuleMembers):
         Args:
             **options: Keys of `config` and their new values; none changes what is compiled.
         """
-        self._config = _frozen({**self._config, **options})
+        self._config = {**self._config, **options}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"
@@ -537,13 +540,6 @@ def _prepare_forks() -> None:
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
-
-
-def _frozen(config: Mapping[str, Any]) -> Any:
-    """The configuration as diffusers gives it: a mapping whose keys are attributes too."""
-    from diffusers.configuration_utils import FrozenDict
-
-    return FrozenDict(config)  # type: ignore[no-untyped-call]
 
 
 def split_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

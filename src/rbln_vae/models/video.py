@@ -161,7 +161,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
     @property
     def temporal_compression_ratio(self) -> int:
         """Frames per frame of the latent; the first is one by itself."""
-        return int(2 ** sum(map(bool, self.config["temperal_downsample"])))
+        return int(2 ** sum(map(bool, self._config["temperal_downsample"])))
 
     # Frame by frame
 
@@ -355,7 +355,7 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
     def _chunks(self, part: str, frame: tuple[int, ...]) -> Chunks:
         if part == ENCODER:
             size, factor = (frame[2], frame[3]), self.resolved_config.vae_scale_factor
-            self.family.check_image_size(size, factor, self.config)
+            self.family.check_image_size(size, factor, self._config)
         return self._runtime(part, frame).chunks(frame)
 
     def _stream(

@@ -54,7 +54,7 @@ class Problem:
     def __init__(self, graph: Graph, input_shape: Iterable[int], rules: Rules) -> None:
         self.graph = graph
         self.rules = rules
-        self.shapes: dict[Value, Shape] = graph.infer_shapes(input_shape)
+        self.shapes = graph.infer_shapes(input_shape)
         self.heights = {value: shape[2] for value, shape in self.shapes.items()}
         self.makers: tuple[Operation, ...] = (*map(Import, graph.inputs), *graph.operations)
         self.positions = {o.output: index for index, o in enumerate(graph.operations)}

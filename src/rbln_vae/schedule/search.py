@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from ..graph.ir import Graph, Operation, Shape, Shuffle, Value
+from .arena import live_bytes
 from .problem import Problem
 from .rules import Rules
 from .schedule import Schedule
@@ -167,6 +168,8 @@ class _Choices:
     def within(self, limit: int, choice: Choice) -> Choice | None:
         """Extend a choice until its arena is within the limit; `None` if that fails."""
         while self.arena(choice) > limit:
+            if self.bound(choice) > limit:
+                return None
             better = self.next(limit, choice)
             if better is None:
                 return None
@@ -246,6 +249,15 @@ class _Choices:
                 if cheaper and self.excess(limit, more) <= self.excess(limit, choice):
                     choice = more
         return choice
+
+    def bound(self, choice: Choice) -> int:
+        """The bytes that remain if no value that can be rematerialised takes any.
+
+        Extending a choice only makes the others live longer.
+        """
+        sketch = self.sketch(choice)
+        kept = [b for b in sketch.buffers if self.candidates.isdisjoint(b.holds)]
+        return max(live_bytes(kept, len(sketch.live_bytes)), default=0)
 
     def work(self, choice: Choice) -> int:
         return self.sketch(choice).flops

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 from processes import in_a_process
@@ -11,17 +14,19 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 PRELUDE = """
 import gc, json, os, threading, torch
-from pathlib import Path
-from vaes import compile_vae, make_vae
+from rbln_vae import RBLNAutoencoderKL
 
 torch.manual_seed(0)
-vae = compile_vae(make_vae(block_out_channels=(16, 32), norm_num_groups=8), num_threads=3)
+vae = RBLNAutoencoderKL.from_pretrained(sys.argv[1], rbln_num_threads=3)
 latents = [torch.randn(1, 4, 8 + n, 8) for n in range(4)]
-expected = [vae.decode(latent).sample for latent in latents]
+
+def decoded(latent):
+    return vae.decode(latent, return_dict=False)[0]
+
+expected = list(map(decoded, latents))
 
 def right():
-    found = [vae.decode(latent).sample for latent in latents]
-    return all(map(torch.equal, found, expected))
+    return all(map(torch.equal, map(decoded, latents), expected))
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -42,7 +47,16 @@ def code_of(number):
 """
 
 
-def test_a_child_has_threads_of_its_own() -> None:
+Run: TypeAlias = Callable[[str], Any]
+
+
+@pytest.fixture
+def run(saved: Path) -> Run:
+    """Runs a script in a process that has loaded a model."""
+    return lambda script: in_a_process(PRELUDE + script, saved)
+
+
+def test_a_child_has_threads_of_its_own(run: Run) -> None:
     script = """
 def work():
     before = threads()
@@ -51,10 +65,10 @@ def work():
 
 print(json.dumps([code_of(child(work)), right()]))
 """
-    assert in_a_process(PRELUDE + script) == [0, True]
+    assert run(script) == [0, True]
 
 
-def test_a_child_that_drops_its_model_ends() -> None:
+def test_a_child_that_drops_its_model_ends(run: Run) -> None:
     script = """
 def drop():
     global vae
@@ -67,20 +81,20 @@ def run_and_drop():
 
 print(json.dumps([code_of(child(drop)), code_of(child(run_and_drop)), right()]))
 """
-    assert in_a_process(PRELUDE + script) == [0, 0, True]
+    assert run(script) == [0, 0, True]
 
 
-def test_a_child_that_ends_as_usual_ends() -> None:
+def test_a_child_that_ends_as_usual_ends(run: Run) -> None:
     script = """
 number = os.fork()
 if number == 0:
     sys.exit(0 if right() else 3)
 print(json.dumps(code_of(number)))
 """
-    assert in_a_process(PRELUDE + script) == 0
+    assert run(script) == 0
 
 
-def test_a_fork_in_the_middle_of_runs_leaves_no_lock_behind() -> None:
+def test_a_fork_in_the_middle_of_runs_leaves_no_lock_behind(run: Run) -> None:
     script = """
 stop = threading.Event()
 failed = []
@@ -97,17 +111,17 @@ stop.set()
 for each in runners: each.join()
 print(json.dumps([codes, failed]))
 """
-    assert in_a_process(PRELUDE + script) == [[0] * 40, []]
+    assert run(script) == [[0] * 40, []]
 
 
-def test_a_child_of_a_child_runs_too() -> None:
+def test_a_child_of_a_child_runs_too(run: Run) -> None:
     script = """
 print(json.dumps(code_of(child(lambda: right() and code_of(child(right)) == 0))))
 """
-    assert in_a_process(PRELUDE + script) == 0
+    assert run(script) == 0
 
 
-def test_a_run_whose_callback_forks_goes_on_in_the_parent_alone() -> None:
+def test_a_run_whose_callback_forks_goes_on_in_the_parent_alone(run: Run) -> None:
     script = """
 from long_runs import endless_run
 runtime, image = endless_run(num_threads=3)
@@ -128,26 +142,26 @@ if os.getpid() != parent:
     os._exit(0 if "forked" in message and right() else 3)
 print(json.dumps([code_of(-1), "should_stop" in message, right()]))
 """
-    assert in_a_process(PRELUDE + script) == [0, True, True]
+    assert run(script) == [0, True, True]
 
 
-def test_workers_of_multiprocessing_share_a_model() -> None:
+def test_workers_of_multiprocessing_share_a_model(run: Run) -> None:
     script = """
 import multiprocessing
 context = multiprocessing.get_context("fork")
 
 def decode(n):
-    return vae.decode(latents[n]).sample.numpy()
+    return decoded(latents[n]).numpy()
 
 with context.Pool(2) as pool:
     found = pool.map(decode, [0, 1, 2, 3, 0, 1])
 same = [torch.equal(torch.from_numpy(f), expected[n % 4]) for n, f in enumerate(found)]
 print(json.dumps([all(same), right()]))
 """
-    assert in_a_process(PRELUDE + script) == [True, True]
+    assert run(script) == [True, True]
 
 
-def test_workers_of_a_data_loader_encode() -> None:
+def test_workers_of_a_data_loader_encode(run: Run) -> None:
     script = """
 images = torch.randn(6, 3, 16, 16)
 moments = vae.encode(images).latent_dist.parameters
@@ -163,10 +177,10 @@ loader = torch.utils.data.DataLoader(
 )
 print(json.dumps([torch.equal(torch.cat(list(loader)), moments), right()]))
 """
-    assert in_a_process(PRELUDE + script) == [True, True]
+    assert run(script) == [True, True]
 
 
-def test_a_server_that_forks_before_it_serves() -> None:
+def test_a_server_that_forks_before_it_serves(run: Run) -> None:
     script = """
 import socket
 listener = socket.socket()
@@ -177,7 +191,7 @@ def serve():
     connection, _ = listener.accept()
     with connection:
         n = connection.recv(1)[0]
-        connection.sendall(vae.decode(latents[n]).sample.numpy().tobytes())
+        connection.sendall(decoded(latents[n]).numpy().tobytes())
     return True
 
 workers = [child(serve) for _ in range(4)]
@@ -189,14 +203,14 @@ for n in range(4):
     same.append(answer == expected[n].numpy().tobytes())
 print(json.dumps([same, [code_of(each) for each in workers]]))
 """
-    assert in_a_process(PRELUDE + script) == [[True] * 4, [0] * 4]
+    assert run(script) == [[True] * 4, [0] * 4]
 
 
-def test_arrays_converted_by_torch_do_not_hang_a_child() -> None:
+def test_arrays_converted_by_torch_do_not_hang_a_child(run: Run) -> None:
     script = """
 torch.set_num_threads(2)
 large = torch.randn(1, 4, 64, 64, dtype=torch.float64)
-result = vae.decode(large).sample  # torch converts it, on threads of its own
-print(json.dumps(code_of(child(lambda: torch.equal(vae.decode(large).sample, result)))))
+result = decoded(large)  # torch converts it, on threads of its own
+print(json.dumps(code_of(child(lambda: torch.equal(decoded(large), result)))))
 """
-    assert in_a_process(PRELUDE + script) == 0
+    assert run(script) == 0

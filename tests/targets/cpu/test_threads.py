@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,15 @@ from processes import in_a_process
 from rbln_vae.errors import RBLNCancelledError
 from rbln_vae.targets.cpu.runtime import CpuRuntime
 
-COUNT = """
+LOAD = """
 import json, os, torch
-from vaes import compile_vae, make_vae
+from rbln_vae import RBLNAutoencoderKL
+
+def load(**options):
+    return RBLNAutoencoderKL.from_pretrained(sys.argv[1], **options)
+
+def decoded(vae, latent, **arguments):
+    return vae.decode(latent, return_dict=False, **arguments)[0]
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -23,22 +30,21 @@ def threads():
 """
 
 
-def test_models_share_one_pool_for_a_number_of_threads() -> None:
+def test_models_share_one_pool_for_a_number_of_threads(saved: Path) -> None:
     script = """
-model = make_vae()
 before = threads()
 counts = []
 kept = []
 for number in (3, 3, 3, 5, 3):
-    kept.append(compile_vae(model, num_threads=number))
-    kept[-1].decode(torch.randn(1, 4, 8, 8))
+    kept.append(load(rbln_num_threads=number))
+    decoded(kept[-1], torch.randn(1, 4, 8, 8))
     counts.append(threads() - before)
 kept.clear()
 counts.append(threads() - before)
 print(json.dumps(counts))
 """
     # Two threads besides the caller's for three, four more for five; none when all have gone.
-    assert in_a_process(COUNT + script) == [2, 2, 2, 6, 6, 0]
+    assert in_a_process(LOAD + script, saved) == [2, 2, 2, 6, 6, 0]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -114,9 +120,9 @@ NO_MORE = """
 import resource
 from rbln_vae import RBLNError
 
-compiled = compile_vae(make_vae())
+compiled = load()
 latent = torch.randn(1, 4, 8, 8)
-expected = compiled.decode(latent).sample
+expected = decoded(compiled, latent)
 before = threads()
 # Each thread asks for a stack of its own, and there is no room for so many.
 status = open("/proc/self/status").read()
@@ -128,14 +134,14 @@ try:
 except RBLNError as error:
     message = str(error)
 after = threads()
-same = torch.equal(compiled.decode(latent).sample, expected)
+same = torch.equal(decoded(compiled, latent), expected)
 print(json.dumps([message, after - before, same]))
 """
 
 
-def test_threads_that_can_not_be_started_are_an_error_and_none_is_left() -> None:
-    script = NO_MORE.replace("WHAT", "compile_vae(make_vae(), num_threads=1000)")
-    message, left, same = in_a_process(COUNT + script)
+def test_threads_that_can_not_be_started_are_an_error_and_none_is_left(saved: Path) -> None:
+    script = NO_MORE.replace("WHAT", "load(rbln_num_threads=1000)")
+    message, left, same = in_a_process(LOAD + script, saved)
     assert "999 threads were wanted" in message
     assert "the system gave" in message
     assert "num_threads" in message
@@ -143,7 +149,7 @@ def test_threads_that_can_not_be_started_are_an_error_and_none_is_left() -> None
     assert same
 
 
-def test_a_limit_that_can_not_be_measured_on_so_many_threads_is_an_error() -> None:
+def test_a_limit_that_can_not_be_measured_on_so_many_threads_is_an_error(saved: Path) -> None:
     script = NO_MORE.replace(
         "    WHAT\nexcept RBLNError",
         """    from rbln_vae import _engine
@@ -151,37 +157,34 @@ def test_a_limit_that_can_not_be_measured_on_so_many_threads_is_an_error() -> No
     message = ""
 except _engine.ThreadsUnavailableError""",
     )
-    message, left, same = in_a_process(COUNT + script)
+    message, left, same = in_a_process(LOAD + script, saved)
     assert "999 threads were wanted" in message
     assert left == 0
     assert same
 
 
 ARITHMETIC = """
-import ctypes, json, torch
-from long_runs import attention_graph
-from vaes import compile_vae, make_vae
+import ctypes
 
 libm = ctypes.CDLL("libm.so.6")
 UPWARD, INVALID, DENORMAL = 0x800, 0x01, 0x02
-model = make_vae(block_out_channels=(16, 32), norm_num_groups=8)
 latent = torch.randn(2, 4, 24, 24)
 latent[1, 0, 0, 0] = float("nan")
-usual = {n: compile_vae(model, num_threads=n).decode(latent).sample[0] for n in (1, 3)}
-fresh = {n: compile_vae(model, num_threads=n) for n in (1, 3)}
+usual = {n: decoded(load(rbln_num_threads=n), latent)[0] for n in (1, 3)}
+fresh = {n: load(rbln_num_threads=n) for n in (1, 3)}
 same, kept = [], []
 
 def should_stop():
     kept.append(libm.fegetround() == UPWARD)
 
 libm.fesetround(UPWARD)
-found = {n: vae.decode(latent, should_stop=should_stop).sample[0] for n, vae in fresh.items()}
+found = {n: decoded(vae, latent, should_stop=should_stop)[0] for n, vae in fresh.items()}
 kept.append(libm.fegetround() == UPWARD)
 libm.fesetround(0)
 same = [torch.equal(usual[1], each) for each in [*usual.values(), *found.values()]]
 # A trap would end the process.
 libm.feenableexcept(INVALID | DENORMAL)
-fresh[1].decode(latent)
+decoded(fresh[1], latent)
 libm.fedisableexcept(INVALID | DENORMAL)
 print(json.dumps([same, kept]))
 """
@@ -191,8 +194,8 @@ print(json.dumps([same, kept]))
     platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc",
     reason="the numbers of rounding modes and traps are those of x86-64 and glibc",
 )
-def test_how_the_caller_rounds_and_traps_changes_no_bit() -> None:
-    same, kept = in_a_process(ARITHMETIC)
+def test_how_the_caller_rounds_and_traps_changes_no_bit(saved: Path) -> None:
+    same, kept = in_a_process(LOAD + ARITHMETIC, saved)
     assert same == [True] * 4
     assert kept
     assert all(kept)

@@ -152,7 +152,7 @@ def test_less_memory_gives_the_same_bits(name: str, part: str, dtype: torch.dtyp
 @pytest.mark.parametrize("part", PARTS)
 def test_the_allocator_gives_what_memory_needed_says(part: str) -> None:
     graph = graph_of("plain", part)
-    image = noise(1, graph.input_channels, *((448, 256) if part == "encoder" else (128, 96)))
+    image = noise(1, graph.input_channels, *((256, 192) if part == "encoder" else (96, 64)))
     for dtype in DTYPES[:2]:
         free = runtime(graph, dtype)
         needed = {free.memory_needed(image.shape)}
