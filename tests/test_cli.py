@@ -896,14 +896,15 @@ def test_a_model_with_opacity_takes_a_clip_as_opaque_and_gives_pictures_with_it(
 ) -> None:
     layered = tiny_vaes.make("AutoencoderKLQwenImage", input_channels=4)
     vae = RBLNAutoencoder.from_model(layered, rbln_target="cpu", rbln_dtype="float32")
-    vae.save_pretrained(tmp_path / "model")
-    write_video(tmp_path / "clip.mp4", [torch.full((16, 16, 3), 25 * n).byte() for n in range(5)])
-    done(run("encode", tmp_path / "clip.mp4", "-m", tmp_path / "model", "-o", tmp_path))
-    frames = torch.stack(list(read_video(tmp_path / "clip.mp4")))[None]
+    model, clip = tmp_path / "model", tmp_path / "clip.mp4"
+    vae.save_pretrained(model)
+    write_video(clip, [torch.full((16, 16, 3), 25 * n).byte() for n in range(5)])
+    done(run("encode", clip, "-m", model, "-o", tmp_path))
+    frames = torch.stack(list(read_video(clip)))[None]
     opaque = torch.cat([frames, torch.full_like(frames[..., :1], 255)], -1)
     latents = load_file(tmp_path / "clip.safetensors")["latents"]
     assert torch.equal(latents, vae.encode(opaque).latent_dist.mode())
-    done(run("decode", tmp_path / "clip.safetensors", tmp_path / "%d.png", "-m", tmp_path / "model"))
+    done(run("decode", tmp_path / "clip.safetensors", tmp_path / "%d.png", "-m", model))
     for number, picture in enumerate(vae.decode_images(latents)[0]):
         shown = Image.open(tmp_path / f"{number}.png")
         assert (shown.mode, shown.tobytes()) == ("RGBA", picture.numpy().tobytes())

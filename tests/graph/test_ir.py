@@ -24,6 +24,7 @@ from vaes import capture_part, make_vae, noise
 from rbln_vae.graph import capture as capture_module
 from rbln_vae.graph.ir import (
     ACTIVATIONS,
+    KNOWN_SHAPES,
     OPERATIONS,
     Activation,
     Add,
@@ -347,6 +348,19 @@ def test_shape_inference_agrees_with_what_is_computed(
 def test_attention_has_the_channels_of_its_value() -> None:
     graph = small_graph(conv("v"), Attention("y", "x", "x", "v", 2, 1.0), weight=(6, 4, 1, 1))
     assert graph.infer_shapes((1, 4, 3, 5))["y"] == (1, 6, 3, 5)
+
+
+def test_the_shapes_of_the_last_inputs_are_kept() -> None:
+    graph = small_graph(conv())
+    first = graph.infer_shapes((1, 4, 5, 5))
+    assert graph.infer_shapes([1, 4, 5, 5]) is first
+    for width in range(6, 6 + KNOWN_SHAPES):
+        assert graph.infer_shapes((1, 4, 5, width))["x"] == (1, 4, 5, width)
+    assert len(graph._inferred) <= KNOWN_SHAPES
+    assert graph.infer_shapes((1, 4, 5, 5)) == first
+    for _ in range(2):
+        with pytest.raises(GraphError, match="the input has shape"):
+            graph.infer_shapes((1, 3, 5, 5))
 
 
 @pytest.mark.parametrize(

@@ -149,18 +149,12 @@ class Operation:
 
 
 def _names(node: Any, role: str) -> Iterator[str]:
-    for name, names in _roles(type(node)):
-        item = getattr(node, name)
+    for f in dataclasses.fields(node):
+        item = getattr(node, f.name)
         if isinstance(item, (Norm, RMSNorm)):
             yield from _names(item, role)
-        elif names == role and item is not None:
+        elif f.metadata.get("role") == role and item is not None:
             yield from (item,) if isinstance(item, str) else item
-
-
-@functools.cache
-def _roles(node: type) -> tuple[tuple[str, str | None], ...]:
-    """The fields of a class, and what they name: compiling asks for them a thousand times."""
-    return tuple((f.name, f.metadata.get("role")) for f in dataclasses.fields(node))
 
 
 @dataclass(frozen=True)
@@ -709,7 +703,7 @@ class Graph:
         shapes = self.infer_shapes(input_shape)
         return sum(operation.flops(shapes, self.weights) for operation in self.operations)
 
-    def probe_shapes(self) -> dict[Value, Shape]:
+    def probe_shapes(self) -> Shapes:
         """The shape of every value for an input whose batch, height and width all differ."""
         batch, height, width = PROBE_SHAPE
         return self.infer_shapes((batch, self.input_channels, height, width))

@@ -13,7 +13,6 @@ from ..graph.ir import (
     Modulate,
     Norm,
     Operation,
-    Shape,
     Shuffle,
     Slot,
     Unstack,
