@@ -202,10 +202,9 @@ def _picture(frame: Tensor, *channels: int) -> Tensor:
         frame = frame[0] if frame.dim() == 4 and len(frame) == 1 else frame
         frame = levels_of(frame).movedim(0, -1) if frame.dim() == 3 else frame
     if frame.dim() != 3 or frame.shape[-1] not in channels:
-        opaque = "" if 4 in channels else " Opacity is kept in pictures, such as out/%05d.png."
         raise ValueError(
             f"A frame has the shape {tuple(frame.shape)}, expected (3, H, W), or pictures "
-            f"(H, W, 3) of uint8.{opaque}"
+            "(H, W, 3) of uint8. Opacity is kept in pictures, such as out/%05d.png."
         )
     return frame.cpu().contiguous()
 
