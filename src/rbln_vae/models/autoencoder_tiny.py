@@ -152,12 +152,12 @@ class RBLNAutoencoderTiny(RBLNAutoencoderModel):
 
     def scale_latents(self, x: Tensor) -> Tensor:
         """Latents as numbers in `[0, 1]`, for example to keep them as a picture."""
-        magnitude, shift = self.config.latent_magnitude, self.config.latent_shift
+        magnitude, shift = self._config["latent_magnitude"], self._config["latent_shift"]
         return x.div(2 * magnitude).add(shift).clamp(0, 1)
 
     def unscale_latents(self, x: Tensor) -> Tensor:
         """The inverse of `scale_latents`."""
-        magnitude, shift = self.config.latent_magnitude, self.config.latent_shift
+        magnitude, shift = self._config["latent_magnitude"], self._config["latent_shift"]
         return x.sub(shift).mul(2 * magnitude)
 
 

@@ -154,7 +154,7 @@ class RBLNVQModel(RBLNAutoencoderModel):
             ... # doctest: +SKIP
         """
         latents, loss = h, None
-        if force_not_quantize and self.config.get("lookup_from_codebook"):
+        if force_not_quantize and self._config.get("lookup_from_codebook"):
             latents = self._looked_up(h, shape)
         else:
             check_tensor(h, "h", self.resolved_config.latent_channels)
