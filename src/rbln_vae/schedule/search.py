@@ -253,7 +253,7 @@ class _Choices:
     def bound(self, choice: Choice) -> int:
         """The bytes that remain if no value that can be rematerialised takes any.
 
-        Extending a choice only makes the others live longer.
+        What extends a choice is computed again from others, which then live longer.
         """
         sketch = self.sketch(choice)
         kept = [b for b in sketch.buffers if self.candidates.isdisjoint(b.holds)]
