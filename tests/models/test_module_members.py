@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import tiny_vaes
@@ -118,3 +120,28 @@ def test_register_to_config_changes_the_configuration_that_is_saved(tmp_path):
 def test_a_shallow_copy_runs(compiled):
     latent = torch.randn(1, 4, 2, 2)
     assert torch.equal(copy.copy(compiled).decode(latent).sample, compiled.decode(latent).sample)
+
+
+def test_a_deep_copy_has_flags_and_a_configuration_of_its_own_and_shares_the_weights(compiled):
+    latent = torch.randn(2, 4, 16, 16)
+    needed = compiled.memory_needed("decoder", tuple(latent.shape))
+    compiled.enable_slicing()
+    copied = copy.deepcopy(compiled)
+    compiled.disable_slicing()
+    assert copied.use_slicing and not compiled.use_slicing
+    assert copied.memory_needed("decoder", tuple(latent.shape)) < needed
+    assert compiled.memory_needed("decoder", tuple(latent.shape)) == needed
+    copied.register_to_config(scaling_factor=0.5)
+    assert compiled.config.scaling_factor == 0.18215
+    assert copied.compiled_models["decoder"] is compiled.compiled_models["decoder"]
+    assert torch.equal(copied.decode(latent).sample, compiled.decode(latent).sample)
+
+
+@pytest.mark.parametrize("dumps", [pickle.dumps, ForkingPickler.dumps])
+def test_pickling_is_refused_and_leaves_the_model_whole(compiled, dumps):
+    """The pickler of torch.multiprocessing would move the weights that the engine reads."""
+    latent = torch.randn(1, 4, 2, 2)
+    expected = compiled.decode(latent).sample
+    with pytest.raises(TypeError, match="save_pretrained"):
+        dumps(compiled)
+    assert torch.equal(compiled.decode(latent).sample, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from typing_extensions import Unpack
+
+AutoencoderType = TypeVar("AutoencoderType", bound="RBLNAutoencoderModel")
 
 
 class RBLNAutoencoderModel(RBLNModel):
@@ -238,6 +240,11 @@ class RBLNAutoencoderModel(RBLNModel):
         """Run batches together again, as far as `memory_limit` allows."""
         self.use_slicing = False
         self._save_memory()
+
+    def __deepcopy__(self: AutoencoderType, memo: dict[int, Any]) -> AutoencoderType:
+        copied = super().__deepcopy__(memo)
+        copied._save_memory()
+        return copied
 
     def _save_memory(self) -> None:
         for runtime in self._runtimes.values():

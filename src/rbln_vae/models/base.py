@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -86,13 +87,7 @@ class RBLNModel(ModuleMembers):
         self.compiled_models = dict(compiled.parts)
         self._compiled = compiled
         self._target = get_target(self.resolved_config.target)
-        self._runtimes: dict[str, Runtime] = {}
-        if self.rbln_config.create_runtimes:
-            _prepare_forks()
-            self._runtimes = {
-                part: self._target.create_runtime(model, self._runtime_options(part))
-                for part, model in self.compiled_models.items()
-            }
+        self._runtimes = self._new_runtimes()
 
     @property
     def config(self) -> Any:
@@ -495,6 +490,22 @@ class RBLNModel(ModuleMembers):
         return type(self)(
             dataclasses.replace(self._compiled, config=self._config, rbln_config=rbln_config)
         )
+
+    def __deepcopy__(self: ModelType, memo: dict[int, Any]) -> ModelType:
+        """A model with runtimes and a configuration of its own, which shares the weights."""
+        copied = copy.copy(self)
+        copied._config = copy.deepcopy(self._config, memo)
+        copied._runtimes = self._new_runtimes()
+        return copied
+
+    def _new_runtimes(self) -> dict[str, Runtime]:
+        if not self.rbln_config.create_runtimes:
+            return {}
+        _prepare_forks()
+        return {
+            part: self._target.create_runtime(model, self._runtime_options(part))
+            for part, model in self.compiled_models.items()
+        }
 
     def _devices(self) -> list[int | str]:
         devices = map(self._device_of, self.compiled_models)

@@ -171,6 +171,20 @@ class ModuleMembers(ABC):
         """One tensor with no elements, by which code finds the dtype and the device."""
         yield torch.empty(0, dtype=self.dtype, device=self.device)
 
+    def __copy__(self: Self) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # At once: with the picklers of torch.multiprocessing, the attempt alone moves the weights
+        # into shared memory, and the engine would read where they were.
+        raise TypeError(
+            "A compiled model can't be pickled. Save it with save_pretrained, and call "
+            "from_pretrained in the other process: processes that load one directory share the "
+            "memory of its weights."
+        )
+
     def __getattr__(self, name: str) -> Any:
         reason = _MISSING.get(name)
         message = f"{type(self).__name__!r} object has no attribute {name!r}"
