@@ -157,6 +157,31 @@ def test_what_doubles_the_image_or_halves_the_channels_is_written_over_its_input
     assert not written_over(scheduled(runtime, two))
 
 
+def test_what_is_written_over_is_read_by_nothing_that_is_computed_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The latents, which all convolutions of the spatial norms could take the memory of."""
+    graph = graph_of("spatial norm", "decoder")
+    runtime = runtime_of("spatial norm", "decoder", "float32")
+    image = image_of(graph, 20, 12)
+    expected = runtime.run(image)
+    monkeypatch.setattr(scheduler, "REPLACED_BYTES", 0)
+    schedule = scheduled(runtime, image.shape, ["post_quant_conv", "decoder.conv_in"])
+    assert torch.equal(run_schedule(runtime, schedule, image), expected)
+
+
+def test_results_that_are_not_needed_at_once_are_not_made_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the convolutions of all spatial norms would fill the memory."""
+    graph = graph_of("spatial norm", "decoder")
+    runtime = runtime_of("spatial norm", "decoder", "float32")
+    shape = image_of(graph, 20, 12).shape
+    needed = scheduled(runtime, shape).arena_bytes
+    monkeypatch.setattr(scheduler, "REPLACED_BYTES", 0)
+    assert scheduled(runtime, shape).arena_bytes <= 1.1 * needed
+
+
 @pytest.mark.parametrize(
     ("architecture", "part"), [each for each in GRAPHS if each != ("spatial norm", "encoder")]
 )

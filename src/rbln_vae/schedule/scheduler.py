@@ -148,9 +148,10 @@ class _Scheduler:
         A rematerialised value needs its inputs for as long as it is needed itself. An output is
         exported as soon as it is there, and what is left for the next run is needed beyond the end.
         """
-        until = {value: self.problem.positions.get(value, -1) for value in self.graph.outputs}
+        end = len(self.graph.operations)
+        until = {value: self.problem.positions.get(value, end) for value in self.graph.outputs}
         kept = (slot.left for slot in self.graph.state if not slot.zeros)
-        until |= dict.fromkeys(kept, len(self.graph.operations) + 1)
+        until |= dict.fromkeys(kept, end + 1)
         for index, operation in reversed(list(enumerate(self.graph.operations))):
             again = operation.output in self.recomputed
             needed = max(index, until.get(operation.output, -1)) if again else index
@@ -232,10 +233,15 @@ class _Scheduler:
         """The image of a value, if the operation may overwrite it with its output."""
         if value is None or value in read or self.needed_until[value] != index:
             return None
-        image = self.images[value]
-        if not self.rules.overwrites or self.tasks.is_home(image):
-            return None
-        return None if self.overlapped(value, self.sharing(index, value)) else image
+        return self.images[value] if self.overwritable(value, self.sharing(index, value)) else None
+
+    def overwritable(self, value: Value, needed: Iterable[Value]) -> bool:
+        """Whether a value's image may be overwritten, as far as what lies in it allows."""
+        return (
+            self.rules.overwrites
+            and not self.tasks.is_home(self.images[value])
+            and not self.overlapped(value, needed)
+        )
 
     def overlapped(self, value: Value, needed: Iterable[Value]) -> bool:
         """Whether images that are still needed have memory of a value, in whose buffer they are.
@@ -365,7 +371,8 @@ class _Scheduler:
 
         Examples are the first convolution of a residual block and its shortcut, if they halve
         the channels, and a convolution that doubles the image. Operations that shrink an image
-        are left alone: those before them need more memory.
+        are left alone: those before them need more memory. So are readers whose results aren't
+        needed at once: made together, they would only lie there.
 
         Returns:
             The readers, or an empty list.
@@ -379,6 +386,7 @@ class _Scheduler:
         shape, made = self.shapes[value], self.shapes[operation.output]
         before = shape[2] * self.problem.row_bytes(value)
         after = made[2] * sum(self.problem.row_bytes(o.output) for o in readers)
+        last = self.problem.positions[readers[-1].output]
         if (
             max(before, after) < REPLACED_BYTES
             or after < before
@@ -387,23 +395,44 @@ class _Scheduler:
                 or reader.residual is not None
                 or reader.output in self.recomputed
                 or self.shapes[reader.output][2:] != made[2:]
+                or self.needed_until.get(reader.output, -1) < last
                 for reader in readers
             )
             or self.problem.strip_unit(readers) > LARGEST_UNIT
-            or not self.consumable(self.problem.positions[readers[-1].output], value)
+            or not self.consumable(readers, value)
         ):
             return []
         return readers
 
-    def consumable(self, index: int, value: Value) -> bool:
-        """Whether the memory of a value can be taken while operations up to one read it."""
-        return self.replaceable(index, value) is not None and not self.sharing(index, value)
+    def consumable(self, targets: Sequence[Operation], value: Value) -> bool:
+        """Whether the memory of a value can be taken by the targets of the next sweep."""
+        positions = [self.problem.positions[target.output] for target in targets]
+        return (
+            self.needed_until[value] <= positions[-1]
+            and self.overwritable(value, ())
+            and not self.sharing(positions[0], value)
+            and self.awaiting(positions[0], value) <= {target.output for target in targets}
+        )
+
+    def awaiting(self, index: int, value: Value) -> set[Value]:
+        """The values that are still to be made from one, by operations from an index on.
+
+        Those that are rematerialised stand for themselves, and for all that is made from them.
+        """
+        found: set[Value] = set()
+        waiting = [value]
+        while waiting:
+            for reader in self.problem.readers[waiting.pop()]:
+                if self.problem.positions[reader.output] >= index:
+                    found.add(reader.output)
+                if reader.output in self.recomputed:
+                    waiting.append(reader.output)
+        return found
 
     def consumed(self, sweep: Sweep) -> Value | None:
         """The largest value that the targets of a sweep may be written over, if any."""
-        index = max(self.problem.positions[target.output] for target in sweep.targets)
         read = dict.fromkeys(v for o in (*sweep.members, *sweep.targets) for v in o.inputs)
-        found = [v for v in read if v in self.images and self.consumable(index, v)]
+        found = [v for v in read if v in self.images and self.consumable(sweep.targets, v)]
         return max(
             found, key=lambda v: self.images[v].height * self.images[v].row_bytes, default=None
         )
