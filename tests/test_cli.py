@@ -923,6 +923,11 @@ def test_wrong_calls_about_videos_say_what_is_wrong(
     assert "name what to write" in said
     said = failed(run("decode", tmp_path / "z.safetensors", clip, "-m", compiled), 2)
     assert "runs images" in said
+    said = failed(run("decode", tmp_path / "z.safetensors", clip, "-m", video_model, "-o", "a"), 2)
+    assert "Leave --output out" in said
+    save_file({"latents": torch.full((1, 16, 2, 2, 2), torch.nan)}, tmp_path / "nan.safetensors")
+    said = failed(run("decode", tmp_path / "nan.safetensors", clip, "-m", video_model), 2)
+    assert "frame 0 holds values that aren't finite" in said
     assert clip.read_bytes() == b"no video"
 
 

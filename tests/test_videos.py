@@ -246,6 +246,9 @@ def test_paths_and_rates_are_checked(tmp_path: Path) -> None:
         write_video(tmp_path / "clip.txt", clip())
     with pytest.raises(ValueError, match="fps=0"):
         write_video(tmp_path / "clip.mp4", clip(), fps=0)
+    with pytest.raises(ValueError, match=r"written as PNG. Name them %d\.png"):
+        write_video(tmp_path / "%d.jpg", clip())
+    assert not list(tmp_path.iterdir())
     assert is_video("a/b.MP4") and is_video("a/%05d.png") and not is_video("a/b.safetensors")
     assert not is_pattern("100%.png") and not is_pattern("a%s%s.png")
 

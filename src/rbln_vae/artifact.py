@@ -79,6 +79,12 @@ class Artifact:
         """The number of channels of the input."""
         return self.graph.input_channels
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The picklers of torch.multiprocessing would move the weights, which runtimes read.
+        raise TypeError(
+            "A compiled part can't be pickled. Save it, and load it in the other process."
+        )
+
     def save(self, path: Path) -> None:
         """Write the file atomically: a crash leaves the old file or none.
 
@@ -227,7 +233,10 @@ def _of_shapes(shapes: Any) -> dict[str, torch.Tensor]:
             raise GraphError(f"{shape!r} is not the shape of a weight")
         if math.prod(shape) >= 2**48:
             raise GraphError(f"a weight of shape {shape} is too large")
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {
+        name: torch.empty(shape, dtype=torch.float32, device="meta")
+        for name, shape in shapes.items()
+    }
 
 
 def _checked_description(path: Path) -> dict[str, Any]:

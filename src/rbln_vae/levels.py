@@ -36,5 +36,5 @@ def sample_of(levels: Tensor) -> Tensor:
         tensor([-1.,  1.])
     """
     # Torch multiplies by the reciprocal of a number on a GPU, which isn't the quotient.
-    white = torch.tensor(255.0, device=levels.device)
+    white = torch.tensor(255.0, dtype=torch.float32, device=levels.device)
     return levels.float().div_(white).mul_(2).sub_(1)

@@ -102,6 +102,8 @@ def write_video(
         return _write_file(path, "mp4", frames, fps, {"tune": "zerolatency"}, _STREAMED)
     path = Path(path)
     if is_pattern(path):
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"{path}: pictures are written as PNG. Name them {path.stem}.png.")
         return _write_pictures(path, frames)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_vaes
 import torch
-from vaes import make_flux2, make_vae
+from vaes import make_flux2, make_vae, noise
 
 from rbln_vae import (
     RBLNAutoencoder,
@@ -61,3 +62,23 @@ def test_a_class_that_is_not_compiled_is_named_with_those_that_are(tmp_path: Pat
 def test_a_model_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="There is no directory"):
         RBLNAutoencoder.from_pretrained(f"{tmp_path}/missing/")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLWan", "VQModel"])
+def test_models_are_compiled_and_loaded_whatever_the_default_dtype(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    original = tiny_vaes.make(kind)
+    vae = RBLNAutoencoder.from_model(original, rbln_config=OPTIONS)
+    z = noise(1, vae.resolved_config.latent_channels, 2, 2)
+    expected = vae.decode_images(z)
+    torch.set_default_dtype(dtype)
+    try:
+        again = RBLNAutoencoder.from_model(original, rbln_config=OPTIONS)
+        again.save_pretrained(tmp_path)
+        loaded = RBLNAutoencoder.from_pretrained(tmp_path)
+        assert torch.equal(again.decode_images(z), expected)
+        assert torch.equal(loaded.decode_images(z), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

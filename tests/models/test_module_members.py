@@ -117,6 +117,15 @@ def test_register_to_config_changes_the_configuration_that_is_saved(tmp_path):
     assert RBLNAutoencoderKL.from_pretrained(tmp_path).config.scaling_factor == 0.5
 
 
+def test_an_attribute_that_is_set_on_the_configuration_is_read_again():
+    original = tiny_vaes.make()
+    original.config.scaling_factor = 0.25
+    vae = RBLNAutoencoderKL.from_model(original, rbln_target="cpu")
+    assert vae.config.scaling_factor == vae.config["scaling_factor"] == 0.25
+    vae.config.scaling_factor = 0.5
+    assert vae.config.scaling_factor == copy.deepcopy(vae).config.scaling_factor == 0.5
+
+
 def test_a_shallow_copy_runs(compiled):
     latent = torch.randn(1, 4, 2, 2)
     assert torch.equal(copy.copy(compiled).decode(latent).sample, compiled.decode(latent).sample)
@@ -144,4 +153,6 @@ def test_pickling_is_refused_and_leaves_the_model_whole(compiled, dumps):
     expected = compiled.decode(latent).sample
     with pytest.raises(TypeError, match="save_pretrained"):
         dumps(compiled)
+    with pytest.raises(TypeError, match="Save it"):
+        dumps(compiled.compiled_models)
     assert torch.equal(compiled.decode(latent).sample, expected)

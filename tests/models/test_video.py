@@ -314,6 +314,22 @@ def test_a_frame_is_the_callers_for_good() -> None:
     assert torch.equal(torch.stack(frames, 2), expected)
 
 
+@by_target
+def test_frames_may_come_in_one_tensor(target: str) -> None:
+    vae, x, z = compiled("Wan 2.1", target), video("Wan 2.1", 9), latent("Wan 2.1", 3)
+
+    def in_turn(frames: Tensor) -> Iterator[Tensor]:
+        buffer = torch.empty_like(frames[:, :, :1])
+        for frame in frames.split(1, 2):
+            yield buffer.copy_(frame)
+
+    same_frames(
+        vae.encode_frames(frame.squeeze(2) for frame in in_turn(x)),
+        vae.encode(x).latent_dist.parameters,
+    )
+    same_frames(vae.decode_frames(in_turn(z)), vae.decode(z).sample)
+
+
 def test_nothing_is_read_ahead() -> None:
     vae, z = compiled("Wan 2.1"), latent("Wan 2.1", 3)
     read = []

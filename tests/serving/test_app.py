@@ -450,6 +450,12 @@ def basic(login: str) -> str:
     return "Basic " + base64.b64encode(login.encode()).decode()
 
 
+def test_an_empty_key_is_refused() -> None:
+    """As a variable gives it that isn't set, which would let everybody in."""
+    with pytest.raises(ValueError, match="api_key is empty"):
+        Limits(api_key="")
+
+
 @pytest.mark.parametrize("header", ["Bearer kéy", "bearer kéy", basic(":kéy"), basic("me:kéy")])
 def test_the_key_opens(header: str) -> None:
     app = make_app(limits=Limits(api_key="kéy"))

@@ -9,6 +9,7 @@ import pytest
 from vaes import compile_vae, default_vae
 
 from rbln_vae.targets.planner import KEPT, Planner
+from rbln_vae.units import format_seconds
 
 SHAPE = (1, 4, 24, 16)
 FREE = 2**40
@@ -58,6 +59,16 @@ def test_every_tradeoff_is_found_again_by_its_limit(planner: Planner[Any, Any]) 
     assert found[-1].bytes < found[0].bytes
     for each in found:
         assert planner.fitted(SHAPE, each.bytes, 0).bytes <= each.bytes
+
+
+def test_the_time_of_every_tradeoff_is_that_of_the_whole_batch() -> None:
+    runtime = compile_vae(default_vae())._runtimes["decoder"]
+    said = runtime.describe((8, *SHAPE[1:]))
+    head, table = said.split("computed again, in strips")
+    expected = runtime.seconds_expected((8, *SHAPE[1:]))
+    assert expected is not None and f"about {format_seconds(expected)}" in head
+    least = re.findall(r"about [\d.]+ \w+", table)[-1]
+    assert least != f"about {format_seconds(runtime.seconds_expected(SHAPE) or 0)}"
 
 
 def test_a_limit_below_all_plans_is_an_error_that_names_one_that_suffices(

@@ -186,6 +186,11 @@ def decode(
 
         if len(files) != 1:
             raise typer.BadParameter(f"{last} is written from one file of latents")
+        if output != Path():
+            raise typer.BadParameter(
+                f"{last} says where the video is written. Leave --output out, or name the video "
+                f"{output / last.name}."
+            )
         videos.decode(files[0], last, model, settings, fps=fps, **where)
         return
     from . import pictures

@@ -43,7 +43,7 @@ def decode(
     target.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     total = 1 + (z.shape[2] - 1) * model.temporal_compression_ratio
-    frames = _shown("Decoding", model.decode_frames(z.float()), total)
+    frames = _shown("Decoding", _finite(model.decode_frames(z.float())), total)
     count = write_video(target, frames, fps)
     took = time.perf_counter() - start
     what = "pictures" if is_pattern(target) else f"frames at {fps:g} per second"
@@ -93,6 +93,14 @@ def _open(
             "model of videos by --model, such as Wan's."
         )
     return model
+
+
+def _finite(frames: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The frames, or an error where one can't be shown."""
+    for number, frame in enumerate(frames):
+        if not frame.isfinite().all():
+            raise ValueError(f"the decoded frame {number} holds values that aren't finite")
+        yield frame
 
 
 def _shown(what: str, frames: Iterator[Tensor], total: int) -> Iterator[Tensor]:

@@ -182,7 +182,7 @@ def _scaled(
         return None
     weight, bias = f"{scale.output}.weight", f"{scale.output}.bias"
     weights[weight] = weights[source.weight] * scale.factor
-    before = torch.zeros(source.kernel(weights)[0])
+    before = torch.zeros(source.kernel(weights)[0], dtype=torch.float32)
     if source.bias is not None:
         before = weights[source.bias]
     weights[bias] = before * scale.factor + scale.offset

@@ -82,6 +82,7 @@ class RBLNModel(ModuleMembers):
 
     def __init__(self, compiled: CompiledModel) -> None:
         self._config = dict(compiled.config)
+        self._shown_config: Mapping[str, Any] | None = None
         self.rbln_config = compiled.rbln_config
         self.resolved_config = compiled.resolved_config
         self.compiled_models = dict(compiled.parts)
@@ -92,10 +93,12 @@ class RBLNModel(ModuleMembers):
     @property
     def config(self) -> Any:
         """The configuration of the original model, as diffusers gives it."""
-        # Here rather than at once: importing diffusers takes longer than loading a model.
-        from diffusers.configuration_utils import FrozenDict
+        if self._shown_config is None:
+            # Here rather than at once: importing diffusers takes longer than loading a model.
+            from diffusers.configuration_utils import FrozenDict
 
-        return FrozenDict(self._config)  # type: ignore[no-untyped-call]
+            self._shown_config = FrozenDict(self._config)  # type: ignore[no-untyped-call]
+        return self._shown_config
 
     # Making one
 
@@ -495,6 +498,7 @@ class RBLNModel(ModuleMembers):
         """A model with runtimes and a configuration of its own, which shares the weights."""
         copied = copy.copy(self)
         copied._config = copy.deepcopy(self._config, memo)
+        copied._shown_config = copy.deepcopy(self._shown_config, memo)
         copied._runtimes = self._new_runtimes()
         return copied
 
@@ -538,6 +542,7 @@ class RBLNModel(ModuleMembers):
             **options: Keys of `config` and their new values; none changes what is compiled.
         """
         self._config = {**self._config, **options}
+        self._shown_config = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rbln_config!r})"

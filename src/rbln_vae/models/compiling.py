@@ -59,7 +59,9 @@ def compile_model(
         RBLNCompileError: The model can't be compiled, or its weights are elsewhere.
         RBLNTargetUnavailableError: This machine can't run the target.
     """
-    config = dict(getattr(model, "config", {}))
+    given = getattr(model, "config", {})
+    # As pipelines read it: setting an attribute of it leaves its items.
+    config = {name: getattr(given, name, value) for name, value in given.items()}
     target = choose_target(rbln_config)
     rbln_config = rbln_config.copy(
         target=target.name, dtype=rbln_config.dtype or target.best_dtype()

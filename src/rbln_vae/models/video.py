@@ -340,8 +340,9 @@ class RBLNVideoAutoencoder(RBLNAutoencoderModel):
             for frame in given:
                 if stream is None:
                     stream = self._stream(part, tuple(frame.shape))
-                source = frame.detach()
-                frames.append(source if self._target.any_device else source.cpu())
+                source = frame.detach() if self._target.any_device else frame.detach().cpu()
+                # What waits for the rest of its chunk is a copy: the next may come in its memory.
+                frames.append(source if len(frames) + 1 == stream.taken else source.clone())
                 if len(frames) == stream.taken:
                     results = stream.run(frames, should_stop=should_stop)
                     frames.clear()

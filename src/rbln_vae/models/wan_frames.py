@@ -74,7 +74,8 @@ def _compared(vae: Any, part: str, graph: Graph) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ratio = 2 ** (len(vae.config.dim_mult) - 1) * (getattr(vae.config, "patch_size", None) or 1)
     frames, side = (1 + 2 * FRAMES_ENCODED, ratio) if part == ENCODER else (3, 1)
-    video = torch.randn(1, graph.input_channels, frames, 2 * side, 3 * side, generator=generator)
+    shape = (1, graph.input_channels, frames, 2 * side, 3 * side)
+    video = torch.randn(shape, generator=generator, dtype=torch.float32)
     with torch.no_grad():
         results = list(run_video(graph, list(video.unbind(2))))
         if part == ENCODER:

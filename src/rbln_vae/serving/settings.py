@@ -77,6 +77,10 @@ class Limits:
         for name in ("max_body", "max_pixels", "body_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0.")
+        if self.api_key == "":
+            raise ValueError(
+                "api_key is empty. Say what clients must show, or leave it out to let everybody in."
+            )
 
     @property
     def all_bodies(self) -> int:

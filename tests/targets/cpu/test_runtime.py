@@ -151,6 +151,16 @@ def test_any_strides_and_dtypes(decoder: Graph, dtype: torch.dtype) -> None:
         assert difference(found.float(), expected) < (4e-3 if dtype.itemsize == 2 else 1e-5)
 
 
+def test_views_that_stand_for_the_negative_of_their_memory(decoder: Graph) -> None:
+    native = CpuRuntime(decoder, dtype="float32")
+    image = torch.fft.fft2(torch.randn(1, 4, 8, 6)).conj().imag
+    assert image.is_neg()
+    expected = native.run(image.clone())
+    assert torch.equal(native.run(image), expected)
+    out = torch._neg_view(torch.empty(1, 3, 16, 12))
+    assert torch.equal(native.run(image, out), expected)
+
+
 def test_half_precision_is_rounded_to_the_nearest() -> None:
     graph = Graph(
         "case", ("x",), 1, ("y",), (Conv2d("y", "x", "w", None),), {"w": torch.ones(1, 1, 1, 1)}

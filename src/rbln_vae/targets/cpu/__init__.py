@@ -89,7 +89,8 @@ class CpuTarget(GraphTarget):
 def _without_weights(graph: Graph) -> Graph:
     """The graphs of a part with the shapes of their weights alone."""
     shapes = {
-        name: torch.empty(weight.shape, device="meta") for name, weight in graph.weights.items()
+        name: torch.empty(weight.shape, dtype=torch.float32, device="meta")
+        for name, weight in graph.weights.items()
     }
     first = None if graph.first is None else _without_weights(graph.first)
     return dataclasses.replace(graph, weights=shapes, first=first)

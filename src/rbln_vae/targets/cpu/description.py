@@ -42,13 +42,14 @@ def describe_images(planner: CpuPlanner, bound: Bound, shape: Shape, *, steps: b
     ]
     for other in planner.tradeoffs(shape):
         schedule = other.program.schedule
+        parts = -(-shape[0] // schedule.input_shape[0])
         again = ", ".join(schedule.recomputed) or "nothing"
         rows = [(other.bytes, other.steps, again)]
         if other.kept_bytes and not schedule.recomputed:
             most = other.bytes + other.kept_bytes
             rows = [(most, other.beside_kept, again), (*rows[0][:2], "transformed kernels")]
         for needed, taken, again in rows:
-            memory, time = format_bytes(needed + result), _time(planner, taken)
+            memory, time = format_bytes(needed + result), _time(planner, taken, parts)
             lines.append(f"{memory:>14} {schedule.extra_work:>11.1%} {time:>14}  {again}")
     return "\n".join([*lines, "", bound.program.describe()] if steps else lines)
 

@@ -50,7 +50,7 @@ def pack(graph: Graph, dtype: str) -> dict[str, Tensor]:
                 packed |= _packed_kernels(operation, weights, dtype)
             outputs = operation.kernel(weights)[0]
             phases = 4 if operation.has_phases(weights) else 1
-            bias = torch.zeros(phases, -(-outputs // PANEL) * PANEL)
+            bias = torch.zeros(phases, -(-outputs // PANEL) * PANEL, dtype=torch.float32)
             if operation.bias is not None:
                 bias[:, :outputs] = weights[operation.bias].detach().view(phases, outputs)
             packed[bias_name(operation)] = bias.flatten()
@@ -116,7 +116,7 @@ def _packed_kernels(operation: Conv2d, weights: Weights, dtype: str) -> dict[str
     if dtype == "float16":
         factor = _factor(kernels)
         kernels = kernels / factor
-        packed[factor_name(operation)] = torch.tensor([factor])
+        packed[factor_name(operation)] = torch.tensor([factor], dtype=torch.float32)
     return packed | {kernels_name(operation): pack_kernels(kernels, DTYPES[dtype])}
 
 
@@ -171,7 +171,7 @@ def in_bfloat16(graph: Graph, packed: Mapping[str, Tensor]) -> dict[str, Tensor]
             pairs = packed[name].view(-1, BLOCK // 2, 2, PANEL).transpose(2, 3)
             kernels = (pairs.float() * packed[factor]).to(torch.bfloat16)
             result[name] = kernels.contiguous().view(-1)
-            result[factor] = torch.ones(1)
+            result[factor] = torch.ones(1, dtype=torch.float32)
     return result
 
 

@@ -180,7 +180,7 @@ class CpuRuntime(GraphRuntime[Bound]):
         Returns:
             A new tensor in float32.
         """
-        result = torch.empty(program.schedule.output_shape)
+        result = torch.empty(program.schedule.output_shape, dtype=torch.float32)
         self._execute(self.images.bind(program), image, result, Watch(self.timeout))
         return result
 
@@ -231,7 +231,7 @@ class CpuRuntime(GraphRuntime[Bound]):
                 for each in outputs
             ]
         watch.check()
-        nothing = torch.empty(EMPTY)
+        nothing = torch.empty(EMPTY, dtype=torch.float32)
         bound = self.kept_kernels.beside(
             planned, lambda plan: self._run_plan(plan, [nothing], [nothing], watch, lambda _: 0)
         )
@@ -367,7 +367,7 @@ class CpuRuntime(GraphRuntime[Bound]):
             results are not valid.
         """
         watch.check(done)
-        nothing = torch.empty(EMPTY)
+        nothing = torch.empty(EMPTY, dtype=torch.float32)
         bound = self.kept_kernels.beside(
             bound,
             lambda plan: self._run_plan(plan, [nothing], [nothing], watch, lambda _: done),
@@ -421,9 +421,12 @@ class CpuRuntime(GraphRuntime[Bound]):
             watch.ask(done(items))
 
         profile = self._profiles is not None
+        # The engine reads and writes what lies in memory, which views such as `x.conj().imag`
+        # stand for with the other sign.
+        sources = [source.resolve_neg() for source in sources]
         try:
             with _threads_start():
-                return self._executor.run(
+                ran = self._executor.run(
                     plan,
                     sources,
                     results,
@@ -436,6 +439,10 @@ class CpuRuntime(GraphRuntime[Bound]):
                 )
         except _engine.TimedOutError:
             raise watch.timed_out() from None
+        for result in results:
+            if result.is_neg():
+                result.neg_()
+        return ran
 
     @property
     def profiles(self) -> list[RunProfile]:
