@@ -917,6 +917,9 @@ def test_wrong_calls_about_videos_say_what_is_wrong(
     clip.write_bytes(b"no video")
     assert "can't be read as a video" in failed(run("encode", clip, "-m", video_model), 1)
     assert "without pictures" in failed(run("encode", clip, photo, "-m", video_model), 2)
+    web = tmp_path / "clip.webm"
+    web.write_bytes(b"no video")
+    assert "can't be read as a video" in failed(run("encode", web, "-m", video_model), 1)
     assert "does not exist" in failed(run("decode", tmp_path / "none", clip, "-m", video_model), 2)
     save_file({"latents": torch.zeros(1, 16, 2, 2, 2)}, tmp_path / "z.safetensors")
     said = failed(run("decode", tmp_path / "z.safetensors", "-m", video_model), 1)

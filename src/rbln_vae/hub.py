@@ -25,6 +25,7 @@ _DOWNLOAD_OPTIONS = (
 )
 _ORIGINAL_OPTIONS = (
     "torch_dtype",
+    "dtype",
     "use_safetensors",
     "variant",
     "low_cpu_mem_usage",

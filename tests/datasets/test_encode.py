@@ -441,6 +441,15 @@ def test_a_source_that_has_changed_is_refused(images: Path, tmp_path: Path) -> N
         encode_dataset(root, out, default_compiled(), OPTIONS)
 
 
+def test_a_source_without_images_leaves_the_output_free_for_another(
+    images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RBLNDatasetError, match="no images"):
+        encode_dataset(tmp_path / "empty", tmp_path / "out", default_compiled(), OPTIONS)
+    assert encode_dataset(images, tmp_path / "out", default_compiled(), OPTIONS).samples > 0
+
+
 def test_a_directory_with_other_files_is_refused(images: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(RBLNDatasetError, match=r"mine\.txt"):

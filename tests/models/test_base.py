@@ -235,7 +235,12 @@ def test_an_unknown_argument_of_the_loader_suggests_the_nearest(compiled):
 
 
 def test_what_only_diffusers_needs_is_ignored_by_a_compiled_model(compiled):
-    options = {"torch_dtype": torch.float16, "use_safetensors": True, "token": None}
+    options = {
+        "torch_dtype": torch.float16,
+        "dtype": torch.float16,
+        "use_safetensors": True,
+        "token": None,
+    }
     assert_same_model(load(compiled, **options), default_vae())
 
 

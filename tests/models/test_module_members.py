@@ -34,9 +34,27 @@ def compiled() -> RBLNAutoencoderKL:
         lambda vae: vae.requires_grad_(False),
     ],
 )
-def test_what_changes_nothing_gives_the_model_itself(compiled, call):
-    assert call(compiled) is compiled
-    assert compiled.dtype == torch.float32
+def test_what_moves_or_converts_modules_gives_the_model_itself(compiled, call):
+    copied = copy.copy(compiled)
+    latent = torch.randn(1, 4, 2, 2)
+    assert call(copied) is copied
+    assert torch.equal(copied.decode(latent).sample, compiled.decode(latent).sample)
+
+
+def test_the_dtype_that_pipelines_see_is_float32_until_another_is_named(compiled):
+    model = copy.copy(compiled)
+    assert model.dtype is torch.float32
+    for call, dtype in (
+        (lambda: model.to("cpu", torch.bfloat16), torch.bfloat16),
+        (lambda: model.half(), torch.float16),
+        (lambda: model.to("cpu"), torch.float16),
+        (lambda: model.float(), torch.float32),
+        (lambda: model.to(torch.zeros(1, dtype=torch.bfloat16)), torch.bfloat16),
+    ):
+        call()
+        assert model.dtype is next(model.parameters()).dtype is dtype
+        assert next(model.post_quant_conv.parameters()).dtype is dtype
+    assert compiled.dtype is torch.float32
 
 
 def test_dtype_and_device_are_found_in_every_way(compiled):
@@ -100,6 +118,16 @@ def test_a_member_that_cannot_be_is_missing_and_says_why(compiled, name, reason)
 )
 def test_what_pipelines_probe_for_is_missing(compiled, name):
     assert not hasattr(compiled, name)
+
+
+def test_keys_of_the_configuration_are_attributes_too(compiled):
+    assert compiled.sample_size == compiled.config.sample_size
+    assert compiled.scaling_factor == 0.18215
+
+
+def test_accelerate_unwraps_it(compiled):
+    """`extract_model_from_parallel` looks for compiled modules in `_modules`."""
+    assert not any(compiled._modules.values()) and not list(compiled._modules)
 
 
 def test_the_configuration_is_a_mapping_with_attributes(compiled):

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import tiny_vaes
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxControlPipeline
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 from tiny import Pipeline, picture
@@ -355,6 +355,27 @@ def test_a_pipeline_in_half_precision(name, dtype):
     found, expected = images
     assert found.dtype == dtype
     assert_same(found, expected, BFLOAT16_DB)
+
+
+def test_a_pipeline_whose_denoiser_takes_the_dtype_of_the_vae():
+    """FLUX control gives it the latents of the control image as the VAE's dtype makes them."""
+    parts = tiny.flux()
+    transformer = parts["transformer"]
+    options = {key: value for key, value in transformer.config.items() if key[0] != "_"}
+    parts["transformer"] = type(transformer).from_config(
+        {**options, "in_channels": 128, "out_channels": 64}
+    )
+    original = tiny_vaes.make(**tiny._SD3_VAE)
+    images = []
+    for vae in (RBLNAutoencoderKL.from_model(original, rbln_dtype="float32"), original):
+        pipe = FluxControlPipeline(**parts, vae=vae).to(torch.bfloat16)
+        pipe.vae.to(torch.bfloat16)
+        pipe.set_progress_bar_config(disable=True)
+        call = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "pt"}
+        generator = torch.Generator().manual_seed(0)
+        found = pipe("a cat", control_image=tiny.photograph(), generator=generator, **call)
+        images.append(found.images)
+    assert_same(*images, BFLOAT16_DB)
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,10 @@ def encode(
     Writes NAME.safetensors for each, with the tensor "latents" (1, C, H/f, W/f), unscaled; for a
     video (1, C, T, H/f, W/f).
     """
-    from ..videos import is_video
+    from ..videos import READ
 
     chosen = seed if sample else None
-    clips = [path for path in images if is_video(path)]
+    clips = [path for path in images if path.suffix.lower() in READ]
     if clips:
         from . import videos
 

@@ -322,7 +322,8 @@ def open_job(
         if options.trainer is not None and not _is_same(directory, wanted):
             shutil.rmtree(directory)
             directory.mkdir()
-        if (directory / JOB).exists():
+        begins = not (directory / JOB).exists()
+        if not begins:
             check_same(read_record(directory / JOB), wanted, directory)
         else:
             others = sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
@@ -335,7 +336,16 @@ def open_job(
         (directory / JOURNAL).mkdir(exist_ok=True)
         job = Job(directory, options)
         job.remove_temporaries()
-        yield job
+        try:
+            yield job
+        except Exception:
+            if begins:
+                # If nothing was encoded, the next call may ask for something else.
+                with contextlib.suppress(OSError):
+                    (directory / JOURNAL).rmdir()
+                    (directory / REJECTED).unlink(missing_ok=True)
+                    (directory / JOB).unlink()
+            raise
 
 
 def job_record(

@@ -447,14 +447,6 @@ class RBLNModel(ModuleMembers):
         return Profile(sorted(runs, key=lambda run: run.start))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype in which inputs are taken without loss: float32, whatever is stored in.
-
-        Pipelines round what they send to the model to it.
-        """
-        return torch.float32
-
-    @property
     def device(self) -> torch.device:
         """Where tensors come from and go to: the GPU that the model is on, or the CPU."""
         return torch.device(self._devices()[0] if self._target.any_device else "cpu")

@@ -9,7 +9,8 @@ asks with `hasattr` gets the right answer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -74,10 +75,21 @@ class ModuleMembers(ABC):
     training = False
     """A compiled model is always in evaluation mode."""
 
+    _modules: Mapping[str, torch.nn.Module] = MappingProxyType({})
+    """None: accelerate looks here for modules that `torch.compile` made."""
+
+    _dtype = torch.float32
+    _config: Mapping[str, Any] = MappingProxyType({})
+
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
-        """In what the model computes."""
+        """The dtype that pipelines convert to what they send to the model, and some its results.
+
+        By default float32, in which inputs are taken without loss, whatever is stored in. `to`
+        names another one, for pipelines that need that of their denoiser; what the model computes
+        in stays the same.
+        """
+        return self._dtype
 
     @property
     @abstractmethod
@@ -89,10 +101,10 @@ class ModuleMembers(ABC):
         """The devices that the parts run on, as options name them."""
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Do nothing, if the model runs on the device that is named.
+        """Check that the model runs on the device that is named, and take a dtype as its `dtype`.
 
-        A dtype changes nothing: the model computes in what it was compiled for, and its
-        results have the dtype of what came in.
+        The model still computes in what it was compiled for, and its results have the dtype of
+        what came in.
 
         Args:
             *args: As those of `torch.nn.Module.to`: a device, a dtype, both, or a tensor.
@@ -104,7 +116,7 @@ class ModuleMembers(ABC):
         Raises:
             RBLNRuntimeError: The device is none on which the model was compiled to run.
         """
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         own = [d for d in self._devices() if isinstance(d, str)]
         if device is not None and not any(_same(device, d) for d in ("cpu", *own)):
             where = " and ".join(f"NPU {d}" if isinstance(d, int) else d for d in self._devices())
@@ -113,6 +125,8 @@ class ModuleMembers(ABC):
                 "rbln_device, or compile the original for the target of that device. Tensors may "
                 "be on any device: results go where the input was."
             )
+        if dtype is not None:
+            self._dtype = dtype
         return self
 
     def cpu(self: Self) -> Self:
@@ -125,15 +139,15 @@ class ModuleMembers(ABC):
 
     def float(self: Self) -> Self:
         """`to(torch.float32)`."""
-        return self
+        return self.to(torch.float32)
 
     def half(self: Self) -> Self:
         """`to(torch.float16)`."""
-        return self
+        return self.to(torch.float16)
 
     def bfloat16(self: Self) -> Self:
         """`to(torch.bfloat16)`."""
-        return self
+        return self.to(torch.bfloat16)
 
     def eval(self: Self) -> Self:
         """Do nothing: a compiled model is always in evaluation mode."""
@@ -186,6 +200,8 @@ class ModuleMembers(ABC):
         )
 
     def __getattr__(self, name: str) -> Any:
+        if name in self._config:  # as diffusers allows still, with a warning
+            return self._config[name]
         reason = _MISSING.get(name)
         message = f"{type(self).__name__!r} object has no attribute {name!r}"
         raise AttributeError(f"{message}: {reason}." if reason else message)

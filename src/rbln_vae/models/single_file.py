@@ -104,8 +104,8 @@ class SingleFile:
         except Exception as error:  # what diffusers raises depends on the class and the setting
             raise RBLNCompileError(
                 f"diffusers can't make the {self.class_name} that the weights in {self.path} "
-                f"suit: {error}. Pass what differs as config, such as "
-                'config={"norm_num_groups": 16}.'
+                f"suit: {error}. Pass as config what the weights don't tell and differs from the "
+                "usual, such as norm_num_groups; it must be what the model was trained with."
             ) from error
 
     def _check(self, expected: Mapping[str, Shape]) -> None:
