@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <functional>
 #include <iterator>
@@ -26,6 +27,10 @@ using namespace nb::literals;
 
 namespace rbln_vae {
 namespace {
+
+// Set at exit. A daemon thread may still be in a run then: if it called Python, the interpreter
+// would end it, and with it the process, by an abort.
+std::atomic<bool> interpreter_ends{false};
 
 using Weights = nb::ndarray<nb::pytorch, nb::ro, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::pytorch, float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -268,6 +273,8 @@ Tensor tensor(const AnyTensor& given, const Shape& expected, const char* what,
 }  // namespace
 
 void bind_engine(nb::module_& m) {
+  nb::module_::import_("atexit").attr("register")(
+      nb::cpp_function([] { interpreter_ends = true; }));
   nb::exception<OutOfMemory>(m, "OutOfMemoryError", PyExc_MemoryError);
   nb::exception<TimedOut>(m, "TimedOutError", PyExc_TimeoutError);
   nb::exception<ThreadsUnavailable>(m, "ThreadsUnavailableError", PyExc_RuntimeError);
@@ -484,6 +491,7 @@ void bind_engine(nb::module_& m) {
             std::function<void(Index)> ask_caller;
             if (ask) {
               ask_caller = [&ask](Index done) {
+                if (interpreter_ends) return;
                 const nb::gil_scoped_acquire acquire;
                 if (PyErr_CheckSignals() != 0) throw nb::python_error();
                 (*ask)(done);
@@ -492,6 +500,7 @@ void bind_engine(nb::module_& m) {
             std::function<void(Index, Index)> rows_finished;
             if (on_rows) {
               rows_finished = [&on_rows](Index first, Index rows) {
+                if (interpreter_ends) return;
                 const nb::gil_scoped_acquire acquire;
                 (*on_rows)(first, rows);
               };

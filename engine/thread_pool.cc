@@ -226,11 +226,13 @@ std::shared_ptr<ThreadPool> ThreadPool::shared(int threads) {
 }
 
 std::shared_ptr<ThreadPool> ThreadPool::present(std::shared_ptr<ThreadPool>& kept) {
+  int threads = 0;
   {
     const std::lock_guard lock(fork_guard());
     if (!kept->lost()) return kept;
+    threads = kept->threads();
   }
-  std::shared_ptr<ThreadPool> pool = shared(kept->threads());
+  std::shared_ptr<ThreadPool> pool = shared(threads);
   const std::lock_guard lock(fork_guard());
   kept = pool;
   return pool;

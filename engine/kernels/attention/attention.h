@@ -171,7 +171,7 @@ class Attention {
       floats(layout_.sum)[i] = 0.0f;
     }
     const Index pixels = s_.query.pixels();
-    for (Index key = 0; key < pixels && !stopped(context_); key += s_.keys) {
+    for (Index key = 0; key < pixels && !interrupted<Simd>(context_); key += s_.keys) {
       const Index keys = smaller(s_.keys, pixels - key);
       multiply_keys(key, keys);
       soften(keys, key == 0);

@@ -77,7 +77,7 @@ class Conv2d {
       // The loading of the next tile is distributed over the groups and cells.
       Index parts = (last - first) * ceil_div(current.height, s_.cell_height) *
                     ceil_div(current.width, s_.cell_width);
-      for (Index group = first; group < last && !stopped(context_); ++group) {
+      for (Index group = first; group < last && !interrupted<Simd>(context_); ++group) {
         const Index panel = group * Simd::kMaxPanels;
         current.each_cell(s_, [&](const ConvTile& cell) {
           const Index share = ceil_div(loader.left(), parts--);

@@ -222,7 +222,7 @@ class Filtering {
     g.last_channels = s_.input.channels - (s_.input.blocks() - 1) * kBlock;
     g.panel_step = s_.phases() * kernels;
     const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
-    for (Index product = 0; product < kProducts && !stopped(context_); ++product) {
+    for (Index product = 0; product < kProducts && !interrupted<Simd>(context_); ++product) {
       const Index number = time * kProducts + product;
       const Weight* here = kernels_ + phase * kernels + number * blocks * kPanelBlock;
       for (Index group = first; group < last; ++group) {

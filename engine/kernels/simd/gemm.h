@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine/kernels/element.h"
+#include "engine/steps.h"
 
 namespace rbln_vae {
 
@@ -35,6 +36,15 @@ struct RowProducts {
   static void enter() {}
   static void leave() {}
 };
+
+// Whether the run ends, asked where no sum is in registers. What the caller does meanwhile may use
+// the unit of products and leave it, so the item enters it again.
+template <class Simd>
+static bool interrupted(const Context& context) {
+  const bool result = stopped(context);
+  Simd::enter();
+  return result;
+}
 
 // Sums over blocks and taps, for `rows` x `pixels` output pixels and `panels` panels:
 //

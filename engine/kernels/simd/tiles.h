@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "engine/kernels/element.h"
@@ -19,27 +20,39 @@ struct Tile {
   alignas(64) unsigned char rows[kTileRows][kTileBytes];
 };
 
-static inline Tile* tiles() {
-  thread_local Tile all[8];
-  return all;
+// As on the processor, no tile can be used before they are begun, or after their end.
+struct TileRegisters {
+  bool begun = false;
+  Tile all[8];
+};
+
+static inline TileRegisters& tiles() {
+  thread_local TileRegisters found;
+  return found;
+}
+
+static inline Tile& tile(int number) {
+  if (!tiles().begun) std::abort();
+  return tiles().all[number];
 }
 
 static inline void begin_tiles() {
-  std::memset(static_cast<void*>(tiles()), 0xff, 8 * sizeof(Tile));
+  std::memset(static_cast<void*>(tiles().all), 0xff, sizeof tiles().all);
+  tiles().begun = true;
 }
-static inline void end_tiles() {}
+static inline void end_tiles() { tiles().begun = false; }
 static inline void tiles_read_memory() {}
 static inline void prefetch(const void*) {}
 
 template <int kTile>
 static inline void zero_tile() {
-  std::memset(tiles()[kTile].rows, 0, sizeof(Tile));
+  std::memset(tile(kTile).rows, 0, sizeof(Tile));
 }
 
 template <int kTile>
 static inline void load_tile(const void* from, Index stride) {
   for (Index row = 0; row < kTileRows; ++row) {
-    std::memcpy(tiles()[kTile].rows[row], static_cast<const char*>(from) + row * stride,
+    std::memcpy(tile(kTile).rows[row], static_cast<const char*>(from) + row * stride,
                 kTileBytes);
   }
 }
@@ -47,7 +60,7 @@ static inline void load_tile(const void* from, Index stride) {
 template <int kTile>
 static inline void store_tile(void* to, Index stride) {
   for (Index row = 0; row < kTileRows; ++row) {
-    std::memcpy(static_cast<char*>(to) + row * stride, tiles()[kTile].rows[row], kTileBytes);
+    std::memcpy(static_cast<char*>(to) + row * stride, tile(kTile).rows[row], kTileBytes);
   }
 }
 
@@ -56,18 +69,18 @@ template <int kSum, int kA, int kB>
 static inline void multiply_tiles() {
   for (Index m = 0; m < kTileRows; ++m) {
     float sums[16];
-    std::memcpy(sums, tiles()[kSum].rows[m], sizeof sums);
+    std::memcpy(sums, tile(kSum).rows[m], sizeof sums);
     BFloat16 a[32];
-    std::memcpy(a, tiles()[kA].rows[m], sizeof a);
+    std::memcpy(a, tile(kA).rows[m], sizeof a);
     for (Index k = 0; k < 16; ++k) {
       BFloat16 b[32];
-      std::memcpy(b, tiles()[kB].rows[k], sizeof b);
+      std::memcpy(b, tile(kB).rows[k], sizeof b);
       for (Index n = 0; n < 16; ++n) {
         sums[n] += to_float(a[2 * k]) * to_float(b[2 * n]);
         sums[n] += to_float(a[2 * k + 1]) * to_float(b[2 * n + 1]);
       }
     }
-    std::memcpy(tiles()[kSum].rows[m], sums, sizeof sums);
+    std::memcpy(tile(kSum).rows[m], sums, sizeof sums);
   }
 }
 

@@ -17,7 +17,7 @@ def attention_graph() -> Graph:
     ).verify()
 
 
-def endless_run(**options: Any) -> tuple[CpuRuntime, torch.Tensor]:
+def endless_run(dtype: str = "float32", **options: Any) -> tuple[CpuRuntime, torch.Tensor]:
     """A runtime and an image whose run takes minutes, all of them in one step."""
-    runtime = CpuRuntime(attention_graph(), dtype="float32", **options)
+    runtime = CpuRuntime(attention_graph(), dtype=dtype, **options)
     return runtime, torch.randn(1, 32, 1024, 1024)

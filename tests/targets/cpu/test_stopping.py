@@ -57,6 +57,22 @@ def test_a_caller_can_stop_a_run() -> None:
     check_still_usable(runtime)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_caller_may_run_a_model_while_it_is_asked(dtype: str) -> None:
+    """In the midst of a step, whose unit of products the other run begins and ends."""
+    runtime, image = endless_run(dtype, num_threads=2)
+    other, small = CpuRuntime(attention_graph(), dtype=dtype), torch.randn(1, 32, 9, 7)
+    expected, found = other.run(small), list[torch.Tensor]()
+
+    def should_stop() -> bool:
+        found.append(other.run(small))
+        return len(found) == 4
+
+    with pytest.raises(RBLNCancelledError):
+        runtime.run(image, should_stop=should_stop)
+    assert all(torch.equal(each, expected) for each in found)
+
+
 def test_a_run_that_nobody_wants_is_not_begun() -> None:
     runtime, image = endless_run(memory_limit=1)
     with pytest.raises(RBLNCancelledError):
@@ -172,3 +188,22 @@ def test_batches_that_are_run_in_parts_are_stopped_between_them() -> None:
     with pytest.raises(RBLNCancelledError):
         runtime.run(image, should_stop=lambda: asked.append(time.monotonic()) or len(asked) > 2)
     assert min(b - a for a, b in itertools.pairwise(asked)) >= 0.05
+
+
+AT_EXIT = """
+import json, threading
+from long_runs import endless_run
+
+runtime, image = endless_run()
+asked = []
+# The second question is asked within the step.
+run = lambda: runtime.run(image, should_stop=lambda: asked.append(0))
+threading.Thread(target=run, daemon=True).start()
+while len(asked) < 2:
+    pass
+print(json.dumps(True))
+"""
+
+
+def test_a_run_of_a_daemon_thread_does_not_abort_the_process_as_it_ends() -> None:
+    assert in_a_process(AT_EXIT) is True

@@ -43,9 +43,11 @@ KEPT_SHARE = 1 / 8
 def _aligned(weight: Tensor) -> Tensor:
     """The weight, or a copy of it that is aligned to a cache line.
 
-    Kernels read whole cache lines, and a tensor in a mapped file may not be aligned.
+    Kernels read whole cache lines, and a tensor in a mapped file may not be aligned. What they
+    take for the numbers of channels is checked once, so it must not change with the file.
     """
-    return weight if weight.data_ptr() % 64 == 0 else weight.clone()
+    same = weight.is_floating_point() and weight.data_ptr() % 64 == 0
+    return weight if same else weight.clone()
 
 
 @contextlib.contextmanager
