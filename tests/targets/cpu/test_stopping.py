@@ -61,12 +61,13 @@ def test_a_caller_can_stop_a_run() -> None:
 def test_a_caller_may_run_a_model_while_it_is_asked(dtype: str) -> None:
     """In the midst of a step, whose unit of products the other run begins and ends."""
     runtime, image = endless_run(dtype, num_threads=2)
-    other, small = CpuRuntime(attention_graph(), dtype=dtype), torch.randn(1, 32, 9, 7)
+    other = CpuRuntime(attention_graph(), dtype=dtype, num_threads=1)
+    small = torch.randn(1, 32, 40, 40)
     expected, found = other.run(small), list[torch.Tensor]()
 
     def should_stop() -> bool:
         found.append(other.run(small))
-        return len(found) == 4
+        return len(found) == 20
 
     with pytest.raises(RBLNCancelledError):
         runtime.run(image, should_stop=should_stop)
