@@ -32,9 +32,6 @@ from .levels import levels_of
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """The formats of files that are written, by their suffixes."""
 
-READ = (*FORMATS, ".webm")
-"""The suffixes of files that are read as videos."""
-
 QUALITY = 17
 """The constant rate factor of H.264: 0 is lossless, and about 18 looks so."""
 

@@ -248,7 +248,8 @@ def test_a_file_that_is_gone_is_rejected_and_a_disk_that_fails_ends_the_job(
     with pytest.raises(TooManyRejectedError if rejects else OSError):
         encode_dataset(tmp_path / "in", tmp_path / "out", wan(), OPTIONS)
     rejected = tmp_path / "out" / "rejected.jsonl"
-    assert ("it can't be read: No such file" in rejected.read_text()) == rejects
+    assert rejected.exists() == rejects  # a job of which nothing is done leaves no record
+    assert not rejects or "it can't be read: No such file" in rejected.read_text()
 
 
 def test_what_cant_be_encoded_is_rejected_with_its_reason(tmp_path: Path) -> None:

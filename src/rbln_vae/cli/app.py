@@ -133,10 +133,10 @@ def encode(
     Writes NAME.safetensors for each, with the tensor "latents" (1, C, H/f, W/f), unscaled; for a
     video (1, C, T, H/f, W/f).
     """
-    from ..videos import READ
+    from ..datasets.sources.files import VIDEO_SUFFIXES
 
     chosen = seed if sample else None
-    clips = [path for path in images if path.suffix.lower() in READ]
+    clips = [path for path in images if path.suffix.lower().removeprefix(".") in VIDEO_SUFFIXES]
     if clips:
         from . import videos
 

@@ -340,12 +340,16 @@ def open_job(
             yield job
         except Exception:
             if begins:
-                # If nothing was encoded, the next call may ask for something else.
-                with contextlib.suppress(OSError):
-                    (directory / JOURNAL).rmdir()
-                    (directory / REJECTED).unlink(missing_ok=True)
-                    (directory / JOB).unlink()
+                _free(directory)
             raise
+
+
+def _free(directory: Path) -> None:
+    """Remove the record of a job of which nothing is done: the next may be another."""
+    with contextlib.suppress(OSError):
+        (directory / JOURNAL).rmdir()  # fails if parts are done
+        (directory / REJECTED).unlink(missing_ok=True)
+        (directory / JOB).unlink()
 
 
 def job_record(

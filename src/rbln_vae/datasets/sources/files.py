@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...errors import RBLNDatasetError
-from ...videos import READ
 
 _IMAGES = "avif bmp dib gif heic heif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp"
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 """The suffixes of image files in folders and tar files."""
 
-VIDEO_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in READ)
+VIDEO_SUFFIXES = frozenset(("mkv", "mov", "mp4", "webm"))
 """The same of video files."""
 
 Media: TypeAlias = Literal["image", "video"]
