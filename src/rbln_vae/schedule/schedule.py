@@ -106,6 +106,10 @@ class Schedule:
         """The recomputed work as a fraction of the needed work."""
         return self.flops / self.needed_flops - 1 if self.needed_flops else 0.0
 
+    def parts_of(self, batch: int) -> int:
+        """The parts in which a batch of so many images is run."""
+        return -(-batch // self.input_shape[0])
+
     def live_bytes(self) -> list[int]:
         """The bytes of all live buffers at each task."""
         return live_bytes(self.buffers, len(self.tasks))

@@ -25,7 +25,7 @@ def describe_images(planner: CpuPlanner, bound: Bound, shape: Shape, *, steps: b
     """
     result = planner.result_bytes(shape)
     schedule, kept = bound.program.schedule, bound.kept_bytes
-    parts = -(-shape[0] // schedule.input_shape[0])
+    parts = schedule.parts_of(shape[0])
     lines = [
         _title(planner, format_size(shape)),
         f"memory      {format_bytes(bound.bytes + kept + result)}: "
@@ -42,7 +42,7 @@ def describe_images(planner: CpuPlanner, bound: Bound, shape: Shape, *, steps: b
     ]
     for other in planner.tradeoffs(shape):
         schedule = other.program.schedule
-        parts = -(-shape[0] // schedule.input_shape[0])
+        parts = schedule.parts_of(shape[0])
         again = ", ".join(schedule.recomputed) or "nothing"
         rows = [(other.bytes, other.steps, again)]
         if other.kept_bytes and not schedule.recomputed:

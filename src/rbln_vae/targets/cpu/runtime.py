@@ -201,7 +201,7 @@ class CpuRuntime(GraphRuntime[Bound]):
             known = [each for each in times if each is not None]
             return shape[0] * sum(known) if len(known) == 2 else None
         bound = self.planned(shape)
-        parts = -(-shape[0] // bound.program.schedule.input_shape[0])
+        parts = bound.program.schedule.parts_of(shape[0])
         return seconds(bound.beside_kept if bound.kept_bytes else bound.steps, parts)
 
     def describe(self, shape: Shape, *, steps: bool = False) -> str:

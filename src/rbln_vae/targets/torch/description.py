@@ -21,7 +21,7 @@ def describe_images(planner: TorchPlanner, program: Program, shape: Shape, *, st
         steps: Whether to list its steps, too.
     """
     schedule, result = program.schedule, planner.result_bytes(shape)
-    parts = -(-shape[0] // schedule.input_shape[0])
+    parts = schedule.parts_of(shape[0])
     lines = [
         _title(planner, format_size(shape)),
         f"memory      {format_bytes(program.bytes + result)}: "
