@@ -5,8 +5,8 @@ import os
 # Triton reads this when it is imported, which others may do.
 os.environ["TRITON_INTERPRET"] = "1"
 
-# As OpenMP does this when torch is. Tests run side by side, and a thread that spins while it waits
-# takes a core from another: a decode that needs 0.5 s alone took 3 to 15 s.
+# OpenMP reads this when torch is imported. Tests run side by side, and a thread that spins while it
+# waits takes a core from another: a decode that needs 0.5 s alone took 3 to 15 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis

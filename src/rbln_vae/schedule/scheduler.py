@@ -146,7 +146,8 @@ class _Scheduler:
         """The index of the last operation that needs each value.
 
         A rematerialised value needs its inputs for as long as it is needed itself. An output is
-        exported as soon as it is there, and what is left for the next run is needed beyond the end.
+        exported as soon as it is there, but for an input, which is exported at the end; and what is
+        left for the next run is needed beyond the end.
         """
         end = len(self.graph.operations)
         until = {value: self.problem.positions.get(value, end) for value in self.graph.outputs}
