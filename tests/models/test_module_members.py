@@ -9,6 +9,7 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import tiny_vaes
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from rbln_vae import RBLNAutoencoderKL, RBLNRuntimeError
 
@@ -54,6 +55,9 @@ def test_the_dtype_that_pipelines_see_is_float32_until_another_is_named(compiled
         call()
         assert model.dtype is next(model.parameters()).dtype is dtype
         assert next(model.post_quant_conv.parameters()).dtype is dtype
+    with pytest.raises(TypeError, match=r"torch\.int32"):
+        model.to(torch.int32)
+    assert model.dtype is torch.bfloat16
     assert compiled.dtype is torch.float32
 
 
@@ -126,8 +130,7 @@ def test_keys_of_the_configuration_are_attributes_too(compiled):
 
 
 def test_accelerate_unwraps_it(compiled):
-    """`extract_model_from_parallel` looks for compiled modules in `_modules`."""
-    assert not any(compiled._modules.values()) and not list(compiled._modules)
+    assert extract_model_from_parallel(compiled) is compiled
 
 
 def test_the_configuration_is_a_mapping_with_attributes(compiled):

@@ -115,6 +115,7 @@ class ModuleMembers(ABC):
 
         Raises:
             RBLNRuntimeError: The device is none on which the model was compiled to run.
+            TypeError: The dtype isn't a floating one.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         own = [d for d in self._devices() if isinstance(d, str)]
@@ -126,6 +127,8 @@ class ModuleMembers(ABC):
                 "be on any device: results go where the input was."
             )
         if dtype is not None:
+            if not dtype.is_floating_point:
+                raise TypeError(f"The dtype is {dtype}, expected a floating one.")
             self._dtype = dtype
         return self
 
