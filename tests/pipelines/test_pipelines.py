@@ -359,15 +359,15 @@ def test_a_pipeline_in_half_precision(name, dtype):
 
 def test_a_pipeline_whose_denoiser_takes_the_dtype_of_the_vae():
     """FLUX control gives it the latents of the control image as the VAE's dtype makes them."""
-    parts = tiny.flux()
+    case = CASES["flux"]
+    parts = case.parts()
     transformer = parts["transformer"]
     options = {key: value for key, value in transformer.config.items() if key[0] != "_"}
     parts["transformer"] = type(transformer).from_config(
         {**options, "in_channels": 128, "out_channels": 64}
     )
-    original = tiny_vaes.make(**tiny._SD3_VAE)
     images = []
-    for vae in (RBLNAutoencoderKL.from_model(original, rbln_dtype="float32"), original):
+    for vae in (copy.copy(compiled(case)), tiny_vaes.make(case.vae, **case.options)):
         pipe = FluxControlPipeline(**parts, vae=vae).to(torch.bfloat16)
         pipe.vae.to(torch.bfloat16)
         pipe.set_progress_bar_config(disable=True)

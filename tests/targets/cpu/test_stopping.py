@@ -196,12 +196,15 @@ import json, threading
 from long_runs import endless_run
 
 runtime, image = endless_run()
-asked = []
-# The second question is asked within the step.
-run = lambda: runtime.run(image, should_stop=lambda: asked.append(0))
+begun, within = threading.Event(), threading.Event()
+
+def should_stop():
+    # The first question is asked before the step, the others within it.
+    (within if begun.is_set() else begun).set()
+
+run = lambda: runtime.run(image, should_stop=should_stop)
 threading.Thread(target=run, daemon=True).start()
-while len(asked) < 2:
-    pass
+within.wait()
 print(json.dumps(True))
 """
 
