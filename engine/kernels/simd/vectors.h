@@ -73,7 +73,10 @@ struct Vectors {
   static Vector load(const float* p) {
     return each([&](int i) { return fetch(p + i * kLanes); });
   }
-  static void store(float* p, const Vector& v) { std::memcpy(p, &v, sizeof v); }
+  // Each register alone: GCC copies several through others, eight bytes at a time.
+  static void store(float* p, const Vector& v) {
+    store(p, v, std::make_integer_sequence<int, kRegisters>());
+  }
   static Vector add(const Vector& a, const Vector& b) {
     return each([&](int i) { return a.part[i] + b.part[i]; });
   }
@@ -118,6 +121,10 @@ struct Vectors {
   static Vector each(F& f, std::integer_sequence<int, i...>) {
     return {{f(i)...}};
   }
+  template <int... i>
+  static void store(float* p, const Vector& v, std::integer_sequence<int, i...>) {
+    (store(p + i * kLanes, v.part[i]), ...);
+  }
   template <int... lane>
   static Register spread(float x, std::integer_sequence<int, lane...>) {
     return Register{(static_cast<void>(lane), x)...};
@@ -131,6 +138,7 @@ struct Images : Vectors<Set> {
   using typename Vectors<Set>::Vector;
 
   static Vector load_elements(const T* p) {
+    if constexpr (std::same_as<T, float>) return Vectors<Set>::load(p);
     alignas(64) float lanes[kPanel];
     for (Index i = 0; i < kPanel; ++i) lanes[i] = to_float(p[i]);
     return Vectors<Set>::load(lanes);
@@ -143,6 +151,7 @@ struct Images : Vectors<Set> {
         [&](int i) { return Vectors<Set>::alternate(p + 2 * i * Vectors<Set>::kLanes, from); });
   }
   static void store_elements(T* p, const Vector& v) {
+    if constexpr (std::same_as<T, float>) return Vectors<Set>::store(p, v);
     alignas(64) float lanes[kPanel];
     Vectors<Set>::store(lanes, v);
     for (Index i = 0; i < kPanel; ++i) from_float(lanes[i], p[i]);
