@@ -98,10 +98,11 @@ std::vector<Index> Executor::run(const Plan& plan, const std::vector<Tensor>& in
 
   const Fence fence(plan, arena.data(), total, stride);
   const FloatControl control;
-  const ThreadPool::Run* running = nullptr;  // before the run has its turn
+  ThreadPool::Run* running = nullptr;  // before the run has its turn
   const auto ask_caller = [&] {
     const FloatControl::Suspended callers(control);
-    ask(running == nullptr ? 0 : running->done());
+    if (running == nullptr) return ask(0);
+    running->aside([&] { ask(running->done()); });
   };
   std::vector<std::atomic<bool>> overflowed(static_cast<std::size_t>(plan.input_shape()[0]));
   Watch watch(timeout, ask ? std::function<void()>(ask_caller) : nullptr);
@@ -136,7 +137,7 @@ std::vector<Index> Executor::run(const Plan& plan, const std::vector<Tensor>& in
     if (exported != nullptr && on_rows) {
       watch.call([&] {
         const FloatControl::Suspended callers(control);
-        on_rows(exported->first_row, exported->image.height);
+        run.aside([&] { on_rows(exported->first_row, exported->image.height); });
       });
       if (watch.stopped()) watch.raise();
     }

@@ -60,13 +60,10 @@ ThreadPool::Run::Run(ThreadPool& pool, Watch& watch, Work work)
   std::unique_lock lock(pool_.mutex_);
   pool_.runs_.push_back(this);
   leading_ = pool_.wait_turn(lock, watch_);
-  if (pool_.turns_ > 0) pool_.wake_.notify_all();
 }
 
 ThreadPool::Run::~Run() {
   finished_ = true;
-  open_ = packed(phase_ + 1, 0);
-  open_.notify_all();
   if (pool_.lost()) return;
   std::unique_lock lock(pool_.mutex_);
   std::erase(pool_.runs_, this);
@@ -108,6 +105,12 @@ bool ThreadPool::Run::take_from(std::size_t slot, Count open, std::int64_t& item
       return true;
     }
   }
+}
+
+// Whether a thread that joins may find an item.
+bool ThreadPool::Run::has_items() const {
+  const Count open = open_.load();
+  return items_of(open) > 1 && open != empty_.load();
 }
 
 void ThreadPool::Run::do_item(Count open, std::int64_t item, int slot) {
@@ -171,7 +174,7 @@ bool ThreadPool::Run::phase(std::int64_t items) {
   if (!leading_) return false;
   const Count open = packed(++phase_, static_cast<std::uint64_t>(items));
   open_ = open;
-  if (items > 1) open_.notify_all();
+  if (items > 1) pool_.wake_idle();
   std::int64_t item;
   bool on = true;
   while (on && take(open, 0, item)) {
@@ -184,31 +187,43 @@ bool ThreadPool::Run::phase(std::int64_t items) {
   return !watch_.stopped();
 }
 
-// Returns whether the thread still has its turn when it leaves.
-bool ThreadPool::Run::help(int slot) {
-  Count empty = ~Count{0};  // what was open when no item was left of it
+// Works until the run is finished, gives too little to do, or other leaders want a turn.
+void ThreadPool::Run::help(int slot) {
   int looks = 0;
-  while (!finished_.load()) {
+  while (!finished_.load() && looks < kLooks) {
     const Count open = open_.load();
     std::int64_t item;
-    if (open != empty && take(open, slot, item)) {
+    if (open == empty_.load()) {
+      ++looks;
+      pause();
+    } else if (take(open, slot, item)) {
       do_item(open, item, slot);
       looks = 0;
-    } else if (++looks < kLooks) {
-      empty = open;
-      pause();
-    } else if (!finished_.load()) {
-      {
-        const std::lock_guard lock(pool_.mutex_);
-        pool_.give_turn();
-      }
-      open_.wait(open);
-      if (!pool_.try_turn()) return false;
-      looks = 0;
+    } else {
+      empty_ = open;
     }
-    if (pool_.wanted()) return true;
+    if (pool_.wanted()) return;
   }
-  return true;
+}
+
+void ThreadPool::Run::aside(const std::function<void()>& callers) {
+  if (!leading_) return callers();
+  struct Aside {
+    explicit Aside(Run& run) : run(run) {
+      const std::lock_guard lock(run.pool_.mutex_);
+      run.leading_ = false;
+      run.pool_.give_turn();
+    }
+    ~Aside() {
+      if (run.pool_.lost()) return;
+      std::unique_lock lock(run.pool_.mutex_);
+      run.leading_ = run.pool_.wait_turn(lock, run.watch_);
+      if (run.pool_.turns_ > 0) run.pool_.wake_.notify_all();
+    }
+    Run& run;
+  };
+  const Aside aside(*this);
+  callers();
 }
 
 std::shared_ptr<ThreadPool> ThreadPool::shared(int threads) {
@@ -264,7 +279,7 @@ ThreadPool::Run* ThreadPool::joinable() {
   if (turns_ == 0) return nullptr;
   Run* best = nullptr;
   for (Run* run : runs_) {
-    if (!run->leading_ || run->helpers_ + 1 >= threads_ || run->finished_.load()) continue;
+    if (!run->leading_ || run->helpers_ + 1 >= threads_ || !run->has_items()) continue;
     if (best == nullptr || run->helpers_ < best->helpers_) best = run;
   }
   return best;
@@ -275,7 +290,9 @@ void ThreadPool::work() {
   std::unique_lock lock(mutex_);
   for (;;) {
     Run* run = nullptr;
+    ++idle_;
     wake_.wait(lock, [&] { return stopping_ || (run = joinable()) != nullptr; });
+    --idle_;
     if (stopping_) return;
     const auto free = std::find(run->in_use_.begin(), run->in_use_.end(), false);
     const auto slot = static_cast<std::size_t>(free - run->in_use_.begin());
@@ -283,20 +300,19 @@ void ThreadPool::work() {
     ++run->helpers_;
     --turns_;
     lock.unlock();
-    const bool has_turn = run->help(static_cast<int>(slot));
+    run->help(static_cast<int>(slot));
     lock.lock();
     run->in_use_[slot] = false;
-    if (has_turn) give_turn();
+    give_turn();
     if (--run->helpers_ == 0) left_.notify_all();
   }
 }
 
-// Takes a free turn, if there is one.
-bool ThreadPool::try_turn() {
+// Wakes the threads that have no run, after one got items.
+void ThreadPool::wake_idle() {
+  if (idle_.load() == 0) return;
   const std::lock_guard lock(mutex_);
-  if (turns_ == 0) return false;
-  --turns_;
-  return true;
+  wake_.notify_all();
 }
 
 // Waits for a turn of this leader; false if the watch stops its run first.
@@ -306,26 +322,30 @@ bool ThreadPool::wait_turn(std::unique_lock<std::mutex>& lock, Watch& watch) {
     return true;
   }
   Waiting self;
-  queue_.push_back(&self);
-  ++waiters_;
-  while (!self.granted.wait_for(lock, Watch::kPatience, [&] { return self.has_turn; })) {
+  for (bool asked = false;; asked = true) {
+    queue_.insert(asked ? queue_.begin() : queue_.end(), &self);
+    ++waiters_;
+    if (self.granted.wait_for(lock, Watch::kPatience, [&] { return self.has_turn; })) return true;
+    // Out of the queue while the caller is asked: what it runs may need the turn.
+    std::erase(queue_, &self);
+    --waiters_;
     lock.unlock();
     const bool stopped = watch.check();
     if (lost()) return false;
     lock.lock();
-    if (!stopped || self.has_turn) continue;
-    std::erase(queue_, &self);
-    --waiters_;
-    return false;
+    if (stopped) return false;
+    if (turns_ > 0) {
+      --turns_;
+      return true;
+    }
   }
-  return true;
 }
 
 // Passes the turn to the leader that has waited longest, or frees it.
 void ThreadPool::give_turn() {
   if (queue_.empty()) {
     ++turns_;
-    if (!runs_.empty()) wake_.notify_one();
+    if (joinable() != nullptr) wake_.notify_one();
     return;
   }
   Waiting* first = queue_.front();

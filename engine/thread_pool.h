@@ -10,7 +10,8 @@
 // the same cache line only where one helps another out.
 //
 // The pool limits how many threads work at the same time, including leaders. If there are
-// more runs than that, their leaders take turns, one item at a time.
+// more runs than that, their leaders take turns, one item at a time. While a leader is in a function
+// of its caller, others have its turn: that function may itself ask for a run.
 #pragma once
 
 #include <atomic>
@@ -76,6 +77,9 @@ class ThreadPool {
     // The number of items that are done, of all phases.
     std::int64_t done() const;
 
+    // Calls a function of the run's caller. Only for the leader, which has no turn meanwhile.
+    void aside(const std::function<void()>& callers);
+
    private:
     friend class ThreadPool;
 
@@ -91,7 +95,8 @@ class ThreadPool {
     alignas(kApart) std::atomic<Count> open_{0};  // the items of the phase; 0 between phases
     std::atomic<bool> finished_{false};
     std::atomic<bool> asleep_{false};  // whether the leader sleeps until the last item is done
-    std::vector<Share> shares_;        // one for each slot
+    alignas(kApart) std::atomic<Count> empty_{0};  // what was open when no item was left of it
+    std::vector<Share> shares_;                    // one for each slot
     alignas(kApart) std::mutex mutex_;  // for the leader's sleep
     std::condition_variable done_all_;
     int helpers_ = 0;            // guarded by the pool's mutex
@@ -107,7 +112,8 @@ class ThreadPool {
     bool goes_on();
     std::int64_t close();
     void wait();
-    bool help(int slot);
+    bool has_items() const;
+    void help(int slot);
 
     ThreadPool& pool_;
     Watch& watch_;
@@ -132,7 +138,7 @@ class ThreadPool {
   Run* joinable();
 
   bool wanted() const { return waiters_.load(std::memory_order_relaxed) > 0; }
-  bool try_turn();
+  void wake_idle();
   bool wait_turn(std::unique_lock<std::mutex>& lock, Watch& watch);
   void give_turn();
 
@@ -142,7 +148,8 @@ class ThreadPool {
   std::condition_variable wake_;
   std::condition_variable left_;
   std::vector<Run*> runs_;
-  int turns_;  // free turns
+  int turns_;                 // free turns
+  std::atomic<int> idle_{0};  // threads that have no run
   std::deque<Waiting*> queue_;
   alignas(kApart) std::atomic<int> waiters_{0};  // the length of the queue
   alignas(kApart) bool stopping_ = false;

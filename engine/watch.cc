@@ -27,6 +27,7 @@ bool Watch::check() noexcept {
   if (now >= deadline_) {
     stop(std::make_exception_ptr(TimedOut("the time of the run is over")));
   } else if (ask_ && now >= next_) {
+    next_ = Clock::time_point::max();  // it isn't asked again before it has answered
     call(ask_);
     next_ = Clock::now() + kPatience;
   }

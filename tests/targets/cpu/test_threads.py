@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,62 @@ def test_a_run_that_waits_for_its_turn_can_be_stopped() -> None:
         CpuRuntime(attention_graph(), num_threads=1, timeout=0.0).run(torch.randn(1, 32, 9, 9))
     stop.set()
     other.join()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_caller_that_is_asked_may_use_the_same_threads(threads: int) -> None:
+    """Though all of them lead runs whose callers are asked."""
+    endless, image = endless_run(num_threads=threads)
+    # A run that never got its turn would end in an error.
+    short = CpuRuntime(attention_graph(), num_threads=threads, timeout=60.0)
+    small = torch.randn(1, 32, 40, 40)
+    expected = short.run(small)
+    meet = threading.Barrier(threads)
+    found: list[torch.Tensor] = []
+
+    def work() -> None:
+        def should_stop() -> bool:
+            if next(asked) == 0:  # before the run begins
+                return False
+            meet.wait()
+            found.append(short.run(small))
+            return True
+
+        asked = itertools.count()
+        with pytest.raises(RBLNCancelledError):
+            endless.run(image, should_stop=should_stop)
+
+    others = [threading.Thread(target=work) for _ in range(threads)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert len(found) == threads
+    assert all(torch.equal(each, expected) for each in found)
+
+
+def test_threads_leave_a_run_whose_caller_takes_long() -> None:
+    waits = CpuRuntime(attention_graph(), num_threads=2)
+    busy = CpuRuntime(attention_graph(), num_threads=2)
+    called, done = threading.Event(), threading.Event()
+
+    def on_rows(first: int, count: int) -> None:
+        called.set()
+        done.wait()
+
+    def work() -> None:
+        waits.run(torch.randn(1, 32, 64, 64), on_rows=on_rows)
+
+    other = threading.Thread(target=work)
+    other.start()
+    called.wait()
+    process, thread = time.process_time(), time.thread_time()
+    busy.run(torch.randn(1, 32, 160, 160))
+    own = time.thread_time() - thread
+    helped = time.process_time() - process - own
+    done.set()
+    other.join()
+    assert helped > own / 10
 
 
 @pytest.mark.parametrize("threads", [16, 64])
