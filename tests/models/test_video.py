@@ -183,6 +183,25 @@ def test_another_activation_is_refused_by_name(activation: str) -> None:
         RBLNAutoencoder.from_model(vae, rbln_target="cpu")
 
 
+def test_a_model_whose_encoder_can_not_run_is_compiled_without_it() -> None:
+    """As Bria's Fibo: its encoder takes three channels where patches have twelve."""
+    vae = tiny_vaes.make("AutoencoderKLWan", **tiny_vaes.WAN_2_2)
+    vae.register_to_config(in_channels=3)
+    conv = vae.encoder.conv_in
+    conv.weight = torch.nn.Parameter(conv.weight[:, :3])
+    with pytest.raises(RBLNCompileError, match=r"conv_in takes 3 channels.*uses_encoder=False"):
+        RBLNAutoencoder.from_model(vae, rbln_target="cpu")
+    model = RBLNAutoencoder.from_model(vae, rbln_target="cpu", rbln_uses_encoder=False)
+    assert isinstance(model, RBLNAutoencoderKLWan)
+    z = noise(1, model.z_dim, 2, 3, 2)
+    with torch.no_grad():
+        expected = vae.decode(z).sample
+    dtype = getattr(torch, model.rbln_config.dtype)
+    assert relative_l2(model.decode(z).sample.float(), expected) < (
+        TOLERANCE if dtype == torch.float32 else 0.05
+    )
+
+
 # Streams
 
 

@@ -194,7 +194,14 @@ class _Network(Unrolled):
 
     def reading_patches(self, path: str, conv: Any) -> Layer:
         """A causal convolution of 2x2 patches, which reads the pixels where they are."""
-        weight = reading_cells(conv.weight, _patches(conv.weight.shape[1]))
+        channels = conv.weight.shape[1]
+        if channels % 4:
+            raise RBLNCompileError(
+                f"{path} takes {channels} channels, which can't be those of patches of 2x2 pixels: "
+                "this encoder runs in diffusers neither. Compile the decoder alone, with "
+                "rbln_uses_encoder=False or --decoder-only."
+            )
+        weight = reading_cells(conv.weight, _patches(channels))
         padding = tuple(2 * each for each in _padding(conv))
         return self.over_frames(path, weight, conv.bias, padding=padding, stride=2)
 
