@@ -612,6 +612,9 @@ def test_profile_shows_every_operation_and_its_share_of_the_limit(compiled, tmp_
     assert "the machine's limit is" in text and " % " in text
     names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
     assert "Conv2d decoder.conv_in" in names
+    trace = tmp_path / "missing" / "trace.json"
+    text = failed(run("profile", compiled, "--trace", trace), 1)
+    assert "is no directory" in text and "decoder.conv_in" not in text
 
 
 def test_plan_shows_what_a_size_takes_and_what_less_memory_would_cost(compiled) -> None:

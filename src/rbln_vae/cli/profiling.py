@@ -32,7 +32,14 @@ def profile_model(
         batch_size: `None` is the model's own.
         trace: Where to write the trace, if anywhere.
         settings: For `rbln_config`.
+
+    Raises:
+        FileNotFoundError: The directory of the trace isn't there.
     """
+    if trace is not None and not trace.parent.is_dir():
+        raise FileNotFoundError(
+            f"{trace.parent} is no directory. Make it, or name another --trace."
+        )
     with working(f"Loading {directory} …"):
         model = RBLNAutoencoder.from_pretrained(
             directory, rbln_config={**settings, "activate_profiler": True}
