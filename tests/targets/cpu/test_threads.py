@@ -105,7 +105,7 @@ def test_a_caller_that_is_asked_may_use_the_same_threads(threads: int) -> None:
     short = CpuRuntime(attention_graph(), num_threads=threads, timeout=60.0)
     small = torch.randn(1, 32, 40, 40)
     expected = short.run(small)
-    meet = threading.Barrier(threads)
+    meet = threading.Barrier(threads, timeout=60.0)
     found: list[torch.Tensor] = []
 
     def work() -> None:
@@ -145,11 +145,13 @@ def test_threads_leave_a_run_whose_caller_takes_long() -> None:
     other.start()
     called.wait()
     process, thread = time.process_time(), time.thread_time()
-    busy.run(torch.randn(1, 32, 160, 160))
-    own = time.thread_time() - thread
-    helped = time.process_time() - process - own
-    done.set()
-    other.join()
+    try:
+        busy.run(torch.randn(1, 32, 160, 160))
+        own = time.thread_time() - thread
+        helped = time.process_time() - process - own
+    finally:
+        done.set()
+        other.join()
     assert helped > own / 10
 
 
