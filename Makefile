@@ -40,13 +40,14 @@ STUB := src/rbln_vae/_engine.pyi
 WRITE_STUB = $(RUN)/python -m nanobind.stubgen --quiet --module rbln_vae._engine --output-file
 TIDY_STUB = $(RUN)/ruff format --quiet
 
-.PHONY: help install demo test test-all test-engine test-engine-all test-arm test-ray \
+.PHONY: help install demo test test-slow test-all test-engine test-engine-all test-arm test-ray \
   test-optimum-rbln bench bench-memory check format stub constraints site wheel test-wheel clean \
   distclean
 
 help:
 	@echo "make demo       compile the shipped checkpoint and reconstruct a photograph"
 	@echo "make test       run the tests, but for the slow ones"
+	@echo "make test-slow  run the slow ones"
 	@echo "make test-all   run all tests"
 	@echo "make test-engine  test the engine under sanitizers, and with emulated AMX tiles"
 	@echo "make test-engine-all  the same over more tests"
@@ -91,6 +92,9 @@ test-engine-all: $(INSTALLED)
 test-arm: $(INSTALLED)
 	$(INSTALL_EXTRA) wheels
 	PYTHON=$(RUN)/python tools/test_arm/run.sh
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(PYTEST_ARGS)

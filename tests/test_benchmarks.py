@@ -95,6 +95,7 @@ def test_a_model_that_is_measured_is_one_of_diffusers(name):
     assert not any(buffer for buffer, _ in made.named_buffers() if not buffer.startswith("bn."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_name", tiny_vaes.DEFAULTS)
 def test_contenders_run_the_same_model(class_name, tmp_path):
     make_model(tmp_path, Model(class_name, tiny_vaes.DEFAULTS[class_name]))
@@ -165,6 +166,7 @@ def test_videos_of_a_model_that_is_not_in_the_table_are_not_measured():
 # The benchmark of GPUs, tried out on the CPU
 
 
+@pytest.mark.slow
 def test_every_contender_of_a_gpu_decodes_to_nearly_the_same():
     small = Model("AutoencoderKL", {**MODELS["sd"].architecture, "block_out_channels": (32,) * 4})
     found = gpu.measure([64], "cpu", small, rounds=1, memory_limit="64MiB")

@@ -95,6 +95,7 @@ def row(text: str, name: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CLASSES, "Wan 2.2"])
 def test_every_class_goes_through_every_command(name, photo, tmp_path) -> None:
     options = tiny_vaes.WAN_2_2 if name == "Wan 2.2" else {}
@@ -654,6 +655,7 @@ def test_a_data_set_is_encoded_and_summed_up(compiled, photographs, tmp_path) ->
     assert "options.flip True, not False" in failed(run(*call), 1)
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_trainer_is_written_with_the_lines_of_its_configuration(
     photographs, tmp_path
 ) -> None:
@@ -822,6 +824,7 @@ def test_an_interrupted_command_says_so_in_one_line(
     assert not (tmp_path / "out" / "rbln_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads times of Linux")
 def test_ctrl_c_ends_a_real_command(compiled, tmp_path):
     save_file({"latents": torch.randn(1, 4, 1024, 1024)}, tmp_path / "large.safetensors")

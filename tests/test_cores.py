@@ -86,6 +86,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return read_artifact(directory / "compiled" / "decoder.rbln")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("isa", "dtype", "size", "least"),
     [

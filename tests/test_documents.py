@@ -216,6 +216,7 @@ def run_shell(code: str) -> None:
             pytest.fail(f"say in a comment why `{line}` can't run here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_code_of_a_document_runs(document, directory, served):
     names = names_for(document)

@@ -299,6 +299,7 @@ def test_the_number_of_devices_has_the_name_that_clients_look_for():
     assert "num_devices" in inspect.signature(rebel.compile).parameters
 
 
+@pytest.mark.slow
 def test_it_runs_a_script_or_a_module(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys, rebel; print(rebel.get_npu_name(), *sys.argv[1:])")

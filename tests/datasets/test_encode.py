@@ -297,6 +297,7 @@ def test_bits_depend_on_no_number_of_workers_or_threads(
     assert digests(tmp_path / "out") == digests(whole)
 
 
+@pytest.mark.slow
 def test_a_model_is_found_in_a_pipeline(images: Path, whole: Path, tmp_path: Path) -> None:
     """By its subfolder or without; of diffusers or compiled."""
     for name, vae in (("original", default_vae()), ("compiled", default_compiled())):
@@ -662,6 +663,7 @@ def kill_at_random(
             assert digests(out, [shard["file"]]) == {shard["file"]: shard["sha256"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "times"), [(200, 1), pytest.param(2000, 20, marks=pytest.mark.slow)]
 )

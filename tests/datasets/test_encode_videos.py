@@ -265,6 +265,7 @@ def test_what_cant_be_encoded_is_rejected_with_its_reason(tmp_path: Path) -> Non
     assert LatentDataset(tmp_path / "out")[0]["key"] == "good.mp4"
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_gives_the_same(tmp_path: Path) -> None:
     wan().save_pretrained(tmp_path / "wan")
     for number in range(24):

@@ -118,6 +118,7 @@ def covering(path: Path, bucket: tuple[int, int], mode: str = "RGB") -> np.ndarr
 # sd-scripts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sd", "sdxl"])
 def test_sd_scripts_reads_plain_keys_of_unscaled_draws(folder: Path, architecture: str) -> None:
     run(folder, architecture=architecture, **SD)
@@ -145,6 +146,7 @@ def test_sd_scripts_conditions_on_the_border_around_the_image_in_its_bucket(fold
     assert crop.tolist() == [0.0, 5.0, 112.0, 5.0 + 112 / (210 / 130)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sd3", "flux", "lumina"])
 def test_sd_scripts_keeps_resolutions_beside_each_other(folder: Path, architecture: str) -> None:
     model, options = compiled(architecture), {**SD, "architecture": architecture}
@@ -224,6 +226,7 @@ def test_sd_scripts_prefers_an_old_file_and_a_warning_says_so(folder: Path) -> N
 # musubi-tuner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_musubi_names_size_and_dtype_in_the_key(folder: Path, dtype: str) -> None:
     run(folder, latent_dtype=dtype, **MUSUBI)
@@ -241,6 +244,7 @@ def test_musubi_names_size_and_dtype_in_the_key(folder: Path, dtype: str) -> Non
     assert relative_l2(latent.float(), expected) < (1e-4 if dtype == "float32" else 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "short", "full"),
     [
@@ -291,6 +295,7 @@ def toolkit_name(stem: str, info: dict[str, Any]) -> str:
     return f"_latent_cache/{stem}_{code}.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "version", "step"),
     [
@@ -429,6 +434,7 @@ ALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ALL)
 def test_only_what_is_missing_is_encoded_again(folder: Path, options: dict[str, Any]) -> None:
     model = compiled(options["architecture"])
@@ -443,6 +449,7 @@ def test_only_what_is_missing_is_encoded_again(folder: Path, options: dict[str, 
     assert digests(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ALL)
 def test_images_may_come_and_go(folder: Path, options: dict[str, Any]) -> None:
     model = compiled(options["architecture"])

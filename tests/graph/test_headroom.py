@@ -43,6 +43,7 @@ def test_all_values_of_a_model_become_smaller_but_its_result(part: str) -> None:
         assert largest == pytest.approx(before[value] * factor, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_vaes.DEFAULTS)
 def test_the_parts_of_every_class_give_the_same(name: str) -> None:
     model = tiny_vaes.make(name)

@@ -164,6 +164,7 @@ def test_what_is_no_graph_is_refused(name: str) -> None:
         loaded(stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [10, 100, 900, 990, 2_000, 20_000, 200_000])
 @pytest.mark.parametrize(
     "path", [("state",), ("name",), ("operations", 0), ("operations", 0, "padding")], ids=str

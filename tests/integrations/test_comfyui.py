@@ -222,6 +222,7 @@ def test_the_node_decodes_within_its_own_limit_to_the_same_bits(nodes: ModuleTyp
     assert torch.equal(again, whole)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_an_error_in_gib_that_names_a_limit_that_suffices(
     nodes: ModuleType,
 ) -> None:
@@ -270,6 +271,7 @@ def test_cancelling_ends_a_run_within_a_second(nodes: ModuleType, comfyui: Comfy
     assert vae.decode(small).shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["decode", "encode"])
 def test_the_bar_moves_within_one_image(nodes: ModuleType, comfyui: ComfyUI, way: str) -> None:
     vae = slow(compiled(nodes, kl()))
@@ -339,6 +341,7 @@ def save(state: State, path: Path) -> None:
     save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
 
 
+@pytest.mark.slow
 def test_the_loader_lists_models_and_not_their_files(nodes: ModuleType, comfyui: ComfyUI) -> None:
     folder, other = comfyui.vae_folders[0], comfyui.vae_folders[0].with_name("more")
     comfyui.vae_folders.append(other)

@@ -64,6 +64,7 @@ def test_a_model_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
         RBLNAutoencoder.from_pretrained(f"{tmp_path}/missing/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLWan", "VQModel"])
 def test_models_are_compiled_and_loaded_whatever_the_default_dtype(

@@ -117,6 +117,7 @@ def test_results_are_those_of_diffusers(name: str, batch: int, height: int, widt
     assert relative_l2(encoded(compiled(name), x), encoded(original(name), x)) < TOLERANCE
 
 
+@pytest.mark.slow
 @by_model
 def test_bfloat16_is_no_further_from_float32_than_diffusers_own(name: str) -> None:
     vae, narrow = original(name), tiny_vaes.make(MODELS[name][0], **MODELS[name][1])
@@ -216,6 +217,7 @@ def test_pictures_are_written_where_the_caller_says(name: str) -> None:
         vae.decode_images(z, out=np.zeros(expected.shape, np.int8))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @by_model
 @pytest.mark.parametrize("target", ["cpu", "reference"])
 def test_rows_of_pictures_come_once_and_from_the_top(name: str, target: str) -> None:
@@ -318,6 +320,7 @@ def test_pictures_in_another_order_are_refused_with_the_right_one(name: str) -> 
 # Memory and place
 
 
+@pytest.mark.slow
 @by_model
 def test_least_memory_changes_no_bit_and_is_known_before(name: str) -> None:
     vae, z, x = compiled(name, num_threads=2), latent(name, 1, 24, 16), image(name, 1, 16, 24)
@@ -452,6 +455,7 @@ def test_a_class_that_is_given_another_model_says_what_finds_the_right_one(name:
         cls.from_model(torch.nn.Conv2d(1, 1, 1))
 
 
+@pytest.mark.slow
 @by_model
 def test_layers_that_cant_be_compiled_are_named_when_compiling(name: str) -> None:
     class_name, options = MODELS[name]

@@ -43,6 +43,7 @@ def test_results_are_those_of_diffusers(batch: int, height: int, width: int) -> 
     assert relative_l2(moments(VAE, image), moments(FLUX2, image)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -59,6 +60,7 @@ def test_every_option_of_the_network_is_compiled(options: dict[str, object]) -> 
     assert relative_l2(moments(compiled(vae), image), moments(vae, image)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_target_and_dtype(target: str, dtype: str) -> None:

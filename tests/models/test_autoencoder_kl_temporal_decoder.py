@@ -55,6 +55,7 @@ def test_clips_are_those_of_diffusers(vae: Any, compiled: Any, clips: int, frame
     assert relative_l2(found, expected_frames(vae, z, frames)) < TOLERANCE / 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_reference_runs_clips(vae: Any, dtype: str) -> None:
     options = {**OPTIONS, "target": "reference", "dtype": dtype}
@@ -63,6 +64,7 @@ def test_the_reference_runs_clips(vae: Any, dtype: str) -> None:
     assert relative_l2(found.decode(z, 2).sample, expected_frames(vae, z, 2)) < limit
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_diffusers_own(vae: Any) -> None:
     z = noise(3, 4, 12, 12).bfloat16()
     expected = expected_frames(vae, z.float(), 3)
@@ -121,6 +123,7 @@ def test_a_limit_holds_the_result_of_all_clips(compiled: Any) -> None:
         compiled.decode(z, 2, memory_limit=others + 2**16)
 
 
+@pytest.mark.slow
 def test_planning_in_little_memory_tries_few_schedules(
     compiled: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +162,7 @@ def test_it_is_saved_loaded_and_found_by_its_class(vae: Any, compiled: Any, tmp_
         assert relative_l2(again(x, num_frames=2).sample, vae(x, num_frames=2).sample) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_frames_of_a_clip_are_compiled_in_by_the_names_of_optimum_rbln(vae: Any) -> None:
     for options, frames in (({}, 14), ({"num_frames": 6}, 6), ({"decode_chunk_size": 2}, 2)):
         config = RBLNAutoencoderKLTemporalDecoderConfig(**OPTIONS, num_frames=None)

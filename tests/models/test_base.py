@@ -736,6 +736,7 @@ except AttributeError as error:
     assert "no_such_name" in run_python(code)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_without_the_original_and_without_export(compiled, tmp_path):
     z = noise(1, 4, 6, 5)
     torch.save(z, tmp_path / "z.pt")

@@ -406,6 +406,7 @@ print(json.dumps([len(compiled), sum("not kept" in str(each.message) for each in
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_folder_of_another_user_is_read_and_not_written(monkeypatch):
     # Not in pytest's own directory, which any other run of pytest closes to other users.
@@ -448,6 +449,7 @@ def start(between: str, *arguments: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_leave_one_whole_entry(directory, compiled, tmp_path):
     (tmp_path / "started").mkdir()
     both = [start("time.sleep(0.3)", tmp_path / "started", 2) for _ in range(2)]
@@ -460,6 +462,7 @@ def test_two_processes_at_once_leave_one_whole_entry(directory, compiled, tmp_pa
         assert torch.equal(torch.load(tmp_path / f"{process.pid}.pt"), found)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_entry(directory, compiled, tmp_path):
     (tmp_path / "started").mkdir()
     killed = start("os.kill(os.getpid(), 9)", tmp_path / "started", 1)

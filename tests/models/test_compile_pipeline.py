@@ -53,6 +53,7 @@ def pipe() -> DiffusionPipeline:
     return tiny.PIPELINES["sd"].build()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_EACH_FAMILY)
 def test_a_pipeline_of_each_family_compiles_once_and_gives_the_same_images(
     name, monkeypatch, tmp_path

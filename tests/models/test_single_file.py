@@ -603,6 +603,7 @@ def test_a_file_that_isnt_there_is_refused(tmp_path: Path) -> None:
 # Any architecture
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     widths=st.lists(st.sampled_from([32, 64]), min_size=1, max_size=4),
@@ -630,6 +631,7 @@ def test_any_kl_is_recognised(
     assert_same(open_single_file(path).load(), model, unknown=SCALING)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     multipliers=st.lists(st.sampled_from([1, 2]), max_size=3),
@@ -692,6 +694,7 @@ ONE_OF_EACH = {
 compiled_classes = pytest.mark.parametrize("name", [n for n in ONE_OF_EACH if n in CLASSES])
 
 
+@pytest.mark.slow
 @compiled_classes
 def test_a_file_is_compiled_by_the_class_that_its_weights_suit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

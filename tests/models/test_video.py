@@ -115,6 +115,7 @@ def test_videos_are_encoded_as_by_diffusers(name: str, target: str, frames: int)
         assert relative_l2(mine, theirs) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(5, 7), (16, 12)])
 def test_errors_do_not_grow_over_a_long_video_in_bfloat16(size: tuple[int, int]) -> None:
     z = latent("Wan 2.1", 21, size=size)
@@ -203,6 +204,7 @@ def test_a_model_whose_encoder_can_not_run_is_compiled_without_it() -> None:
 # Streams
 
 
+@pytest.mark.slow
 @by_target
 @by_model
 def test_a_stream_gives_the_bits_of_a_whole_call(name: str, target: str) -> None:
@@ -231,6 +233,7 @@ def test_the_first_frame_is_that_of_an_image(name: str, target: str) -> None:
     assert torch.equal(moments[:, :, :1], vae.encode(x[:, :, :1]).latent_dist.parameters)
 
 
+@pytest.mark.slow
 @by_target
 @pytest.mark.parametrize(
     ("name", "whole"),
@@ -262,6 +265,7 @@ def test_memory_limits_and_threads_change_no_bit(
     assert torch.equal(saving.decode(z).sample, expected)
 
 
+@pytest.mark.slow
 @by_target
 @by_model
 def test_frames_that_pass_through_windows_have_the_same_bits(

@@ -85,6 +85,7 @@ KANDINSKY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -122,6 +123,7 @@ def test_the_latent_counts_in_every_norm() -> None:
             assert relative_l2(changed, pixels(MOVQ, latent)) > 100 * EQUAL, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_target_and_dtype(target: str, dtype: str) -> None:

@@ -225,6 +225,7 @@ NARROW = {"VQModel": InBfloat16, "AutoencoderKLTemporalDecoder": ClipsInBfloat16
 """Decoders that enlarge the error of the latent: by multiplying by it, or by their many norms."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOST)
 def test_images_of_a_vae_compiled_in_bfloat16(name):
     case, least = CASES[name], float(BFLOAT16_DB)

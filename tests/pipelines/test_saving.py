@@ -51,6 +51,7 @@ def test_the_index_names_the_public_class(saved):
     assert files == {"config.json", "rbln_config.json", "encoder.rbln", "decoder.rbln"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -112,6 +113,7 @@ def test_the_vae_of_a_saved_pipeline_is_compiled_by_its_subfolder(vae, compiled,
     assert torch.equal(model.decode(latent).sample, compiled.decode(latent).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

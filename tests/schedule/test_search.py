@@ -109,6 +109,7 @@ def written_over(schedule: Schedule) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(GRAPHS),
@@ -135,6 +136,7 @@ def test_whatever_is_computed_again_the_bits_are_the_same(
     assert sketch.flops == pytest.approx(schedule.flops, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_doubles_the_image_or_halves_the_channels_is_written_over_its_input(
     dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -182,6 +184,7 @@ def test_results_that_are_not_needed_at_once_are_not_made_at_once(
     assert scheduled(runtime, shape).arena_bytes <= 1.1 * needed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "part"), [each for each in GRAPHS if each != ("spatial norm", "encoder")]
 )
@@ -226,6 +229,7 @@ def test_without_statistics_of_the_image_whole_levels_are_made_in_strips(archite
     assert level <= set(least.recomputed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_limit_is_kept_down_to_the_least_that_the_error_names(part: str, dtype: str) -> None:
@@ -312,6 +316,7 @@ def test_tiling_takes_the_least_memory_within_a_multiple_of_the_time() -> None:
     assert torch.equal(limited.run(image), free.run(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("architecture", ["wide", "deep"])
@@ -442,6 +447,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resident_memory_stays_within_the_limit(tmp_path: Path) -> None:
     from rbln_vae import RBLNAutoencoderKL

@@ -85,6 +85,7 @@ def test_requests_that_wait_together_get_the_bits_that_they_get_alone(
     assert [shape[0] for shape in model.shapes] == ([1, 4, 4] if vae.exact_batches else [1] * 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_target_that_says_so_has_exact_batches(dtype: str) -> None:
     for threads in (1, 3, 8):

@@ -99,6 +99,7 @@ def canvas(page: Any, selector: str) -> np.ndarray:
     return np.array(data[1:], np.uint8).reshape(-1, data[0], 4)[..., :3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True, ids=["desktop", "phone"])
 def test_reconstructs_an_image(page: Any, vae: RBLNAutoencoderKL, photo: Path) -> None:
     page.set_input_files("#file", photo)
@@ -177,6 +178,7 @@ def test_the_slider_divides_the_two(page: Any, photo: Path) -> None:
     assert page.eval_on_selector(".compare", "e => e.style.getPropertyValue('--split')") == "100%"
 
 
+@pytest.mark.slow
 def test_an_example_can_be_drawn_and_sizes_changed(page: Any) -> None:
     page.select_option("#size", "256")
     page.click("#example")
@@ -189,6 +191,7 @@ def encoded_and_decoded(vae: RBLNAutoencoderKL, file: Path) -> np.ndarray:
     return np.asarray(to_image(vae.decode(latent).sample)).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True, ids=["desktop", "phone"])
 def test_two_models_are_compared_side_by_side(
     page: Any, vae: RBLNAutoencoderKL, tmp_path: Path

@@ -224,6 +224,7 @@ def families() -> Iterator[tuple[str, dict[str, RBLNAutoencoderModel]]]:
         yield address, models
 
 
+@pytest.mark.slow
 def test_latents_of_one_frame_are_normalised_and_decoded_as_the_pipeline_does(
     families: tuple[str, dict[str, RBLNAutoencoderModel]],
 ) -> None:

@@ -249,6 +249,7 @@ def is_ready(address: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_sigterm_starts_what_waits_for_others_and_finishes_it(
     process: tuple[subprocess.Popen[str], str],
 ) -> None:
@@ -272,6 +273,7 @@ def test_sigterm_starts_what_waits_for_others_and_finishes_it(
         requests.get(f"{address}/health", timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_the_command_names_what_is_wrong(compiled: Path) -> None:
     def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

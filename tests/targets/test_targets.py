@@ -85,6 +85,7 @@ def test_a_gpu_has_memory_of_its_own(monkeypatch):
         assert get_target("cuda").usable_memory(device) == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_a_run_has_the_memory_of_its_device_unless_told(name, monkeypatch):
     vae = place(target=name, dtype="float32")

@@ -57,6 +57,7 @@ def inputs(part: str, batch: int, vae: AutoencoderKL) -> Tensor:
     return noise(batch, 3, 8 * factor, 6 * factor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("stream", [1.0, 3e5])
 @pytest.mark.parametrize("options", [{}, SDXL], ids=["small", "as deep as SDXL"])
@@ -79,6 +80,7 @@ def test_a_large_residual_stream_costs_no_precision(
     assert relative_l2(found, expected) <= error_of_bfloat16(vae, part, image, expected) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_images_beyond_the_range_are_run_again_in_bfloat16(part: str) -> None:
     vae = with_stream(make_vae(**SDXL), 1e12)

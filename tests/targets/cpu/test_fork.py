@@ -84,6 +84,7 @@ print(json.dumps([code_of(child(drop)), code_of(child(run_and_drop)), right()]))
     assert run(script) == [0, 0, True]
 
 
+@pytest.mark.slow
 def test_a_child_that_ends_as_usual_ends(run: Run) -> None:
     script = """
 number = os.fork()
@@ -94,6 +95,7 @@ print(json.dumps(code_of(number)))
     assert run(script) == 0
 
 
+@pytest.mark.slow
 def test_a_fork_in_the_middle_of_runs_leaves_no_lock_behind(run: Run) -> None:
     script = """
 stop = threading.Event()
@@ -161,6 +163,7 @@ print(json.dumps([all(same), right()]))
     assert run(script) == [True, True]
 
 
+@pytest.mark.slow
 def test_workers_of_a_data_loader_encode(run: Run) -> None:
     script = """
 images = torch.randn(6, 3, 16, 16)

@@ -151,6 +151,7 @@ def test_all_shapes_share_one_copy(decoder: Graph) -> None:
     assert runtime.kept_kernels.bytes == sum(needed.values())
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=12, deadline=None)
 def test_no_limit_is_passed_and_no_bit_changes(data: st.DataObject) -> None:
@@ -262,6 +263,7 @@ def test_first_runs_at_once_make_one_copy(decoder: Graph) -> None:
         assert runtime.kept_kernels.bytes == kernels_of(runtime, SHAPE)
 
 
+@pytest.mark.slow
 def test_runs_that_give_back_and_make_kernels_at_once_disturb_no_other(decoder: Graph) -> None:
     images = [image_of(SHAPE), image_of((1, 4, 12, 12)), image_of(LARGE)]
     expected = [never_keeping(decoder).run(image) for image in images]
@@ -336,6 +338,7 @@ print(json.dumps([code, right(), runtime.kept_kernels.bytes > 0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_forked_while_kernels_are_made_makes_its_own() -> None:
     assert in_a_process(FORKING) == [0, True, True]

@@ -20,6 +20,7 @@ def decoder_runtime(**options: object) -> CpuRuntime:
     return CpuRuntime(graph, dtype="float32", num_threads=2, **options)
 
 
+@pytest.mark.slow
 def test_it_moves_within_one_step() -> None:
     runtime, image = endless_run()
     told: list[tuple[int, int]] = []

@@ -91,6 +91,7 @@ def check_soak(file: Path, runs: int) -> None:
     assert after < 1.02 * before
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_runs_of_changing_sizes(file: Path) -> None:
     check_soak(file, 400)
 
@@ -157,6 +158,7 @@ print(json.dumps({"answers": answers, "grown": grown}))
 """
 
 
+@pytest.mark.slow
 def test_sizes_beyond_any_memory_are_refused_before_it_is_asked_for(file: Path) -> None:
     result = in_a_process(PRELUDE + OVERFLOWS, file)
     assert len(result["answers"]) > 250
@@ -191,6 +193,7 @@ print(json.dumps({"needed": needed, "answers": answers}))
 """
 
 
+@pytest.mark.slow
 def test_memory_that_can_not_be_had_is_an_error_and_the_model_stays_usable(file: Path) -> None:
     result = in_a_process(PRELUDE + ADDRESS_SPACE, file)
     for share, message in result["answers"]:

@@ -146,6 +146,7 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
     assert relative_l2(sums[:, :, 1], squares.transpose(1, 2)) < 1e-5
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.integers(1, 2),
@@ -195,6 +196,7 @@ LONG = {("spatial norm", "decoder"), ("cells", "decoder"), ("pixel norms", "deco
 """Parts that take Triton's interpreter more than half a minute."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, part",
     [pytest.param(*each, marks=pytest.mark.slow if each in LONG else ()) for each in GRAPHS],
@@ -211,6 +213,7 @@ def test_a_model_gives_what_the_interpreter_gives_whatever_the_memory(name: str,
     assert torch.equal(limited.run(image), expected)
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_fused.py")
     variables = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

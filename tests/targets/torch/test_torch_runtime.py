@@ -131,6 +131,7 @@ def test_float16_has_the_precision_of_float16() -> None:
 # Memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("name, part", GRAPHS)
 def test_less_memory_gives_the_same_bits(name: str, part: str, dtype: torch.dtype) -> None:
@@ -149,6 +150,7 @@ def test_less_memory_gives_the_same_bits(name: str, part: str, dtype: torch.dtyp
         assert torch.equal(limited.run(image), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_the_allocator_gives_what_memory_needed_says(part: str) -> None:
     graph = graph_of("plain", part)
