@@ -41,7 +41,6 @@ def test_an_example_makes_a_picture(name, tmp_path, monkeypatch, capsys):
     assert "64x64 pixels" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("example", "pipeline"), CALLS)
 def test_an_example_runs_a_pipeline_of_another_family(example, pipeline, tmp_path, monkeypatch):
     run(example, tmp_path / "image.png", monkeypatch, "--tiny", pipeline)

@@ -663,7 +663,6 @@ def kill_at_random(
             assert digests(out, [shard["file"]]) == {shard["file"]: shard["sha256"]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "times"), [(200, 1), pytest.param(2000, 20, marks=pytest.mark.slow)]
 )

@@ -51,7 +51,6 @@ def test_the_index_names_the_public_class(saved):
     assert files == {"config.json", "rbln_config.json", "encoder.rbln", "decoder.rbln"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

@@ -70,13 +70,14 @@ def test_any_memory_gives_what_the_interpreter_gives(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_the_allocator_gives_no_more_than_memory_needed_says(part: str, dtype: torch.dtype) -> None:
+    graph = graph_of("plain", part)
+
     def in_chunks(**options: object) -> TorchRuntime:
         # Small ones, so that the image has several, and schedules differ.
         found = runtime(graph, dtype, **options)
         found.images.machine = dataclasses.replace(found.images.machine, chunk_bytes=2**24)
         return found
 
-    graph = graph_of("plain", part)
     image = noise(1, graph.input_channels, *((1536, 1024) if part == "encoder" else (512, 768)))
     image = image.cuda()
     free = in_chunks()

@@ -192,15 +192,8 @@ def test_every_operation_gives_what_the_interpreter_gives() -> None:
     assert relative_l2(runtime(graph).run(image), evaluate(graph, image)) < 5e-6
 
 
-LONG = {("spatial norm", "decoder"), ("cells", "decoder"), ("pixel norms", "decoder")}
-"""Parts that take Triton's interpreter more than half a minute."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, part",
-    [pytest.param(*each, marks=pytest.mark.slow if each in LONG else ()) for each in GRAPHS],
-)
+@pytest.mark.parametrize("name, part", GRAPHS)
 def test_a_model_gives_what_the_interpreter_gives_whatever_the_memory(name: str, part: str) -> None:
     graph = graph_of(name, part)
     image = image_for(graph, part)[..., :16, :16]
