@@ -208,13 +208,34 @@ def test_a_model_gives_what_the_interpreter_gives_whatever_the_memory(name: str,
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("compile_fused.py")
-    variables = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    printed = printed_by("compile_fused.py", tmp_path)
+    assert printed.count("_kernel 90 bf16") == printed.count("_kernel 75 fp16") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in GRAPHS))
+def test_a_rehearsal_compiles_all_that_a_run_calls(name: str, tmp_path: Path) -> None:
+    rehearsed, after_a_run = map(int, printed_by("rehearse_fused.py", tmp_path, name).split())
+    assert 0 < rehearsed == after_a_run
+
+
+def printed_by(script: str, cache: Path, *arguments: str) -> str:
+    """What a script prints that compiles with Triton."""
+    variables = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run(
-        [sys.executable, script], env=variables, capture_output=True, text=True, check=False
+        [sys.executable, Path(__file__).with_name(script), *arguments],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("_kernel 90 bf16") == done.stdout.count("_kernel 75 fp16") == 4
+    return done.stdout
 
 
 def test_kernels_that_do_not_run_are_noticed(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -330,7 +332,7 @@ def _read(image: Tensor, reading: Reading, out: Tensor, above: int, left: int) -
     pixels = max(1, _PROGRAM // block)
     grid = (triton.cdiv(out_height * out_width, pixels), triton.cdiv(channels, block), batch)
     none = image  # an argument that isn't read
-    _read_kernel[grid](
+    _called(_read_kernel, grid, image)(
         image,
         out,
         none if reading.scale is None else reading.scale,
@@ -385,7 +387,8 @@ def _write(
     batch, channels, height, width = out.shape
     block = _channels_at_once(channels)
     added = result if residual is None else residual
-    _write_kernel[(batch * height, triton.cdiv(channels, block))](
+    grid = (batch * height, triton.cdiv(channels, block))
+    _called(_write_kernel, grid, result)(
         result,
         result if bias is None else bias,
         added,
@@ -421,7 +424,7 @@ def coefficients(
     batch, chunks, _, channels = sums.shape
     members = channels // groups
     block = max(16, triton.next_power_of_2(members))
-    _coefficients_kernel[(batch, groups)](
+    _called(_coefficients_kernel, (batch, groups), sums)(
         sums,
         counts,
         weight,
@@ -449,7 +452,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
 def softmax(scores: Tensor, scale: float, out: Tensor) -> None:
     """Write the softmax of each row of dense scores, times a positive scale."""
     columns = scores.shape[-1]
-    _softmax_kernel[(scores.numel() // columns,)](scores, scale, out, columns, BLOCK=2048)
+    grid = (scores.numel() // columns,)
+    _called(_softmax_kernel, grid, scores)(scores, scale, out, columns, BLOCK=2048)
+
+
+def _called(kernel: Any, grid: tuple[int, ...], tensor: Tensor) -> Callable[..., object]:
+    """What calls a kernel; for a tensor without memory, it compiles it alone (`rehearsal`)."""
+    return functools.partial(kernel.warmup, grid=grid) if tensor.is_meta else kernel[grid]
 
 
 def _channels_at_once(channels: int, *, whole: bool = False) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...graph.ir import Graph, Shape
 from ...schedule import fitting
 from ...schedule.schedule import Schedule
@@ -29,6 +31,7 @@ class TorchPlanner(Planner[Program, TorchRules]):
         super().__init__(graph)
         self.machine = machine
         self._weights = weights
+        self._rehearsed = False
 
     def rules(self, shape: Shape) -> TorchRules:
         """The rules for schedules of an input shape."""
@@ -47,7 +50,19 @@ class TorchPlanner(Planner[Program, TorchRules]):
         return found
 
     def lowered(self, schedule: Schedule, search: Search[TorchRules]) -> Program:
-        return lower(schedule, search.rules(schedule.input_shape[0]), self._weights)
+        rules = search.rules(schedule.input_shape[0])
+        program = lower(schedule, rules, self._weights)
+        if not (self.machine.fused and self.machine.device.type == "cuda"):
+            return program
+        return replace(program, rehearse=lambda: self._rehearse(program, rules))
+
+    def _rehearse(self, program: Program, rules: TorchRules) -> None:
+        # Later programs need mostly the same kernels; what is new is compiled where it is called.
+        if not self._rehearsed:
+            self._rehearsed = True
+            from .rehearsal import rehearse
+
+            rehearse(program, rules, self._weights)
 
     @property
     def _one_by_one(self) -> bool:

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...schedule.schedule import Schedule
+from ...schedule.schedule import Kind, Schedule
+
+COPIES = (Kind.IMPORT, Kind.EXPORT)
+"""The tasks that copy the caller's tensors."""
 
 
 @dataclass
@@ -69,10 +72,17 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A schedule and its steps, one for each task."""
+    """A schedule as steps.
+
+    Attributes:
+        schedule: The schedule.
+        steps: One for each task.
+        rehearse: Compiles what a run would compile by itself, more slowly.
+    """
 
     schedule: Schedule
     steps: tuple[Step, ...]
+    rehearse: Callable[[], None] = lambda: None
 
     @property
     def bytes(self) -> int:

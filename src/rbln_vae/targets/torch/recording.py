@@ -12,8 +12,7 @@ import weakref
 
 import torch
 
-from ...schedule.schedule import Kind
-from .program import Frame, Program, Step
+from .program import COPIES, Frame, Program, Step
 
 RECORDED = 1 / 16
 """The part of a GPU's memory that the recordings of a model hold at most. Larger images keep a GPU
@@ -22,8 +21,6 @@ busy without."""
 WORK = 2e13
 """The most floating-point operations of a program that is recorded. No graph can be stopped, and
 this is done in some 30 ms by a GPU that has the memory for it."""
-
-_COPIES = (Kind.IMPORT, Kind.EXPORT)
 
 
 class Recording:
@@ -95,13 +92,13 @@ def can_be_recorded(program: Program) -> bool:
     """Whether a program copies nothing in between, and is soon done."""
     begin, end = _inner(program)
     return program.schedule.flops <= WORK and not any(
-        task.kind in _COPIES for task in program.schedule.tasks[begin:end]
+        task.kind in COPIES for task in program.schedule.tasks[begin:end]
     )
 
 
 def _inner(program: Program) -> tuple[int, int]:
     """The first step that is no copy of what the caller has, and the step after the last."""
-    copies = [task.kind in _COPIES for task in program.schedule.tasks]
+    copies = [task.kind in COPIES for task in program.schedule.tasks]
     return copies.index(False), len(copies) - copies[::-1].index(False)
 
 

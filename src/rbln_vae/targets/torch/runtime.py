@@ -270,6 +270,7 @@ class TorchRuntime(GraphRuntime[Program]):
         done: int,
         state: Tensor | None = None,
     ) -> None:
+        program.rehearse()
         # A recording has the addresses of one state.
         recording = self._recording(program, limit) if state is None else None
         if recording is None:

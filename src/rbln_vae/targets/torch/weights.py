@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,12 @@ class Weights:
         key = f"{name} {dtype}"
         if key not in self._tensors:
             self._tensors[key] = graph.weights[name].to(machine.device, dtype).flatten()
+
+    def on(self, device: torch.device) -> Weights:
+        """The same on another device."""
+        copies = copy.copy(self)
+        copies._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        return copies
 
     def kernel(self, operation: Conv2d, graph: Graph) -> Tensor:
         """The kernel of a convolution.
