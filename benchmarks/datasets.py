@@ -288,7 +288,7 @@ def simulate(count: int) -> tuple[int, int, float]:
                 yield Sample(f"{number:08d}", content.getvalue(), f"caption {number}")
 
     class Nothing:
-        batch_size = 1
+        batch_size = at_once = 1
 
         def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
             latent = torch.zeros(4, 4, 4, dtype=torch.float16)

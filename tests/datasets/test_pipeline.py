@@ -45,6 +45,8 @@ class Simulated(Split):
 class Recording:
     """An encoder that computes nothing and keeps the keys that it was given."""
 
+    at_once = 1
+
     def __init__(self, batch_size: int = 1, fails_at: int | None = None) -> None:
         self.batch_size, self.fails_at = batch_size, fails_at
         self.keys: list[str] = []
@@ -88,6 +90,28 @@ def test_samples_are_encoded_in_the_order_of_the_source(
     assert [(e.part.number, e.samples, e.last) for e in entries] == [
         *((0, 4, False), (1, 4, False), (2, 4, False), (3, 2, True))
     ]
+
+
+class InPairs(Recording):
+    """An encoder that goes on only where two threads call it."""
+
+    at_once = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2)
+
+    def encode(self, images: Sequence[Prepared]) -> list[Encoded | None]:
+        self.both.wait(timeout=60)
+        return super().encode(images)
+
+
+def test_an_encoder_that_gains_by_it_has_several_threads(job: Job, tmp_path: Path) -> None:
+    encoder, progress = InPairs(), Progress()
+    shards = [entry.shard for entry in run(Simulated([], 8), encoder, job, progress=progress)]
+    assert progress.encoded == 8
+    with open_job(tmp_path / "other", OPTIONS, {}, {}) as other:
+        assert shards == [entry.shard for entry in run(Simulated([], 8), Recording(), other)]
 
 
 def test_a_part_that_ends_with_its_split_has_none_behind_it(job: Job) -> None:

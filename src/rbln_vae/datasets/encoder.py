@@ -59,6 +59,10 @@ class Encoder(Protocol):
     def batch_size(self) -> int:
         """The most images of a run."""
 
+    @property
+    def at_once(self) -> int:
+        """How many threads may call `encode` at the same time, with gain."""
+
     def encode(self, images: Sequence[Any]) -> list[Encoded | Rejected]:
         """Encode what was prepared and has the same size; what can't be is rejected."""
 
@@ -107,6 +111,8 @@ class LatentEncoder:
                 f"the target {config.target!r} takes only the shape that the model was compiled "
                 f"for: size {config.sample_size}, batch {config.batch_size}"
             )
+        # A GPU computes one batch while the host prepares another and copies it.
+        self.at_once = 2 if vae.device.type == "cuda" else 1
         self._scaling = vae.latent_scaling
         self._dtype: torch.dtype = getattr(torch, options.latent_dtype)
 
@@ -234,7 +240,7 @@ class VideoEncoder(LatentEncoder):
             )
         super().__init__(vae, dataclasses.replace(options, batch_size=None))
         self._options = options
-        self.batch_size = 1
+        self.batch_size = self.at_once = 1
 
     def encode(self, images: Sequence[Clip]) -> list[Encoded | Rejected]:  # type: ignore[override]
         """Encode one video.

@@ -3,6 +3,8 @@
     feeder ──▶ decoders ──▶ encoder ──▶ writer
     1 thread    N threads   the caller   1 thread
 
+On a GPU, two threads encode for the caller: while it computes one batch, the next is copied to it.
+
 Everything keeps the order of the source, so that what is written doesn't depend on time or
 on the number of threads; and everything between two of these is bounded, so that memory
 doesn't depend on the number of samples.
@@ -13,7 +15,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -88,6 +91,9 @@ class _Failed:
     error: BaseException
 
 
+_Group = list[tuple[int, Prepared | Clip]]
+"""Images of one size, with their places among the results."""
+
 _Item = _Begin | _End | _Failed | Future[Prepared | Clip | Rejected] | None
 
 
@@ -105,7 +111,7 @@ def encode_splits(
 
     Args:
         splits: With their numbers in the source.
-        encoder: Runs in the thread of the caller.
+        encoder: Runs in the thread of the caller, or in others if it gains by several.
         job: Where shards and journal go.
         sizing: The buckets.
         decoders: Threads that read and decode images.
@@ -119,7 +125,11 @@ def encode_splits(
         RBLNDatasetError: The source has changed since the job began, or there is no room.
         OSError: The source can't be read.
     """
-    with ThreadPoolExecutor(decoders, "decode") as pool, ThreadPoolExecutor(1, "write") as writer:
+    with (
+        ThreadPoolExecutor(decoders, "decode") as pool,
+        ThreadPoolExecutor(encoder.at_once, "encode") as encoders,
+        ThreadPoolExecutor(1, "write") as writer,
+    ):
         # Each decoder has one image under way and one done, and a run of the encoder waits.
         fed: queue.Queue[_Item] = queue.Queue(2 * decoders + encoder.batch_size)
         stopped = threading.Event()
@@ -143,7 +153,7 @@ def encode_splits(
         with quiet():
             feeder.start()
             try:
-                for finish in _encode(fed, encoder, progress, reported):
+                for finish in _encode(fed, encoder, encoders, progress, reported):
                     if written is not None:
                         yield written.result()
                     written = writer.submit(finish, job)
@@ -216,7 +226,11 @@ def _feed(
 
 
 def _encode(
-    fed: queue.Queue[_Item], encoder: Encoder, progress: Progress, report: Callable[[], None]
+    fed: queue.Queue[_Item],
+    encoder: Encoder,
+    encoders: ThreadPoolExecutor,
+    progress: Progress,
+    report: Callable[[], None],
 ) -> Iterator[Callable[[Job], Entry]]:
     """Encode part by part; gives what writes each."""
     while True:
@@ -224,7 +238,7 @@ def _encode(
         if item is None:
             return
         assert isinstance(item, _Begin)
-        begin, gathered = item, _Gathered(encoder)
+        begin, gathered = item, _Gathered(encoder, encoders)
         while not isinstance(item := _next(fed, progress), _End):
             assert isinstance(item, Future)
             start = time.perf_counter()
@@ -270,9 +284,11 @@ def _finisher(begin: _Begin, gathered: _Gathered, last: bool) -> Callable[[Job],
 class _Gathered:
     """The results of a part in its order; images of one size are encoded together."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, threads: ThreadPoolExecutor) -> None:
         self._encoder = encoder
-        self._waiting: dict[tuple[int, int], list[tuple[int, Prepared | Clip]]] = {}
+        self._threads = threads
+        self._waiting: dict[tuple[int, int], _Group] = {}
+        self._running: deque[tuple[_Group, Future[list[Encoded | Rejected]]]] = deque()
         self._counted = [0, 0]
         self.results: list[Encoded | Rejected | None] = []
 
@@ -289,9 +305,10 @@ class _Gathered:
             self._run(self._waiting.pop(prepared.placement.size))
 
     def flush(self) -> None:
-        """Encode what waits for others of its size."""
+        """Encode what waits for others of its size, and wait for what runs."""
         for size in sorted(self._waiting):
             self._run(self._waiting.pop(size))
+        self._take_results(0)
 
     def counted(self) -> tuple[int, int]:
         """How many were encoded and rejected since this was last asked."""
@@ -299,8 +316,21 @@ class _Gathered:
         self._counted = [0, 0]
         return encoded, rejected
 
-    def _run(self, group: list[tuple[int, Prepared | Clip]]) -> None:
-        encoded = self._encoder.encode([prepared for _, prepared in group])
+    def _run(self, group: _Group) -> None:
+        images = [prepared for _, prepared in group]
+        if self._encoder.at_once == 1:  # here, where a signal ends it at once
+            self._place(group, self._encoder.encode(images))
+            return
+        self._running.append((group, self._threads.submit(self._encoder.encode, images)))
+        self._take_results(self._encoder.at_once)
+
+    def _take_results(self, most: int) -> None:
+        """Wait until at most so many groups are encoded."""
+        while len(self._running) > most:
+            group, results = self._running.popleft()
+            self._place(group, results.result())
+
+    def _place(self, group: _Group, encoded: Sequence[Encoded | Rejected]) -> None:
         for (place, _), result in zip(group, encoded, strict=True):
             self.results[place] = result
             self._counted[isinstance(result, Rejected)] += 1

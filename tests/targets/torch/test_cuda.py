@@ -161,6 +161,22 @@ def test_a_run_takes_the_stream_of_its_thread() -> None:
     assert all(torch.equal(results[n], expected[n]) for n in range(4))
 
 
+def test_runs_from_the_host_to_the_host_have_streams_of_their_own() -> None:
+    found, image = runtime(graph_of("plain", "decoder")), noise(1, 4, 32, 32)
+    streams = []
+
+    def on_rows(first: int, rows: torch.Tensor) -> None:
+        streams.append(torch.cuda.current_stream())
+
+    expected = found.run(image.cuda(), on_rows=on_rows).cpu()
+    assert set(streams) == {torch.cuda.default_stream()}
+    streams.clear()
+    for _ in range(3):
+        assert torch.equal(found.run(image, on_rows=on_rows), expected)
+    assert len(set(streams)) == 1
+    assert torch.cuda.default_stream() not in streams
+
+
 def test_what_float16_cannot_hold_is_computed_again_in_bfloat16() -> None:
     graph, image = beyond_range(), noise(2, 4, 16, 16).cuda()
     with pytest.warns(RuntimeWarning, match="beyond the range of float16"):

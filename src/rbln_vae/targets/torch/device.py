@@ -56,6 +56,38 @@ def exactly(device: torch.device) -> Iterator[None]:
         yield
 
 
+class SideStreams:
+    """Streams of a GPU for runs that take from the host and give to it.
+
+    All threads have the same stream unless they ask for others. There, such runs would wait for
+    each other; on streams of their own, the copies of one go on beside the kernels of another.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Used again, since torch keeps free memory for each stream by itself. A list's operations
+        # are atomic.
+        self._idle: list[torch.cuda.Stream] = []
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Run what is called on a stream that no other run has, after what was called before."""
+        before = torch.cuda.current_stream(self._device)
+        try:
+            stream = self._idle.pop()
+        except IndexError:
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._idle.append(stream)
+
+
 class Clock:
     """Keeps a run at most `AHEAD` operations before the device, and tells when steps ended.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import time
 import warnings
@@ -21,7 +22,7 @@ from ..graph_runtime import GraphRuntime, beyond_float16
 from ..stream import Stream, frame_shape
 from ..watch import Progress, ShouldStop, Watch
 from .description import describe_images, describe_videos
-from .device import Clock, exactly, threads
+from .device import Clock, SideStreams, exactly, threads
 from .planner import TorchPlanner
 from .program import Frame, Program
 from .recording import RECORDED, Recording, Recordings
@@ -64,9 +65,11 @@ class TorchRuntime(GraphRuntime[Program]):
         self._free_memory = free_memory
         self._wide: TorchRuntime | None = None
         self._recordings: Recordings | None = None
+        self._side_streams: SideStreams | None = None
         if machine.device.type == "cuda":
             most = RECORDED * torch.cuda.get_device_properties(machine.device).total_memory
             self._recordings = Recordings(machine.device, dtype, int(most))
+            self._side_streams = SideStreams(machine.device)
         self._profiles: collections.deque[RunProfile] = collections.deque(maxlen=KEPT_PROFILES)
         self._process = os.getpid()
         weights = Weights(graph, machine)
@@ -151,6 +154,7 @@ class TorchRuntime(GraphRuntime[Program]):
 
         The image and `out` may be on any device. On a GPU the run takes the current stream, and
         a result on the GPU may still be computed when this returns, as with any call of PyTorch.
+        If both are on the host, it takes a stream of its own, and has ended when this returns.
         `progress` counts the steps that are launched there, by their floating-point operations.
         """
         shape = tuple(image.shape)
@@ -168,7 +172,12 @@ class TorchRuntime(GraphRuntime[Program]):
         program = self.images.fitted(shape, limit, taken)
         expected = (shape[0], *program.schedule.output_shape[1:])
         dtype = source.dtype if source.is_floating_point() else torch.float32
-        with torch_allocates(), threads(self._options.num_threads), exactly(self.machine.device):
+        with (
+            torch_allocates(),
+            threads(self._options.num_threads),
+            exactly(self.machine.device),
+            self._stream_for(source, out, finite),
+        ):
             result = _new_result(expected, dtype, levels, source.device) if out is None else out
             if tuple(result.shape) != expected:
                 raise ValueError(f"out has the shape {tuple(result.shape)}, expected {expected}.")
@@ -177,6 +186,12 @@ class TorchRuntime(GraphRuntime[Program]):
                 finite.copy_(in_range)
         watch.finish()
         return result
+
+    def _stream_for(self, *given: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """What runs on a stream of its own if nothing that is given is on a GPU."""
+        if self._side_streams is None or any(each is not None and each.is_cuda for each in given):
+            return contextlib.nullcontext()
+        return self._side_streams.one()
 
     def _runs(
         self,
