@@ -22,6 +22,7 @@ struct BFloat16Weights {
   using Weights = __m512bh;
   static constexpr int kPerPanel = 1;
   static constexpr int kChannels = 2;
+  static constexpr bool kBoundByLoads = false;      // not measured
   static constexpr bool kPrefetchesPixels = false;  // not measured
   static constexpr Index kMaxPixels = 14;
   static constexpr Index kMaxPanels = 2;

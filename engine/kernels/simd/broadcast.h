@@ -12,6 +12,8 @@ namespace rbln_vae {
 //   kPerPanel     registers that hold a panel of 16 channels
 //   kMaxPixels    pixels whose sums, for kMaxPanels panels, all fit in registers
 //   kChannels     input channels of one product: 1, or 2 in bfloat16
+//   kBoundByLoads       whether loads take as long as products, so that none is to spare: a loop is
+//                       unrolled, and prefetches weights only where there are some to prefetch
 //   kPrefetchesPixels   whether the pixels of the next block are prefetched, since the hardware
 //                       doesn't follow so many short rows
 //   Weights, weights(p, k)   a register of weights at p, for input channel k of adjacent ones
@@ -29,10 +31,12 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
   // The number of input channels whose weights are adjacent.
   static constexpr int kSideBySide = panel_index(static_cast<const T*>(nullptr), 0, 1);
   static constexpr int kLanes = kPanel / Set::kPerPanel;
+  // How often the loop over input channels is unrolled. Beyond the last channel are zeros.
+  static constexpr int kSteps = Set::kBoundByLoads ? 4 / kSideBySide : 1;
 
   // Pixels, panels and the distance of pixels are template parameters, so that sums stay in
   // registers and addresses are constants.
-  template <int kPixels, int kPanels, int kDistance>
+  template <int kPixels, int kPanels, int kDistance, bool kAhead>
   static void product(const Operands& g) {
     constexpr int kColumns = kPanels * Set::kPerPanel;
     constexpr Index kRow = kPanel * kSideBySide;
@@ -46,7 +50,7 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
     }
     const T* b = g.b;
     // A condition in the loop would take longer than to prefetch what is there already.
-    const T* ahead = g.ahead != nullptr ? g.ahead : g.b;
+    [[maybe_unused]] const T* ahead = g.ahead != nullptr ? g.ahead : g.b;
     const Index panel_step = g.panel_step;
     for (Index block = 0; block < g.blocks; ++block) {
       const Index channels = block + 1 < g.blocks ? kBlock : g.last_channels;
@@ -61,29 +65,34 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
             __builtin_prefetch(next + m * kDistance + kBlock / 2, 0, 3);
           }
         }
-        for (Index k = 0; k < channels; k += kSideBySide) {
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += kRow;
-#pragma GCC unroll 2
-          for (int channel = 0; channel < kSideBySide; channel += Set::kChannels) {
-            typename Set::Weights weights[kColumns];
+        for (Index k = 0; k < channels; k += kSteps * kSideBySide) {
 #pragma GCC unroll 4
-            for (int n = 0; n < kColumns; ++n) {
-              weights[n] = Set::weights(w + n / Set::kPerPanel * panel_step +
-                                            n % Set::kPerPanel * kLanes * kSideBySide,
-                                        channel);
+          for (int step = 0; step < kSteps; ++step) {
+            if constexpr (kAhead) {
+              __builtin_prefetch(ahead, 0, 2);
+              ahead += kRow;
             }
-#pragma GCC unroll 16
-            for (int m = 0; m < kPixels; ++m) {
-              const auto x = Set::spread(a + m * kDistance + channel);
+#pragma GCC unroll 2
+            for (int channel = 0; channel < kSideBySide; channel += Set::kChannels) {
+              typename Set::Weights weights[kColumns];
 #pragma GCC unroll 4
               for (int n = 0; n < kColumns; ++n) {
-                sums[m][n] = Set::dot(x, weights[n], sums[m][n]);
+                weights[n] = Set::weights(w + n / Set::kPerPanel * panel_step +
+                                              n % Set::kPerPanel * kLanes * kSideBySide,
+                                          channel);
+              }
+#pragma GCC unroll 16
+              for (int m = 0; m < kPixels; ++m) {
+                const auto x = Set::spread(a + m * kDistance + channel);
+#pragma GCC unroll 4
+                for (int n = 0; n < kColumns; ++n) {
+                  sums[m][n] = Set::dot(x, weights[n], sums[m][n]);
+                }
               }
             }
+            a += kSideBySide;
+            w += kRow;
           }
-          a += kSideBySide;
-          w += kRow;
         }
         b += kPanelBlock;
       }
@@ -98,19 +107,27 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
 
   using Product = void (*)(const Operands&);
 
-  template <int kPanels, int kDistance, int... kPixels>
+  template <int kPanels, int kDistance, bool kAhead, int... kPixels>
   static void dispatch(const Operands& g, std::integer_sequence<int, kPixels...>) {
-    static constexpr Product table[] = {product<kPixels + 1, kPanels, kDistance>...};
+    static constexpr Product table[] = {product<kPixels + 1, kPanels, kDistance, kAhead>...};
     table[g.pixels - 1](g);
+  }
+
+  template <int kPanels, int kDistance>
+  static void dispatch(const Operands& g) {
+    constexpr auto pixels = std::make_integer_sequence<int, Set::kMaxPixels>();
+    if constexpr (Set::kBoundByLoads) {
+      if (g.ahead == nullptr) return dispatch<kPanels, kDistance, false>(g, pixels);
+    }
+    dispatch<kPanels, kDistance, true>(g, pixels);
   }
 
   template <int kDistance>
   static void dispatch(const Operands& g) {
-    constexpr auto pixels = std::make_integer_sequence<int, Set::kMaxPixels>();
     if constexpr (Set::kMaxPanels == 2) {
-      if (g.panels == 2) return dispatch<2, kDistance>(g, pixels);
+      if (g.panels == 2) return dispatch<2, kDistance>(g);
     }
-    dispatch<1, kDistance>(g, pixels);
+    dispatch<1, kDistance>(g);
   }
 
  public:
