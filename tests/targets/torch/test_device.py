@@ -46,7 +46,9 @@ def test_runs_at_the_same_time_have_streams_that_are_used_again(current: list[St
         with side.one():
             second = current[-1]
     assert len({usual, first, second}) == 3
-    assert first.waited == [usual]
+    assert first.waited == [usual, second]
+    assert second.waited == [first]
+    assert usual.waited == [first]
     with side.one():
         assert current[-1] in (first, second)
     assert current == [usual]
@@ -57,5 +59,6 @@ def test_a_run_that_fails_gives_its_stream_back(current: list[Stream]) -> None:
     with pytest.raises(RuntimeError), side.one():
         failed = current[-1]
         raise RuntimeError
+    assert current[-1].waited == [failed]
     with side.one():
         assert current[-1] is failed

@@ -74,7 +74,11 @@ class SideStreams:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """Run what is called on a stream that no other run has, after what was called before."""
+        """Run what is called on a stream that no other run has.
+
+        It comes after what was called before it, and what is called later comes after it: a run
+        that was ended early may still read the weights, whose memory belongs to the usual stream.
+        """
         before = torch.cuda.current_stream(self._device)
         try:
             stream = self._idle.pop()
@@ -85,6 +89,7 @@ class SideStreams:
             with torch.cuda.stream(stream):
                 yield
         finally:
+            before.wait_stream(stream)
             self._idle.append(stream)
 
 
