@@ -62,7 +62,6 @@ class Filtering {
   struct Sizes {
     Index squares;     // in a tile of the plan
     Index chunks;      // groups of squares that are multiplied together
-    Index chunk;       // squares of each chunk except the last
     Index groups;      // groups of panels that are multiplied before they are transformed back
     Index input;       // a block of a frame of the input: [rows][columns][32]
     Index inputs;      // those that are there at the same time: one, or [blocks][times]
@@ -75,7 +74,6 @@ class Filtering {
       const Index across = ceil_div(s.tile_width, kPoints);
       squares = ceil_div(s.tile_height, kPoints) * across;
       chunks = ceil_div(squares, kMost);
-      chunk = Simd::kWholeTiles ? kMost : ceil_div(squares, chunks);
       input = s.rows_read() * s.columns_read() * kBlock;
       inputs = kFrames > 1 ? summed_blocks(s) * kTimes * input : input;
       values = apart<Factor>(summed_blocks(s) * squares * kBlock);
@@ -162,6 +160,7 @@ class Filtering {
     down_ = whole.height / kPoints;
     across_ = whole.width / kPoints;
     squares_ = down_ * across_;
+    chunks_ = ceil_div(squares_, kMost);
     Loader<Images, float> loader(s_, context_, norms_);
     loader.start(whole, input_, kFrames > 1 ? sizes_.input : 0);
     for (Index block = 0; block < summed_blocks(s_); ++block) {
@@ -207,8 +206,16 @@ class Filtering {
     }
   }
 
-  // All products of one time for some groups of panels. The next kernels are prefetched, one panel
-  // during each chunk.
+  // Chunks are even parts of the squares, or whole tiles and a rest.
+  Index begin(Index chunk) const {
+    return Simd::kWholeTiles ? chunk * kMost : squares_ * chunk / chunks_;
+  }
+  Index chunk_of(Index square) const {
+    return Simd::kWholeTiles ? square / kMost : ((square + 1) * chunks_ - 1) / squares_;
+  }
+
+  // All products of one time for some groups of panels. The next kernels are prefetched: a panel
+  // takes a chunk, or several, so that memory has the time of their products.
   void multiply(Index first, Index last, Index phase, Index time) {
     const Index blocks = summed_blocks(s_);
     const Index kernels = kTimes * kProducts * blocks * kPanelBlock;  // of one panel and phase
@@ -222,6 +229,8 @@ class Filtering {
     g.last_channels = s_.input.channels - (s_.input.blocks() - 1) * kBlock;
     g.panel_step = s_.phases() * kernels;
     const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
+    g.turns = chunks_ < Simd::kPrefetchTurns ? 1 : Simd::kPrefetchTurns;
+    const Index share = blocks * kPanelBlock / g.turns;
     for (Index product = 0; product < kProducts && !interrupted<Simd>(context_); ++product) {
       const Index number = time * kProducts + product;
       const Weight* here = kernels_ + phase * kernels + number * blocks * kPanelBlock;
@@ -231,14 +240,16 @@ class Filtering {
         g.c = sums_ + number * sizes_.sums + (group - first) * sizes_.chunks * kGroup;
         const Weight* next =
             group + 1 < last ? g.b + step : here + blocks * kPanelBlock + first * step;
-        for (Index chunk = 0; chunk * sizes_.chunk < squares_; ++chunk, g.c += kGroup) {
-          const Index begin = chunk * sizes_.chunk;
-          const Index count = smaller(sizes_.chunk, squares_ - begin);
+        for (Index chunk = 0; chunk < chunks_; ++chunk, g.c += kGroup) {
+          const Index first_square = begin(chunk);
+          const Index count = smaller(begin(chunk + 1), squares_) - first_square;
           g.pixels = smaller(count, Simd::kMaxPixels);
           g.rows = ceil_div(count, g.pixels);
           g.row_step = g.pixels * kBlock;
-          g.a = values_ + Algorithm::value(product) * sizes_.values + begin * kBlock;
-          g.ahead = chunk < g.panels ? next + chunk * g.panel_step : nullptr;
+          g.a = values_ + Algorithm::value(product) * sizes_.values + first_square * kBlock;
+          g.ahead = chunk < g.panels * g.turns
+                        ? next + chunk / g.turns * g.panel_step + chunk % g.turns * share
+                        : nullptr;
           Simd::gemm(g);
         }
       }
@@ -273,8 +284,9 @@ class Filtering {
       for (Index each = 0; each < job.panels; ++each) {
         for (Index x = 0; x < across; ++x) {
           const Index at = first + row * across_ + x;
+          const Index chunk = chunk_of(at);
           const float* from =
-              sums + at / sizes_.chunk * kGroup + (each * kMost + at % sizes_.chunk) * kPanel;
+              sums + chunk * kGroup + (each * kMost + at - begin(chunk)) * kPanel;
           float* to = outputs_ + (each * job.rows * job.pitch + x * kSquare) * kPanel;
           transform_back(from, to, job.pitch * kPanel);
         }
@@ -337,6 +349,7 @@ class Filtering {
   Index down_ = 0;
   Index across_ = 0;
   Index squares_ = 0;
+  Index chunks_ = 0;
 };
 
 }  // namespace rbln_vae

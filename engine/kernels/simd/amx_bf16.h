@@ -20,6 +20,7 @@ struct Products {
   static constexpr Index kMaxPanels = 1;
   static constexpr bool kOverlaps = true;
   static constexpr bool kWholeTiles = true;
+  static constexpr Index kPrefetchTurns = 1;
 
   static constexpr Index sums_pitch(Index pixels) { return pixels > kTileRows ? 32 : 16; }
   static constexpr Index rows_at_once(Index pixels) { return pixels > kTileRows ? 3 : 6; }

@@ -13,7 +13,7 @@ namespace rbln_vae {
 //   kMaxPixels    pixels whose sums, for kMaxPanels panels, all fit in registers
 //   kChannels     input channels of one product: 1, or 2 in bfloat16
 //   kBoundByLoads       whether loads take as long as products, so that none is to spare: a loop is
-//                       unrolled, and prefetches weights only where there are some to prefetch
+//                       unrolled, and several take turns to prefetch weights
 //   kPrefetchesPixels   whether the pixels of the next block are prefetched, since the hardware
 //                       doesn't follow so many short rows
 //   Weights, weights(p, k)   a register of weights at p, for input channel k of adjacent ones
@@ -33,10 +33,12 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
   static constexpr int kLanes = kPanel / Set::kPerPanel;
   // How often the loop over input channels is unrolled. Beyond the last channel are zeros.
   static constexpr int kSteps = Set::kBoundByLoads ? 4 / kSideBySide : 1;
+  // Instead of the steps from one line that is prefetched to the next: there is none to prefetch.
+  static constexpr int kNever = 0;
 
   // Pixels, panels and the distance of pixels are template parameters, so that sums stay in
   // registers and addresses are constants.
-  template <int kPixels, int kPanels, int kDistance, bool kAhead>
+  template <int kPixels, int kPanels, int kDistance, int kEvery>
   static void product(const Operands& g) {
     constexpr int kColumns = kPanels * Set::kPerPanel;
     constexpr Index kRow = kPanel * kSideBySide;
@@ -68,9 +70,11 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
         for (Index k = 0; k < channels; k += kSteps * kSideBySide) {
 #pragma GCC unroll 4
           for (int step = 0; step < kSteps; ++step) {
-            if constexpr (kAhead) {
-              __builtin_prefetch(ahead, 0, 2);
-              ahead += kRow;
+            if constexpr (kEvery != kNever) {
+              if (step % kEvery == 0) {
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += kRow;
+              }
             }
 #pragma GCC unroll 2
             for (int channel = 0; channel < kSideBySide; channel += Set::kChannels) {
@@ -107,9 +111,9 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
 
   using Product = void (*)(const Operands&);
 
-  template <int kPanels, int kDistance, bool kAhead, int... kPixels>
+  template <int kPanels, int kDistance, int kEvery, int... kPixels>
   static void dispatch(const Operands& g, std::integer_sequence<int, kPixels...>) {
-    static constexpr Product table[] = {product<kPixels + 1, kPanels, kDistance, kAhead>...};
+    static constexpr Product table[] = {product<kPixels + 1, kPanels, kDistance, kEvery>...};
     table[g.pixels - 1](g);
   }
 
@@ -117,9 +121,10 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
   static void dispatch(const Operands& g) {
     constexpr auto pixels = std::make_integer_sequence<int, Set::kMaxPixels>();
     if constexpr (Set::kBoundByLoads) {
-      if (g.ahead == nullptr) return dispatch<kPanels, kDistance, false>(g, pixels);
+      if (g.ahead == nullptr) return dispatch<kPanels, kDistance, kNever>(g, pixels);
+      if (g.turns > 1) return dispatch<kPanels, kDistance, kSteps>(g, pixels);
     }
-    dispatch<kPanels, kDistance, true>(g, pixels);
+    dispatch<kPanels, kDistance, 1>(g, pixels);
   }
 
   template <int kDistance>
@@ -131,6 +136,8 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
   }
 
  public:
+  static constexpr Index kPrefetchTurns = kSteps;
+
   // The distance of pixels is one block, or two with stride 2. With larger strides there is only
   // one pixel, and the distance does not matter.
   static void gemm(const Operands& g) {

@@ -30,6 +30,7 @@ struct RowProducts {
   static constexpr Index kMaxPanels = kPanels;
   static constexpr bool kOverlaps = false;
   static constexpr bool kWholeTiles = false;
+  static constexpr Index kPrefetchTurns = 1;
 
   static constexpr Index sums_pitch(Index) { return kPixels; }
   static constexpr Index rows_at_once(Index) { return kMaxRows; }
@@ -71,8 +72,10 @@ struct Gemm {
   Index rows;
   Index pixels;
   Index panels;
-  // Memory to prefetch meanwhile, of the size of one panel of weights; may be null.
+  // Memory to prefetch meanwhile; may be null. It is as large as a panel of weights, divided by the
+  // number of products that take turns to prefetch one: kPrefetchTurns, or 1.
   const T* ahead = nullptr;
+  Index turns = 1;
 };
 
 }  // namespace rbln_vae

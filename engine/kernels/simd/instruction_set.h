@@ -48,6 +48,8 @@ concept MakesProducts = requires(const Gemm<typename S::T, typename S::Scratch>&
   // whether products are computed in whole tile registers.
   requires std::same_as<decltype(S::kOverlaps), const bool>;
   requires std::same_as<decltype(S::kWholeTiles), const bool>;
+  // How many products may take turns to prefetch a panel of weights.
+  requires std::same_as<decltype(S::kPrefetchTurns), const Index>;
   // The distance of rows of sums, in pixels.
   { S::sums_pitch(Index{}) } -> std::same_as<Index>;
   // The number of rows of a product, for rows with a number of pixels.
