@@ -59,8 +59,21 @@ struct BFloat16Images : Images<Registers, BFloat16> {
   }
 };
 
-struct Float16Products : Products<Registers, Float16> {
-  static Weights weights(const T* p, int) { return Float16Images::widened(p); }
+// The registers for `Broadcast`.
+template <class Element>
+struct Products : rbln_vae::Products<Registers, Element> {
+  static constexpr int kUnrolled = 4;
+
+  // In place: compilers copy sums from register to register, and keep some in memory.
+  static __m256 dot(__m256 x, __m256 w, __m256 sum) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
+    return sum;
+  }
+
+  static __m256 weights(const Element* p, int channel) {
+    if constexpr (std::same_as<Element, Float16>) return Float16Images::widened(p);
+    return rbln_vae::Products<Registers, Element>::weights(p, channel);
+  }
 };
 
 }  // namespace rbln_vae::avx2

@@ -123,7 +123,7 @@ struct Registers {
   using Weights = __m512;
   static constexpr int kPerPanel = 1;
   static constexpr int kChannels = 1;
-  static constexpr bool kBoundByLoads = false;      // not measured
+  static constexpr int kUnrolled = 1;               // more were not measured
   static constexpr bool kPrefetchesPixels = false;  // not measured
   static constexpr Index kMaxPixels = 14;
   static constexpr Index kMaxPanels = 2;

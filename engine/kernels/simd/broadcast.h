@@ -12,8 +12,8 @@ namespace rbln_vae {
 //   kPerPanel     registers that hold a panel of 16 channels
 //   kMaxPixels    pixels whose sums, for kMaxPanels panels, all fit in registers
 //   kChannels     input channels of one product: 1, or 2 in bfloat16
-//   kBoundByLoads       whether loads take as long as products, so that none is to spare: a loop is
-//                       unrolled, and several take turns to prefetch weights
+//   kUnrolled     input channels of a turn of the loop. If there are several, as many products
+//                 share in prefetching weights: for registers whose products leave few loads to spare
 //   kPrefetchesPixels   whether the pixels of the next block are prefetched, since the hardware
 //                       doesn't follow so many short rows
 //   Weights, weights(p, k)   a register of weights at p, for input channel k of adjacent ones
@@ -31,8 +31,8 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
   // The number of input channels whose weights are adjacent.
   static constexpr int kSideBySide = panel_index(static_cast<const T*>(nullptr), 0, 1);
   static constexpr int kLanes = kPanel / Set::kPerPanel;
-  // How often the loop over input channels is unrolled. Beyond the last channel are zeros.
-  static constexpr int kSteps = Set::kBoundByLoads ? 4 / kSideBySide : 1;
+  // Rows of weights of a turn of the loop over input channels. Beyond the last channel are zeros.
+  static constexpr int kSteps = Set::kUnrolled > 1 ? Set::kUnrolled / kSideBySide : 1;
   // Instead of the steps from one line that is prefetched to the next: there is none to prefetch.
   static constexpr int kNever = 0;
 
@@ -96,6 +96,8 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
             }
             a += kSideBySide;
             w += kRow;
+            // Loads of the next step, if they were moved up here, would take the registers of sums.
+            if constexpr (kSteps > 1) __asm__ volatile("" : : : "memory");
           }
         }
         b += kPanelBlock;
@@ -120,7 +122,7 @@ class Broadcast : public RowProducts<Set::kMaxPixels, Set::kMaxPanels> {
   template <int kPanels, int kDistance>
   static void dispatch(const Operands& g) {
     constexpr auto pixels = std::make_integer_sequence<int, Set::kMaxPixels>();
-    if constexpr (Set::kBoundByLoads) {
+    if constexpr (kSteps > 1) {
       if (g.ahead == nullptr) return dispatch<kPanels, kDistance, kNever>(g, pixels);
       if (g.turns > 1) return dispatch<kPanels, kDistance, kSteps>(g, pixels);
     }

@@ -33,7 +33,7 @@ struct BFloat16Products {
   using Weights = bfloat16x8_t;
   static constexpr int kPerPanel = 4;
   static constexpr int kChannels = 2;
-  static constexpr bool kBoundByLoads = false;      // not measured
+  static constexpr int kUnrolled = 1;               // more were not measured
   static constexpr bool kPrefetchesPixels = false;  // not measured
   static constexpr Index kMaxPixels = Registers::kMaxPixels;
   static constexpr Index kMaxPanels = 1;

@@ -168,7 +168,7 @@ struct Products {
   static constexpr int kLanes = Vectors<Set>::kLanes;
   static constexpr int kPerPanel = Vectors<Set>::kRegisters;
   static constexpr int kChannels = 1;
-  static constexpr bool kBoundByLoads = true;  // seen with AVX2; on others not measured
+  static constexpr int kUnrolled = 1;
   static constexpr bool kPrefetchesPixels = true;
   static constexpr Index kMaxPixels = Set::kMaxPixels;
   static constexpr Index kMaxPanels = 1;
