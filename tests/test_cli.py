@@ -408,6 +408,7 @@ def test_encode_draws_by_a_seed(compiled, photo, tmp_path) -> None:
         drawn[name] = load_file(there / "photo.safetensors")["latents"]
     assert torch.equal(drawn["a"], drawn["b"])
     assert not torch.equal(drawn["a"], drawn["c"])
+    assert "--seed" in failed(run("encode", photo, "--sample", "--seed", 2**64), 2)
 
 
 def test_decode_gives_a_picture_of_the_original_size(compiled, vae, photo, tmp_path) -> None:

@@ -78,6 +78,12 @@ def test_samples_are_written_as_the_pictures_that_show_them(tmp_path: Path) -> N
             assert picture.tobytes() == bytes(expected.flatten().tolist())
 
 
+def test_frames_may_be_arrays(tmp_path: Path) -> None:
+    write_video(tmp_path / "tensors.mp4", clip(3))
+    assert write_video(tmp_path / "arrays.mp4", [each.numpy() for each in clip(3)]) == 3
+    assert (tmp_path / "arrays.mp4").read_bytes() == (tmp_path / "tensors.mp4").read_bytes()
+
+
 def test_pictures_keep_opacity_and_files_have_none(tmp_path: Path) -> None:
     levels = [torch.cat([picture, picture[..., :1]], 2) for picture in clip(3)]
     samples = [sample_of(each.permute(2, 0, 1)) for each in levels]

@@ -19,9 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -43,6 +44,7 @@ _STREAMED = {
 _MOST_AHEAD = 2
 """The frames that wait to be written: enough that both sides always have work."""
 
+Frame: TypeAlias = Tensor | NDArray[Any]
 Item = TypeVar("Item")
 
 
@@ -67,7 +69,7 @@ def is_pattern(path: str | os.PathLike[str]) -> bool:
 
 
 def write_video(
-    path: str | os.PathLike[str] | Writable, frames: Iterable[Tensor], fps: float = 16.0
+    path: str | os.PathLike[str] | Writable, frames: Iterable[Frame], fps: float = 16.0
 ) -> int:
     """Write a video frame by frame, so that only a few are in memory.
 
@@ -80,8 +82,8 @@ def write_video(
             `out/%05d.png`, for numbers from 0. The directory must exist. What has a method
             `write`, such as a pipe, gets an MP4 in fragments, each frame as soon as it is there.
         frames: Samples `(3, H, W)` or `(1, 3, H, W)` in `[-1, 1]`, as `decode_frames` yields
-            them; or pictures `(H, W, 3)` of uint8. All have the same size. Where pictures are
-            written, a fourth channel is the opacity; files have none.
+            them; or pictures `(H, W, 3)` of uint8. Tensors or NumPy's arrays of the same size.
+            Where pictures are written, a fourth channel is the opacity; files have none.
         fps: Frames per second, by default 16. Pictures have no rate.
 
     Returns:
@@ -114,7 +116,7 @@ def write_video(
         return _write_file(temporary, FORMATS[path.suffix.lower()], frames, fps)
 
 
-def _write_pictures(path: Path, frames: Iterable[Tensor]) -> int:
+def _write_pictures(path: Path, frames: Iterable[Frame]) -> int:
     def write(numbered: tuple[int, Image.Image]) -> None:
         number, picture = numbered
         with atomic_path(path.with_name(path.name % number)) as temporary:
@@ -128,7 +130,7 @@ def _write_pictures(path: Path, frames: Iterable[Tensor]) -> int:
 def _write_file(
     to: str | os.PathLike[str] | Writable,
     kind: str,
-    frames: Iterable[Tensor],
+    frames: Iterable[Frame],
     fps: float,
     codec: Mapping[str, str] | None = None,
     container: Mapping[str, str] | None = None,
@@ -198,8 +200,9 @@ def _some(count: int) -> int:
     return count
 
 
-def _picture(frame: Tensor, *channels: int) -> Tensor:
+def _picture(frame: Frame, *channels: int) -> Tensor:
     """A frame as a picture `(H, W, C)` of one of some numbers of channels."""
+    frame = torch.as_tensor(frame)
     if frame.dtype != torch.uint8:
         frame = frame[0] if frame.dim() == 4 and len(frame) == 1 else frame
         frame = levels_of(frame).movedim(0, -1) if frame.dim() == 3 else frame

@@ -117,6 +117,23 @@ def test_results_are_those_of_diffusers(name: str, batch: int, height: int, widt
     assert relative_l2(encoded(compiled(name), x), encoded(original(name), x)) < TOLERANCE
 
 
+@by_model
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.data())
+def test_images_have_any_size_that_diffusers_encodes(name: str, data: st.DataObject) -> None:
+    vae, factor = original(name), compiled(name).resolved_config.vae_scale_factor
+    height, width = (data.draw(st.integers(2 * factor, 4 * factor)) for _ in range(2))
+    x = noise(*tiny_vaes.image_shape(vae, 1, height, width))
+    try:
+        expected = encoded(vae, x)
+    except (RuntimeError, ValueError):
+        with pytest.raises(ValueError, match=f"{height}x{width} is no image size of this model"):
+            encoded(compiled(name), x)
+    else:
+        found = encoded(compiled(name), x)
+        assert found.shape == expected.shape and relative_l2(found, expected) < TOLERANCE
+
+
 @pytest.mark.slow
 @by_model
 def test_bfloat16_is_no_further_from_float32_than_diffusers_own(name: str) -> None:

@@ -124,7 +124,9 @@ def encode(
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw from the distribution instead of its mean.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="For --sample; the same for each picture.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="For --sample; the same for each picture.", min=0, max=2**63 - 1)
+    ] = 0,
     settings: dict[str, Any],
     where: dict[str, Any],
 ) -> None:

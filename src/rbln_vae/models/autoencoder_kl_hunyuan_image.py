@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import RBLNAutoencoderKLHunyuanImageConfig
+from ..sizes import check_image_size
 from .autoencoder_kl import RBLNAutoencoderKL
 from .family import ENCODER, Family
 from .networks import (
@@ -46,6 +47,11 @@ class AutoencoderKLHunyuanImageFamily(Family):
             "latent_channels": config.get("latent_channels"),
             "vae_scale_factor": config.get("spatial_compression_ratio"),
         }
+
+    def check_image_size(
+        self, size: tuple[int, int], factor: int, config: Mapping[str, Any]
+    ) -> None:
+        check_image_size(size, factor)  # pixels move to channels
 
     def module(self, model: nn.Module, part: str) -> nn.Module:
         return _Encoder(model) if part == ENCODER else _Decoder(model)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import RBLNAutoencoderKLWanConfig
 from ..errors import RBLNCompileError
+from ..sizes import check_image_size
 from .family import ENCODER, Family
 from .networks import Attention, Layers, Shuffled, conv2d, converted, means
 from .video import RBLNVideoAutoencoder
@@ -60,13 +61,10 @@ class AutoencoderKLWanFamily(Family):
     def check_image_size(
         self, size: tuple[int, int], factor: int, config: Mapping[str, Any]
     ) -> None:
-        if config.get("is_residual"):
+        if config.get("is_residual"):  # pixels move to channels
+            check_image_size(size, factor)
+        else:
             super().check_image_size(size, factor, config)
-        elif min(size) < factor:
-            raise ValueError(
-                f"{size[0]}x{size[1]} is no image size of this model: height and width must be "
-                f"{factor} or more."
-            )
 
     def module(self, model: nn.Module, part: str) -> nn.Module:
         return _Encoder(model) if part == ENCODER else _Decoder(model)

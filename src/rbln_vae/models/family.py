@@ -11,7 +11,7 @@ import torch
 
 from .. import hub
 from ..errors import RBLNCompileError
-from ..sizes import check_image_size
+from ..sizes import check_image_size, format_size
 from .latents import LatentScaling
 from .single_file import open_original
 
@@ -194,14 +194,19 @@ class Family(ABC):
     ) -> None:
         """Raise a `ValueError` if the encoder takes no images of this size.
 
-        By default both sides must be multiples of the scale factor.
+        By default each level halves the sides and leaves out a last row or column, so that there
+        must be a pixel in the end.
 
         Args:
             size: Height and width in pixels.
             factor: Pixels per latent cell in a direction.
             config: Of the diffusers model.
         """
-        check_image_size(size, factor)
+        if min(size) < factor:
+            raise ValueError(
+                f"{format_size(size)} is no image size of this model: height and width must be "
+                f"{factor} or more."
+            )
 
     def buffers(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The small tensors that no part holds, but runs or pipelines read; by default none.

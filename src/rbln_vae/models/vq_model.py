@@ -85,8 +85,8 @@ class RBLNVQModel(RBLNAutoencoderModel):
 
         Args:
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, of any floating dtype and
-                strides; or pictures `(N, H, W, in_channels)` of uint8. Height and width are
-                multiples of the scale factor.
+                strides; or pictures `(N, H, W, in_channels)` of uint8. Of sides that are no
+                multiple of the scale factor, the last rows or columns are left out.
             return_dict: Whether to return an output class (default) or a tuple.
             **arguments: `should_stop`, `progress` and `memory_limit`: see `RunArguments`.
 
