@@ -64,7 +64,7 @@ template <class Element>
 struct Products : rbln_vae::Products<Registers, Element> {
   static constexpr int kUnrolled = 4;
 
-  // In place: compilers copy sums from register to register, and keep some in memory.
+  // In place, by name: GCC 12 would copy sums from register to register, and keep some in memory.
   static __m256 dot(__m256 x, __m256 w, __m256 sum) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
     return sum;
