@@ -80,7 +80,10 @@ def test_samples_are_written_as_the_pictures_that_show_them(tmp_path: Path) -> N
 
 def test_frames_may_be_arrays(tmp_path: Path) -> None:
     write_video(tmp_path / "tensors.mp4", clip(3))
-    assert write_video(tmp_path / "arrays.mp4", [each.numpy() for each in clip(3)]) == 3
+    arrays = [each.flip(0).numpy()[::-1] for each in clip(3)]
+    for array in arrays:
+        array.flags.writeable = False
+    assert write_video(tmp_path / "arrays.mp4", arrays) == 3
     assert (tmp_path / "arrays.mp4").read_bytes() == (tmp_path / "tensors.mp4").read_bytes()
 
 

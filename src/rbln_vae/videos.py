@@ -21,6 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -45,6 +46,8 @@ _MOST_AHEAD = 2
 """The frames that wait to be written: enough that both sides always have work."""
 
 Frame: TypeAlias = Tensor | NDArray[Any]
+"""What `write_video` takes of each frame."""
+
 Item = TypeVar("Item")
 
 
@@ -202,7 +205,8 @@ def _some(count: int) -> int:
 
 def _picture(frame: Frame, *channels: int) -> Tensor:
     """A frame as a picture `(H, W, C)` of one of some numbers of channels."""
-    frame = torch.as_tensor(frame)
+    if not isinstance(frame, Tensor):
+        frame = torch.from_numpy(np.array(frame, order="C"))  # whatever its strides and flags
     if frame.dtype != torch.uint8:
         frame = frame[0] if frame.dim() == 4 and len(frame) == 1 else frame
         frame = levels_of(frame).movedim(0, -1) if frame.dim() == 3 else frame
