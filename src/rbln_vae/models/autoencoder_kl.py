@@ -80,8 +80,8 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
             x: Images `(N, in_channels, H, W)` in `[-1, 1]`, of any floating dtype and
                 strides; or pictures `(N, H, W, in_channels)` of uint8, which are taken as
                 diffusers' `VaeImageProcessor` takes them. Each level halves the height and width,
-                and leaves out a last row or column; HunyuanImage's take multiples of their
-                scale factor alone.
+                and leaves out the last row or column of an odd one. HunyuanImage's encoder takes
+                multiples of its scale factor alone.
             return_dict: Whether to return an output class (default) or a tuple.
             generator: Accepted, and draws nothing.
             **arguments: `should_stop`, a function that can stop the run; `progress`, one that is
