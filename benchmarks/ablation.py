@@ -166,6 +166,9 @@ CASES: dict[str, Case] = {
     "winograd": Case(
         "convolutions of 3x3 by Winograd's algorithm (not AMX)", choices=Choices(winograd=0)
     ),
+    "halving": Case(
+        "those with stride 2, too (not AMX)", choices=Choices(halving=False), parts=("encode",)
+    ),
     "splits": Case("output channels split where tiles are few", choices=Choices(splits=False)),
     "together": Case(
         "the next tile loaded during a product (AMX)", choices=Choices(together=False)
@@ -185,7 +188,8 @@ CASES: dict[str, Case] = {
 
 def usual_cases() -> list[str]:
     """Names of all cases that can matter on this machine."""
-    others = ["together"] if usable_kernels()[-1].winograd else ["winograd", "kept-kernels"]
+    amx = not usable_kernels()[-1].winograd
+    others = ["winograd", "halving", "kept-kernels"] if amx else ["together"]
     return [name for name in CASES if name not in others]
 
 

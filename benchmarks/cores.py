@@ -171,10 +171,10 @@ def _convolution(native: _engine.ConvStep, machine: Machine) -> Work:
         for x in range(0, width, native.tile_width)
     ]
     unit = 1.0 if winograd else machine.kernels.costs.product
-    kernels = float(conv.products * conv.inputs * conv.panels * PANEL)
+    kernels = float(conv.matrices * conv.inputs * conv.panels * PANEL)
     kernels *= 4 if winograd else machine.element_bytes
     # What fetching weights costs is memory's part, not that of the partition.
-    fetching = conv.product_cost((1, 1)) * conv.costs(machine).weights / conv.outputs
+    fetching = conv.weights * conv.costs(machine).weights / conv.outputs
     known: dict[tuple[tuple[int, int], int], float] = {}
 
     def cost(tile: tuple[int, int], panels: int) -> float:

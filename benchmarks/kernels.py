@@ -57,8 +57,8 @@ def counts(conv: Convolution, tile: tuple[int, int], batch: int) -> tuple[float,
         outputs = conv.panels * PANEL * (4 if conv.upsample else 1)
         return (
             batch * conv.product_cost(conv.grid),
-            batch * pixels * inputs,
-            batch * pixels * outputs,
+            conv.values * batch * pixels * inputs,
+            conv.values * batch * pixels * outputs,
         )
     tiles = batch * conv.tiles(tile)
     loaded = tiles * math.prod(conv.read(tile)) * conv.inputs
@@ -66,7 +66,7 @@ def counts(conv: Convolution, tile: tuple[int, int], batch: int) -> tuple[float,
         tiles * conv.product_cost(tile),
         loaded if conv.normed else 0,
         0 if conv.normed else loaded,
-        tiles * conv.product_cost((1, 1)),
+        tiles * conv.weights,
     )
 
 
@@ -126,7 +126,7 @@ def time_case(case: Case, kernels: Kernels, winograd: bool, rounds: int) -> Iter
             told = counts(conv, tiles[name], case.batch)
             yield Timing(case, how, seconds, flops[kind, name], told)
         elif kind == "Winograd" and conv is not None:
-            yield Timing(case, "its kernels", seconds, 0, (conv.product_cost((1, 1)),))
+            yield Timing(case, "its kernels", seconds, 0, (conv.weights,))
         else:
             yield Timing(case, kind, seconds, flops[kind, name])
 

@@ -101,7 +101,7 @@ class ConvCase:
 
     @property
     def suits_winograd(self) -> bool:
-        return self.kernel == (3, 3) and self.stride == 1 and not self.doubles
+        return self.kernel == (3, 3) and self.stride <= 2 and not self.doubles
 
 
 @dataclass(frozen=True)

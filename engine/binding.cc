@@ -183,7 +183,7 @@ void bind_steps(nb::module_& m) {
   bind_struct(m, "WinogradStep", "Transforms kernels for Winograd's algorithm.",
               Field{"panels", &WinogradStep::panels}, Field{"blocks", &WinogradStep::blocks},
               Field{"skipped", &WinogradStep::skipped}, Field{"phases", &WinogradStep::phases},
-              Field{"at_once", &WinogradStep::at_once},
+              Field{"stride", &WinogradStep::stride}, Field{"at_once", &WinogradStep::at_once},
               Field{"kernels", &WinogradStep::kernels});
   bind_struct(m, "StatisticsStep", "Sums of an image that no convolution summed.",
               Field{"batch", &StatisticsStep::batch}, Field{"input", &StatisticsStep::input},

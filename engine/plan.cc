@@ -168,7 +168,7 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
   require(s.stacked == 1 || (!s.over_clip && s.left_out == 0 && s.before() > 0),
           "a stack of frames without those before it");
   require(!s.over_time() ||
-              (s.winograd() && filters(s.at_once) && s.phases() == 1 &&
+              (s.winograd() && filters(s.at_once) && s.phases() == 1 && s.stride == 1 &&
                s.sources() == WinogradStep::kFrames && s.partials == kNone),
           "frames that can't be made at once");
   require(s.over_clip || s.left_out + s.sources() == 1 ||
@@ -215,11 +215,11 @@ void Plan::add(const ConvStep& s, Index weight_bytes, Index bias_bytes, Index ga
     }
   }
   if (s.winograd()) {
-    require(kernels_.winograd_kernels != nullptr && s.stride == 1 && s.kernel_height == 3 &&
+    require(kernels_.winograd_kernels != nullptr && s.stride <= 2 && s.kernel_height == 3 &&
                 s.kernel_width == 3,
-            "Winograd's algorithm needs kernels of 3x3 with stride 1, and not AMX");
+            "Winograd's algorithm needs kernels of 3x3 with stride 1 or 2, and not AMX");
     check_kernels(s.kernels, s.kept, kept_bytes,
-                  product("kernels", {s.panels(), s.phases(), WinogradStep::kProducts,
+                  product("kernels", {s.panels(), s.phases(), WinogradStep::kMatrices,
                                       s.over_time() ? s.frames_read() * s.input.blocks() : s.blocks(),
                                       kBlock, kPanel, 4}));
   } else {
@@ -250,7 +250,8 @@ void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
   require(s.blocks > 0 && s.blocks < (Index{1} << 31) && s.skipped >= 0 &&
               s.skipped < (Index{1} << 31),
           "blocks that aren't there");
-  require(s.at_once == 1 || (filters(s.at_once) && s.skipped == 0),
+  require(s.stride == 1 || s.stride == 2, "kernels for a stride that isn't supported");
+  require(s.at_once == 1 || (filters(s.at_once) && s.skipped == 0 && s.stride == 1),
           "kernels for frames that can't be made at once");
   const Index weights =
       product("weights", {s.panels, s.phases, s.packed_blocks(), s.kTaps, kBlock, kPanel,
@@ -260,7 +261,7 @@ void Plan::add(const WinogradStep& s, Index weight_bytes, Index kept_bytes) {
   check_kernels(
       s.kernels, s.kept, kept_bytes,
       product("kernels",
-              {s.panels, s.phases, s.times(), s.kProducts, s.blocks, kBlock, kPanel, 4}));
+              {s.panels, s.phases, s.times(), s.kMatrices, s.blocks, kBlock, kPanel, 4}));
   append(s, s.items(), 0);
 }
 

@@ -16,7 +16,7 @@ namespace rbln_vae {
 constexpr Index kNone = -1;
 // The largest kernel that is taken has this many taps.
 constexpr Index kMaxTaps = 64;
-// Rows and columns of outputs that Winograd's algorithm makes at once, and that for doubling.
+// Rows and columns of outputs that algorithms with fewer products make at once.
 constexpr Index kOutputSquare = 4;
 // Products that the algorithm for doubling needs for them in one direction.
 constexpr Index kDoublingSide = 5;
@@ -176,19 +176,21 @@ struct ConvStep {
   }
 };
 
-// Transforms the packed kernels of a convolution for Winograd's algorithm.
+// Transforms the packed kernels of a convolution for Winograd's algorithm, or for that with stride 2
+// (`conv2d/halving.h`).
 struct WinogradStep {
   const void* weights = nullptr;  // [panels][phases][skipped and other blocks][taps][512]
   Index panels = 1;
   Index blocks = 1;
   Index skipped = 0;  // blocks before these, which are left out
   Index phases = 1;
+  Index stride = 1;   // of the convolution
   Index at_once = 1;  // as of the convolution; the blocks are those of one frame if it is more
-  Index kernels = 0;  // floats [panels][phases][times][products][blocks][512]
+  Index kernels = 0;  // floats [panels][phases][times][matrices][blocks][512]
   float* kept = nullptr;  // where they are written instead, to be kept for later runs
 
   static constexpr Index kTaps = 9;
-  static constexpr Index kProducts = (kOutputSquare + 2) * (kOutputSquare + 2);
+  static constexpr Index kMatrices = (kOutputSquare + 2) * (kOutputSquare + 2);
   static constexpr Index kFrames = 3;  // of a kernel that is transformed over time
   Index packed_blocks() const { return skipped + (at_once > 1 ? kFrames : 1) * blocks; }
   Index times() const { return at_once > 1 ? at_once + kFrames - 1 : 1; }

@@ -28,6 +28,10 @@ struct Doubling {
   static constexpr Index kSide = kDoublingSide;
   static constexpr Index kValues = kPixels * kPixels;
   static constexpr Index kProducts = kSide * kSide;
+  static constexpr Index kMatrices = kProducts;
+  static constexpr Index kStride = 1;
+
+  static constexpr Index first(Index matrix) { return matrix; }
 
   // The transformed pixels of a product: m2 and m3 have the same.
   static constexpr Index value(Index product) {

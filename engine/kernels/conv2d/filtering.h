@@ -2,9 +2,9 @@
 // of taps: minimal filtering.
 //
 // An `Algorithm` says how 4x4 outputs are made: it transforms the pixels that they depend on to
-// `kValues` values, of which `kProducts` products with as many transformed kernels are summed
+// `kValues` values, whose `kProducts` products with `kMatrices` transformed kernels are summed
 // over the channels, and makes the outputs of these sums. So the input of a tile is transformed
-// in the thread's scratch, multiplied product by product, and transformed back.
+// in the thread's scratch, multiplied kernel by kernel, and transformed back.
 //
 // Several frames are transformed over time besides, before they are in space, and back in this
 // order, too. Then a tile has so many values and sums that they don't fit in the L2 cache at the
@@ -35,10 +35,14 @@ class Filtering {
   static constexpr Index kTimes = Times::kTimes;
   static constexpr Index kValues = Algorithm::kValues;  // at one time
   static constexpr Index kProducts = Algorithm::kProducts;
+  static constexpr Index kMatrices = Algorithm::kMatrices;
   // Rows and columns of outputs in a square, and those of the grid that make them.
   static constexpr Index kSquare = kOutputSquare;
   static constexpr Index kPoints = Algorithm::kPoints;
   static constexpr Index kScale = kSquare / kPoints;
+  // Pixels of the input from one of these to the next, and those that all of a row depend on.
+  static constexpr Index kStride = Algorithm::kStride;
+  static Index read(Index points) { return (points - 1) * kStride + 3; }
   // Squares that are multiplied together.
   static constexpr Index kMost = Simd::kMaxRows * Simd::kMaxPixels;
   static constexpr Index kGroup = Simd::kMaxPanels * kMost * kPanel;
@@ -164,10 +168,10 @@ class Filtering {
     Loader<Images, float> loader(s_, context_, norms_);
     loader.start(whole, input_, kFrames > 1 ? sizes_.input : 0);
     for (Index block = 0; block < summed_blocks(s_); ++block) {
-      loader.advance((kFrames > 1 ? kTimes : 1) * (whole.height + 2) * (whole.width + 2));
+      loader.advance((kFrames > 1 ? kTimes : 1) * read(whole.height) * read(whole.width));
       if constexpr (kFrames > 1) {
         transform_over_time(input_ + block * kTimes * sizes_.input,
-                            (whole.height + 2) * s_.columns_read() * kBlock);
+                            read(whole.height) * s_.columns_read() * kBlock);
       } else {
         transform(input_, block);
       }
@@ -199,7 +203,7 @@ class Filtering {
     Factor* to = values_ + block * sizes_.squares * kBlock;
     for (Index y = 0; y < down_; ++y) {
       for (Index x = 0; x < across_; ++x, to += kBlock) {
-        const float* from = input + (y * pitch + x) * kPoints * kBlock;
+        const float* from = input + (y * pitch + x) * kPoints * kStride * kBlock;
         Algorithm::input(from, pitch * kBlock, to, sizes_.values);
         Algorithm::input(from + kPanel, pitch * kBlock, to + kPanel, sizes_.values);
       }
@@ -218,7 +222,7 @@ class Filtering {
   // takes a chunk, or several, so that memory has the time of their products.
   void multiply(Index first, Index last, Index phase, Index time) {
     const Index blocks = summed_blocks(s_);
-    const Index kernels = kTimes * kProducts * blocks * kPanelBlock;  // of one panel and phase
+    const Index kernels = kTimes * kMatrices * blocks * kPanelBlock;  // of one panel and phase
     const Index tap = 0;
     Gemm<Weight, Factor> g;
     g.pixel_step = kBlock;
@@ -231,26 +235,31 @@ class Filtering {
     const Index step = Simd::kMaxPanels * g.panel_step;  // from one group to the next
     g.turns = chunks_ < Simd::kPrefetchTurns ? 1 : Simd::kPrefetchTurns;
     const Index share = blocks * kPanelBlock / g.turns;
-    for (Index product = 0; product < kProducts && !interrupted<Simd>(context_); ++product) {
-      const Index number = time * kProducts + product;
-      const Weight* here = kernels_ + phase * kernels + number * blocks * kPanelBlock;
+    for (Index matrix = 0; matrix < kMatrices && !interrupted<Simd>(context_); ++matrix) {
+      const Weight* here =
+          kernels_ + phase * kernels + (time * kMatrices + matrix) * blocks * kPanelBlock;
       for (Index group = first; group < last; ++group) {
         g.panels = smaller(Simd::kMaxPanels, s_.panels() - group * Simd::kMaxPanels);
         g.b = here + group * step;
-        g.c = sums_ + number * sizes_.sums + (group - first) * sizes_.chunks * kGroup;
         const Weight* next =
             group + 1 < last ? g.b + step : here + blocks * kPanelBlock + first * step;
-        for (Index chunk = 0; chunk < chunks_; ++chunk, g.c += kGroup) {
-          const Index first_square = begin(chunk);
-          const Index count = smaller(begin(chunk + 1), squares_) - first_square;
-          g.pixels = smaller(count, Simd::kMaxPixels);
-          g.rows = ceil_div(count, g.pixels);
-          g.row_step = g.pixels * kBlock;
-          g.a = values_ + Algorithm::value(product) * sizes_.values + first_square * kBlock;
-          g.ahead = chunk < g.panels * g.turns
-                        ? next + chunk / g.turns * g.panel_step + chunk % g.turns * share
-                        : nullptr;
-          Simd::gemm(g);
+        Index turn = 0;
+        for (Index product = Algorithm::first(matrix); product < Algorithm::first(matrix + 1);
+             ++product) {
+          g.c = sums_ + (time * kProducts + product) * sizes_.sums +
+                (group - first) * sizes_.chunks * kGroup;
+          for (Index chunk = 0; chunk < chunks_; ++chunk, ++turn, g.c += kGroup) {
+            const Index first_square = begin(chunk);
+            const Index count = smaller(begin(chunk + 1), squares_) - first_square;
+            g.pixels = smaller(count, Simd::kMaxPixels);
+            g.rows = ceil_div(count, g.pixels);
+            g.row_step = g.pixels * kBlock;
+            g.a = values_ + Algorithm::value(product) * sizes_.values + first_square * kBlock;
+            g.ahead = turn < g.panels * g.turns
+                          ? next + turn / g.turns * g.panel_step + turn % g.turns * share
+                          : nullptr;
+            Simd::gemm(g);
+          }
         }
       }
     }
@@ -344,7 +353,7 @@ class Filtering {
   float* sums_;
   float* outputs_;
   float* norms_;
-  const Weight* kernels_;  // [panels][phases][times][products][blocks][512]
+  const Weight* kernels_;  // [panels][phases][times][matrices][blocks][512]
   // The squares of the loaded tile.
   Index down_ = 0;
   Index across_ = 0;

@@ -30,6 +30,8 @@ struct Winograd {
   static constexpr Index kSide = kPoints + 2;
   static constexpr Index kProducts = kSide * kSide;
   static constexpr Index kValues = kProducts;
+  static constexpr Index kMatrices = kProducts;
+  static constexpr Index kStride = 1;
   static_assert(kSide == 6);  // the transforms are written for it
 
   // The rounding error grows with the spread of the points' powers; 1 and 2 would double it.
@@ -37,6 +39,8 @@ struct Winograd {
   static constexpr double kB = 1.5;
 
   static constexpr Index value(Index product) { return product; }
+  // The first product with a transformed kernel.
+  static constexpr Index first(Index matrix) { return matrix; }
 
   // Transforms 6x6 pixels of 16 channels.
   static void input(const float* from, Index row_step, float* to, Index step) {

@@ -3,18 +3,19 @@
 
 #include <type_traits>
 
+#include "engine/kernels/conv2d/halving.h"
 #include "engine/kernels/conv2d/over_time.h"
 
 namespace rbln_vae {
 
 // Transforms the weights of one panel and block: [phases][taps][512] to
-// [phases][times][products][512], where consecutive products are `blocks` apart.
+// [phases][times][matrices][512], where consecutive matrices are `blocks` apart.
 template <StoresImages Images, InstructionSet Simd>
 class WinogradKernels {
   using T = typename Images::T;
-  using Algorithm = Winograd<Simd>;
   using Vector = typename Simd::Vector;
-  static constexpr Index kSide = Algorithm::kSide;
+  static constexpr Index kSide = 6;
+  static_assert(kSide * kSide == WinogradStep::kMatrices);
 
  public:
   static void run(const WinogradStep& s, const Context& context, Index item) {
@@ -39,7 +40,7 @@ class WinogradKernels {
       float* kernels =
           s.kept != nullptr ? s.kept : reinterpret_cast<float*>(context.at(s.kernels));
       float* to =
-          kernels + (at * Times::kTimes * s.kProducts * s.blocks + block) * kPanelBlock;
+          kernels + (at * Times::kTimes * s.kMatrices * s.blocks + block) * kPanelBlock;
       for (Index k = 0; k < kBlock; ++k, to += kPanel) {
         Vector taps[Times::kTimes][9];
         for (Index i = 0; i < s.kTaps; ++i) {
@@ -55,7 +56,9 @@ class WinogradKernels {
           }
         }
         for (Index time = 0; time < Times::kTimes; ++time) {
-          transform(taps[time], to + time * s.kProducts * step, step);
+          float* const all = to + time * s.kMatrices * step;
+          s.stride == 2 ? transform<Halving<Simd>>(taps[time], all, step)
+                        : transform<Winograd<Simd>>(taps[time], all, step);
         }
       }
     }
@@ -77,6 +80,7 @@ class WinogradKernels {
   }
 
   // Transforms the kernels of 16 output channels for one input channel.
+  template <class Algorithm>
   static void transform(const Vector (&taps)[9], float* to, Index step) {
     Vector rows[kSide][3];
     for (Index x = 0; x < 3; ++x) {

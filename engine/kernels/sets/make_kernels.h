@@ -7,6 +7,7 @@
 #include "engine/kernels/conv2d/conv2d.h"
 #include "engine/kernels/conv2d/doubling.h"
 #include "engine/kernels/conv2d/filtering.h"
+#include "engine/kernels/conv2d/halving.h"
 #include "engine/kernels/conv2d/winograd_kernels.h"
 #include "engine/kernels/sets.h"
 #include "engine/kernels/simd/instruction_set.h"
@@ -76,9 +77,11 @@ template <InstructionSet Simd, InstructionSet Float32>
 struct WinogradConvolutions {
   template <Index kFrames>
   using Filtered = Filtering<Simd, Float32, Winograd<Float32>, kFrames>;
+  using Halved = Filtering<Simd, Float32, Halving<Float32>>;
 
   static Index scratch_bytes(const ConvStep& s) {
     if (!s.winograd()) return Convolutions<Simd>::scratch_bytes(s);
+    if (s.stride == 2) return Halved::scratch_bytes(s);
     switch (s.at_once) {
       case 2: return Filtered<2>::scratch_bytes(s);
       case 4: return Filtered<4>::scratch_bytes(s);
@@ -87,6 +90,7 @@ struct WinogradConvolutions {
   }
   static void run(const ConvStep& s, const Context& context, Index item) {
     if (!s.winograd()) return Convolutions<Simd>::run(s, context, item);
+    if (s.stride == 2) return Halved::run(s, context, item);
     switch (s.at_once) {
       case 2: return Filtered<2>::run(s, context, item);
       case 4: return Filtered<4>::run(s, context, item);

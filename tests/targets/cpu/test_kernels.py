@@ -260,6 +260,7 @@ def test_winograd_takes_any_shape_and_tiles(
         height,
         width,
         batch=batch,
+        stride=1 if upsample else data.draw(st.sampled_from([1, 2])),
         upsample=upsample,
         rms=data.draw(st.booleans()),
         residual=True,
@@ -271,7 +272,8 @@ def test_winograd_takes_any_shape_and_tiles(
     assert difference(found, expected) < CLOSE[dtype]
     # Neither the batch nor tiles and threads change a bit.
     assert torch.equal(convolved(case, image(case)[-1:], dtype), found[-1:])
-    tile = tuple(min(size, 4 * data.draw(st.integers(1, 6))) for size in (height, width))
+    grid = (height, width) if upsample else found.shape[2:]
+    tile = tuple(min(size, 4 * data.draw(st.integers(1, 6))) for size in grid)
     splits = min(data.draw(st.integers(1, 2)), -(-outputs // 16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Convolution, "partition", lambda *_: (tile, splits))
@@ -320,8 +322,9 @@ def test_frames_made_at_once_are_those_made_one_by_one(
 
 
 @pytest.mark.parametrize(("isa", "dtype"), WINOGRAD)
-@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize(("stride", "upsample"), [(1, False), (1, True), (2, False)])
 def test_bits_depend_on_the_place_in_four_rows_and_columns(
+    stride: int,
     upsample: bool,
     isa: str,
     dtype: str,
@@ -329,11 +332,11 @@ def test_bits_depend_on_the_place_in_four_rows_and_columns(
 ) -> None:
     monkeypatch.setenv("RBLN_VAE_ISA", isa)
     scale = 2 if upsample else 1
-    case = ConvCase(40, 24, 36, 52, upsample=upsample)
+    case = ConvCase(40, 24, 36 * stride, 52 * stride, stride=stride, upsample=upsample)
     x = image(case)
     whole = convolved(case, x, dtype)
     for rows, columns in ((4, 0), (8, 16), (0, 32)):
-        part = convolved(case, x[:, :, rows:, columns:], dtype)
+        part = convolved(case, x[:, :, stride * rows :, stride * columns :], dtype)
         # The first row and column of a part have zeros beside them.
         inner = scale * 4
         expected = whole[:, :, scale * rows + inner :, scale * columns + inner :]
@@ -350,6 +353,18 @@ def test_winograd_spreads_nan_and_infinity_no_further_than_its_tiles(
     found = convolved(case, x).isfinite()
     assert not found[:, :, 9:12, 11:14].any()
     found[:, :, 8:12, 8:16] = True
+    assert found.all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_halving_spreads_nan_and_infinity_no_further_than_its_tiles(value: float) -> None:
+    case = ConvCase(40, 24, 48, 48, stride=2)
+    x = image(case)
+    x[0, 7, 23, 17] = value
+    found = convolved(case, x).isfinite()
+    # The kernel reads it for two rows of outputs, of two squares, and for one or two columns.
+    assert not found[:, :, 11:13, 8:10].any()
+    found[:, :, 8:16, 8:12] = True
     assert found.all()
 
 
@@ -449,7 +464,7 @@ def convolutions(draw: st.DrawFn) -> Convolution:
         inputs=draw(WHOLE_BLOCKS),
         outputs=draw(WHOLE_BLOCKS),
         kernel=(3, 3),
-        stride=1,
+        stride=1 if upsample else draw(st.sampled_from([1, 2])),
         upsample=upsample,
         grid=(draw(WHOLE_TILES), draw(WHOLE_TILES)),
         normed=draw(st.booleans()),
@@ -501,14 +516,14 @@ def test_winograd_never_transforms_kernels_for_a_single_tile(
     assert not gains_by_winograd(dataclasses.replace(conv, grid=(4, 4)), machine)
 
 
-@given(convolutions(), MACHINES, st.integers(1, 7), st.integers(1, 2))
+@given(convolutions(), MACHINES, st.integers(1, 7), st.integers(1, 4))
 def test_winograd_is_for_kernels_of_3x3_and_where_there_is_one(
     conv: Convolution, machine: Machine, size: int, stride: int
 ) -> None:
     for kernels in BUILT.values():
         assert kernels.winograd or not gains_by_winograd(conv, Machine(kernels, threads=2))
     other = dataclasses.replace(conv, upsample=False, kernel=(size, size), stride=stride)
-    assert (size, stride) == (3, 1) or not gains_by_winograd(other, machine)
+    assert (size == 3 and stride <= 2) or not gains_by_winograd(other, machine)
 
 
 @pytest.mark.parametrize("machine", [FLOAT32, MULTIPLIES_BFLOAT16], ids=lambda m: m.dtype)
@@ -516,6 +531,15 @@ def test_winograd_is_chosen_for_the_widest_layers_of_large_images(machine: Machi
     """It takes a quarter of the products, and bfloat16 saves but half of their time."""
     wide = Convolution(512, 512, (3, 3), 1, False, (512, 512), normed=True)
     assert gains_by_winograd(wide, machine)
+
+
+@multiplies
+def test_stride_2_saves_less_than_products_in_bfloat16() -> None:
+    """It takes nine sixteenths of the products."""
+    halving = Convolution(512, 512, (3, 3), 2, False, (512, 512), normed=False)
+    assert gains_by_winograd(halving, FLOAT32)
+    assert not gains_by_winograd(halving, MULTIPLIES_BFLOAT16)
+    assert not gains_by_winograd(halving, FLOAT32, Choices(halving=False))
 
 
 @multiplies

@@ -26,7 +26,7 @@ class CpuTarget(GraphTarget):
     description = "this machine's processor, by the native engine"
     exact_batches = True  # how work is divided doesn't change the order of any sum
     # Goes up with every change of bits: of algorithms, of when they are taken, of sums, of packing.
-    arithmetic = 5
+    arithmetic = 6
 
     def unavailable_reason(self) -> str | None:
         return None

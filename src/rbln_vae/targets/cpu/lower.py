@@ -178,6 +178,7 @@ class _Lowering:
             blocks=-(-conv.inputs // BLOCK),
             skipped=self.rules.skipped_blocks(operation),
             phases=conv.phases,
+            stride=conv.stride,
             at_once=conv.at_once,
             kernels=_offset(task.buffers["kernels"]),
         )
@@ -223,7 +224,7 @@ class _Lowering:
             weights[3] = factor_name(operation)
         if kernels is None:
             weights[1] = kernels_name(operation)
-            weight_bytes = conv.products * conv.inputs * conv.outputs * machine.element_bytes
+            weight_bytes = conv.weights * machine.element_bytes
         count = len(task.inputs) - len(operation.earlier)
         source, *residual = task.inputs[:count]
         earlier = [self.image(view) for view in task.inputs[count:]]

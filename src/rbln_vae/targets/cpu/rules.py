@@ -87,8 +87,8 @@ class CpuRules:
                 conv = self.convolution(operation)
                 if not conv.winograd:
                     return {}
-                products = conv.panels * PANEL * _blocks(conv.inputs) * BLOCK * conv.products
-                return {"kernels": products * 4}
+                kernels = conv.matrices * conv.panels * PANEL * _blocks(conv.inputs) * BLOCK
+                return {"kernels": kernels * 4}
             case Attention(heads=heads):
                 batch, keys, height, width = self.shapes[operation.key]
                 values = self.shapes[operation.value][1]
@@ -197,9 +197,10 @@ class CpuRules:
             normed=operation.norm is not None or operation.activation is not None,
         )
         # Decided by the size of the whole image, so that strips do not change the bits.
-        gains = gains_by_winograd(conv, self.machine, self.choices.winograd)
+        gains = gains_by_winograd(conv, self.machine, self.choices)
         conv = dataclasses.replace(conv, winograd=gains)
-        at_once = self.frames_at_once(operation) if gains and conv.phases == 1 else 1
+        alone = not gains or conv.phases > 1 or conv.halves
+        at_once = 1 if alone else self.frames_at_once(operation)
         if at_once == 1:
             return conv
         return dataclasses.replace(conv, inputs=inputs // operation.frames, at_once=at_once)

@@ -17,6 +17,9 @@ from .packing import BLOCK, DOUBLING_PRODUCTS, PANEL
 SQUARE = 4
 """The rows and columns of outputs that Winograd's algorithm computes at once, and doubling."""
 
+WINOGRAD_PRODUCTS, HALVING_PRODUCTS = 36, 81
+"""The products that Winograd's algorithm needs for them with stride 1, and with stride 2."""
+
 FRAMES_OF_KERNEL = 3
 """The frames of the kernels that are filtered over time."""
 
@@ -82,6 +85,7 @@ class Choices:
     Attributes:
         winograd: The most time that Winograd's algorithm may take of what the definition takes.
             Below 1, since it needs more memory; 0 is never, and infinity wherever it can.
+        halving: Let it also be used with stride 2.
         splits: Divide output channels and tiles where tiles are too few for the threads.
         together: Load the next tile during the products of one, where kernels can.
         in_place: Write a result over an input that nothing reads later.
@@ -89,6 +93,7 @@ class Choices:
     """
 
     winograd: float = 0.9
+    halving: bool = True
     splits: bool = True
     together: bool = True
     in_place: bool = True
@@ -141,10 +146,32 @@ class Convolution:
     @property
     def products(self) -> int:
         """Products per input and output channel, for as many points as are made at once."""
+        if self.halves:
+            return HALVING_PRODUCTS
+        return self.matrices
+
+    @property
+    def matrices(self) -> int:
+        """Kernels, transformed where they are, of which each product takes one."""
         if self.doubles:
             return DOUBLING_PRODUCTS
-        in_space = 36 if self.winograd else math.prod(self.kernel)
+        in_space = WINOGRAD_PRODUCTS if self.winograd else math.prod(self.kernel)
         return in_space * self.frames_read * self.phases
+
+    @property
+    def weights(self) -> int:
+        """Elements of these kernels."""
+        return self.matrices * self.inputs * self.outputs
+
+    @property
+    def halves(self) -> bool:
+        """Whether it is filtered with stride 2, by `conv2d/halving.h`."""
+        return self.winograd and self.stride == 2
+
+    @property
+    def values(self) -> float:
+        """Transformed values of an output, for one that it has with stride 1."""
+        return HALVING_PRODUCTS / WINOGRAD_PRODUCTS if self.halves else 1
 
     @property
     def panels(self) -> int:
@@ -274,7 +301,7 @@ class Convolution:
             if rows == 0 or (columns % wide and columns < across):
                 continue
             tile = rows * step, columns * step
-            weights = self.product_cost((1, 1)) * self.costs(machine).weights
+            weights = self.weights * self.costs(machine).weights
             cost = self.tiles(tile) * (self.load_cost(tile, machine) + weights)
             if cost < best_cost:
                 best, best_cost = (rows, columns), cost
@@ -287,7 +314,7 @@ class Convolution:
         # Products have fixed shapes: points beyond the tile are computed in vain.
         columns = _rounded(tile[1], 16) if machine.kernels.rows > 1 else tile[1]
         products = self.product_cost((tile[0], columns)) * share
-        weights = self.product_cost((1, 1)) * share * self.costs(machine).weights
+        weights = self.weights * share * self.costs(machine).weights
         load = self.load_cost(tile, machine)
         if self.row_step > 1:
             costs = machine.kernels.doubling if self.doubles else _winograd_costs(machine)
@@ -363,7 +390,7 @@ def convolution_work(conv: Convolution, tile: tuple[int, int], machine: Machine)
 def kernels_work(conv: Convolution, machine: Machine) -> float:
     """The work of transforming the weights of a convolution, in products at the peak."""
     costs = _winograd_costs(machine)
-    return costs.kernel * conv.product_cost((1, 1)) / machine.kernels.costs.product
+    return costs.kernel * conv.weights / machine.kernels.costs.product
 
 
 def _winograd_costs(machine: Machine) -> _engine.WinogradCosts:
@@ -385,7 +412,8 @@ def _transforms(
     outputs = (conv.panels if panels is None else panels) * PANEL
     points = 4 if conv.upsample else 1
     read, made = costs.input * inputs, costs.output * outputs * points
-    return math.prod(conv.grid) * (conv.frames_read * read + conv.at_once * made)
+    transformed = conv.frames_read * read + conv.at_once * made
+    return conv.values * math.prod(conv.grid) * transformed
 
 
 def _rounded(size: int, multiple: int) -> int:
@@ -398,7 +426,7 @@ def _parts(size: int, multiple: int) -> list[int]:
     return sorted({min(size, _rounded(-(-size // n), multiple)) for n in counts}, reverse=True)
 
 
-def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST.winograd) -> bool:
+def gains_by_winograd(conv: Convolution, machine: Machine, choices: Choices = FASTEST) -> bool:
     """Whether Winograd's algorithm takes at most a share of the time of direct convolution.
 
     It needs enough channels to pay for transforming the images, and enough pixels to pay for
@@ -407,23 +435,23 @@ def gains_by_winograd(conv: Convolution, machine: Machine, most: float = FASTEST
     Winograd's algorithm, but bits must not depend on what is kept.
 
     Args:
-        conv: Of any kernel; only 3x3 has the algorithm.
+        conv: Of any kernel; only 3x3 has the algorithm, with stride 1 or 2.
         machine: What runs it.
-        most: The share.
+        choices: The share, and whether stride 2 counts.
     """
     costs = machine.kernels.winograd
     if costs is None:
         return False
-    if conv.doubles or (conv.kernel, conv.stride) != ((3, 3), 1):
+    if conv.doubles or conv.kernel != (3, 3) or conv.stride > (2 if choices.halving else 1):
         return False
     padded = dataclasses.replace(conv, outputs=conv.panels * PANEL)
     winograd = dataclasses.replace(padded, winograd=True)
     time = (
         _transforms(winograd, costs)
         + costs.product * winograd.product_cost(conv.grid)
-        + costs.fetch * winograd.product_cost((1, 1))
+        + costs.fetch * winograd.weights
     )
-    return time <= most * machine.kernels.costs.product * padded.product_cost(conv.grid)
+    return time <= choices.winograd * machine.kernels.costs.product * padded.product_cost(conv.grid)
 
 
 def attention_blocks(pixels: int, matrices: int, machine: Machine) -> tuple[int, int]:
