@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import pytest
 import tiny_vaes
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, VQModel
@@ -87,33 +83,9 @@ def default_compiled() -> RBLNAutoencoderKL:
 
 def compile_vae(vae: AutoencoderKL, **options: Any) -> RBLNAutoencoderKL:
     """Compile for the CPU in float32, unless told."""
-    once = captured_once(vae) if vae is default_vae() else contextlib.nullcontext()
-    with once:
-        return RBLNAutoencoderKL.from_model(
-            vae, rbln_config={"target": "cpu", "dtype": "float32", **options}
-        )
-
-
-_graphs: WeakKeyDictionary[torch.nn.Module, dict[tuple[str, int], Graph]] = WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def captured_once(model: torch.nn.Module) -> Iterator[None]:
-    """Compile a model, within this context, from what was captured of it before.
-
-    That is nine tenths of the work of compiling a small model, and depends on neither target nor
-    dtype. The model is one that no test writes to.
-    """
-    graphs = _graphs.setdefault(model, {})
-
-    def once(module: torch.nn.Module, part: str, channels: int) -> Graph:
-        if (part, channels) not in graphs:
-            graphs[part, channels] = capture(module, part, channels)
-        return graphs[part, channels]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rbln_vae.targets.base.capture", once)
-        yield
+    return RBLNAutoencoderKL.from_model(
+        vae, rbln_config={"target": "cpu", "dtype": "float32", **options}
+    )
 
 
 def capture_part(vae: AutoencoderKL, part: str) -> Graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,18 @@ def compiled(vae: AutoencoderKLFlux2 = FLUX2, **options: object) -> RBLNAutoenco
     return RBLNAutoencoderKLFlux2.from_model(vae, rbln_config=settings)
 
 
-VAE = compiled()
+@functools.cache
+def ours() -> RBLNAutoencoderKLFlux2:
+    return compiled()
 
 
 @settings(max_examples=10, deadline=None)
 @given(batch=st.integers(1, 3), height=st.integers(1, 12), width=st.integers(1, 12))
 def test_results_are_those_of_diffusers(batch: int, height: int, width: int) -> None:
     latent = noise(batch, 4, height, width)
-    assert relative_l2(pixels(VAE, latent), pixels(FLUX2, latent)) < TOLERANCE
+    assert relative_l2(pixels(ours(), latent), pixels(FLUX2, latent)) < TOLERANCE
     image = noise(batch, 3, 2 * height, 2 * width)
-    assert relative_l2(moments(VAE, image), moments(FLUX2, image)) < TOLERANCE
+    assert relative_l2(moments(ours(), image), moments(FLUX2, image)) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -72,10 +75,10 @@ def test_every_target_and_dtype(target: str, dtype: str) -> None:
 
 
 def test_pipelines_find_the_statistics_of_latents() -> None:
-    assert torch.equal(VAE.bn.running_mean, FLUX2.bn.running_mean)
-    assert torch.equal(VAE.bn.running_var, FLUX2.bn.running_var)
-    assert VAE.bn.running_mean.dtype == torch.float32
-    assert VAE.config.batch_norm_eps == FLUX2.config.batch_norm_eps
+    assert torch.equal(ours().bn.running_mean, FLUX2.bn.running_mean)
+    assert torch.equal(ours().bn.running_var, FLUX2.bn.running_var)
+    assert ours().bn.running_mean.dtype == torch.float32
+    assert ours().config.batch_norm_eps == FLUX2.config.batch_norm_eps
 
 
 def test_the_statistics_are_a_copy() -> None:
@@ -91,19 +94,19 @@ def test_latents_are_scaled_as_the_pipeline_does() -> None:
     patched = Flux2Pipeline._patchify_latents(z)
     mean = FLUX2.bn.running_mean.view(1, -1, 1, 1)
     std = torch.sqrt(FLUX2.bn.running_var.view(1, -1, 1, 1) + FLUX2.config.batch_norm_eps)
-    scaled = VAE.latent_scaling.scale(z)
+    scaled = ours().latent_scaling.scale(z)
     torch.testing.assert_close(scaled, (patched - mean) / std)
-    torch.testing.assert_close(VAE.latent_scaling.unscale(scaled), z)
+    torch.testing.assert_close(ours().latent_scaling.unscale(scaled), z)
 
 
 def test_a_saved_model_is_the_same_when_loaded(tmp_path: Path) -> None:
-    VAE.save_pretrained(tmp_path)
+    ours().save_pretrained(tmp_path)
     loaded = RBLNAutoencoderKLFlux2.from_pretrained(tmp_path)
     latent = noise(1, 4, 5, 7)
-    assert torch.equal(pixels(loaded, latent), pixels(VAE, latent))
-    assert torch.equal(loaded.bn.running_mean, VAE.bn.running_mean)
-    assert torch.equal(loaded.bn.running_var, VAE.bn.running_var)
-    assert loaded.resolved_config == VAE.resolved_config
+    assert torch.equal(pixels(loaded, latent), pixels(ours(), latent))
+    assert torch.equal(loaded.bn.running_mean, ours().bn.running_mean)
+    assert torch.equal(loaded.bn.running_var, ours().bn.running_var)
+    assert loaded.resolved_config == ours().resolved_config
     assert isinstance(RBLNAutoConfig.load(tmp_path), RBLNAutoencoderKLFlux2Config)
 
 
@@ -113,12 +116,12 @@ def test_a_diffusers_directory_is_compiled(tmp_path: Path) -> None:
         tmp_path, export=True, rbln_target="cpu", rbln_dtype="float32"
     )
     latent = noise(1, 4, 5, 7)
-    assert torch.equal(pixels(found, latent), pixels(VAE, latent))
+    assert torch.equal(pixels(found, latent), pixels(ours(), latent))
 
 
 @pytest.mark.parametrize("damage", ["missing", "no safetensors", "other shapes", "not finite"])
 def test_damaged_statistics_are_refused(tmp_path: Path, damage: str) -> None:
-    VAE.save_pretrained(tmp_path)
+    ours().save_pretrained(tmp_path)
     file = tmp_path / "buffers.safetensors"
     buffers = load_file(file)
     if damage == "missing":
@@ -134,7 +137,7 @@ def test_damaged_statistics_are_refused(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_model_without_statistics_takes_away_those_of_another(tmp_path: Path) -> None:
-    VAE.save_pretrained(tmp_path)
+    ours().save_pretrained(tmp_path)
     RBLNAutoencoderKL.from_model(make_vae(), rbln_target="cpu").save_pretrained(tmp_path)
     assert not (tmp_path / "buffers.safetensors").exists()
 
@@ -147,7 +150,7 @@ def test_a_class_that_gets_a_model_of_another_says_what_to_do(tmp_path: Path) ->
     FLUX2.save_pretrained(tmp_path / "original")
     with pytest.raises(RBLNCompileError, match=r"holds AutoencoderKLFlux2.*RBLNAutoencoder "):
         RBLNAutoencoderKL.from_pretrained(tmp_path / "original", export=True)
-    VAE.save_pretrained(tmp_path / "compiled")
+    ours().save_pretrained(tmp_path / "compiled")
     with pytest.raises(RBLNArtifactError):
         RBLNAutoencoderKL.from_pretrained(tmp_path / "compiled")
 
@@ -162,7 +165,7 @@ def test_patches_that_are_no_squares_are_refused(patch: object) -> None:
 
 def test_a_latent_of_the_denoiser_is_refused_with_the_channels_that_are_wanted() -> None:
     with pytest.raises(ValueError, match=r"\(N, 4, H, W\)"):
-        VAE.decode(noise(1, 16, 4, 4))
+        ours().decode(noise(1, 16, 4, 4))
 
 
 def test_the_scaling_of_a_model_without_statistics_has_no_patches() -> None:

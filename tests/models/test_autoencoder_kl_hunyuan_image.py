@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,7 +19,13 @@ from rbln_vae.metrics import relative_l2
 from rbln_vae.models import autoencoder_kl_hunyuan_image as module
 
 ORIGINAL = tiny_vaes.make("AutoencoderKLHunyuanImage")
-VAE = RBLNAutoencoderKLHunyuanImage.from_model(ORIGINAL, rbln_target="cpu", rbln_dtype="float32")
+
+
+@functools.cache
+def ours() -> RBLNAutoencoderKLHunyuanImage:
+    return RBLNAutoencoderKLHunyuanImage.from_model(
+        ORIGINAL, rbln_target="cpu", rbln_dtype="float32"
+    )
 
 
 @pytest.mark.parametrize("channels", [(8, 8), (8, 16), (16, 16), (4, 16)])
@@ -55,19 +62,19 @@ def test_wider_levels_are_compiled() -> None:
 
 
 def test_pipelines_find_what_they_read() -> None:
-    assert VAE.config.spatial_compression_ratio == 4
-    assert VAE.config.scaling_factor == 0.75
-    assert VAE.resolved_config.vae_scale_factor == 4
+    assert ours().config.spatial_compression_ratio == 4
+    assert ours().config.scaling_factor == 0.75
+    assert ours().resolved_config.vae_scale_factor == 4
 
 
 def test_tiles_have_the_arguments_of_diffusers_and_change_nothing() -> None:
     z = noise(1, 16, 8, 8)
-    expected = VAE.decode(z).sample
-    VAE.enable_tiling(tile_sample_min_size=16, tile_overlap_factor=0.5)
+    expected = ours().decode(z).sample
+    ours().enable_tiling(tile_sample_min_size=16, tile_overlap_factor=0.5)
     try:
-        assert torch.equal(VAE.decode(z).sample, expected)
+        assert torch.equal(ours().decode(z).sample, expected)
     finally:
-        VAE.disable_tiling()
+        ours().disable_tiling()
 
 
 @pytest.mark.parametrize("name", ["downsample_match_channel", "upsample_match_channel"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,14 @@ def compiled(vae: VQModel = MOVQ, **options: object) -> RBLNVQModel:
     return RBLNVQModel.from_model(vae, rbln_config=settings)
 
 
-VAE = compiled()
-LOOKUP_VAE = compiled(LOOKUP)
+@functools.cache
+def ours() -> RBLNVQModel:
+    return compiled()
+
+
+@functools.cache
+def lookup() -> RBLNVQModel:
+    return compiled(LOOKUP)
 
 
 def latents(vae: VQModel | RBLNVQModel, image: Tensor) -> Tensor:
@@ -71,9 +79,9 @@ def pixels(vae: VQModel | RBLNVQModel, latent: Tensor, **options: Any) -> Tensor
 @given(batch=st.integers(1, 3), height=st.integers(2, 12), width=st.integers(1, 12))
 def test_results_are_those_of_diffusers(batch: int, height: int, width: int) -> None:
     latent = noise(batch, 4, height, width)
-    assert relative_l2(pixels(VAE, latent), pixels(MOVQ, latent)) < EQUAL
+    assert relative_l2(pixels(ours(), latent), pixels(MOVQ, latent)) < EQUAL
     image = noise(batch, 3, 2 * height, 2 * width)
-    assert relative_l2(latents(VAE, image), latents(MOVQ, image)) < EQUAL
+    assert relative_l2(latents(ours(), image), latents(MOVQ, image)) < EQUAL
 
 
 KANDINSKY = {
@@ -139,47 +147,49 @@ def test_every_target_and_dtype(target: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_have_the_dtype_of_the_input(dtype: torch.dtype) -> None:
-    assert latents(VAE, noise(1, 3, 8, 8).to(dtype)).dtype == dtype
+    assert latents(ours(), noise(1, 3, 8, 8).to(dtype)).dtype == dtype
     latent = noise(1, 4, 4, 4).to(dtype)
     for force in (True, False):
-        decoded = VAE.decode(latent, force)
+        decoded = ours().decode(latent, force)
         assert decoded.sample.dtype == decoded.commit_loss.dtype == dtype
 
 
 def test_diffusers_arguments_and_results() -> None:
     image, latent = noise(2, 3, 8, 8), noise(2, 4, 4, 4)
-    assert isinstance(VAE.encode(image), VQEncoderOutput)
-    assert torch.equal(VAE.encode(image)["latents"], VAE.encode(image, False)[0])
-    output = VAE.decode(latent, True)
+    assert isinstance(ours().encode(image), VQEncoderOutput)
+    assert torch.equal(ours().encode(image)["latents"], ours().encode(image, False)[0])
+    output = ours().decode(latent, True)
     assert isinstance(output, DecoderOutput)
     assert torch.equal(output["sample"], output.sample)
     assert torch.equal(output.commit_loss, torch.zeros(2))
-    sample, loss = VAE.decode(latent, True, False)
+    sample, loss = ours().decode(latent, True, False)
     assert torch.equal(sample, output.sample) and torch.equal(loss, torch.zeros(2))
 
 
 def test_images_are_written_where_the_caller_says() -> None:
     latent, out = noise(2, 4, 4, 4), torch.empty(2, 3, 8, 8)
-    assert VAE.decode(latent, True, out=out).sample.data_ptr() == out.data_ptr()
-    assert torch.equal(out, pixels(VAE, latent))
+    assert ours().decode(latent, True, out=out).sample.data_ptr() == out.data_ptr()
+    assert torch.equal(out, pixels(ours(), latent))
 
 
 def test_a_run_can_be_stopped() -> None:
     with pytest.raises(RBLNCancelledError):
-        VAE.encode(noise(1, 3, 8, 8), should_stop=lambda: True)
+        ours().encode(noise(1, 3, 8, 8), should_stop=lambda: True)
     with pytest.raises(RBLNCancelledError):
-        VAE.decode(noise(1, 4, 4, 4), should_stop=lambda: True)
+        ours().decode(noise(1, 4, 4, 4), should_stop=lambda: True)
 
 
 # The codebook
 
 
-@pytest.mark.parametrize(("vae", "found", "channels"), [(MOVQ, VAE, 4), (LOOKUP, LOOKUP_VAE, 5)])
-def test_latents_are_quantised_unless_told(vae: VQModel, found: RBLNVQModel, channels: int) -> None:
+@pytest.mark.parametrize(("vae", "found", "channels"), [(MOVQ, ours, 4), (LOOKUP, lookup, 5)])
+def test_latents_are_quantised_unless_told(
+    vae: VQModel, found: Callable[[], RBLNVQModel], channels: int
+) -> None:
     latent = noise(2, channels, 6, 5, seed=3)
     with torch.no_grad():
         sample, loss = vae.decode(latent, return_dict=False)
-    given_sample, given_loss = found.decode(latent, return_dict=False)
+    given_sample, given_loss = found().decode(latent, return_dict=False)
     assert relative_l2(given_sample, sample) < EQUAL
     torch.testing.assert_close(given_loss, loss)
     assert relative_l2(pixels(MOVQ, noise(2, 4, 6, 5)), sample) > 0.1
@@ -189,10 +199,10 @@ def test_forward_quantises_between() -> None:
     image = noise(2, 3, 8, 12)
     with torch.no_grad():
         sample, loss = MOVQ(image, return_dict=False)
-    given_sample, given_loss = VAE(image, return_dict=False)
+    given_sample, given_loss = ours()(image, return_dict=False)
     assert relative_l2(given_sample, sample) < EQUAL
     torch.testing.assert_close(given_loss, loss)
-    assert torch.equal(VAE(image).sample, given_sample)
+    assert torch.equal(ours()(image).sample, given_sample)
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -200,7 +210,7 @@ def test_indices_are_looked_up(flat: bool) -> None:
     indices = torch.randint(0, 16, (2, 6, 5), generator=torch.Generator().manual_seed(0))
     given = indices.flatten() if flat else indices
     options = {"shape": (2, 6, 5, 5)}
-    found = LOOKUP_VAE.decode(given, force_not_quantize=True, **options)
+    found = lookup().decode(given, force_not_quantize=True, **options)
     with torch.no_grad():
         expected = LOOKUP.decode(given, force_not_quantize=True, **options)
     assert relative_l2(found.sample, expected.sample) < EQUAL
@@ -231,14 +241,14 @@ def test_indices_that_stand_for_no_latents_are_refused(
     indices: Any, shape: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        LOOKUP_VAE.decode(indices, force_not_quantize=True, shape=shape)
+        lookup().decode(indices, force_not_quantize=True, shape=shape)
 
 
 def test_the_codebook_is_a_copy() -> None:
     vae, latent = make_vq(), noise(1, 4, 4, 4)
     found = compiled(vae)
     vae.quantize.embedding.weight.zero_()
-    assert torch.equal(found.decode(latent).sample, VAE.decode(latent).sample)
+    assert torch.equal(found.decode(latent).sample, ours().decode(latent).sample)
 
 
 def test_making_the_codebook_draws_nothing_from_the_global_generator() -> None:
@@ -251,29 +261,29 @@ def test_making_the_codebook_draws_nothing_from_the_global_generator() -> None:
 def test_the_quantiser_gives_indices_as_pipelines_read_them() -> None:
     latent = noise(2, 4, 6, 5)
     with torch.no_grad():
-        assert torch.equal(VAE.quantize(latent)[2][2], MOVQ.quantize(latent)[2][2])
+        assert torch.equal(ours().quantize(latent)[2][2], MOVQ.quantize(latent)[2][2])
 
 
 # What pipelines read
 
 
 def test_pipelines_find_the_configuration() -> None:
-    assert list(VAE.config.block_out_channels) == [32, 64]
-    assert VAE.config.latent_channels == VAE.config["latent_channels"] == 4
-    assert not hasattr(VAE.config, "shift_factor")
-    assert VAE.dtype == torch.float32
+    assert list(ours().config.block_out_channels) == [32, 64]
+    assert ours().config.latent_channels == ours().config["latent_channels"] == 4
+    assert not hasattr(ours().config, "shift_factor")
+    assert ours().dtype == torch.float32
 
 
 def test_latents_are_not_scaled() -> None:
     latent = noise(1, 4, 4, 4)
-    assert VAE.config.scaling_factor == 0.18215
-    assert torch.equal(VAE.latent_scaling.scale(latent), latent)
+    assert ours().config.scaling_factor == 0.18215
+    assert torch.equal(ours().latent_scaling.scale(latent), latent)
 
 
 def test_what_every_class_does_the_same_way() -> None:
     image, latent = noise(1, 3, 8, 8), noise(1, 4, 4, 4)
-    assert torch.equal(VAE.encode_images(image), latents(VAE, image))
-    assert torch.equal(VAE.decode_latents(latent), pixels(VAE, latent))
+    assert torch.equal(ours().encode_images(image), latents(ours(), image))
+    assert torch.equal(ours().decode_latents(latent), pixels(ours(), latent))
 
 
 # Options
@@ -292,7 +302,7 @@ def test_the_options_are_those_of_optimum_rbln() -> None:
 
 
 def test_a_compiled_model_has_every_option_filled_in() -> None:
-    config = LOOKUP_VAE.rbln_config
+    config = lookup().rbln_config
     assert (config.vqmodel_scale_factor, config.in_channels, config.latent_channels) == (2, 3, 5)
     assert config.sample_size == (512, 512) and config.uses_encoder is True
 
@@ -311,40 +321,40 @@ def test_options_in_conflict_with_the_model_are_refused() -> None:
 def test_a_model_without_an_encoder_says_so() -> None:
     found = compiled(uses_encoder=False)
     latent = noise(1, 4, 4, 4)
-    assert torch.equal(pixels(found, latent), pixels(VAE, latent))
+    assert torch.equal(pixels(found, latent), pixels(ours(), latent))
     with pytest.raises(RBLNRuntimeError, match="decoder only"):
         found.encode(noise(1, 3, 8, 8))
 
 
 def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(N, 3, H, W\)"):
-        VAE.encode(noise(1, 4, 8, 8))
+        ours().encode(noise(1, 4, 8, 8))
     with pytest.raises(ValueError, match="2 or more"):
-        VAE.encode(noise(1, 3, 1, 8))
+        ours().encode(noise(1, 3, 1, 8))
     for force in (True, False):
         with pytest.raises(ValueError, match=r"h must have the shape \(N, 4, H, W\)"):
-            VAE.decode(noise(1, 3, 4, 4), force)
+            ours().decode(noise(1, 3, 4, 4), force)
         with pytest.raises(TypeError, match="floating"):
-            VAE.decode(torch.zeros(1, 4, 4, 4, dtype=torch.int64), force)
+            ours().decode(torch.zeros(1, 4, 4, 4, dtype=torch.int64), force)
 
 
 # Keeping one
 
 
 def test_a_saved_model_is_the_same_when_loaded(tmp_path: Path) -> None:
-    VAE.save_pretrained(tmp_path)
+    ours().save_pretrained(tmp_path)
     loaded = RBLNVQModel.from_pretrained(tmp_path)
     latent, image = noise(1, 4, 5, 7), noise(1, 3, 10, 8)
-    assert torch.equal(pixels(loaded, latent), pixels(VAE, latent))
-    assert torch.equal(latents(loaded, image), latents(VAE, image))
-    assert torch.equal(loaded.decode(latent).sample, VAE.decode(latent).sample)
-    assert loaded.resolved_config == VAE.resolved_config
+    assert torch.equal(pixels(loaded, latent), pixels(ours(), latent))
+    assert torch.equal(latents(loaded, image), latents(ours(), image))
+    assert torch.equal(loaded.decode(latent).sample, ours().decode(latent).sample)
+    assert loaded.resolved_config == ours().resolved_config
     assert isinstance(RBLNAutoConfig.load(tmp_path), RBLNVQModelConfig)
     assert isinstance(RBLNAutoencoder.from_pretrained(tmp_path), RBLNVQModel)
 
 
 def test_a_codebook_of_another_size_is_refused(tmp_path: Path) -> None:
-    VAE.save_pretrained(tmp_path)
+    ours().save_pretrained(tmp_path)
     file = tmp_path / "buffers.safetensors"
     (name, codebook), *_ = load_file(file).items()
     save_file({name: codebook[:15].clone()}, file)
@@ -359,7 +369,7 @@ def test_a_diffusers_directory_is_compiled(tmp_path: Path) -> None:
     )
     assert isinstance(found, RBLNVQModel)
     latent = noise(1, 4, 5, 7)
-    assert torch.equal(pixels(found, latent), pixels(VAE, latent))
+    assert torch.equal(pixels(found, latent), pixels(ours(), latent))
 
 
 def test_each_class_compiles_its_own_model() -> None:
