@@ -54,6 +54,12 @@ def _captured_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test compiles is captured in it, whatever was captured before."""
+    monkeypatch.setattr("rbln_vae.targets.base.capture", capture)
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """Each test has the same ones in every run, whichever tests run before it."""

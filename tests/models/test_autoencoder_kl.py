@@ -154,6 +154,7 @@ def test_a_model_that_is_stored_in_half_precision_is_compiled_exactly(dtype):
     assert_same_model(compiled, vae.float())
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_compiling_leaves_the_model_as_it_was():
     vae = make_vae().train()
     vae.set_default_attn_processor()
@@ -206,6 +207,7 @@ def state(vae) -> list[Any]:
     return modules + weights
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_several_models_can_be_compiled_at_once():
     vaes = [make_vae(seed=seed, block_out_channels=(8,)) for seed in range(4)]
     call, get = torch.nn.Module.__call__, torch.nn.Module.__getattr__
@@ -218,6 +220,7 @@ def test_several_models_can_be_compiled_at_once():
     assert torch.nn.Module.__getattr__ is get
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_changing_the_model_afterwards_changes_nothing_that_was_compiled():
     vae = make_vae()
     compiled = compile_vae(vae)
