@@ -163,13 +163,13 @@ async def measured(app: FastAPI, metric: str, value: float) -> None:
 @contextlib.contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """The application on a real socket of this machine, as its address."""
-    server = make_server(app, Address(port=0))
+    ports: list[int] = []
+    server = make_server(app, Address(port=0), ports.append)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        wait_until(lambda: server.started or not thread.is_alive())
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        wait_until(lambda: ports or not thread.is_alive())
+        yield f"http://127.0.0.1:{ports[0]}"
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

@@ -186,8 +186,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Answers a question, instead of all until a signal comes; gives the addresses."""
     addresses = []
 
-    def make_server(application: Any, address: Any) -> Any:
+    def make_server(application: Any, address: Any, listening: Any) -> Any:
         def run() -> None:
+            listening(address.port)
             assert ask(application, "GET", "/ready").status == 200
             addresses.append(f"{address.host}:{address.port}")
 

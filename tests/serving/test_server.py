@@ -25,7 +25,8 @@ from vaes import default_compiled, noise
 from rbln_vae.errors import RBLNCancelledError
 from rbln_vae.serving import server as server_module
 from rbln_vae.serving.models import ServedModel
-from rbln_vae.serving.settings import Limits
+from rbln_vae.serving.server import make_server
+from rbln_vae.serving.settings import Address, Limits
 from rbln_vae.targets.watch import ShouldStop
 
 
@@ -221,10 +222,7 @@ def process(compiled: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
     It lets requests wait for others longer than any test does, so that they are seen to wait.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = ["serve", str(compiled), "--model", f"second={compiled}", "--port", str(port)]
+    arguments = ["serve", str(compiled), "--model", f"second={compiled}", "--port", "0"]
     arguments += ["--memory-limit", ""]  # as an empty field of a form gives it: none
     started = subprocess.Popen(
         [sys.executable, "-m", "rbln_vae", *arguments, "--max-wait-ms", str(2000 * PATIENCE)],
@@ -232,21 +230,16 @@ def process(compiled: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         text=True,
         env={**os.environ, "RBLN_VAE_API_KEY": "key"},
     )
-    address = f"http://:key@127.0.0.1:{port}"
+    assert started.stderr
     try:
-        wait_until(lambda: is_ready(address) or started.poll() is not None)
+        told = (re.match(r"serving tiny, second on http://(\S+)$", line) for line in started.stderr)
+        address = next(f"http://:key@{match[1]}" for match in told if match)
+        assert requests.get(f"{address}/ready", timeout=PATIENCE).ok
         yield started, address
     finally:
         if started.poll() is None:
             started.kill()
         started.communicate(timeout=PATIENCE)
-
-
-def is_ready(address: str) -> bool:
-    try:
-        return requests.get(f"{address}/ready", timeout=PATIENCE).ok
-    except requests.ConnectionError:
-        return False
 
 
 @pytest.mark.slow
@@ -290,6 +283,15 @@ def test_the_command_names_what_is_wrong(compiled: Path) -> None:
     result = serve(str(compiled), "--model", f"{compiled.name}={compiled}")
     assert result.returncode == 2
     assert result.stderr.startswith("error: two models are named 'tiny'")
+
+
+def test_a_port_that_is_taken_is_not_said_to_be_listened_on() -> None:
+    ports: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = make_server(make_app(), Address(port=taken.getsockname()[1]), ports.append)
+        with pytest.raises(SystemExit):
+            server.run()
+    assert not ports
 
 
 def test_the_application_closes_its_backend() -> None:

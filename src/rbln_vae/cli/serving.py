@@ -44,10 +44,13 @@ def serve(
     app = create_app(
         LocalBackend(served, dataclasses.replace(options, memory_limit=memory)), allowed
     )
-    server = make_server(app, address)
     names = ", ".join(each.name for each in served)
-    err().print(f"serving {names} on http://{address.host}:{address.port}")
-    server.run()
+    host = f"[{address.host}]" if ":" in address.host else address.host
+
+    def listening(port: int) -> None:
+        err().print(f"serving {names} on http://{host}:{port}")
+
+    make_server(app, address, listening).run()
 
 
 def _bytes(option: str, text: str | None, parse: Callable[[object], Number]) -> Number:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -25,8 +26,16 @@ _KEEP_ALIVE_SECONDS = 30
 _MOST_HEAD = 32 * 1024
 
 
-def make_server(app: FastAPI, address: Address) -> uvicorn.Server:
-    """A server for the application of `create_app`, which `run` starts."""
+def make_server(
+    app: FastAPI, address: Address, listening: Callable[[int], object]
+) -> uvicorn.Server:
+    """A server for the application of `create_app`, which `run` starts.
+
+    Args:
+        app: The application.
+        address: Where it listens; the port 0 takes one that is free.
+        listening: Called with the port when it does.
+    """
     logs.configure()
     return DrainingServer(
         uvicorn.Config(
@@ -42,16 +51,26 @@ def make_server(app: FastAPI, address: Address) -> uvicorn.Server:
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(address.grace),
             h11_max_incomplete_event_size=_MOST_HEAD,
-        )
+        ),
+        listening,
     )
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that tells its application when it begins to end.
+    """A server that tells when it listens, and its application when it begins to end.
 
     uvicorn waits for the answers first and then lets the application end, which so could not
     know that there is nothing left to wait for.
     """
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[int], object]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._listening(self.servers[0].sockets[0].getsockname()[1])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.config.app.state.drain()  # type: ignore[union-attr]
