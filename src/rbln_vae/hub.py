@@ -6,7 +6,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -34,6 +34,15 @@ _ORIGINAL_OPTIONS = (
     "config",
     "original_config",
     "disable_mmap",
+    "ignore_mismatched_sizes",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "quantization_config",
+    "use_flashpack",
+    "flashpack_kwargs",
+    "user_agent",
+    "mirror",
 )
 """Arguments of diffusers' loaders that compiled models ignore, having no weights to load."""
 DENOISERS = ("unet", "transformer")
@@ -50,9 +59,9 @@ def options(loader: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in loader.items() if k in _DOWNLOAD_OPTIONS and v is not None}
 
 
-def check_loader_options(loader: Mapping[str, Any]) -> None:
-    """Raise a `TypeError` for a name that no Hugging Face loader knows."""
-    known = (*_DOWNLOAD_OPTIONS, *_ORIGINAL_OPTIONS, _KIND)
+def check_loader_options(loader: Mapping[str, Any], more: Iterable[str] = ()) -> None:
+    """Raise a `TypeError` for a name that is none of a Hugging Face loader, nor in `more`."""
+    known = (*_DOWNLOAD_OPTIONS, *_ORIGINAL_OPTIONS, _KIND, *more)
     reject_unknown(loader, known, "argument of from_pretrained")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,17 @@ def test_results_are_those_of_diffusers(name: str, batch: int, height: int, widt
     assert relative_l2(found, expected) < TOLERANCE
     x = image(name, batch, height, width)
     assert relative_l2(encoded(compiled(name), x), encoded(original(name), x)) < TOLERANCE
+
+
+@by_model
+@pytest.mark.parametrize("method", ["encode", "decode", "forward"])
+def test_what_may_be_given_by_position_is_what_diffusers_takes(name: str, method: str) -> None:
+    def by_position(model: Any) -> list[str]:
+        parameters = inspect.signature(getattr(model, method)).parameters.values()
+        return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    theirs = by_position(original(name))
+    assert by_position(compiled(name))[: len(theirs)] == theirs
 
 
 @by_model

@@ -227,11 +227,16 @@ def test_an_unknown_option_suggests_the_nearest(original, compiled):
             load(directory, export, rbln_config={"batchsize": 2})
 
 
-def test_an_unknown_argument_of_the_loader_suggests_the_nearest(compiled):
-    with pytest.raises(TypeError, match=r"'sub_folder' is no argument.*'subfolder'"):
-        load(compiled, sub_folder="vae")
+def test_an_unknown_argument_of_the_loader_suggests_the_nearest(original, compiled):
+    for directory, export in ((original, True), (compiled, False)):
+        with pytest.raises(TypeError, match=r"'sub_folder' is no argument.*'subfolder'"):
+            load(directory, export, sub_folder="vae")
     with pytest.raises(TypeError, match=r"'batch_size' is no argument of .*from_model"):
         RBLNAutoencoderKL.from_model(default_vae(), batch_size=2)
+
+
+def test_the_loader_may_change_the_configuration_as_that_of_diffusers(original):
+    assert load(original, True, scaling_factor=0.5).config.scaling_factor == 0.5
 
 
 def test_what_only_diffusers_needs_is_ignored_by_a_compiled_model(compiled):

@@ -115,9 +115,9 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
         self,
         z: Tensor,
         return_dict: bool = True,
+        generator: torch.Generator | None = None,
         *,
         out: Tensor | npt.NDArray[Any] | None = None,
-        generator: torch.Generator | None = None,
         **arguments: Unpack[RunArguments],
     ) -> DecoderOutput | tuple[Tensor]:
         """Turn latents into images.
@@ -126,11 +126,11 @@ class RBLNAutoencoderKL(RBLNAutoencoderModel):
             z: Unscaled latents `(N, latent_channels, H, W)`, of any floating dtype and
                 strides.
             return_dict: Whether to return an output class (default) or a tuple.
+            generator: Accepted, and draws nothing.
             out: Where to write the images instead of to a new tensor: a tensor on the CPU,
                 an array or a memory map `(N, out_channels, f * H, f * W)` of float32,
                 float16 or (a tensor) bfloat16, of any strides. It doesn't count against
                 `memory_limit`. By default the result is a new tensor.
-            generator: Accepted, and draws nothing.
             **arguments: `should_stop`, `progress` and `memory_limit`, as of `encode`.
 
         Returns:

@@ -135,6 +135,7 @@ class RBLNModel(ModuleMembers):
             A model ready to run.
 
         Raises:
+            TypeError: A name is unknown.
             ValueError: `export` doesn't fit what was found, or an option is wrong or not
                 the one that the model was compiled for.
             OSError: There is no such model.

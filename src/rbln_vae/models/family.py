@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -244,6 +245,8 @@ class Family(ABC):
             **loader: Arguments of diffusers' loader; for a file as `open_original` takes them.
 
         Raises:
+            TypeError: A name is none of the loader, nor of the model's configuration, of which
+                diffusers' loaders take values as well.
             ValueError: The loader is told to read checkpoints that can hold code, or the kind
                 doesn't fit.
             RBLNCompileError: What is there is a model of another class, or none.
@@ -257,6 +260,7 @@ class Family(ABC):
             file = open_original(model_id, loader, self.original_class_name)
             self._check_class(file.class_name, model_id)
             return file.load(loader.get("torch_dtype"))
+        hub.check_loader_options(loader, inspect.signature(original).parameters)
         hub.reject_kind(model_id, loader)
         loader.pop("kind", None)
         found = original.load_config(model_id, **hub.options(loader)).get("_class_name")
