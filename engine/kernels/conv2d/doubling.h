@@ -22,7 +22,6 @@ namespace rbln_vae {
 template <InstructionSet Simd>
 struct Doubling {
   using Vector = typename Simd::Vector;
-  using Factor = typename Simd::Scratch;
   static constexpr Index kPoints = 2;
   static constexpr Index kPixels = kPoints + 2;
   static constexpr Index kSide = kDoublingSide;
@@ -31,59 +30,16 @@ struct Doubling {
   static constexpr Index kMatrices = kProducts;
   static constexpr Index kStride = 1;
 
+  static constexpr Index number_of_value(Index y, Index x) { return y * kPixels + x; }
+  static constexpr Index number_of_product(Index y, Index x) { return y * kSide + x; }
   static constexpr Index first(Index matrix) { return matrix; }
 
   // The transformed pixels of a product: m2 and m3 have the same.
   static constexpr Index value(Index product) {
     constexpr Index of[kSide] = {0, 1, 2, 2, 3};
-    return of[product / kSide] * kPixels + of[product % kSide];
+    return number_of_value(of[product / kSide], of[product % kSide]);
   }
 
-  // Transforms 4x4 pixels of 16 channels.
-  static void input(const float* from, Index row_step, Factor* to, Index step) {
-    Vector columns[kPixels][kPixels];
-#pragma GCC unroll 4
-    for (Index x = 0; x < kPixels; ++x) {
-      Vector d[kPixels], v[kPixels];
-#pragma GCC unroll 4
-      for (Index y = 0; y < kPixels; ++y) d[y] = Simd::load(from + y * row_step + x * kBlock);
-      forward(d, v);
-#pragma GCC unroll 4
-      for (Index y = 0; y < kPixels; ++y) columns[y][x] = v[y];
-    }
-#pragma GCC unroll 4
-    for (Index y = 0; y < kPixels; ++y) {
-      Vector v[kPixels];
-      forward(columns[y], v);
-#pragma GCC unroll 4
-      for (Index x = 0; x < kPixels; ++x) put<Simd>(to + (y * kPixels + x) * step, v[x]);
-    }
-  }
-
-  // Computes 4x4 pixels of a panel.
-  static void output(const float* from, Index step, float* to, Index row_step) {
-    Vector rows[kOutputSquare][kSide];
-#pragma GCC unroll 5
-    for (Index x = 0; x < kSide; ++x) {
-      Vector m[kSide], v[kOutputSquare];
-#pragma GCC unroll 5
-      for (Index y = 0; y < kSide; ++y) m[y] = Simd::load(from + (y * kSide + x) * step);
-      backward(m, v);
-#pragma GCC unroll 4
-      for (Index y = 0; y < kOutputSquare; ++y) rows[y][x] = v[y];
-    }
-#pragma GCC unroll 4
-    for (Index y = 0; y < kOutputSquare; ++y) {
-      Vector v[kOutputSquare];
-      backward(rows[y], v);
-#pragma GCC unroll 4
-      for (Index x = 0; x < kOutputSquare; ++x) {
-        Simd::store(to + y * row_step + x * kPanel, v[x]);
-      }
-    }
-  }
-
- private:
   [[gnu::always_inline]] static void forward(const Vector (&d)[kPixels], Vector (&v)[kPixels]) {
     v[0] = Simd::subtract(d[0], d[2]);
     v[1] = Simd::add(d[1], d[2]);

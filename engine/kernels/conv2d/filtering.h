@@ -3,15 +3,16 @@
 //
 // An `Algorithm` says how 4x4 outputs are made: it transforms the pixels that they depend on to
 // `kValues` values, whose `kProducts` products with `kMatrices` transformed kernels are summed
-// over the channels, and makes the outputs of these sums. So the input of a tile is transformed
-// in the thread's scratch, multiplied kernel by kernel, and transformed back.
+// over the channels, and makes the outputs of these sums, in one direction after the other
+// (`separable.h`). So the input of a tile is transformed in the thread's scratch, multiplied kernel
+// by kernel, and transformed back.
 //
 // Several frames are transformed over time besides, before they are in space, and back in this
 // order, too. Then a tile has so many values and sums that they don't fit in the L2 cache at the
 // same time. So only the values of one time are made at once, and meet all kernels of that time.
 //
 // The rounding of an output depends on its position in its 4x4 square, and a NaN or an infinity in
-// the input makes the whole square NaN.
+// the input can make the whole square NaN.
 #pragma once
 
 #include <type_traits>
@@ -19,6 +20,7 @@
 #include "engine/kernels/conv2d/epilogue.h"
 #include "engine/kernels/conv2d/loader.h"
 #include "engine/kernels/conv2d/over_time.h"
+#include "engine/kernels/conv2d/separable.h"
 #include "engine/kernels/simd/instruction_set.h"
 #include "engine/steps.h"
 
@@ -28,6 +30,7 @@ namespace rbln_vae {
 template <InstructionSet Images, InstructionSet Simd, class Algorithm, Index kFrames = 1>
 class Filtering {
   using Times = OverTime<Simd, kFrames>;
+  using Transforms = Separable<Simd, Algorithm>;
   using T = typename Images::T;
   using Weight = typename Simd::T;
   using Factor = typename Simd::Scratch;
@@ -204,8 +207,8 @@ class Filtering {
     for (Index y = 0; y < down_; ++y) {
       for (Index x = 0; x < across_; ++x, to += kBlock) {
         const float* from = input + (y * pitch + x) * kPoints * kStride * kBlock;
-        Algorithm::input(from, pitch * kBlock, to, sizes_.values);
-        Algorithm::input(from + kPanel, pitch * kBlock, to + kPanel, sizes_.values);
+        Transforms::input(from, pitch * kBlock, to, sizes_.values);
+        Transforms::input(from + kPanel, pitch * kBlock, to + kPanel, sizes_.values);
       }
     }
   }
@@ -319,7 +322,7 @@ class Filtering {
   // The outputs of a square of all frames, for a panel.
   void transform_back(const float* from, float* to, Index row_step) const {
     if constexpr (kFrames == 1) {
-      Algorithm::output(from, sizes_.sums, to, row_step);
+      Transforms::output(from, sizes_.sums, to, row_step);
     } else {
       alignas(64) float products[kFrames][kProducts * kPanel];
       for (Index product = 0; product < kProducts; ++product) {
@@ -335,7 +338,7 @@ class Filtering {
         }
       }
       for (Index frame = 0; frame < kFrames; ++frame) {
-        Algorithm::output(products[frame], kPanel, to + frame * sizes_.outputs, row_step);
+        Transforms::output(products[frame], kPanel, to + frame * sizes_.outputs, row_step);
       }
     }
   }

@@ -19,6 +19,7 @@ struct Halving {
   static constexpr Index kEven = kPoints + 1;        // products of even pixels
   static constexpr Index kSide = kEven + kPoints;    // and of odd ones, with the same kernel
   static constexpr Index kKernels = kEven + 1;       // different ones
+  static constexpr Index kPixels = kSide;
   static constexpr Index kProducts = kSide * kSide;
   static constexpr Index kValues = kProducts;
   static constexpr Index kMatrices = kKernels * kKernels;
@@ -33,56 +34,13 @@ struct Halving {
     if (row < kEven) return row * kSide + column;
     return row == kEven ? kEven * kSide + column * kPoints : kProducts;
   }
-  static constexpr Index number(Index y, Index x) {
+  static constexpr Index number_of_product(Index y, Index x) {
     if (y < kEven) return y * kSide + x;
     const Index odd = kEven * kSide, row = y - kEven;
     if (x < kEven) return odd + x * kPoints + row;
     return odd + kEven * kPoints + row * kPoints + x - kEven;
   }
-
-  // Transforms 9x9 pixels of 16 channels.
-  static void input(const float* from, Index row_step, float* to, Index step) {
-    Vector columns[kSide][kSide];
-#pragma GCC unroll 9
-    for (Index x = 0; x < kSide; ++x) {
-      Vector d[kSide], v[kSide];
-#pragma GCC unroll 9
-      for (Index y = 0; y < kSide; ++y) d[y] = Simd::load(from + y * row_step + x * kBlock);
-      forward(d, v);
-#pragma GCC unroll 9
-      for (Index y = 0; y < kSide; ++y) columns[y][x] = v[y];
-    }
-#pragma GCC unroll 9
-    for (Index y = 0; y < kSide; ++y) {
-      Vector v[kSide];
-      forward(columns[y], v);
-#pragma GCC unroll 9
-      for (Index x = 0; x < kSide; ++x) Simd::store(to + number(y, x) * step, v[x]);
-    }
-  }
-
-  // Computes 4x4 pixels of a panel.
-  static void output(const float* from, Index step, float* to, Index row_step) {
-    Vector rows[kOutputSquare][kSide];
-#pragma GCC unroll 9
-    for (Index x = 0; x < kSide; ++x) {
-      Vector m[kSide], v[kOutputSquare];
-#pragma GCC unroll 9
-      for (Index y = 0; y < kSide; ++y) m[y] = Simd::load(from + number(y, x) * step);
-      backward(m, v);
-#pragma GCC unroll 4
-      for (Index y = 0; y < kOutputSquare; ++y) rows[y][x] = v[y];
-    }
-#pragma GCC unroll 4
-    for (Index y = 0; y < kOutputSquare; ++y) {
-      Vector v[kOutputSquare];
-      backward(rows[y], v);
-#pragma GCC unroll 4
-      for (Index x = 0; x < kOutputSquare; ++x) {
-        Simd::store(to + y * row_step + x * kPanel, v[x]);
-      }
-    }
-  }
+  static constexpr Index number_of_value(Index y, Index x) { return number_of_product(y, x); }
 
   // The outer taps at the points, and the one between them.
   [[gnu::always_inline]] static void values(const Vector (&g)[3], Vector (&v)[kKernels]) {
@@ -91,12 +49,9 @@ struct Halving {
     v[kEven] = g[1];
   }
 
- private:
-  static constexpr Index kWinograd = Winograd<Simd>::kSide;
-
   [[gnu::always_inline]] static void forward(const Vector (&d)[kSide], Vector (&v)[kSide]) {
-    const Vector even[kWinograd] = {d[0], d[2], d[4], d[6], d[8], Simd::set(0.0f)};
-    Vector transformed[kWinograd];
+    const Vector even[Winograd<Simd>::kSide] = {d[0], d[2], d[4], d[6], d[8], Simd::set(0.0f)};
+    Vector transformed[Winograd<Simd>::kSide];
     Winograd<Simd>::forward(even, transformed);
 #pragma GCC unroll 5
     for (Index i = 0; i < kEven; ++i) v[i] = transformed[i];
@@ -106,7 +61,7 @@ struct Halving {
 
   [[gnu::always_inline]] static void backward(const Vector (&m)[kSide],
                                               Vector (&y)[kOutputSquare]) {
-    const Vector even[kWinograd] = {m[0], m[1], m[2], m[3], m[4], Simd::set(0.0f)};
+    const Vector even[Winograd<Simd>::kSide] = {m[0], m[1], m[2], m[3], m[4], Simd::set(0.0f)};
     Winograd<Simd>::backward(even, y);
 #pragma GCC unroll 4
     for (Index i = 0; i < kOutputSquare; ++i) y[i] = Simd::add(y[i], m[kEven + i]);

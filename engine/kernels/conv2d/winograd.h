@@ -28,6 +28,7 @@ struct Winograd {
   using Vector = typename Simd::Vector;
   static constexpr Index kPoints = kOutputSquare;
   static constexpr Index kSide = kPoints + 2;
+  static constexpr Index kPixels = kSide;
   static constexpr Index kProducts = kSide * kSide;
   static constexpr Index kValues = kProducts;
   static constexpr Index kMatrices = kProducts;
@@ -38,53 +39,12 @@ struct Winograd {
   static constexpr double kA = 0.625;
   static constexpr double kB = 1.5;
 
+  static constexpr Index number_of_value(Index y, Index x) { return y * kSide + x; }
+  static constexpr Index number_of_product(Index y, Index x) { return y * kSide + x; }
+  // The value that a product takes.
   static constexpr Index value(Index product) { return product; }
   // The first product with a transformed kernel.
   static constexpr Index first(Index matrix) { return matrix; }
-
-  // Transforms 6x6 pixels of 16 channels.
-  static void input(const float* from, Index row_step, float* to, Index step) {
-    Vector columns[kSide][kSide];
-#pragma GCC unroll 6
-    for (Index x = 0; x < kSide; ++x) {
-      Vector d[kSide], v[kSide];
-#pragma GCC unroll 6
-      for (Index y = 0; y < kSide; ++y) d[y] = Simd::load(from + y * row_step + x * kBlock);
-      forward(d, v);
-#pragma GCC unroll 6
-      for (Index y = 0; y < kSide; ++y) columns[y][x] = v[y];
-    }
-#pragma GCC unroll 6
-    for (Index y = 0; y < kSide; ++y) {
-      Vector v[kSide];
-      forward(columns[y], v);
-#pragma GCC unroll 6
-      for (Index x = 0; x < kSide; ++x) Simd::store(to + (y * kSide + x) * step, v[x]);
-    }
-  }
-
-  // Computes 4x4 pixels of a panel.
-  static void output(const float* from, Index step, float* to, Index row_step) {
-    Vector rows[kOutputSquare][kSide];
-#pragma GCC unroll 6
-    for (Index x = 0; x < kSide; ++x) {
-      Vector m[kSide], v[kOutputSquare];
-#pragma GCC unroll 6
-      for (Index y = 0; y < kSide; ++y) m[y] = Simd::load(from + (y * kSide + x) * step);
-      backward(m, v);
-#pragma GCC unroll 6
-      for (Index y = 0; y < kOutputSquare; ++y) rows[y][x] = v[y];
-    }
-#pragma GCC unroll 6
-    for (Index y = 0; y < kOutputSquare; ++y) {
-      Vector v[kOutputSquare];
-      backward(rows[y], v);
-#pragma GCC unroll 6
-      for (Index x = 0; x < kOutputSquare; ++x) {
-        Simd::store(to + y * row_step + x * kPanel, v[x]);
-      }
-    }
-  }
 
   // Evaluates three taps at the points, each divided by the product of its distances from the
   // other points.
